@@ -1,0 +1,27 @@
+"""Expert parallelism for mixture-of-experts transformers as an ordinary Lightning strategy."""
+
+from lightning.pytorch.strategies import StrategyRegistry
+
+from lightning_ep.layout import ParallelLayout
+from lightning_ep.module import CausalLM, from_config
+from lightning_ep.parallelize import parallelize
+from lightning_ep.plan import ExpertParallel, expert_plan
+from lightning_ep.precision import clip_grad_norm_
+from lightning_ep.strategy import ExpertParallelStrategy
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "CausalLM",
+    "ExpertParallel",
+    "ExpertParallelStrategy",
+    "ParallelLayout",
+    "clip_grad_norm_",
+    "expert_plan",
+    "from_config",
+    "parallelize",
+]
+
+for _name in ("expert_parallel", "ep"):
+    if _name not in StrategyRegistry:
+        StrategyRegistry.register(_name, ExpertParallelStrategy, "Experts over EP, everything under FSDP2.")

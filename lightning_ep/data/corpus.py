@@ -1,0 +1,190 @@
+"""From text files to packed windows of tokens: the steps behind ``TextDataModule``, none of which knows Lightning."""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import os
+import shutil
+import sysconfig
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedTokenizerFast
+
+END_OF_TEXT = "<|endoftext|>"
+
+# Tests, tables of characters and help texts are no source code to learn from, and distributions leave some of the rest
+# out.
+_STDLIB_SKIP = {
+    *("test", "tests", "idlelib", "lib2to3", "tkinter", "turtledemo", "encodings", "pydoc_data", "__phello__"),
+    *("site-packages", "dist-packages", "__pycache__"),
+}
+
+
+def find_files(source: str) -> list[Path]:
+    """List the text files of a source, sorted by path.
+
+    Args:
+        source: ``"stdlib"`` for the source files of the running Python's standard library, a directory (every file
+            below it, except hidden ones), one file, or a glob pattern (``**`` descends).
+
+    Raises:
+        FileNotFoundError: If nothing is there.
+    """
+    if source == "stdlib":
+        found = _walk(Path(sysconfig.get_paths()["stdlib"]), lambda name: name in _STDLIB_SKIP)
+        files = [path for path in found if path.suffix == ".py"]
+    elif Path(source).expanduser().is_dir():
+        files = list(_walk(Path(source).expanduser(), lambda name: name.startswith(".")))
+    else:
+        files = [Path(path) for path in glob.glob(str(Path(source).expanduser()), recursive=True)]
+    files = sorted(path for path in files if path.is_file())
+    if not files:
+        raise FileNotFoundError(
+            f"source={source!r} has no text files. Give 'stdlib', a directory, a file or a glob pattern such as"
+            " 'corpus/**/*.txt' (quoted, so that the shell leaves it alone)."
+        )
+    return files
+
+
+def _walk(root: Path, skip: Callable[[str], bool]) -> Iterator[Path]:
+    for directory, names, files in os.walk(root):
+        names[:] = [name for name in names if not skip(name)]  # site-packages may hold 100,000 files: do not enter
+        yield from (Path(directory, name) for name in files if not skip(name))
+
+
+def read_text(path: Path) -> str:
+    """Read a UTF-8 text file.
+
+    Raises:
+        ValueError: If it is not UTF-8.
+    """
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{path} is not UTF-8 text ({error}). Convert it, or leave it out with a pattern such as 'corpus/**/*.txt'."
+        ) from error
+
+
+def split_files(files: Sequence[Path], validation_fraction: float, seed: int) -> tuple[list[Path], list[Path]]:
+    """Split files into training and validation so that validation holds about ``validation_fraction`` of the bytes.
+
+    No file is in both, so near-identical passages of one file cannot leak.
+
+    Raises:
+        ValueError: If the fraction is not between 0 and 1, or there are fewer than two files.
+    """
+    if not 0 < validation_fraction < 1:
+        raise ValueError(f"validation_fraction={validation_fraction} must lie between 0 and 1, for example 0.05.")
+    if len(files) < 2:
+        raise ValueError(
+            f"The source has one file ({files[0]}), but training and validation are split by file and need one each. "
+            "Cut it into several, for example with `split -C 1m`."
+        )
+    order = np.random.default_rng(seed).permutation(len(files))
+    sizes = np.array([files[i].stat().st_size for i in order])
+    # the smallest number of files that reaches the fraction, but never all of them
+    count = int(np.searchsorted(np.cumsum(sizes), validation_fraction * sizes.sum())) + 1
+    count = min(count, len(files) - 1)
+    return [files[i] for i in sorted(order[count:])], [files[i] for i in sorted(order[:count])]
+
+
+def fingerprint(files: Sequence[Path], *settings: object) -> str:
+    """Hash names and contents of files and any settings to 16 hexadecimal digits."""
+    digest = hashlib.sha256(repr(settings).encode())
+    for path in files:
+        digest.update(str(path).encode() + b"\0")
+        digest.update(hashlib.sha256(path.read_bytes()).digest())
+    return digest.hexdigest()[:16]
+
+
+def train_tokenizer(texts: Iterator[str], vocab_size: int) -> PreTrainedTokenizerFast:
+    """Train a byte-level BPE tokenizer (Sennrich et al., 2016, on bytes as in GPT-2): no text is ever unknown to it.
+
+    Its one special token, ``<|endoftext|>``, ends documents and pads. Small texts give fewer than ``vocab_size``
+    tokens.
+
+    Raises:
+        ValueError: If ``vocab_size`` is too small for the 256 bytes and the end-of-text token.
+    """
+    if vocab_size < 257:
+        raise ValueError(f"vocab_size={vocab_size} must be at least 257: the 256 bytes and {END_OF_TEXT}.")
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END_OF_TEXT, pad_token=END_OF_TEXT)
+
+
+def pack(files: Sequence[Path], tokenizer: PreTrainedTokenizerFast, sequence_length: int) -> Dataset:
+    """Tokenize files, end each with the end-of-text token, and cut their concatenation into windows.
+
+    Returns:
+        A dataset with the column ``input_ids``, int32 ``[sequence_length]``. Tokens past the last full window are left
+        out.
+
+    Raises:
+        ValueError: If there are too few tokens for one window, or a file is not UTF-8.
+    """
+    from datasets import Dataset, Features, List, Value
+
+    documents = Dataset.from_dict({"text": [read_text(path) for path in files]})
+    documents = documents.map(
+        lambda batch: {"ids": tokenizer(batch["text"])["input_ids"]},
+        batched=True,
+        desc=f"tokenizing {len(files)} files",
+    )
+    tokens = np.concatenate([np.append(ids, tokenizer.eos_token_id) for ids in documents["ids"]])
+    if len(tokens) < sequence_length:
+        raise ValueError(
+            f"{len(files)} files, the first of them {files[0]}, have {len(tokens)} tokens, too few for one window of "
+            f"sequence_length={sequence_length}. Use more text, shorter windows or another validation_fraction."
+        )
+    windows = tokens[: len(tokens) // sequence_length * sequence_length].reshape(-1, sequence_length)
+    features = Features({"input_ids": List(Value("int32"), length=sequence_length)})
+    return Dataset.from_dict({"input_ids": windows.astype(np.int32)}, features=features)
+
+
+def build_once(target: Path, build: Callable[[Path], None]) -> None:
+    """Fill a new directory with ``build(directory)`` and give it the name ``target``, unless ``target`` exists.
+
+    The rename is atomic, so readers see all of it or nothing. Processes that race build the same contents; the first
+    wins.
+    """
+    if target.exists():
+        return
+    target.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    try:
+        build(scratch)
+        scratch.chmod(0o777 & ~_umask())  # mkdtemp makes directories that nobody else can read
+        try:
+            os.rename(scratch, target)
+        except OSError:
+            if not target.exists():
+                raise
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

@@ -1,0 +1,42 @@
+"""One repair of Lightning's loop state that exact resuming needs."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+
+from lightning.pytorch import Trainer
+from lightning.pytorch.loops.loop import _Loop
+
+
+def close_finished_epoch(trainer: Trainer) -> None:
+    """Let a trainer that resumes after the last batch of an epoch start the next one.
+
+    Lightning 2.6 gets two kinds of checkpoint wrong, whatever the loader does:
+
+    - One saved in ``on_train_epoch_end`` (where ``ModelCheckpoint`` saves by default), resumed with ``max_steps``: the
+      finished epoch is run again. It takes one batch too many or none, and the epochs count one too far, so a run that
+      ``max_epochs`` ends as well loses an epoch of training.
+    - One saved in ``on_train_batch_end`` of the last batch (``every_n_train_steps``): the first resume works, but
+      leaves counters behind that make a second one start its epoch anew.
+
+    Both become what Lightning gets right, a finished epoch from which nothing is left to restart. Call it between the
+    loading of the checkpoint and the start of the fit loop; ``train_dataloader`` is such a place. It does nothing to
+    other checkpoints, to a fresh run, or when called again.
+
+    Args:
+        trainer: The trainer that is about to fit.
+    """
+    fit_loop, epoch_loop = trainer.fit_loop, trainer.fit_loop.epoch_loop
+    if not epoch_loop.restarting:
+        return
+    epochs, batches = fit_loop.epoch_progress, epoch_loop.batch_progress
+    epoch, batch = asdict(epochs.current), asdict(batches.current)
+    saved_in_batch_end = batch["completed"] < batch["processed"] and epoch["processed"] < epoch["started"]
+    if saved_in_batch_end and batches.is_last_batch:
+        batches.increment_completed()
+        epoch_loop._batches_that_stepped += 1
+        epochs.increment_processed()
+        epoch = asdict(epochs.current)
+    if epoch["ready"] == epoch["started"] == epoch["processed"]:
+        # the loop's own setter would turn this back to True whenever max_steps is set
+        _Loop.restarting.fset(fit_loop, False)  # type: ignore[attr-defined]

@@ -1,0 +1,176 @@
+"""Text files as packed windows of tokens, for training a language model from scratch."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from lightning.pytorch import LightningDataModule
+from lightning.pytorch.utilities import rank_zero_info
+from typing_extensions import override
+
+from lightning_ep.data import corpus
+from lightning_ep.data.loader import ResumableLoader, data_ranks
+from lightning_ep.data.resume import close_finished_epoch
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedTokenizerFast
+
+
+class TextDataModule(LightningDataModule):
+    """Plain-text files, a byte-level BPE tokenizer trained on them, and windows of tokens packed from them.
+
+    The files are split into training and validation by file. Each file is followed by an end-of-text token, and the
+    concatenation is cut into windows, so a window may cross documents. Batches are dicts of ``input_ids`` and
+    ``labels``, int64 ``[batch_size, sequence_length]`` with equal contents: transformers' models shift the labels
+    themselves.
+
+    Tokenizer and windows are cached under a key made of the files' contents and the arguments. After ``setup`` they are
+    ``tokenizer``, ``train_dataset`` and ``val_dataset``, the same on all ranks. Every data rank gets the same number of
+    batches. Training batches are shuffled anew in every epoch, and a checkpoint taken in mid-epoch resumes at the next
+    one; validation sees every window once (see ``ResumableLoader``).
+
+    Args:
+        source: 'stdlib' for the source files of the running Python's standard library, or a directory, file or glob
+            pattern ('corpus/**/*.txt') of UTF-8 text files.
+        sequence_length: Tokens per window.
+        batch_size: Windows per batch and data rank.
+        vocab_size: Size of the tokenizer's vocabulary. Small texts give fewer tokens.
+        validation_fraction: Share of the bytes that is held out, between 0 and 1; whole files.
+        seed: Seed of the split and of the order of the training windows.
+        cache_dir: Where tokenizer and windows are kept. Default: $LIGHTNING_EP_CACHE, or ~/.cache/lightning_ep.
+        num_workers: Worker processes per loader. The windows lie in memory-mapped files, so 0 is rarely a bottleneck.
+
+    Raises:
+        FileNotFoundError: In ``prepare_data``, if the source has no files.
+        ValueError: In ``prepare_data``, if files cannot be split, are not UTF-8, or an argument is out of its range; in
+            ``setup``, if the text is too short for one batch per data rank; when a loader is asked for, if the model's
+            vocabulary is smaller than the tokenizer's.
+    """
+
+    tokenizer: PreTrainedTokenizerFast
+    train_dataset: Dataset
+    val_dataset: Dataset
+
+    def __init__(
+        self,
+        source: str = "stdlib",
+        sequence_length: int = 256,
+        batch_size: int = 8,
+        vocab_size: int = 4096,
+        validation_fraction: float = 0.05,
+        seed: int = 0,
+        cache_dir: str | None = None,
+        num_workers: int = 0,
+    ) -> None:
+        super().__init__()
+        self.source = source
+        self.sequence_length = sequence_length
+        self.batch_size = batch_size
+        self.vocab_size = vocab_size
+        self.validation_fraction = validation_fraction
+        self.seed = seed
+        self.cache_dir = cache_dir
+        self.num_workers = num_workers
+
+    @override
+    def prepare_data(self) -> None:
+        """Train the tokenizer and pack the windows, unless they are cached. Lightning calls it on one process."""
+        files = corpus.find_files(self.source)
+        train, val = corpus.split_files(files, self.validation_fraction, self.seed)
+
+        def build(directory: Path) -> None:
+            rank_zero_info(
+                f"Training a tokenizer on {len(train)} files of {self.source!r} and packing their tokens ..."
+            )
+            tokenizer = corpus.train_tokenizer(map(corpus.read_text, train), self.vocab_size)
+            tokenizer.save_pretrained(directory / "tokenizer")
+            for name, part in (("train", train), ("val", val)):
+                corpus.pack(part, tokenizer, self.sequence_length).save_to_disk(directory / name)
+
+        corpus.build_once(self._cached(files), build)
+
+    @override
+    def setup(self, stage: str | None = None) -> None:
+        """Load what ``prepare_data`` made, on every rank."""
+        from datasets import load_from_disk
+        from transformers import PreTrainedTokenizerFast
+
+        directory = self._cached(corpus.find_files(self.source))
+        if not directory.exists():
+            raise FileNotFoundError(
+                f"{directory} does not exist on this process. Call prepare_data() first (a Trainer does), and let"
+                " source and cache_dir be the same on all processes of a node."
+            )
+        self.tokenizer = PreTrainedTokenizerFast.from_pretrained(directory / "tokenizer")
+        self.train_dataset = load_from_disk(directory / "train").with_format("torch")
+        self.val_dataset = load_from_disk(directory / "val").with_format("torch")
+        _, data_world_size = data_ranks(self.trainer)
+        for name, windows, needed in (
+            ("training", len(self.train_dataset), self.batch_size * data_world_size),
+            ("validation", len(self.val_dataset), data_world_size),
+        ):
+            if windows < needed:
+                raise ValueError(
+                    f"source={self.source!r} gives {windows} {name} windows of sequence_length={self.sequence_length}, "
+                    f"but {data_world_size} data ranks with batch_size={self.batch_size} need at least {needed} for a "
+                    "batch each. Use more text, shorter windows, smaller batches, fewer data ranks or another "
+                    f"validation_fraction (now {self.validation_fraction})."
+                )
+
+    @override
+    def train_dataloader(self) -> ResumableLoader:
+        """Return this data rank's training batches."""
+        trainer = self.trainer
+        if trainer is not None:
+            close_finished_epoch(trainer)
+        # overfit_batches is meant to repeat the same batches
+        shuffle = trainer is None or not trainer.overfit_batches  # type: ignore[attr-defined]
+        return self._loader(self.train_dataset, shuffle=shuffle, drop_last=True)
+
+    @override
+    def val_dataloader(self) -> ResumableLoader:
+        """Return this data rank's share of the validation windows."""
+        return self._loader(self.val_dataset, shuffle=False, drop_last=False)
+
+    def _loader(self, dataset: Dataset, shuffle: bool, drop_last: bool) -> ResumableLoader:
+        self._check_vocabulary()
+        data_rank, data_world_size = data_ranks(self.trainer)
+        return ResumableLoader(
+            dataset,
+            self.batch_size,
+            data_rank,
+            data_world_size,
+            shuffle=shuffle,
+            seed=self.seed,
+            drop_last=drop_last,
+            collate_fn=_collate,
+            num_workers=self.num_workers,
+            pin_memory=self.trainer is not None and self.trainer.strategy.root_device.type == "cuda",
+        )
+
+    def _cached(self, files: list[Path]) -> Path:
+        root = self.cache_dir or os.environ.get("LIGHTNING_EP_CACHE") or "~/.cache/lightning_ep"
+        import tokenizers
+
+        settings = (self.sequence_length, self.vocab_size, self.validation_fraction, self.seed, tokenizers.__version__)
+        return Path(root).expanduser() / f"text-{corpus.fingerprint(files, *settings)}"
+
+    def _check_vocabulary(self) -> None:
+        # not in `setup`: models are often built later, in `configure_model`
+        module = self.trainer.lightning_module if self.trainer is not None else None
+        model_size = getattr(getattr(getattr(module, "model", None), "config", None), "vocab_size", None)
+        if model_size is not None and model_size < len(self.tokenizer):
+            raise ValueError(
+                f"The model's vocab_size={model_size} is smaller than the tokenizer's {len(self.tokenizer)} tokens: "
+                f"some ids have no embedding. Set the model's to {len(self.tokenizer)} or more, or the data's to "
+                f"{model_size} or less."
+            )
+
+
+def _collate(windows: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    input_ids = torch.stack([window["input_ids"] for window in windows])
+    return {"input_ids": input_ids, "labels": input_ids.clone()}

@@ -1,0 +1,64 @@
+"""The interface behind which rows travel."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+
+from torch import Tensor
+
+from lightning_ep.dispatch.plan import DispatchPlan
+
+
+class Pending:
+    """A transfer that has been started; `wait` finishes it and returns its tensor."""
+
+    def __init__(self, finish: Callable[[], Tensor]) -> None:
+        self._finish = finish
+
+    def wait(self) -> Tensor:
+        """Returns the received tensor; on CUDA the current stream waits, the host does not."""
+        return self._finish()
+
+
+class Dispatcher(ABC):
+    """Sends rows to the ranks of their experts and brings them back.
+
+    A dispatcher keeps no tensor of a call on itself: all that a later call needs is in the `DispatchPlan`. `combine`
+    is the transpose of `dispatch`, so each serves as the other's backward.
+
+    Args:
+        num_experts: Experts of the layer over all ranks.
+        num_ranks: Ranks over which they are split evenly.
+    """
+
+    def __init__(self, num_experts: int, num_ranks: int) -> None:
+        self.num_experts = num_experts
+        self.num_ranks = num_ranks
+        self.num_local_experts = num_experts // num_ranks
+
+    @abstractmethod
+    def plan(self, ids_TK: Tensor) -> DispatchPlan:
+        """Decides what goes where from int64 global expert ids ``[T, K]`` and tells the other ranks."""
+
+    @abstractmethod
+    def dispatch(self, plan: DispatchPlan, x_TH: Tensor, hop: str) -> Pending:
+        """Starts sending each token to every rank that serves it: ``[T, H]`` -> ``[N, H]``.
+
+        Args:
+            plan: The plan of this layer call.
+            x_TH: One row per token.
+            hop: What travels, for messages (``"dispatch"``, ``"combine, backward"``).
+        """
+
+    @abstractmethod
+    def combine(self, plan: DispatchPlan, rows_NH: Tensor, hop: str) -> Pending:
+        """Starts bringing rows back and summing them per token in at least fp32: ``[N, H]`` -> ``[T, H]``."""
+
+    @abstractmethod
+    def dispatch_slots(self, plan: DispatchPlan, values_TK: Tensor, hop: str) -> Pending:
+        """Starts sending one number per (token, slot) along with the rows: ``[T, K]`` -> ``[N, K]``."""
+
+    @abstractmethod
+    def combine_slots(self, plan: DispatchPlan, values_NK: Tensor, hop: str) -> Pending:
+        """Starts bringing one number per (row, slot) back to the slot it serves: ``[N, K]`` -> ``[T, K]``."""

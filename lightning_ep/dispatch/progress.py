@@ -1,0 +1,108 @@
+"""What a rank is waiting for, so that a collective time-out names a layer and not only a sequence number."""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch.distributed as dist
+
+
+@dataclass
+class _Started:
+    layer: str
+    hop: str
+    step: str
+    work: dist.Work
+    since: float = field(default_factory=time.monotonic)
+
+    def __str__(self) -> str:
+        return f"{self.hop} of layer {self.layer}, {self.step}"
+
+
+class Progress:
+    """Keeps the exchanges that one rank has started and says which of them has not finished.
+
+    The host runs ahead of a GPU, so the last call made says little; the oldest unfinished one is where the rank
+    really stands. A CPU rank blocks in the call itself.
+
+    Attributes:
+        step: Where training stands, for messages, such as ``"training step 12"``; set by the owner.
+    """
+
+    def __init__(self) -> None:
+        self.step = "before the first step"
+        self._started: deque[_Started] = deque()
+        self._waiting: str | None = None
+        self._last: str | None = None
+        self._lock = threading.Lock()
+        self._watch: threading.Thread | None = None
+        self._stop = threading.Event()
+
+    def started(self, layer: str, hop: str, work: dist.Work) -> None:
+        """Notes an exchange that is in flight."""
+        with self._lock:
+            self._drop_finished()
+            self._started.append(_Started(layer, hop, self.step, work))
+
+    @contextmanager
+    def blocking(self, layer: str, hop: str) -> Iterator[None]:
+        """Notes that the host may block on an exchange."""
+        self._waiting = f"{hop} of layer {layer}, {self.step}"
+        yield
+        # Not in a finally: after an exception the note must still say where it happened.
+        self._waiting, self._last = None, self._waiting
+
+    def _drop_finished(self) -> None:
+        while self._started and self._started[0].work.is_completed():
+            self._last = str(self._started.popleft())
+
+    def describe(self) -> str | None:
+        """One line on where this rank stands, or None if it never exchanged anything."""
+        with self._lock:
+            self._drop_finished()
+            oldest = self._started[0] if self._started else None
+        if self._waiting is not None:
+            return f"waiting in the {self._waiting}"
+        if oldest is not None:
+            waited = time.monotonic() - oldest.since
+            return f"waiting for the {oldest}, started {waited:.0f} s ago"
+        if self._last is not None:
+            return f"in {self.step}, not in an exchange of tokens; the last one to finish was the {self._last}"
+        return None
+
+    def watch(self, rank: int, timeout_s: float) -> None:
+        """Starts a thread that prints where this rank stands when an exchange is about to time out.
+
+        NCCL aborts the process from its own thread when a collective times out, so nothing can be raised; a line on
+        stderr shortly before is what remains.
+
+        Args:
+            rank: Global rank, for the message.
+            timeout_s: Time-out of the process group in seconds; the line comes at 90 % of it.
+        """
+        if self._watch is not None:
+            return
+        limit = 0.9 * timeout_s
+
+        def run() -> None:
+            reported: _Started | None = None
+            while not self._stop.wait(min(5.0, limit / 4)):
+                with self._lock:
+                    self._drop_finished()
+                    oldest = self._started[0] if self._started else None
+                if oldest is not None and oldest is not reported and time.monotonic() - oldest.since > limit:
+                    reported = oldest
+                    print(f"[rank {rank}] {self.describe()}", file=sys.stderr, flush=True)
+
+        self._watch = threading.Thread(target=run, name="lightning-ep-progress", daemon=True)
+        self._watch.start()
+
+    def close(self) -> None:
+        """Stops the watching thread."""
+        self._stop.set()

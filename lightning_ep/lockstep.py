@@ -1,0 +1,136 @@
+"""Loaders whose ranks take the same number of steps: a rank that stops alone leaves the others in a collective."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from lightning.pytorch.utilities import rank_zero_warn
+
+Gather = Callable[[int], list[int]]
+
+
+class LockstepLoader:
+    """Wraps a dataloader so that every rank leaves it after the same step.
+
+    Two ways, both without losing or repeating a sample in what the loop sees:
+
+    - *stop*: all ranks stop with the first one whose data ends (training, validation, test);
+    - *join*: a rank whose data has ended takes the remaining steps with a batch it has seen already, outside of the
+      loop, so that nothing of them is recorded (predict).
+
+    Args:
+        loader: The rank's own loader; its attributes show through.
+        gather: Collects one integer per rank, in rank order.
+        lengths: Batches of every rank's loader, if all are known.
+        limit: At most this many batches.
+        join: Runs a step on a batch and discards the result, or None for *stop*.
+    """
+
+    def __init__(
+        self,
+        loader: Any,
+        gather: Gather,
+        lengths: list[int] | None,
+        limit: float = float("inf"),
+        join: Callable[[Any], None] | None = None,
+    ) -> None:
+        self._loader = loader
+        self._gather = gather
+        self._join = join
+        self._num_steps: int | None = None
+        if lengths is not None:
+            self._num_steps = int(min(max(lengths) if join is not None else min(lengths), limit))
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "_loader":  # not yet set while unpickling
+            raise AttributeError(name)
+        return getattr(self._loader, name)
+
+    def __len__(self) -> int:
+        if self._num_steps is None:
+            raise TypeError("the number of batches is not known on every rank")
+        return self._num_steps
+
+    def __iter__(self) -> Iterator[Any]:
+        return self._iterate_counted() if self._num_steps is not None else self._iterate_agreeing()
+
+    def _iterate_counted(self) -> Iterator[Any]:
+        assert self._num_steps is not None
+        batches = iter(self._loader)
+        taken, last = 0, None
+        while taken < self._num_steps and (batch := next(batches, None)) is not None:
+            last = batch
+            taken += 1
+            yield batch
+        if self._join is not None and taken < self._num_steps:
+            last = self._any_batch() if last is None else last
+            for _ in range(self._num_steps - taken):
+                self._join(last)
+
+    def _iterate_agreeing(self) -> Iterator[Any]:
+        batches = iter(self._loader)
+        last = None
+        while True:
+            batch = next(batches, None)
+            going = self._gather(int(batch is not None))
+            if not any(going):
+                return
+            if batch is not None:
+                last = batch
+            if all(going):
+                yield batch
+            elif self._join is None:
+                ended = [rank for rank, has in enumerate(going) if not has]
+                rank_zero_warn(
+                    f"The dataloaders of ranks {ended} ended before those of the others; all ranks stop here. Give "
+                    "every rank the same number of batches to use all data."
+                )
+                return
+            elif batch is not None:
+                yield batch
+            else:
+                self._join(self._any_batch() if last is None else last)
+
+    def _any_batch(self) -> Any:
+        """A batch for a rank that has none of its own."""
+        try:
+            return self._loader.collate_fn([self._loader.dataset[0]])
+        except (AttributeError, TypeError, IndexError, KeyError, NotImplementedError) as error:
+            raise RuntimeError(
+                "this rank has no batch, while others have some to predict, and none can be made from its dataset. "
+                "Give every rank at least one batch, or use fewer devices."
+            ) from error
+
+
+def lockstep(
+    loader: Any,
+    gather: Gather,
+    limit: int | float | None = None,
+    join: Callable[[Any], None] | None = None,
+) -> Any:
+    """Returns ``loader`` itself where all ranks have equally many batches, else a `LockstepLoader`.
+
+    Args:
+        loader: The rank's loader, sized or not.
+        gather: Collects one integer per rank, in rank order; every rank must call this function.
+        limit: Lightning's ``limit_*_batches``: a number of batches (int) or a share of them (float).
+        join: As in `LockstepLoader`.
+    """
+    try:
+        length = len(loader)
+    except (TypeError, NotImplementedError):
+        length = -1
+    lengths = gather(length)
+    if min(lengths) < 0:
+        return LockstepLoader(loader, gather, None, join=join)
+    if len(set(lengths)) == 1:
+        return loader
+    steps = max(lengths) if join is not None else min(lengths)
+    if join is None:
+        rank_zero_warn(
+            f"The ranks' dataloaders have {lengths} batches; all ranks stop after {steps}. Give every rank the same "
+            "number of batches to use all data."
+        )
+    bound = float("inf") if limit is None else limit if isinstance(limit, int) else int(steps * limit)
+    return LockstepLoader(loader, gather, lengths, bound, join)

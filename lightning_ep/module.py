@@ -1,0 +1,191 @@
+"""CausalLM: a LightningModule that trains any transformers causal language model with a token-weighted loss."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from lightning.pytorch import LightningModule
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import Tensor
+from torch.optim import Optimizer
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from typing_extensions import override
+
+from lightning_ep.strategy import ExpertParallelStrategy
+
+_IGNORE = -100
+
+
+def from_config(config: PreTrainedConfig) -> PreTrainedModel:
+    """A causal language model on the meta device, whose random weights the strategy initialises after sharding.
+
+    Args:
+        config: Any configuration that `transformers.AutoModelForCausalLM` knows.
+    """
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config)
+
+
+class CausalLM(LightningModule):
+    """Trains a causal language model; the loss is the mean over all valid tokens of the step.
+
+    "All" spans data ranks and the accumulation window: the sum of token losses over the global number of valid tokens,
+    whatever the padding and however tokens are spread. Batches are dicts with ``input_ids`` and ``labels`` (int64
+    ``[batch, sequence]``, labels not shifted, -100 where there is no target), and anything else that the model's
+    forward takes.
+
+    Logs ``train/loss``, ``train/grad_norm``, ``lr``, ``val/loss``, ``val/perplexity`` and the like for test.
+    ``predict`` returns, per sequence, the ``log_likelihood`` (nats) and the number of ``tokens`` it sums over.
+
+    Args:
+        model: Hub id or local path, or a configuration: an object, or a dict with ``model_type``.
+        pretrained: Load weights (transformers loads them into every rank's memory), or start from random ones.
+        optimizer: Builds the optimizer from the parameters.
+        lr_scheduler: Builds a scheduler from the optimizer; it steps once per optimizer step.
+    """
+
+    def __init__(
+        self,
+        model: str | dict[str, Any] | PreTrainedConfig,
+        pretrained: bool = True,
+        optimizer: OptimizerCallable = lambda params: torch.optim.AdamW(params, lr=1e-5),
+        lr_scheduler: LRSchedulerCallable | None = None,
+    ) -> None:
+        super().__init__()
+        if pretrained and not isinstance(model, str):
+            raise ValueError(
+                "pretrained=True needs a hub id or a path as `model`, and a configuration was given: there are no "
+                "weights to load. Set pretrained=False to train from scratch."
+            )
+        self._source = model
+        self._pretrained = pretrained
+        self._optimizer = optimizer
+        self._lr_scheduler = lr_scheduler
+        self.model: PreTrainedModel | None = None
+        self._window: Tensor | None = None  # sums of loss and valid tokens since the last step
+        self._evaluation: Tensor | None = None  # the same of an evaluation
+        self._train_loss: Tensor | None = None
+
+    @override
+    def configure_model(self) -> None:
+        if self.model is not None:
+            return
+        if not isinstance(self.trainer.strategy, ExpertParallelStrategy):
+            raise TypeError(
+                "CausalLM returns sums of token losses, which only ExpertParallelStrategy scales, but the Trainer "
+                f"uses {type(self.trainer.strategy).__name__}. Pass strategy=ExpertParallelStrategy(); it serves "
+                "devices=1 too."
+            )
+        if self._pretrained:
+            assert isinstance(self._source, str)
+            self.model = AutoModelForCausalLM.from_pretrained(self._source)
+            return
+        config = self._source
+        if isinstance(config, str):
+            config = AutoConfig.from_pretrained(config)
+        elif isinstance(config, dict):
+            config = AutoConfig.for_model(**config)
+        self.model = from_config(config)
+
+    @override
+    def forward(self, **inputs: Any) -> Any:
+        assert self.model is not None
+        return self.model(**inputs)
+
+    def _token_losses(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """Losses ``[B, S-1]`` in fp32 (zero where there is no target), the valid mask, and the auxiliary loss."""
+        inputs = {key: value for key, value in batch.items() if key != "labels"}
+        output = self(**inputs, use_cache=False)
+        logits_BSV = output.logits[:, :-1].float()
+        targets_BS = batch["labels"][:, 1:]
+        losses = F.cross_entropy(logits_BSV.flatten(0, 1), targets_BS.flatten(), ignore_index=_IGNORE, reduction="none")
+        auxiliary = getattr(output, "aux_loss", None)
+        if auxiliary is None:
+            auxiliary = losses.new_zeros(())
+        return losses.view_as(targets_BS), targets_BS != _IGNORE, auxiliary
+
+    @override
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        losses, valid, auxiliary = self._token_losses(batch)
+        loss, tokens = losses.sum(), valid.sum()
+        sums = torch.stack([loss.detach().double(), tokens.double()])
+        self._window = sums if self._window is None else self._window + sums
+        config = self.model.config  # type: ignore[union-attr]
+        if getattr(config, "output_router_logits", False):
+            loss = loss + config.router_aux_loss_coef * auxiliary * tokens
+        # Lightning divides by the number of accumulated batches; `gradient_denominator` already counts their tokens.
+        return loss * self.trainer.accumulate_grad_batches
+
+    def gradient_denominator(self) -> Tensor:
+        """Global number of valid tokens since the last step; the strategy divides the gradients by it."""
+        assert self._window is not None
+        loss, tokens = self.trainer.strategy.reduce(self._window, reduce_op="sum")
+        self._window = None
+        # A window without any valid token has zero gradients; dividing by one keeps them zero.
+        tokens = tokens.clamp(min=1)
+        self._train_loss = (loss / tokens).float()
+        return tokens.float()
+
+    @override
+    def configure_gradient_clipping(
+        self,
+        optimizer: Optimizer,
+        gradient_clip_val: int | float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        strategy = self.trainer.strategy
+        assert isinstance(strategy, ExpertParallelStrategy)
+        by_norm = bool(gradient_clip_val) and gradient_clip_algorithm != "value"
+        params = [param for group in optimizer.param_groups for param in group["params"]]
+        norm = strategy.clip_grad_norm_(params, float(gradient_clip_val or 0) if by_norm else float("inf"))
+        if gradient_clip_val and not by_norm:
+            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+        self.log("train/grad_norm", norm)
+        if self._train_loss is not None:
+            self.log("train/loss", self._train_loss, prog_bar=True)
+        self.log("lr", optimizer.param_groups[0]["lr"])
+
+    def _evaluation_step(self, batch: dict[str, Tensor]) -> None:
+        losses, valid, _ = self._token_losses(batch)
+        sums = torch.stack([losses.sum().double(), valid.sum().double()])
+        self._evaluation = sums if self._evaluation is None else self._evaluation + sums
+
+    def _log_evaluation(self, stage: str) -> None:
+        sums = self._evaluation if self._evaluation is not None else torch.zeros(2, device=self.device).double()
+        self._evaluation = None
+        loss, tokens = self.trainer.strategy.reduce(sums, reduce_op="sum")
+        mean = (loss / tokens).float()
+        self.log(f"{stage}/loss", mean, prog_bar=True)
+        self.log(f"{stage}/perplexity", mean.exp())
+
+    @override
+    def validation_step(self, batch: dict[str, Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
+        self._evaluation_step(batch)
+
+    @override
+    def on_validation_epoch_end(self) -> None:
+        self._log_evaluation("val")
+
+    @override
+    def test_step(self, batch: dict[str, Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
+        self._evaluation_step(batch)
+
+    @override
+    def on_test_epoch_end(self) -> None:
+        self._log_evaluation("test")
+
+    @override
+    def predict_step(self, batch: dict[str, Tensor], batch_idx: int, dataloader_idx: int = 0) -> dict[str, Tensor]:
+        losses, valid, _ = self._token_losses(batch)
+        return {"log_likelihood": -losses.sum(1), "tokens": valid.sum(1)}
+
+    @override
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        optimizer = self._optimizer(self.parameters())
+        if self._lr_scheduler is None:
+            return optimizer
+        scheduler = self._lr_scheduler(optimizer)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}

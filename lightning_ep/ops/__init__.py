@@ -1,0 +1,1 @@
+"""Single-device maths: permutations of rows and the local experts. Knows no process group."""

@@ -1,0 +1,192 @@
+"""The order of things: experts over EP, everything under FSDP2, then the weights that were left on meta."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor.parallel import ParallelStyle, parallelize_module
+
+from lightning_ep import transformers_adapter as adapter
+from lightning_ep.initialize import materialize
+from lightning_ep.layout import Meshes, ParallelLayout
+from lightning_ep.plan import expert_plan
+
+
+def parallelize(
+    model: nn.Module,
+    layout: ParallelLayout,
+    device: torch.device,
+    *,
+    plan: Mapping[str, ParallelStyle] | None = None,
+    mp_policy: MixedPrecisionPolicy | None = None,
+    seed: int = 0,
+) -> Meshes:
+    """Shards a model in place, without a Trainer: for your own loop or Lightning Fabric.
+
+    Gradients are *sums* over all data ranks: divide the loss by ``layout.data_world_size`` for the mean, and clip with
+    `lightning_ep.clip_grad_norm_`.
+
+    Args:
+        model: A transformers MoE, or a module that contains some. Weights that are on meta are initialised from
+            ``seed``; weights in memory are those of rank 0, everywhere.
+        layout: The layout of the initialised process group.
+        device: This rank's device.
+        plan: Expert plan as `expert_plan` returns it (the default).
+        mp_policy: FSDP2 mixed precision.
+        seed: Seed of the weights, the same on every rank.
+
+    Returns:
+        The device meshes.
+
+    Raises:
+        ValueError: If the layout does not fit the model; nothing has been changed then.
+    """
+    meshes = layout.build_meshes(device.type)
+    shard(model, layout, meshes, device, plan or expert_plan(model), mp_policy or MixedPrecisionPolicy())
+    materialize(model, device, seed)
+    return meshes
+
+
+def is_parallelized(module: nn.Module) -> bool:
+    """Whether any parameter is sharded already, by us or by the user."""
+    return any(isinstance(param, DTensor) for param in module.parameters())
+
+
+def shard(
+    module: nn.Module,
+    layout: ParallelLayout,
+    meshes: Meshes,
+    device: torch.device,
+    plan: Mapping[str, ParallelStyle],
+    mp_policy: MixedPrecisionPolicy,
+) -> None:
+    """Applies the expert plan and FSDP2; weights on meta stay there.
+
+    Args:
+        module: The module, on meta or with the same weights' shapes on every rank.
+        layout: The layout.
+        meshes: Its meshes.
+        device: This rank's device.
+        plan: Style by module name.
+        mp_policy: FSDP2 mixed precision.
+
+    Raises:
+        ValueError: If the layout does not fit the model; nothing has been changed then.
+    """
+    models = adapter.pretrained_models(module)
+    check(module, layout, plan)
+    _broadcast_weights(module, device)
+    for name, style in plan.items():
+        experts = module.get_submodule(name)
+        parallelize_module(experts, meshes.expert["ep"], style)
+        # Directly after its own slicing: at most one layer's experts are unsharded on the device at a time.
+        _fully_shard_experts(experts, meshes, mp_policy)
+    for model in models.values():
+        _fully_shard_dense(model, meshes, mp_policy)
+        adapter.use_expert_parallel_forward(model)
+    for child in _outside(module, models.values()):
+        fully_shard(child, mesh=meshes.dense, mp_policy=mp_policy)
+    _sum_gradients(module)
+
+
+def check(module: nn.Module, layout: ParallelLayout, plan: Mapping[str, ParallelStyle]) -> None:
+    """Raises ValueError if the layout does not fit the model or the module has parameters that nothing shards."""
+    for name, style in plan.items():
+        experts = module.get_submodule(name)
+        num_experts = getattr(experts, "num_experts", None)
+        if isinstance(num_experts, int):
+            layout.check_num_experts(num_experts, name)
+        validate = getattr(style, "validate", None)
+        if validate is not None:
+            validate(experts, layout.ep)
+    list(_outside(module, adapter.pretrained_models(module).values()))
+
+
+def _fully_shard_experts(experts: nn.Module, meshes: Meshes, mp_policy: MixedPrecisionPolicy) -> None:
+    mesh = meshes.expert["fsdp"]
+    # Dim 1 keeps whole experts on every rank, so that checkpoints need no strided shards; FSDP refuses it if uneven.
+    even = all(param.shape[1] % mesh.size() == 0 for param in experts.parameters())
+    dim = 1 if even else 0
+    fully_shard(experts, mesh=mesh, mp_policy=mp_policy, shard_placement_fn=lambda _: Shard(dim))
+
+
+def _fully_shard_dense(model: nn.Module, meshes: Meshes, mp_policy: MixedPrecisionPolicy) -> None:
+    for layer in adapter.decoder_layers(model):  # type: ignore[arg-type]
+        fully_shard(layer, mesh=meshes.dense, mp_policy=mp_policy)
+    embedding = model.get_input_embeddings()  # type: ignore[operator]
+    # A parameter that two modules share must be in the group of the module that contains both.
+    if not adapter.tied(model):  # type: ignore[arg-type]
+        fully_shard(embedding, mesh=meshes.dense, mp_policy=mp_policy)
+    fully_shard(model, mesh=meshes.dense, mp_policy=mp_policy)
+
+
+def _outside(module: nn.Module, models: Iterable[nn.Module], name: str = "") -> Iterable[nn.Module]:
+    """The largest submodules with parameters that contain no transformers model and belong to none."""
+    models = list(models)
+    if module in models:
+        return
+    for param_name, param in module.named_parameters(recurse=False):
+        if param.requires_grad:
+            where = f"{name}.{param_name}" if name else param_name
+            raise ValueError(
+                f"the parameter {where} of {type(module).__name__} belongs to no submodule that can be sharded: left "
+                "alone it would diverge across ranks silently. Put it into a submodule of its own that is called in "
+                "forward (an `nn.Linear`, an `nn.Embedding`, or an `nn.Module` of yours)."
+            )
+    for child_name, child in module.named_children():
+        where = f"{name}.{child_name}" if name else child_name
+        holds_model = any(inner in models for inner in child.modules())
+        container = isinstance(child, nn.ModuleList | nn.ModuleDict)
+        if holds_model or container:
+            yield from _outside(child, models, where)
+        elif next(child.parameters(), None) is not None:
+            yield child
+
+
+def _broadcast_weights(module: nn.Module, device: torch.device) -> None:
+    """Makes rank 0's weights everyone's, as DDP does: user code may have initialised them from unequal seeds."""
+    if dist.get_world_size() == 1:
+        return
+    with torch.no_grad():
+        for tensor in (*module.parameters(), *module.buffers()):
+            if tensor.is_meta or isinstance(tensor, DTensor):
+                continue
+            on_device = tensor.detach().to(device).contiguous()
+            dist.broadcast(on_device, src=0)
+            tensor.copy_(on_device)
+
+
+def _sum_gradients(module: nn.Module) -> None:
+    """The one gradient rule: every FSDP group sums, and the loss (or `CausalLM`'s step) scales once.
+
+    A divide factor per group would divide twice in groups of one rank and need a pre-multiplied sum, which gloo
+    refuses and NCCL zeroes in bf16.
+    """
+    for child in module.modules():
+        if isinstance(child, FSDPModule):
+            child.set_gradient_divide_factor(1.0)
+            child.set_force_sum_reduction_for_comms(True)
+
+
+def set_gradient_sync(module: nn.Module, enabled: bool) -> None:
+    """Switches the reduction of gradients, for accumulation over several backward passes.
+
+    The documented choice: while disabled, every group keeps unsharded gradients and reduces once at the end of the
+    window, except experts that FSDP shards. Those reduce in every pass: their unsharded gradients would take the
+    memory of all experts of an FSDP group, which is most of the model, on every rank.
+    """
+    for child in module.modules():
+        if isinstance(child, FSDPModule):
+            keeps_reducing = adapter.is_parallel_experts(child) and _fsdp_size(child) > 1
+            child.set_requires_gradient_sync(enabled or keeps_reducing, recurse=False)
+
+
+def _fsdp_size(experts: nn.Module) -> int:
+    param = next(experts.parameters())
+    mesh = param.device_mesh if isinstance(param, DTensor) else None
+    return mesh["fsdp"].size() if mesh is not None and "fsdp" in (mesh.mesh_dim_names or ()) else 1

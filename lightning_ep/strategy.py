@@ -1,0 +1,303 @@
+"""ExpertParallelStrategy: where Lightning's lifecycle meets the sharded model."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Generator, Iterable
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from lightning.fabric.utilities.optimizer import _optimizers_to_device
+from lightning.pytorch import Trainer
+from lightning.pytorch.plugins.precision import Precision
+from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities.types import STEP_OUTPUT
+from torch import Tensor
+from torch.distributed.tensor.parallel import ParallelStyle
+from typing_extensions import override
+
+from lightning_ep import transformers_adapter as adapter
+from lightning_ep.dispatch import Progress
+from lightning_ep.initialize import has_meta_tensors, materialize
+from lightning_ep.layout import Meshes, ParallelLayout
+from lightning_ep.lockstep import lockstep
+from lightning_ep.parallelize import is_parallelized, set_gradient_sync, shard
+from lightning_ep.plan import DispatcherName, expert_plan
+from lightning_ep.precision import ShardedPrecision, clip_grad_norm_
+
+_LARGE_MODEL_BYTES = 2**30
+_TIMEOUT = timedelta(minutes=30)  # Lightning's default
+
+
+class ExpertParallelStrategy(ModelParallelStrategy):
+    """Expert parallelism for mixture-of-experts transformers, with FSDP2 around everything.
+
+    Experts are split over groups of ``ep`` ranks and reached by all-to-all; everything else is sharded over all ranks.
+    Models come from ``configure_model`` or ``__init__`` of the LightningModule, unchanged.
+
+    Args:
+        ep: Ranks that share one set of experts. ``"auto"``: the processes of a node.
+        fsdp: Ranks over which each expert's matrices are sharded. ``"auto"``: all that ``ep`` leaves.
+        plan: Expert plan (module name to style), as `expert_plan` returns it. Default: the model's own.
+        dispatcher: How rows travel to their experts.
+        experts_implementation: Kernel for the experts of one rank: ``"auto"``, ``"eager"`` or any name registered in
+            transformers' ``ExpertsInterface``.
+        save_distributed_checkpoint: Save a directory to which every rank writes its shards, or (False) one file that
+            rank 0 assembles.
+        process_group_backend: ``torch.distributed`` backend. Default: NCCL on GPUs, gloo on CPUs.
+        timeout: Time after which a collective that does not finish ends the job.
+    """
+
+    def __init__(
+        self,
+        ep: int | Literal["auto"] = "auto",
+        fsdp: int | Literal["auto"] = "auto",
+        plan: dict[str, ParallelStyle] | None = None,
+        dispatcher: DispatcherName = "all_to_all",
+        experts_implementation: str = "auto",
+        save_distributed_checkpoint: bool = True,
+        process_group_backend: str | None = None,
+        timeout: timedelta = _TIMEOUT,
+    ) -> None:
+        super().__init__(
+            save_distributed_checkpoint=save_distributed_checkpoint,
+            process_group_backend=process_group_backend,
+            timeout=timeout,
+        )
+        self._ep = ep
+        self._fsdp = fsdp
+        self._plan = plan
+        self._dispatcher = dispatcher
+        self._experts_implementation = experts_implementation
+        self._layout: ParallelLayout | None = None
+        self._meshes: Meshes | None = None
+        self._progress = Progress()
+        if "pytorch_lightning" in sys.modules:
+            rank_zero_warn(
+                "`pytorch_lightning` is imported beside `lightning`. Its Trainer does not know this strategy and calls "
+                "it invalid: use `from lightning.pytorch import Trainer`."
+            )
+
+    # ------------------------------------------------------------------ layout
+
+    @property
+    def layout(self) -> ParallelLayout:
+        """The sizes of the parallel dimensions; known once the Trainer has been built."""
+        if self._layout is None:
+            raise RuntimeError("The layout is known once the strategy has been passed to a Trainer.")
+        return self._layout
+
+    @property
+    def data_rank(self) -> int:
+        """This rank's index among the ranks that see different batches."""
+        return self.layout.data_rank(self.global_rank)
+
+    @property
+    def data_world_size(self) -> int:
+        """Number of ranks that see different batches."""
+        return self.layout.data_world_size
+
+    @property
+    @override
+    def distributed_sampler_kwargs(self) -> dict[str, Any]:
+        return {"num_replicas": self.data_world_size, "rank": self.data_rank}
+
+    @property
+    @override
+    def precision_plugin(self) -> Precision:
+        return self._precision_plugin or ShardedPrecision()
+
+    @precision_plugin.setter
+    def precision_plugin(self, plugin: Precision | None) -> None:
+        # The Trainer builds a plugin for `precision=...` without asking the strategy; ours takes its place.
+        if plugin is not None and not isinstance(plugin, ShardedPrecision):
+            plugin = ShardedPrecision(plugin.precision)  # type: ignore[arg-type]
+        self._precision_plugin = plugin
+
+    # ------------------------------------------------------------------ processes
+
+    @override
+    def _configure_launcher(self) -> None:
+        # The earliest place that knows the number of processes: before any of them is launched.
+        assert self.cluster_environment is not None
+        expected, found = self.num_nodes * self.num_processes, self.cluster_environment.world_size()
+        if expected != found:
+            raise ValueError(
+                f"Trainer(devices={self.num_processes}, num_nodes={self.num_nodes}) makes {expected} processes, but "
+                f"{type(self.cluster_environment).__name__} started {found}. Set devices to the processes per node and "
+                "num_nodes to the nodes that the launcher (torchrun, srun) was given."
+            )
+        self._layout = ParallelLayout.resolve(self._ep, self._fsdp, expected, self.num_processes)
+        if expected > 1:
+            # A single process needs no launcher, so that notebooks can use the strategy.
+            super()._configure_launcher()
+
+    @override
+    def setup_environment(self) -> None:
+        if self._meshes is None:
+            # Once per process: a second fit would leak the process groups of the first.
+            self._setup_distributed()
+            self._meshes = self.layout.build_meshes(self.root_device.type)
+            self._device_mesh = self._meshes.expert
+            self._warn_if_ep_crosses_nodes()
+            if self.root_device.type == "cuda" and self._timeout is not None:
+                self._progress.watch(self.global_rank, self._timeout.total_seconds())
+        assert self.lightning_module is not None
+        self.lightning_module._device_mesh = self._device_mesh
+
+    def _warn_if_ep_crosses_nodes(self) -> None:
+        crossing = [g for g in self.layout.expert_groups() if len({r // self.num_processes for r in g}) > 1]
+        if crossing:
+            rank_zero_warn(
+                f"EP groups such as ranks {crossing[0]} cross nodes of {self.num_processes} processes: every MoE layer "
+                "sends its tokens over the network, 4 times per step (hidden_size * 2 bytes in bf16 per token and rank "
+                f"that serves it). ep='auto' (here {self.num_processes}) keeps them inside a node."
+            )
+
+    @override
+    def on_exception(self, exception: BaseException) -> None:
+        position = self._progress.describe()
+        if position is not None and self.layout.world_size > 1:
+            print(f"[rank {self.global_rank}] {type(exception).__name__} while {position}", file=sys.stderr, flush=True)
+        if isinstance(self.launcher, _SubprocessScriptLauncher):
+            # The other ranks may wait in a collective for this one until it times out.
+            self.launcher.kill(signal.SIGKILL)
+
+    # ------------------------------------------------------------------ model
+
+    @contextmanager
+    @override
+    def model_sharded_context(self) -> Generator[None, None, None]:
+        yield
+        self._shard_model()
+
+    def _shard_model(self) -> None:
+        module = self.lightning_module
+        assert module is not None
+        assert self._meshes is not None
+        if is_parallelized(module) or not adapter.pretrained_models(module):
+            return  # a second run; or the model comes later, at the latest in `setup`
+        self._warn_if_large_in_memory(module)
+        self.precision_plugin.convert_module(module)
+        plan = self._plan or expert_plan(module, self._dispatcher, self._experts_implementation, self._progress)
+        shard(module, self.layout, self._meshes, self.root_device, plan, self._sharded_precision.mp_policy)
+
+    @property
+    def _sharded_precision(self) -> ShardedPrecision:
+        plugin = self.precision_plugin
+        assert isinstance(plugin, ShardedPrecision)
+        return plugin
+
+    def _warn_if_large_in_memory(self, module: torch.nn.Module) -> None:
+        size = sum(p.numel() * p.element_size() for p in module.parameters() if not p.is_meta)
+        if size > _LARGE_MODEL_BYTES and self.layout.world_size > 1:
+            rank_zero_warn(
+                f"The model was built in memory: {size / 2**30:.1f} GiB on each of {self.num_processes} ranks of a "
+                f"node, {size * self.num_processes / 2**30:.1f} GiB in all, before it is sharded. To train from "
+                "scratch, `lightning_ep.from_config(config)` allocates shards only."
+            )
+
+    @override
+    def setup(self, trainer: Trainer) -> None:
+        module = self.lightning_module
+        assert self.accelerator is not None
+        assert module is not None
+        self.accelerator.setup(trainer)
+        self._shard_model()
+        if not is_parallelized(module):
+            expert_plan(module)  # raises: there is no transformers model
+        if has_meta_tensors(module):
+            materialize(module, self.root_device, self._common_seed())
+        self.model_to_device()
+        self.barrier()
+        if trainer.state.fn == TrainerFn.FITTING:
+            self.setup_optimizers(trainer)
+        self.setup_precision_plugin()
+        if trainer.state.fn == TrainerFn.FITTING:
+            _optimizers_to_device(self.optimizers, self.root_device)
+
+    def _common_seed(self) -> int:
+        seed = os.environ.get("PL_GLOBAL_SEED")
+        return int(self.broadcast(seed if seed is not None else torch.initial_seed()))
+
+    # ------------------------------------------------------------------ data
+
+    @override
+    def process_dataloader(self, dataloader: object) -> object:
+        assert self.lightning_module is not None
+        trainer = self.lightning_module.trainer
+        if self.data_world_size == 1:
+            return dataloader
+        if not trainer.predicting:
+            return lockstep(dataloader, self._gather_int)
+        return lockstep(dataloader, self._gather_int, trainer.limit_predict_batches, self._join_predict_step)
+
+    def _gather_int(self, value: int) -> list[int]:
+        values: list[int | None] = [None] * self.layout.world_size
+        dist.all_gather_object(values, value)
+        return [int(v) for v in values if v is not None]
+
+    def _join_predict_step(self, batch: Any) -> None:
+        module = self.lightning_module
+        assert module is not None
+        batch = self.precision_plugin.convert_input(batch)
+        batch = self.batch_to_device(module._on_before_batch_transfer(batch))
+        loop = module.trainer.predict_loop
+        arguments = loop._build_kwargs(batch, 0, 0 if loop.num_dataloaders > 1 else None)
+        self.predict_step(*loop._build_step_args_from_hook_kwargs(arguments, "predict_step"))
+
+    # ------------------------------------------------------------------ steps
+
+    @override
+    def training_step(self, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
+        self._note_step("training")
+        return super().training_step(*args, **kwargs)
+
+    @override
+    def validation_step(self, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
+        self._note_step("validation at training")
+        return super().validation_step(*args, **kwargs)
+
+    def _note_step(self, stage: str) -> None:
+        assert self.lightning_module is not None
+        self._progress.step = f"{stage} step {self.lightning_module.trainer.global_step}"
+
+    @contextmanager
+    @override
+    def block_backward_sync(self) -> Generator[None, None, None]:
+        assert self.model is not None
+        set_gradient_sync(self.model, False)
+        try:
+            yield
+        finally:
+            set_gradient_sync(self.model, True)
+
+    def clip_grad_norm_(
+        self,
+        parameters: Iterable[Tensor] | None = None,
+        max_norm: float = 1.0,
+        norm_type: float = 2.0,
+        error_if_nonfinite: bool = False,
+    ) -> Tensor:
+        """Clips by global norm, exact across meshes; for manual optimization. Every rank must call it.
+
+        Args:
+            parameters: Parameters to clip. Default: all of the model.
+            max_norm: The bound; ``inf`` only computes the norm.
+            norm_type: The p of the p-norm.
+            error_if_nonfinite: Raise if the norm is not finite.
+
+        Returns:
+            The norm before clipping, a 0-dim fp32 tensor.
+        """
+        assert self.model is not None
+        params = self.model.parameters() if parameters is None else parameters
+        return clip_grad_norm_(params, max_norm, norm_type, error_if_nonfinite)

@@ -1,0 +1,129 @@
+"""All that touches names of transformers that are not its public API: plans, the experts interface, init rules."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, ExpertsInterface
+
+from lightning_ep.moe import moe_forward
+from lightning_ep.ops.local_experts import ExpertsFunction
+
+if TYPE_CHECKING:
+    from lightning_ep.plan import ExpertContext
+
+EXPERTS_IMPLEMENTATION = "lightning_ep"
+_CONTEXT = "_lightning_ep_context"
+_DISPATCHED_EXPERTS = "ep_dispatch_experts"
+
+
+def pretrained_models(module: nn.Module) -> dict[str, PreTrainedModel]:
+    """The outermost transformers models inside ``module`` (itself included), by name."""
+    found: dict[str, PreTrainedModel] = {}
+    for name, child in module.named_modules():
+        inside = any(name == outer or name.startswith(f"{outer}." if outer else "") for outer in found)
+        if isinstance(child, PreTrainedModel) and not inside:
+            found[name] = child
+    return found
+
+
+def experts_modules(model: PreTrainedModel) -> dict[str, nn.Module]:
+    """The experts modules that the model's own expert-parallel plan names, by their name inside ``model``."""
+    patterns = [name for name, style in (model.ep_plan or {}).items() if style == _DISPATCHED_EXPERTS]
+    matches = [re.compile(re.escape(pattern).replace(r"\*", r"\d+")).fullmatch for pattern in patterns]
+    return {name: child for name, child in model.named_modules() if any(match(name) for match in matches)}
+
+
+def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
+    """The repeated blocks that the model declares must not be split; the unit of FSDP."""
+    names = set(model._no_split_modules or ())
+    return [child for child in model.modules() if type(child).__name__ in names]
+
+
+def tied(model: PreTrainedModel) -> bool:
+    """Whether the input embedding and the output head are one parameter."""
+    head = model.get_output_embeddings()
+    return head is not None and head.weight is model.get_input_embeddings().weight
+
+
+def local_experts_function(module: nn.Module, name: str) -> ExpertsFunction:
+    """The function that runs the experts of one device.
+
+    Args:
+        module: The experts module.
+        name: ``"eager"`` or a name in transformers' ``ExpertsInterface``.
+
+    Raises:
+        ValueError: If no such implementation is registered.
+    """
+    names = sorted({"eager", *ALL_EXPERTS_FUNCTIONS} - {EXPERTS_IMPLEMENTATION})
+    if name not in names:
+        raise ValueError(f"experts_implementation={name!r} is not registered; choose 'auto' or one of {names}.")
+    # The decorator that lets a model pick its implementation wraps the model's own (eager) forward.
+    eager: ExpertsFunction = type(module).forward.__wrapped__  # type: ignore[attr-defined]
+    return ALL_EXPERTS_FUNCTIONS.get_interface(name, eager)
+
+
+def choose_experts_function(module: nn.Module, dtype: torch.dtype, device_type: str) -> str:
+    """What ``experts_implementation="auto"`` means for this module: grouped GEMMs where they are fast, else eager.
+
+    ``F.grouped_mm`` is fast on CUDA in bf16 with rows that are multiples of 16 bytes; elsewhere it loops too, and the
+    eager experts skip those that received nothing.
+    """
+    aligned = all(size % 8 == 0 for param in module.parameters(recurse=False) for size in param.shape[1:])
+    return "grouped_mm" if device_type == "cuda" and dtype == torch.bfloat16 and aligned else "eager"
+
+
+def attach_context(module: nn.Module, context: ExpertContext) -> None:
+    """Makes ``module`` an expert-parallel one: from now on its forward goes through ``context``."""
+    setattr(module, _CONTEXT, context)
+
+
+def is_parallel_experts(module: nn.Module) -> bool:
+    """Whether `attach_context` was called on ``module``."""
+    return hasattr(module, _CONTEXT)
+
+
+def use_expert_parallel_forward(model: PreTrainedModel) -> None:
+    """Selects our function in the experts interface for the whole model; keeps `generate` in step over ranks."""
+    model.set_experts_implementation(EXPERTS_IMPLEMENTATION)
+    # generate() asks this to keep forwarding until the last rank has stopped; an early stop on one rank hangs the rest.
+    model._is_fsdp_managed_module = True  # type: ignore[assignment]
+
+
+def _experts_forward(module: nn.Module, hidden_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
+    context: ExpertContext | None = getattr(module, _CONTEXT, None)
+    if context is None:
+        # A model that shares its config object with a parallelised one shares the implementation name too.
+        name = choose_experts_function(module, hidden_TH.dtype, hidden_TH.device.type)
+        return local_experts_function(module, name)(module, hidden_TH, ids_TK, weights_TK)
+    params = [context.local_param(getattr(module, name)) for name in context.param_names]
+    return moe_forward(context.dispatcher, context.experts, hidden_TH, ids_TK, weights_TK, params)
+
+
+ExpertsInterface.register(EXPERTS_IMPLEMENTATION, _experts_forward)
+
+
+def init_rules(model: PreTrainedModel) -> Iterator[tuple[str, nn.Module, PreTrainedModel]]:
+    """Every submodule with the model whose initialisation rules are responsible for it."""
+    owners: dict[str, PreTrainedModel] = {}
+    for name, child in model.named_modules():
+        owner = child if isinstance(child, PreTrainedModel) else owners[name.rpartition(".")[0]]
+        owners[name] = owner
+        yield name, child, owner
+
+
+def apply_init_rule(owner: PreTrainedModel, module: nn.Module) -> None:
+    """Initialises in place the parameters and buffers of ``module`` that are not marked as done."""
+    owner._init_weights(module)
+
+
+def mark_initialized(tensor: Tensor) -> Tensor:
+    """Marks a tensor so that the initialisation rules leave it alone."""
+    tensor._is_hf_initialized = True  # type: ignore[attr-defined]
+    return tensor

@@ -1,0 +1,39 @@
+"""What every test gets: quiet offline libraries, one thread, a fixed seed, and the environment put back afterwards."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from tests import distributed
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if os.environ.get("LIGHTNING_EP_TEST_DEVICE") != "cuda":
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs LIGHTNING_EP_TEST_DEVICE=cuda"))
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    modules = {getattr(item, "module", None) for item in session.items}
+    # Started early: its imports run beside the first tests.
+    if not session.config.option.collectonly and any(hasattr(module, "run_ranks") for module in modules):
+        distributed.start_fork_server()
+
+
+@pytest.fixture(autouse=True)
+def _isolated() -> Iterator[None]:
+    """Undoes what Lightning and the Trainer leave in the process."""
+    environment = dict(os.environ)
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    yield
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    os.environ.clear()
+    os.environ.update(environment)

@@ -1,0 +1,163 @@
+"""The MoE body against float64 maths over the tokens of all ranks, at the extremes of routing."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from lightning_ep.dispatch import AllToAllDispatcher, Dispatcher, LocalDispatcher, Progress
+from lightning_ep.moe import moe_forward
+from lightning_ep.ops.local_experts import LocalExperts
+from lightning_ep.transformers_adapter import local_experts_function
+from tests.distributed import device, run_ranks
+from tests.reference import relative_error, tiny_model
+
+EXPERTS, HIDDEN = 8, 32
+
+
+def _route(case: str, rank: int, world: int) -> tuple[int, Tensor]:
+    """Tokens of this rank and their expert ids ``[T, K]``."""
+    generator = torch.Generator().manual_seed(7 + rank)
+    tokens, top_k = 6, 3
+    if case == "one token per rank":
+        tokens = 1
+    if case == "no token on rank 1" and rank == 1:
+        tokens = 0
+    if case == "top-k is every expert":
+        top_k = EXPERTS
+    ids = torch.stack([torch.randperm(EXPERTS, generator=generator)[:top_k] for _ in range(tokens)] or
+                      [torch.zeros(top_k, dtype=torch.int64)])[:tokens]  # fmt: skip
+    if case == "all tokens to one expert":
+        ids = torch.full((tokens, 1), 5)
+    if case == "only rank 0 receives":
+        ids = ids % (EXPERTS // world) if world > 1 else ids
+        ids = torch.zeros_like(ids[:, :1]) + ids[:, :1]
+    if case == "nobody has a token":
+        ids = ids[:0]
+    return ids.shape[0], ids
+
+
+CASES = [
+    "random",
+    "one token per rank",
+    "no token on rank 1",
+    "top-k is every expert",
+    "all tokens to one expert",
+    "only rank 0 receives",
+    "nobody has a token",
+]
+
+
+def _inputs(case: str, rank: int, world: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    tokens, ids = _route(case, rank, world)
+    generator = torch.Generator().manual_seed(rank)
+    hidden = torch.randn(tokens, HIDDEN, generator=generator, dtype=torch.float64)
+    weights = torch.rand(ids.shape, generator=generator, dtype=torch.float64)
+    grad = torch.randn(tokens, HIDDEN, generator=generator, dtype=torch.float64)
+    return hidden, ids, weights, grad
+
+
+def _expected(case: str, world: int, params: list[Tensor]) -> list[Tensor]:
+    """Output, input and weight gradients of every rank, then the experts' gradients, token by token."""
+    gate_up, down = (p.clone().requires_grad_() for p in params)
+    leaves, outputs, grads = [], [], []
+    for rank in range(world):
+        hidden, ids, weights, grad = _inputs(case, rank, world)
+        hidden.requires_grad_()
+        weights.requires_grad_()
+        out = [torch.zeros(0, HIDDEN, dtype=torch.float64)]
+        for t in range(hidden.shape[0]):
+            total = torch.zeros(HIDDEN, dtype=torch.float64)
+            for k in range(ids.shape[1]):
+                e = int(ids[t, k])
+                gate, up = (gate_up[e] @ hidden[t]).chunk(2)
+                total = total + weights[t, k] * (down[e] @ (torch.nn.functional.silu(gate) * up))
+            out.append(total.unsqueeze(0))
+        outputs.append(torch.cat(out))
+        leaves += [hidden, weights]
+        grads.append(grad)
+    every = torch.cat(outputs)
+    found = torch.autograd.grad(
+        every, [*leaves, gate_up, down], torch.cat(grads), allow_unused=True, materialize_grads=True
+    ) if every.requires_grad else [torch.zeros_like(t) for t in [*leaves, gate_up, down]]  # fmt: skip
+    return [*outputs, *found]
+
+
+def _worker(case: str, dtype: torch.dtype, implementation: str) -> list[float]:
+    rank, world = dist.get_rank(), dist.get_world_size()
+    experts = tiny_model(num_hidden_layers=1).model.layers[0].mlp.experts
+    params = [experts.gate_up_proj.detach().double(), experts.down_proj.detach().double()]
+    local = EXPERTS // world
+    experts.num_experts = local
+    mine = [p[rank * local : (rank + 1) * local].to(device(), dtype).requires_grad_() for p in params]
+    dispatcher: Dispatcher = LocalDispatcher(EXPERTS)
+    if world > 1:
+        dispatcher = AllToAllDispatcher(EXPERTS, dist.group.WORLD, "experts", Progress())
+    runner = LocalExperts(experts, local_experts_function(experts, implementation), ["gate_up_proj", "down_proj"])
+    hidden, ids, weights, grad = _inputs(case, rank, world)
+    hidden = hidden.to(device(), dtype).requires_grad_()
+    weights = weights.to(device(), dtype).requires_grad_()
+    out = moe_forward(dispatcher, runner, hidden, ids.to(device()), weights, mine)
+    out.backward(grad.to(device(), dtype))
+    expected = _expected(case, world, params)
+    outputs, leaves, full = expected[:world], expected[world : 3 * world], expected[3 * world :]
+    errors = [
+        relative_error(out, outputs[rank]),
+        relative_error(hidden.grad, leaves[2 * rank]),
+        relative_error(weights.grad, leaves[2 * rank + 1]),
+    ]
+    for param, grad_full in zip(mine, full, strict=True):
+        # Experts that nobody uses have zero gradients, not missing ones.
+        errors.append(relative_error(param.grad, grad_full[rank * local : (rank + 1) * local]))
+    assert out.dtype == dtype
+    return errors
+
+
+def _all_cases(dtype: torch.dtype, implementation: str) -> dict[str, list[float]]:
+    return {case: _worker(case, dtype, implementation) for case in CASES}
+
+
+@pytest.mark.parametrize("world", [1, 2, 4])
+@pytest.mark.parametrize(
+    ("dtype", "implementation", "tolerance"),
+    [
+        (torch.float64, "eager", 1e-12),
+        (torch.float32, "grouped_mm", 1e-5),
+        (torch.bfloat16, "grouped_mm", 2e-2),
+    ],
+)
+def test_output_and_gradients(world: int, dtype: torch.dtype, implementation: str, tolerance: float) -> None:
+    for rank, results in enumerate(run_ranks(world, _all_cases, dtype, implementation)):
+        for case, errors in results.items():
+            assert max(errors) < tolerance, f"{case}, rank {rank}: {errors}"
+
+
+def _backward_twice() -> str:
+    experts = tiny_model(num_hidden_layers=1).model.layers[0].mlp.experts
+    runner = LocalExperts(experts, local_experts_function(experts, "eager"), ["gate_up_proj", "down_proj"])
+    hidden = torch.randn(3, HIDDEN, requires_grad=True)
+    ids, weights = torch.tensor([[0, 1]] * 3), torch.rand(3, 2)
+    params = [experts.gate_up_proj, experts.down_proj]
+    out = moe_forward(LocalDispatcher(EXPERTS), runner, hidden, ids, weights, params).sum()
+    out.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="a second time"):
+        out.backward()
+    return "refused"
+
+
+def test_second_backward_is_refused() -> None:
+    assert _backward_twice() == "refused"
+
+
+def _count_rows() -> tuple[int, int]:
+    dispatcher = AllToAllDispatcher(EXPERTS, dist.group.WORLD, "experts", Progress())
+    ids = torch.tensor([[0, 1, 2], [4, 5, 0]], device=device())
+    plan = dispatcher.plan(ids)
+    return sum(plan.send_splits), plan.num_pairs
+
+
+def test_a_token_travels_once_to_each_rank() -> None:
+    # Experts 0..3 on rank 0: the first token goes to it once for three experts, the second to both ranks.
+    assert run_ranks(2, _count_rows) == [(3, 8), (3, 4)]
