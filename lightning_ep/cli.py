@@ -43,6 +43,7 @@ def main(args: list[str] | None = None) -> None:
         args: The arguments, by default those of the process. When a run has more than one process on this node and
             no launcher such as torchrun, Lightning starts the others with the arguments *of the process*.
     """
+    warnings.filterwarnings("ignore", ".*LeafSpec.* is deprecated")  # Lightning 2.6 meets torch 2.13
     _quiet_other_ranks()
     _import_from_working_directory()
     arguments = sys.argv[1:] if args is None else args
@@ -62,7 +63,12 @@ def main(args: list[str] | None = None) -> None:
         save_config_kwargs={"overwrite": True},
         # It would build the optimizer before the strategy has sharded the parameters.
         auto_configure_optimizers=False,
-        parser_kwargs={"prog": PROG, "version": lightning_ep.__version__, "description": _description()},
+        parser_kwargs={
+            "prog": PROG,
+            "version": lightning_ep.__version__,
+            "description": _description(),
+            "allow_abbrev": False,  # a misspelt option is an error, not another option
+        },
     )
 
 
@@ -78,7 +84,7 @@ def _description() -> str:
 
 def _quiet_other_ranks() -> None:
     """Leaves progress bars, information and warnings to rank 0; errors are shown by the rank that has them."""
-    if rank_zero_only.rank == 0:
+    if rank_zero_only.rank == 0:  # type: ignore[attr-defined]
         return
     warnings.simplefilter("ignore")
     for name in ("lightning", "lightning.pytorch", "lightning.fabric"):

@@ -158,8 +158,9 @@ class CausalLM(LightningModule):
         self._evaluation = None
         loss, tokens = self.trainer.strategy.reduce(sums, reduce_op="sum")
         mean = (loss / tokens).float()
-        self.log(f"{stage}/loss", mean, prog_bar=True)
-        self.log(f"{stage}/perplexity", mean.exp())
+        # Equal on all ranks already; sync_dist only tells Lightning so.
+        self.log(f"{stage}/loss", mean, prog_bar=True, sync_dist=True)
+        self.log(f"{stage}/perplexity", mean.exp(), sync_dist=True)
 
     @override
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:

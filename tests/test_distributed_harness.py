@@ -46,9 +46,7 @@ def _surroundings() -> tuple[str | None, str, int, float, int]:
     return os.environ.get("ANSWER"), os.getcwd(), torch.get_num_threads(), torch.rand(()).item(), threads
 
 
-def test_ranks_see_the_environment_and_directory_of_the_test(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_ranks_see_the_environment_and_directory_of_the_test(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("ANSWER", "42")
     monkeypatch.chdir(tmp_path)
     results = run_ranks(2, partial(_surroundings), init_process_group=False)
@@ -122,7 +120,7 @@ def test_a_rank_that_leaves_without_a_result_is_a_failure() -> None:
 
 
 def test_what_cannot_be_pickled_is_refused_in_the_test() -> None:
-    with pytest.raises(Exception, match="local object|local function"):
+    with pytest.raises(Exception, match=r"local object|local function"):
         run_ranks(1, lambda: None)
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.callbacks import Checkpoint
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -85,7 +86,7 @@ def quiet(root: Path, **overrides: Any) -> L.Trainer:
         "accelerator": accelerator(),
         "devices": int(os.environ.get("WORLD_SIZE", "1")),
         "logger": False,
-        "enable_checkpointing": any("Checkpoint" in type(c).__name__ for c in overrides.get("callbacks", [])),
+        "enable_checkpointing": any(isinstance(c, Checkpoint) for c in overrides.get("callbacks", [])),
         "enable_progress_bar": False,
         "enable_model_summary": False,
         "default_root_dir": root,

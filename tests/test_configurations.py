@@ -1,0 +1,172 @@
+"""Wrong configurations raise early, with the values, the rule and a fix; unusual right ones work."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.trainer.connectors import accelerator_connector
+from torch import nn
+from torch.utils.data import DataLoader
+from transformers import Qwen3Config, Qwen3ForCausalLM
+
+from lightning_ep import CausalLM, ExpertParallelStrategy, ParallelLayout, expert_plan
+from tests.reference import tiny_config, tiny_model
+from tests.tiny import Samples
+
+
+def _trainer(tmp_path: Path, **arguments: Any) -> L.Trainer:
+    quiet: dict[str, Any] = dict(
+        accelerator="cpu", devices=1, max_steps=1, logger=False, enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False, default_root_dir=tmp_path,
+    )  # fmt: skip
+    return L.Trainer(**{**quiet, **arguments})
+
+
+@pytest.mark.parametrize(
+    ("ep", "fsdp", "world", "per_node", "expected"),
+    [
+        ("auto", "auto", 16, 8, (8, 2)),
+        ("auto", "auto", 1, 1, (1, 1)),
+        ("auto", 4, 8, 8, (2, 4)),
+        (2, "auto", 8, 8, (2, 4)),
+        (64, "auto", 64, 8, (64, 1)),
+    ],
+)
+def test_auto_sizes(ep: Any, fsdp: Any, world: int, per_node: int, expected: tuple[int, int]) -> None:
+    layout = ParallelLayout.resolve(ep, fsdp, world, per_node)
+    assert (layout.ep, layout.fsdp) == expected
+
+
+@pytest.mark.parametrize(
+    ("ep", "fsdp", "message"),
+    [
+        (3, "auto", r"ep=3 times fsdp=2 is 6, but there are 8.*choose one of \[1, 2, 4, 8\]"),
+        (4, 4, r"ep=4 times fsdp=4 is 16, but there are 8.*use fsdp=2"),
+        (0, "auto", "ep=0: must be a positive integer"),
+        ("all", "auto", "ep='all': must be a positive integer or 'auto'"),
+        (16, "auto", r"ep=16 .* there are 8 processes"),
+    ],
+)
+def test_sizes_that_do_not_fit_the_world(ep: Any, fsdp: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ParallelLayout.resolve(ep, fsdp, 8, 8)
+
+
+def test_the_trainer_refuses_a_layout_before_it_launches_processes(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"ep=3 .*there are 2 processes"):
+        _trainer(tmp_path, devices=2, strategy=ExpertParallelStrategy(ep=3))
+
+
+def test_devices_that_disagree_with_the_launcher(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"RANK": "0", "LOCAL_RANK": "0", "GROUP_RANK": "0", "LOCAL_WORLD_SIZE": "2", "WORLD_SIZE": "2",
+                        "TORCHELASTIC_RUN_ID": "test"}.items():  # fmt: skip
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match=r"devices=1, num_nodes=1\) makes 1 processes, but TorchElastic.*started 2"):
+        _trainer(tmp_path, strategy=ExpertParallelStrategy())
+
+
+@pytest.mark.parametrize("precision", ["16-mixed", "16-true", "64-true"])
+def test_precisions_that_do_not_exist(tmp_path: Path, precision: Any) -> None:
+    with pytest.raises(ValueError, match=rf"{precision}.*bf16-mixed"):
+        _trainer(tmp_path, strategy=ExpertParallelStrategy(), precision=precision)
+
+
+def test_ep_that_does_not_divide_the_experts_names_the_best_layout() -> None:
+    with pytest.raises(ValueError, match=r"ep=16 does not divide the 8 experts of mlp.*use ep=8, fsdp=2"):
+        ParallelLayout(world_size=16, ep=16).check_num_experts(8, "mlp")
+
+
+def test_a_dense_model_and_a_module_without_a_model() -> None:
+    dense = Qwen3ForCausalLM(Qwen3Config(vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1,
+                                         num_attention_heads=1, num_key_value_heads=1, head_dim=8))  # fmt: skip
+    with pytest.raises(ValueError, match="Qwen3ForCausalLM .*no experts to parallelise.*FSDPStrategy"):
+        expert_plan(dense)
+    with pytest.raises(ValueError, match="Linear contains no transformers model"):
+        expert_plan(nn.Linear(2, 2))
+
+
+class _Module(CausalLM):
+    def __init__(self, **overrides: Any) -> None:
+        super().__init__(tiny_config(), pretrained=False)
+        self.model = tiny_model(**overrides)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "message"),
+    [
+        ({"experts_implementation": "fastest"}, r"'fastest' is not registered; choose 'auto' or one of \[.*eager"),
+        ({"dispatcher": "pigeon"}, "dispatcher='pigeon' does not exist; choose 'all_to_all'"),
+    ],
+)
+def test_names_that_do_not_exist_leave_the_model_alone(tmp_path: Path, strategy: Any, message: str) -> None:
+    module = _Module()
+    with pytest.raises(ValueError, match=message):
+        _trainer(tmp_path, strategy=ExpertParallelStrategy(**strategy)).fit(module, DataLoader(Samples(2)))
+    assert not any(isinstance(p, torch.distributed.tensor.DTensor) for p in module.parameters())
+    assert module.model.model.layers[0].mlp.experts.num_experts == 8
+
+
+def test_a_parameter_of_the_module_itself_is_named(tmp_path: Path) -> None:
+    module = _Module()
+    module.temperature = nn.Parameter(torch.ones(()))
+    with pytest.raises(ValueError, match="the parameter temperature of _Module .*submodule"):
+        _trainer(tmp_path, strategy=ExpertParallelStrategy()).fit(module, DataLoader(Samples(2)))
+
+
+def test_causal_lm_needs_this_strategy(tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match=r"SingleDeviceStrategy.*strategy=ExpertParallelStrategy"):
+        _trainer(tmp_path).fit(CausalLM(tiny_config(), pretrained=False), DataLoader(Samples(2)))
+    with pytest.raises(ValueError, match="pretrained=False"):
+        CausalLM(tiny_config())
+
+
+@pytest.mark.parametrize("name", ["ep", "expert_parallel"])
+def test_one_process_trains_in_a_notebook_by_name(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(accelerator_connector, "_IS_INTERACTIVE", True)
+    trainer = _trainer(tmp_path, strategy=name)
+    assert trainer.strategy.launcher is None
+    trainer.fit(CausalLM(tiny_config(), pretrained=False), DataLoader(Samples(2)))
+    assert trainer.global_step == 1
+    assert torch.isfinite(trainer.callback_metrics["train/loss"])
+
+
+_FAKE = """
+    import sys
+    import torch
+    import torch.distributed as dist
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+    from lightning_ep import ParallelLayout, expert_plan, from_config
+    from lightning_ep.parallelize import shard
+    from torch.distributed.fsdp import MixedPrecisionPolicy
+    from tests.reference import tiny_config
+
+    ep, fsdp, rank = map(int, sys.argv[1:])
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=ep * fsdp)
+    config = tiny_config(num_experts=128, num_experts_per_tok=8, num_attention_heads=8, num_key_value_heads=4)
+    model = from_config(config)
+    layout = ParallelLayout(ep * fsdp, ep, fsdp)
+    shard(model, layout, layout.build_meshes("cpu"), torch.device("cpu"), expert_plan(model), MixedPrecisionPolicy())
+    for layer in model.model.layers:
+        gate_up, down = layer.mlp.experts.gate_up_proj, layer.mlp.experts.down_proj
+        assert gate_up.shape == (128, 32, 32) and down.shape == (128, 32, 16)
+        assert gate_up.to_local().shape == (128 // ep, 32 // fsdp, 32), gate_up.to_local().shape
+        assert down.to_local().shape == (128 // ep, 32 // fsdp, 16), down.to_local().shape
+        assert layer.mlp.experts.num_experts == 128 // ep
+        assert layer.self_attn.k_proj.weight.device_mesh.size() == ep * fsdp
+    print("placed")
+"""
+
+
+@pytest.mark.parametrize(("ep", "fsdp", "rank"), [(16, 1, 5), (32, 2, 63), (64, 1, 63)])
+def test_ep_is_not_bound_by_attention_heads(ep: int, fsdp: int, rank: int) -> None:
+    command = [sys.executable, "-c", textwrap.dedent(_FAKE), str(ep), str(fsdp), str(rank)]
+    root = Path(__file__).resolve().parents[1]
+    found = subprocess.run(command, capture_output=True, text=True, cwd=root, timeout=100)
+    assert found.stdout.strip().endswith("placed"), found.stderr

@@ -1,0 +1,148 @@
+"""Names of torch, Lightning and transformers that are not their public API, and that this package uses.
+
+An upgrade that moves one fails here with its name, instead of somewhere in a training run.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import inspect
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import lightning_ep
+
+# "module:name", "module:Class.name"; an attribute that instances get in a method counts too.
+PRIVATE = [
+    "lightning.fabric.plugins.precision.utils:_DtypeContextManager",
+    "lightning.fabric.plugins.precision.utils:_convert_fp_tensor",
+    "lightning.fabric.utilities.optimizer:_optimizers_to_device",
+    "lightning.pytorch.core.module:LightningModule._device_mesh",
+    "lightning.pytorch.core.module:LightningModule._on_before_batch_transfer",
+    "lightning.pytorch.loops.loop:_Loop",
+    "lightning.pytorch.loops.prediction_loop:_PredictionLoop._build_kwargs",
+    "lightning.pytorch.loops.prediction_loop:_PredictionLoop._build_step_args_from_hook_kwargs",
+    "lightning.pytorch.loops.training_epoch_loop:_TrainingEpochLoop._batches_that_stepped",
+    "lightning.pytorch.plugins.precision:Precision._after_closure",
+    "lightning.pytorch.strategies.launchers.subprocess_script:_SubprocessScriptLauncher.kill",
+    "lightning.pytorch.strategies:ModelParallelStrategy._configure_launcher",
+    "lightning.pytorch.strategies:ModelParallelStrategy._device_mesh",
+    "lightning.pytorch.strategies:ModelParallelStrategy._process_group_backend",
+    "lightning.pytorch.strategies:ModelParallelStrategy._setup_distributed",
+    "lightning.pytorch.strategies:ModelParallelStrategy._timeout",
+    "lightning.pytorch.strategies:Strategy._precision_plugin",
+    "torch:_foreach_clamp_max_",
+    "torch:_foreach_clamp_min_",
+    "torch:_foreach_mul_",
+    "torch:_foreach_norm",
+    "torch.distributed.tensor.parallel:ParallelStyle._apply",
+    "torch.nn:Module._buffers",
+    "torch.nn:Module._parameters",
+    "transformers:PreTrainedModel._init_weights",
+    "transformers:PreTrainedModel._no_split_modules",
+]
+
+# Public in name, but undocumented, recent, or outside of what an upgrade promises to keep.
+UNDOCUMENTED = [
+    "lightning.pytorch.strategies:ModelParallelStrategy.model_sharded_context",
+    "lightning.pytorch.strategies:Strategy.on_exception",
+    "lightning.pytorch.trainer.states:TrainerFn.FITTING",
+    "torch.distributed.fsdp:FSDPModule.set_force_sum_reduction_for_comms",
+    "torch.distributed.fsdp:FSDPModule.set_gradient_divide_factor",
+    "torch.distributed.fsdp:FSDPModule.set_requires_gradient_sync",
+    "transformers:PreTrainedModel.ep_plan",
+    "transformers:PreTrainedModel.set_experts_implementation",
+    "transformers:Qwen3MoeConfig.base_model_ep_plan",
+    "transformers.integrations.moe:ALL_EXPERTS_FUNCTIONS",
+    "transformers.integrations.moe:ExpertsInterface.register",
+]
+
+# Marks that transformers looks for on objects: no name to import, so the sources must mention them.
+MARKS = {
+    "transformers.distributed.fsdp": ["_is_fsdp_managed_module"],
+    "transformers.generation.utils": ["is_fsdp_managed_module"],
+    "transformers.initialization": ["_is_hf_initialized"],
+}
+
+PACKAGE = Path(lightning_ep.__file__).parent
+LIBRARIES = ("torch", "lightning", "transformers")
+FAILURE = "an upgrade moved it; find what took its place, then raise the bound in pyproject.toml"
+
+
+@pytest.mark.parametrize("entry", [*PRIVATE, *UNDOCUMENTED])
+def test_name_exists(entry: str) -> None:
+    module_name, _, path = entry.partition(":")
+    owner = importlib.import_module(module_name)
+    for name in path.split("."):
+        if not hasattr(owner, name):
+            assert inspect.isclass(owner), f"{entry}: {FAILURE}"
+            assert _set_on_instances(owner, name), f"{entry}: {FAILURE}"
+            return
+        owner = getattr(owner, name)
+
+
+@pytest.mark.parametrize(("module", "mark"), [(module, mark) for module, marks in MARKS.items() for mark in marks])
+def test_mark_is_looked_for(module: str, mark: str) -> None:
+    assert mark in inspect.getsource(importlib.import_module(module)), f"{module}: {mark}: {FAILURE}"
+
+
+def test_every_private_name_that_the_package_uses_is_listed() -> None:
+    trees = {path: ast.parse(path.read_text()) for path in sorted(PACKAGE.rglob("*.py"))}
+    listed = {part for entry in PRIVATE for part in entry.partition(":")[2].split(".")}
+    listed |= {mark for marks in MARKS.values() for mark in marks}
+    own = {name for tree in trees.values() for name in _defined(tree)}
+    for path, tree in trees.items():
+        used = set(_imported(tree)) | _overridden(tree) | (_accessed(tree) - own)
+        missing = sorted(used - listed)
+        assert not missing, f"{path.relative_to(PACKAGE.parent)} uses {missing}: add them to the table in {__file__}"
+
+
+def _set_on_instances(owner: type, name: str) -> bool:
+    return any(f"self.{name}" in inspect.getsource(base) for base in owner.__mro__ if base.__module__ != "builtins")
+
+
+def _private(name: str | None) -> bool:
+    return bool(name) and any(part.startswith("_") and not part.startswith("__") for part in name.split("."))
+
+
+def _imported(tree: ast.AST) -> Iterator[str]:
+    """Private names imported from the libraries."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (a.name for a in node.names if a.name.split(".")[0] in LIBRARIES and _private(a.name))
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] in LIBRARIES:
+            if _private(node.module):
+                yield str(node.module)
+            yield from (alias.name for alias in node.names if _private(alias.name))
+
+
+def _overridden(tree: ast.AST) -> set[str]:
+    """Private methods that override a library's (the package's own classes override none of its own)."""
+    functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
+    return {f.name for f in functions if _private(f.name) and "override" in map(_decorator_name, f.decorator_list)}
+
+
+def _decorator_name(node: ast.expr) -> str | None:
+    return node.id if isinstance(node, ast.Name) else None
+
+
+def _accessed(tree: ast.AST) -> set[str]:
+    return {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute) and _private(node.attr)}
+
+
+def _defined(tree: ast.AST) -> Iterator[str]:
+    """Private names that the package itself gives to functions, classes, variables and attributes of ``self``."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            yield node.name
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            yield node.id
+        elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store) and _is_self(node.value):
+            yield node.attr
+
+
+def _is_self(node: ast.expr) -> bool:
+    return isinstance(node, ast.Name) and node.id == "self"
