@@ -15,11 +15,20 @@ VOCAB = 128
 
 def tiny_config(**overrides: Any) -> Qwen3MoeConfig:
     """A Qwen3-MoE of two layers and eight experts that still has everything: GQA, q/k norms, normalised top-4."""
-    sizes: dict[str, Any] = dict(
-        vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=8, moe_intermediate_size=16, num_experts=8, num_experts_per_tok=4,
-        norm_topk_prob=True, max_position_embeddings=64,
-    )  # fmt: skip
+    sizes: dict[str, Any] = {
+        "vocab_size": VOCAB,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "moe_intermediate_size": 16,
+        "num_experts": 8,
+        "num_experts_per_tok": 4,
+        "norm_topk_prob": True,
+        "max_position_embeddings": 64,
+    }
     return Qwen3MoeConfig(**{**sizes, **overrides})
 
 

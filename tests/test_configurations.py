@@ -22,10 +22,10 @@ from tests.tiny import Samples
 
 
 def _trainer(tmp_path: Path, **arguments: Any) -> L.Trainer:
-    quiet: dict[str, Any] = dict(
-        accelerator="cpu", devices=1, max_steps=1, logger=False, enable_checkpointing=False,
-        enable_progress_bar=False, enable_model_summary=False, default_root_dir=tmp_path,
-    )  # fmt: skip
+    quiet: dict[str, Any] = {
+        "accelerator": "cpu", "devices": 1, "max_steps": 1, "logger": False, "enable_checkpointing": False,
+        "enable_progress_bar": False, "enable_model_summary": False, "default_root_dir": tmp_path,
+    }  # fmt: skip
     return L.Trainer(**{**quiet, **arguments})
 
 
@@ -86,7 +86,7 @@ def test_ep_that_does_not_divide_the_experts_names_the_best_layout() -> None:
 def test_a_dense_model_and_a_module_without_a_model() -> None:
     dense = Qwen3ForCausalLM(Qwen3Config(vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1,
                                          num_attention_heads=1, num_key_value_heads=1, head_dim=8))  # fmt: skip
-    with pytest.raises(ValueError, match="Qwen3ForCausalLM .*no experts to parallelise.*FSDPStrategy"):
+    with pytest.raises(ValueError, match=r"Qwen3ForCausalLM .*no experts to parallelise.*FSDPStrategy"):
         expert_plan(dense)
     with pytest.raises(ValueError, match="Linear contains no transformers model"):
         expert_plan(nn.Linear(2, 2))
@@ -116,7 +116,7 @@ def test_names_that_do_not_exist_leave_the_model_alone(tmp_path: Path, strategy:
 def test_a_parameter_of_the_module_itself_is_named(tmp_path: Path) -> None:
     module = _Module()
     module.temperature = nn.Parameter(torch.ones(()))
-    with pytest.raises(ValueError, match="the parameter temperature of _Module .*submodule"):
+    with pytest.raises(ValueError, match=r"the parameter temperature of _Module .*submodule"):
         _trainer(tmp_path, strategy=ExpertParallelStrategy()).fit(module, DataLoader(Samples(2)))
 
 

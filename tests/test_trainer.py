@@ -492,7 +492,7 @@ def throughput_monitor(root: Path) -> None:
 
 @row()
 def fast_dev_run(root: Path) -> None:
-    trainer, module = fit(root, fast_dev_run=STEPS)
+    _trainer, module = fit(root, fast_dev_run=STEPS)
     assert agreed(len(module.losses))
     assert not root.exists() or not list(root.iterdir())
 
@@ -778,7 +778,7 @@ def refit_with_the_same_trainer(root: Path) -> None:
 def refit_with_a_new_trainer(root: Path) -> None:
     _, module = fit(root)
     before = module.model.lm_head.weight.detach().full_tensor()
-    trainer, _ = fit(root, module)
+    _trainer, _ = fit(root, module)
     after = module.model.lm_head.weight.detach().full_tensor()
     assert not torch.equal(before, after)
 
