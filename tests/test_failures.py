@@ -31,7 +31,8 @@ _SCRIPT = """
 
     print("pid", os.getpid(), flush=True)
     timeout = timedelta(seconds=5 if what == "sleep" else 600)
-    quiet(Path("."), strategy=ExpertParallelStrategy(ep=2, timeout=timeout), devices=2, accelerator="cpu", max_steps=4).fit(
+    strategy = ExpertParallelStrategy(ep=2, timeout=timeout)
+    quiet(Path("."), strategy=strategy, devices=2, accelerator="cpu", max_steps=4).fit(
         Module(), DataLoader(Samples(16), batch_size=2)
     )
 """
