@@ -47,6 +47,16 @@ class LockstepLoader:
             raise AttributeError(name)
         return getattr(self._loader, name)
 
+    # Spelled out: from Python 3.12 on, Lightning's protocol check for resumable loaders does not ask __getattr__.
+    def state_dict(self) -> dict[str, Any]:
+        """The wrapped loader's position, empty if it keeps none."""
+        return self._loader.state_dict() if hasattr(self._loader, "state_dict") else {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Puts the wrapped loader where it was."""
+        if hasattr(self._loader, "load_state_dict"):
+            self._loader.load_state_dict(state)
+
     def __len__(self) -> int:
         if self._num_steps is None:
             raise TypeError("the number of batches is not known on every rank")

@@ -90,7 +90,7 @@ def shard(
         _fully_shard_dense(model, meshes, mp_policy)
         adapter.use_expert_parallel_forward(model)
     for child in _outside(module, models.values()):
-        fully_shard(child, mesh=meshes.dense, mp_policy=mp_policy)
+        fully_shard(child, mesh=meshes.dense, mp_policy=mp_policy, reshard_after_forward=True)
     _sum_gradients(module)
 
 
@@ -122,7 +122,9 @@ def _fully_shard_dense(model: nn.Module, meshes: Meshes, mp_policy: MixedPrecisi
     # A parameter that two modules share must be in the group of the module that contains both.
     if not adapter.tied(model):  # type: ignore[arg-type]
         fully_shard(embedding, mesh=meshes.dense, mp_policy=mp_policy)
-    fully_shard(model, mesh=meshes.dense, mp_policy=mp_policy)
+    # Said explicitly: by default a root stays gathered after a forward without backward (validation), and an optimizer
+    # built then would get plain copies of its parameters and train nothing.
+    fully_shard(model, mesh=meshes.dense, mp_policy=mp_policy, reshard_after_forward=True)
 
 
 def _outside(module: nn.Module, models: Iterable[nn.Module], name: str = "") -> Iterable[nn.Module]:

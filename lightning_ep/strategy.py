@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
+from lightning.fabric.utilities.distributed import _set_num_threads_if_needed
 from lightning.fabric.utilities.optimizer import _optimizers_to_device
 from lightning.pytorch import Trainer
 from lightning.pytorch.plugins.precision import Precision
@@ -32,6 +33,7 @@ from lightning_ep.lockstep import lockstep
 from lightning_ep.parallelize import is_parallelized, set_gradient_sync, shard
 from lightning_ep.plan import DispatcherName, expert_plan
 from lightning_ep.precision import ShardedPrecision, clip_grad_norm_
+from lightning_ep.refusals import refuse_optimizers, refuse_unsupported
 
 _LARGE_MODEL_BYTES = 2**30
 _TIMEOUT = timedelta(minutes=30)  # Lightning's default
@@ -142,7 +144,11 @@ class ExpertParallelStrategy(ModelParallelStrategy):
 
     @override
     def setup_environment(self) -> None:
+        assert self.lightning_module is not None
+        refuse_unsupported(self.lightning_module.trainer, self._layer_sync)
         if self._meshes is None:
+            # Lightning does it only in processes that it launches itself, which leaves ranks with unequal threads.
+            _set_num_threads_if_needed(self.num_processes)
             # Once per process: a second fit would leak the process groups of the first.
             self._setup_distributed()
             self._meshes = self.layout.build_meshes(self.root_device.type)
@@ -150,7 +156,6 @@ class ExpertParallelStrategy(ModelParallelStrategy):
             self._warn_if_ep_crosses_nodes()
             if self.root_device.type == "cuda" and self._timeout is not None:
                 self._progress.watch(self.global_rank, self._timeout.total_seconds())
-        assert self.lightning_module is not None
         self.lightning_module._device_mesh = self._device_mesh
 
     def _warn_if_ep_crosses_nodes(self) -> None:
@@ -220,6 +225,7 @@ class ExpertParallelStrategy(ModelParallelStrategy):
         self.barrier()
         if trainer.state.fn == TrainerFn.FITTING:
             self.setup_optimizers(trainer)
+            refuse_optimizers(self.optimizers)
         self.setup_precision_plugin()
         if trainer.state.fn == TrainerFn.FITTING:
             _optimizers_to_device(self.optimizers, self.root_device)

@@ -19,6 +19,7 @@ import lightning_ep
 PRIVATE = [
     "lightning.fabric.plugins.precision.utils:_DtypeContextManager",
     "lightning.fabric.plugins.precision.utils:_convert_fp_tensor",
+    "lightning.fabric.utilities.distributed:_set_num_threads_if_needed",
     "lightning.fabric.utilities.optimizer:_optimizers_to_device",
     "lightning.pytorch.core.module:LightningModule._device_mesh",
     "lightning.pytorch.core.module:LightningModule._on_before_batch_transfer",

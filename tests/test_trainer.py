@@ -130,14 +130,17 @@ def fit(root: Path, module: L.LightningModule | None = None, **overrides: Any) -
 
 def check(trainer: L.Trainer, module: L.LightningModule, steps: int = STEPS) -> None:
     assert trainer.global_step == steps, f"{trainer.global_step} optimizer steps"
-    assert all(isinstance(param, DTensor) for param in module.model.parameters())
     start = tiny_model(**module.overrides).state_dict()
     for name, param in module.model.named_parameters():
-        full = param.detach().full_tensor()
+        full = whole(param)
         assert full.isfinite().all(), name
         assert agreed(full.sum().item()), name
-        if name.endswith("gate_up_proj") and steps:
+        if name.endswith(("gate_up_proj", "q_proj.weight", "lm_head.weight")) and steps:
             assert not torch.equal(full, start[name]), f"{name} has not moved"
+
+
+def whole(param: Tensor) -> Tensor:
+    return (param.detach().full_tensor() if isinstance(param, DTensor) else param.detach()).clone()
 
 
 # ---------------------------------------------------------------------------------------------------- callbacks
@@ -342,7 +345,7 @@ def average_of_the_shards(root: Path) -> None:
         def on_train_batch_end(self, trainer: L.Trainer, module: Any, *_: Any) -> None:
             for average, param in zip(self.average, module.parameters(), strict=True):
                 average.lerp_(param.detach(), 0.5)
-            history.append(module.model.lm_head.weight.detach().full_tensor())
+            history.append(whole(module.model.lm_head.weight))
 
     history: list[Tensor] = []
     mine = Average()
@@ -418,7 +421,7 @@ def base_finetuning(root: Path) -> None:
 
     class Watch(L.Callback):
         def on_train_epoch_end(self, trainer: L.Trainer, module: Any) -> None:
-            now = {name: param.detach().full_tensor() for name, param in module.model.named_parameters()}
+            now = {name: whole(param) for name, param in module.model.named_parameters()}
             moved.append([name for name in now if not torch.equal(now[name], start[name])])
 
     module = Finetuned()
@@ -437,7 +440,7 @@ def freezing_later(root: Path) -> None:
             embedding = module.model.model.embed_tokens.weight
             embedding.requires_grad_(False)
             embedding.grad = None
-            frozen.append(embedding.detach().full_tensor())
+            frozen.append(whole(embedding))
 
     frozen: list[Tensor] = []
     module = Finetuned()
@@ -777,9 +780,9 @@ def refit_with_the_same_trainer(root: Path) -> None:
 @row()
 def refit_with_a_new_trainer(root: Path) -> None:
     _, module = fit(root)
-    before = module.model.lm_head.weight.detach().full_tensor()
+    before = whole(module.model.lm_head.weight)
     _trainer, _ = fit(root, module)
-    after = module.model.lm_head.weight.detach().full_tensor()
+    after = whole(module.model.lm_head.weight)
     assert not torch.equal(before, after)
 
 
@@ -830,6 +833,29 @@ def evaluate_before_and_after_fit(root: Path) -> None:
     assert trainer.test(module, loader(4), verbose=False)[0]["test_loss"] == after
     assert len(trainer.predict(module, loader(4))) == 1
     quiet(root).validate(module, loader(4), verbose=False)
+
+
+@row()
+def parameters_are_shards_in_every_hook(root: Path) -> None:
+    plain: dict[str, list[str]] = {}
+
+    class Watch(L.Callback):
+        def look(self, where: str, module: Any) -> None:
+            if names := [name for name, param in module.named_parameters() if not isinstance(param, DTensor)]:
+                plain[where] = names
+
+        def on_validation_batch_end(self, trainer: L.Trainer, module: Any, *_: Any) -> None:
+            self.look("validation", module)
+
+        def on_train_batch_start(self, trainer: L.Trainer, module: Any, *_: Any) -> None:
+            self.look("before training", module)
+
+        def on_predict_batch_end(self, trainer: L.Trainer, module: Any, *_: Any) -> None:
+            self.look("predict", module)
+
+    trainer, module = fit(root, callbacks=[Watch()])
+    trainer.predict(module, loader(4))
+    assert not plain, plain
 
 
 @row()
@@ -898,7 +924,7 @@ def load_a_file_without_a_trainer(root: Path) -> None:
     trainer.save_checkpoint(root / "file.ckpt")
     loaded = TinyModule.load_from_checkpoint(root / "file.ckpt", in_init=True)
     for (name, param), other in zip(module.model.named_parameters(), loaded.model.parameters(), strict=True):
-        assert torch.equal(param.detach().full_tensor(), other), name
+        assert torch.equal(whole(param), other), name
 
 
 # ---------------------------------------------------------------------------------------------------- optimizers, heads
@@ -966,7 +992,7 @@ class _Mine(torch.utils.data.Dataset):
 def _equal(sharded: nn.Module, reference: nn.Module, tolerance: float = 1e-5) -> None:
     found, expected = dict(sharded.named_parameters()), dict(reference.named_parameters())
     assert found.keys() == expected.keys()
-    errors = {name: relative_error(found[name].detach().full_tensor(), expected[name].detach()) for name in found}
+    errors = {name: relative_error(whole(found[name]), expected[name].detach()) for name in found}
     wrong = {name: error for name, error in errors.items() if not error < tolerance}
     assert not wrong, wrong
 
@@ -1137,7 +1163,12 @@ def torch_compile_of_the_module(root: Path) -> None:
 
 # ---------------------------------------------------------------------------------------------------- the tests
 
-BROKEN: dict[str, str] = {}
+_REFUSE = "not refused yet, or with words that do not help"
+BROKEN: dict[str, str] = {
+    "on_exception_checkpoint": "its own on_exception tries to save before the refusal is shown",
+    "detect_anomaly": "DTensor has no rule for aten._is_any_true",
+    "resume_from_weights_only_is_refused": _REFUSE,
+}
 
 
 def _rows() -> list[Any]:
