@@ -29,7 +29,7 @@ _CALLBACKS = {
 
 def refuse_unsupported(trainer: Trainer, layer_sync: object | None) -> None:
     """Raises ValueError for callbacks and flags that cannot work with sharded experts."""
-    for callback in trainer.callbacks:
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
         for name in (cls.__name__ for cls in type(callback).__mro__ if cls.__module__.startswith("lightning.")):
             if name in _CALLBACKS:
                 raise ValueError(

@@ -31,6 +31,7 @@ PRIVATE = [
     "lightning.pytorch.strategies.launchers.subprocess_script:_SubprocessScriptLauncher.kill",
     "lightning.pytorch.strategies:ModelParallelStrategy._configure_launcher",
     "lightning.pytorch.strategies:ModelParallelStrategy._device_mesh",
+    "lightning.pytorch.strategies:ModelParallelStrategy._layer_sync",
     "lightning.pytorch.strategies:ModelParallelStrategy._process_group_backend",
     "lightning.pytorch.strategies:ModelParallelStrategy._setup_distributed",
     "lightning.pytorch.strategies:ModelParallelStrategy._timeout",
