@@ -14,7 +14,7 @@ from lightning_ep.ops.local_experts import LocalExperts
 
 
 def moe_forward(
-    dispatcher: Dispatcher,
+    dispatcher: Dispatcher[Any],
     experts: LocalExperts,
     hidden_TH: Tensor,
     ids_TK: Tensor,
@@ -32,6 +32,7 @@ def moe_forward(
         ids_TK: int64 ``[T, K]``, global expert ids.
         weights_TK: ``[T, K]``, routing weights.
         params: Local parameters of the experts; their gradients sum over the tokens of all ranks of the EP group.
+            Computed with in the dtype of ``hidden_TH``.
 
     Returns:
         ``[T, H]`` in the dtype of ``hidden_TH``. Sums over a token's experts run in fp32 and in a fixed order.
@@ -44,7 +45,7 @@ class _MoE(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        dispatcher: Dispatcher,
+        dispatcher: Dispatcher[Any],
         experts: LocalExperts,
         needs_grad: bool,
         hidden_TH: Tensor,
@@ -52,18 +53,20 @@ class _MoE(torch.autograd.Function):
         weights_TK: Tensor,
         *params: Tensor,
     ) -> Tensor:
-        plan = dispatcher.plan(ids_TK)
-        weights = dispatcher.dispatch_slots(plan, weights_TK, "dispatch of routing weights, forward")
+        plan = dispatcher.plan(ids_TK, weights_TK)
         rows_NH = dispatcher.dispatch(plan, hidden_TH, "dispatch, forward").wait()
-        rows_out_NH, saved = experts.forward(rows_NH, plan.ids_NK, weights.wait(), plan.num_pairs, params, needs_grad)
-        out = dispatcher.combine(plan, rows_out_NH.to(hidden_TH.dtype), "combine, forward")
+        out_NH, saved = rows_NH, None
+        if plan.num_pairs > 0:
+            computed = _in_dtype(params, hidden_TH.dtype)
+            out_NH, saved = experts.forward(rows_NH, plan.ids_NK, plan.weights_NK, plan.num_pairs, computed, needs_grad)
+        out = dispatcher.combine(plan, out_NH, "combine, forward")
         if needs_grad:
             # Plain attributes, outside saved-tensor hooks: under activation checkpointing the routing and the
-            # exchanges of this call must not be repeated (DESIGN, Recompute).
-            ctx.dispatcher, ctx.experts, ctx.plan, ctx.saved = dispatcher, experts, plan, saved
-            ctx.params_meta = [(p.shape, p.dtype) for p in params]
+            # exchanges of this call must not be repeated (DESIGN, Recompute). Of parameters in another dtype than the
+            # rows only these are kept; casting twice is cheaper than the memory of every layer's copy.
+            ctx.dispatcher, ctx.experts, ctx.plan, ctx.saved, ctx.params = dispatcher, experts, plan, saved, params
             ctx.weights_dtype = weights_TK.dtype
-        return out.wait().to(hidden_TH.dtype)
+        return out.wait()
 
     @staticmethod
     @once_differentiable
@@ -73,28 +76,28 @@ class _MoE(torch.autograd.Function):
                 "Trying to run backward through a MoE layer a second time. Its tensors are freed by the first; "
                 "sum the losses before calling backward, or run the forward again."
             )
-        dispatcher: Dispatcher = ctx.dispatcher
-        plan, saved, experts = ctx.plan, ctx.saved, ctx.experts
-        ctx.plan = ctx.saved = None
+        dispatcher: Dispatcher[Any] = ctx.dispatcher
+        experts: LocalExperts = ctx.experts
+        plan, saved, params = ctx.plan, ctx.saved, ctx.params
+        ctx.plan = ctx.saved = ctx.params = None
         grad_NH = dispatcher.dispatch(plan, grad_TH, "combine, backward").wait()
-        if saved is None:
-            # No received row has a local expert. The experts' gradients are zero, not missing, so that FSDP's
-            # reduction runs on every rank.
-            grad_rows_NH = torch.zeros_like(grad_NH)
-            grad_weights_NK = grad_NH.new_zeros(plan.ids_NK.shape, dtype=ctx.weights_dtype)
-            grad_params = tuple(
-                torch.zeros(shape, dtype=dtype, device=grad_NH.device) for shape, dtype in ctx.params_meta
-            )
+        if plan.num_pairs > 0:
+            computed = _in_dtype(params, grad_TH.dtype)
+            grad_rows_NH, grad_weights_NK, saved = experts.backward_rows(saved, computed, grad_NH)
         else:
-            grad_rows_NH, grad_weights_NK, grad_params = experts.backward(saved, grad_NH)
-        grad_hidden = dispatcher.combine(plan, grad_rows_NH.to(grad_TH.dtype), "dispatch, backward")
+            grad_rows_NH, grad_weights_NK = grad_NH, torch.zeros_like(plan.weights_NK)
+        # Gradients of rows travel home under the weight-gradient GEMMs.
+        grad_hidden = dispatcher.combine(plan, grad_rows_NH, "dispatch, backward")
         grad_weights = dispatcher.combine_slots(plan, grad_weights_NK, "dispatch of routing weights, backward")
-        return (
-            None,
-            None,
-            None,
-            grad_hidden.wait().to(grad_TH.dtype),
-            None,
-            grad_weights.wait().to(ctx.weights_dtype),
-            *grad_params,
-        )
+        if plan.num_pairs > 0:
+            grad_params = experts.backward_params(saved, [param.dtype for param in params])
+        else:
+            # No token came: the experts' gradients are zero, not missing, so that FSDP reduces on every rank.
+            grad_params = tuple(torch.zeros_like(param) for param in params)
+        weights_grad = grad_weights.wait().to(ctx.weights_dtype)
+        return (None, None, None, grad_hidden.wait(), None, weights_grad, *grad_params)
+
+
+def _in_dtype(params: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    """The parameters as the GEMMs take them: masters in fp32 become copies in the rows' dtype."""
+    return [param.to(dtype) for param in params]

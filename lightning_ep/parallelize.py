@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -85,7 +86,7 @@ def shard(
         experts = module.get_submodule(name)
         parallelize_module(experts, meshes.expert["ep"], style)
         # Directly after its own slicing: at most one layer's experts are unsharded on the device at a time.
-        _fully_shard_experts(experts, meshes, mp_policy)
+        _shard_experts(experts, meshes, mp_policy, device)
     for model in models.values():
         _fully_shard_dense(model, meshes, mp_policy)
         adapter.use_expert_parallel_forward(model)
@@ -107,24 +108,41 @@ def check(module: nn.Module, layout: ParallelLayout, plan: Mapping[str, Parallel
     list(_outside(module, adapter.pretrained_models(module).values()))
 
 
-def _fully_shard_experts(experts: nn.Module, meshes: Meshes, mp_policy: MixedPrecisionPolicy) -> None:
+def _shard_experts(experts: nn.Module, meshes: Meshes, mp_policy: MixedPrecisionPolicy, device: torch.device) -> None:
     mesh = meshes.expert["fsdp"]
     # Dim 1 keeps whole experts on every rank, so that checkpoints need no strided shards; FSDP refuses it if uneven.
     even = all(param.shape[1] % mesh.size() == 0 for param in experts.parameters())
-    dim = 1 if even else 0
-    fully_shard(experts, mesh=mesh, mp_policy=mp_policy, shard_placement_fn=lambda _: Shard(dim))
+    placement = Shard(1 if even else 0)
+    if mesh.size() > 1:
+        fully_shard(experts, mesh=mesh, mp_policy=mp_policy, shard_placement_fn=lambda _: placement)
+        return
+    # A group of one rank has nothing to gather or reduce, and FSDP's copies around that nothing cost more than the
+    # experts' arithmetic at 4k tokens. The placements are those that FSDP would give; the MoE body casts.
+    for name, param in list(experts.named_parameters()):
+        assert isinstance(param, DTensor)
+        local = param.to_local().detach()
+        local = local if local.is_meta else local.to(device)
+        shards = DTensor.from_local(local, meshes.expert, [placement, Shard(0)], run_check=False)
+        experts.register_parameter(name, nn.Parameter(shards, requires_grad=param.requires_grad))
+
+
+def _unmanaged_experts(model: nn.Module) -> set[nn.Parameter]:
+    """Parameters of experts that `_shard_experts` left out of FSDP."""
+    experts = (m for m in model.modules() if adapter.is_parallel_experts(m) and not isinstance(m, FSDPModule))
+    return {param for module in experts for param in module.parameters()}
 
 
 def _fully_shard_dense(model: nn.Module, meshes: Meshes, mp_policy: MixedPrecisionPolicy) -> None:
+    shard_dense = partial(fully_shard, mesh=meshes.dense, mp_policy=mp_policy, ignored_params=_unmanaged_experts(model))
     for layer in adapter.decoder_layers(model):  # type: ignore[arg-type]
-        fully_shard(layer, mesh=meshes.dense, mp_policy=mp_policy)
+        shard_dense(layer)
     embedding = model.get_input_embeddings()  # type: ignore[operator]
     # A parameter that two modules share must be in the group of the module that contains both.
     if not adapter.tied(model):  # type: ignore[arg-type]
-        fully_shard(embedding, mesh=meshes.dense, mp_policy=mp_policy)
+        shard_dense(embedding)
     # Said explicitly: by default a root stays gathered after a forward without backward (validation), and an optimizer
     # built then would get plain copies of its parameters and train nothing.
-    fully_shard(model, mesh=meshes.dense, mp_policy=mp_policy, reshard_after_forward=True)
+    shard_dense(model, reshard_after_forward=True)
 
 
 def _outside(module: nn.Module, models: Iterable[nn.Module], name: str = "") -> Iterable[nn.Module]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
-from typing import Literal
+from functools import cache
+from typing import Any, Literal
 
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -14,7 +16,11 @@ from typing_extensions import override
 
 from lightning_ep import transformers_adapter as adapter
 from lightning_ep.dispatch import AllToAllDispatcher, Dispatcher, LocalDispatcher, Progress
+from lightning_ep.ops.fused_experts import FusedExperts
 from lightning_ep.ops.local_experts import LocalExperts
+from lightning_ep.ops.registered_experts import RegisteredExperts
+
+_log = logging.getLogger(__name__)
 
 DispatcherName = Literal["all_to_all"]
 
@@ -29,7 +35,7 @@ class ExpertContext:
         param_names: Names of the experts' parameters on the module.
     """
 
-    dispatcher: Dispatcher
+    dispatcher: Dispatcher[Any]
     experts: LocalExperts
     param_names: tuple[str, ...]
 
@@ -48,7 +54,8 @@ class ExpertParallel(ParallelStyle):
     Args:
         layer: Name of the layer, for messages.
         dispatcher: How rows travel; ``"all_to_all"``. A mesh of one rank needs no travel.
-        experts_implementation: Local kernel: ``"auto"``, ``"eager"`` or a name in transformers' experts interface.
+        experts_implementation: Local kernel: ``"fused"`` (ours), ``"eager"`` or a name in transformers' experts
+            interface; ``"auto"`` is the fused one for the experts that it can serve.
         progress: Where the ranks note what they wait for; a new one by default.
     """
 
@@ -78,7 +85,14 @@ class ExpertParallel(ParallelStyle):
                     f"{self.layer}.{name} of shape {tuple(param.shape)} has no expert dimension of size {num_experts} "
                     "in front, so it cannot be split over experts. Such a family is not supported yet."
                 )
-        if self.experts_implementation != "auto":
+        if self.experts_implementation == "fused":
+            reason = adapter.why_not_fused(module)
+            if reason is not None:
+                raise ValueError(
+                    f"experts_implementation='fused' cannot serve {self.layer}: {reason}. Use 'auto', which takes "
+                    "transformers' kernels for such experts."
+                )
+        else:
             adapter.local_experts_function(module, self.experts_implementation)
 
     @override
@@ -87,27 +101,44 @@ class ExpertParallel(ParallelStyle):
         group = device_mesh.get_group()
         num_experts: int = module.num_experts  # type: ignore[assignment]
         dispatcher = self._build_dispatcher(num_experts, group)
+        fused = self._is_fused(module)
         names = tuple(name for name, _ in module.named_parameters(recurse=False))
         start = device_mesh.get_local_rank() * dispatcher.num_local_experts
-        dtype = next(module.parameters()).dtype
         for name in names:
             param = module.get_parameter(name)
             # Every rank already holds the weights, so nothing is scattered: a copy of the slice lets the rest go.
             local = param.detach().narrow(0, start, dispatcher.num_local_experts).clone()
             shards = DTensor.from_local(local, device_mesh, [Shard(0)], run_check=False)
             module.register_parameter(name, nn.Parameter(shards, requires_grad=param.requires_grad))
-        function = self.experts_implementation
-        if function == "auto":
-            function = adapter.choose_experts_function(module, dtype, device_mesh.device_type)
         module.num_experts = dispatcher.num_local_experts  # type: ignore[assignment]
-        experts = LocalExperts(module, adapter.local_experts_function(module, function), names)
+        experts: LocalExperts
+        if fused:
+            names = adapter.FUSED_PARAMETERS
+            experts = FusedExperts(dispatcher.num_local_experts)
+        else:
+            function = adapter.local_experts_function(module, self.experts_implementation)
+            experts = RegisteredExperts(module, function, names)
         adapter.attach_context(module, ExpertContext(dispatcher, experts, names))
         return module
 
-    def _build_dispatcher(self, num_experts: int, group: dist.ProcessGroup) -> Dispatcher:
+    def _is_fused(self, module: nn.Module) -> bool:
+        if self.experts_implementation != "auto":
+            return self.experts_implementation == "fused"
+        reason = adapter.why_not_fused(module)
+        if reason is not None:
+            _log_once(f"{type(module).__name__} runs transformers' kernels instead of the fused experts: {reason}.")
+        return reason is None
+
+    def _build_dispatcher(self, num_experts: int, group: dist.ProcessGroup) -> Dispatcher[Any]:
         if group.size() == 1:
             return LocalDispatcher(num_experts)
         return AllToAllDispatcher(num_experts, group, self.layer, self.progress)
+
+
+@cache
+def _log_once(message: str) -> None:
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        _log.info(message)
 
 
 def expert_plan(

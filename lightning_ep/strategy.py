@@ -50,8 +50,8 @@ class ExpertParallelStrategy(ModelParallelStrategy):
         fsdp: Ranks over which each expert's matrices are sharded. ``"auto"``: all that ``ep`` leaves.
         plan: Expert plan (module name to style), as `expert_plan` returns it. Default: the model's own.
         dispatcher: How rows travel to their experts.
-        experts_implementation: Kernel for the experts of one rank: ``"auto"``, ``"eager"`` or any name registered in
-            transformers' ``ExpertsInterface``.
+        experts_implementation: Kernel for the experts of one rank: ``"fused"`` (ours), ``"eager"`` or any name
+            registered in transformers' ``ExpertsInterface``. ``"auto"``: the fused one where it can serve the experts.
         save_distributed_checkpoint: Save a directory to which every rank writes its shards, or (False) one file that
             rank 0 assembles.
         process_group_backend: ``torch.distributed`` backend. Default: NCCL on GPUs, gloo on CPUs.

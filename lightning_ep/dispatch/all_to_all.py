@@ -2,18 +2,38 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from typing_extensions import override
 
 from lightning_ep.dispatch.base import Dispatcher, Pending
-from lightning_ep.dispatch.plan import DispatchPlan, destinations
+from lightning_ep.dispatch.plan import DispatchPlan
 from lightning_ep.dispatch.progress import Progress
-from lightning_ep.ops.permute import gather_sum
+from lightning_ep.ops.permute import gather_sum, permute
+from lightning_ep.ops.routing import destinations, split_slots
 
 
-class AllToAllDispatcher(Dispatcher):
+@dataclass(frozen=True)
+class AllToAllPlan(DispatchPlan):
+    """Adds how this rank's tokens travel, in ``S`` rows that are numbered by destination, then by token.
+
+    Attributes:
+        row_TK: int64 ``[T, K]``, the sent row that carries each slot.
+        first_TK: int32 ``[T, K]``, the same at the first slot of every (token, destination), -1 at the others.
+        send_splits: Rows sent to each rank.
+        recv_splits: Rows received from each rank.
+    """
+
+    row_TK: Tensor
+    first_TK: Tensor
+    send_splits: tuple[int, ...]
+    recv_splits: tuple[int, ...]
+
+
+class AllToAllDispatcher(Dispatcher[AllToAllPlan]):
     """Sends one row per (token, destination rank) with `torch.distributed.all_to_all_single`.
 
     The design follows torchtitan's token dispatcher (a dispatch/combine pair with frozen metadata). Planning is the
@@ -33,27 +53,25 @@ class AllToAllDispatcher(Dispatcher):
         self._progress = progress
 
     @override
-    def plan(self, ids_TK: Tensor) -> DispatchPlan:
-        target = destinations(ids_TK, self.num_local_experts, self.num_ranks)
-        received_D2 = torch.empty_like(target.counts_D2)
+    def plan(self, ids_TK: Tensor, weights_TK: Tensor) -> AllToAllPlan:
+        to = destinations(ids_TK, weights_TK, self.num_local_experts, self.num_ranks)
+        received_D2 = torch.empty_like(to.counts_D2)
         with self._progress.blocking(self._layer, "exchange of counts"):
-            dist.all_to_all_single(received_D2, target.counts_D2, group=self._group)
-            sent, received = torch.stack([target.counts_D2, received_D2]).tolist()
+            dist.all_to_all_single(received_D2, to.counts_D2, group=self._group)
+            sent, received = torch.stack([to.counts_D2, received_D2]).tolist()
         send_splits = tuple(rows for rows, _ in sent)
         recv_splits = tuple(rows for rows, _ in received)
-        token_S, rank_S = target.source_of_row(sum(send_splits))
-        ids_SK = ids_TK[token_S] - (rank_S * self.num_local_experts).unsqueeze(1)
-        elsewhere_SK = (ids_SK < 0) | (ids_SK >= self.num_local_experts)
-        ids_SK = ids_SK.masked_fill_(elsewhere_SK, self.num_local_experts).to(torch.int32)
-        ids_NK = self._exchange(ids_SK, send_splits, recv_splits, "dispatch of expert ids, forward").wait().long()
-        return DispatchPlan(
-            token_S=token_S,
-            row_TK=target.row_TK,
-            first_TK=target.first_TK,
+        slots_S2K = to.slots_S2K[: sum(send_splits)]
+        hop = "dispatch of expert ids and weights, forward"
+        ids_NK, weights_NK = split_slots(self._exchange(slots_S2K, send_splits, recv_splits, hop).wait())
+        return AllToAllPlan(
+            ids_NK=ids_NK,
+            weights_NK=weights_NK,
+            num_pairs=sum(pairs for _, pairs in received),
+            row_TK=to.row_TK,
+            first_TK=to.first_TK,
             send_splits=send_splits,
             recv_splits=recv_splits,
-            ids_NK=ids_NK,
-            num_pairs=sum(pairs for _, pairs in received),
         )
 
     def _exchange(self, rows: Tensor, in_splits: tuple[int, ...], out_splits: tuple[int, ...], hop: str) -> Pending:
@@ -71,19 +89,16 @@ class AllToAllDispatcher(Dispatcher):
         return Pending(finish)
 
     @override
-    def dispatch(self, plan: DispatchPlan, x_TH: Tensor, hop: str) -> Pending:
-        return self._exchange(x_TH[plan.token_S], plan.send_splits, plan.recv_splits, hop)
+    def dispatch(self, plan: AllToAllPlan, x_TH: Tensor, hop: str) -> Pending:
+        rows_SH = permute(x_TH, plan.first_TK, sum(plan.send_splits))
+        return self._exchange(rows_SH, plan.send_splits, plan.recv_splits, hop)
 
     @override
-    def combine(self, plan: DispatchPlan, rows_NH: Tensor, hop: str) -> Pending:
+    def combine(self, plan: AllToAllPlan, rows_NH: Tensor, hop: str) -> Pending:
         pending = self._exchange(rows_NH, plan.recv_splits, plan.send_splits, hop)
-        return Pending(lambda: gather_sum(pending.wait(), plan.first_TK))
+        return Pending(lambda: gather_sum(pending.wait(), plan.first_TK, rows_NH.dtype))
 
     @override
-    def dispatch_slots(self, plan: DispatchPlan, values_TK: Tensor, hop: str) -> Pending:
-        return self._exchange(values_TK[plan.token_S], plan.send_splits, plan.recv_splits, hop)
-
-    @override
-    def combine_slots(self, plan: DispatchPlan, values_NK: Tensor, hop: str) -> Pending:
+    def combine_slots(self, plan: AllToAllPlan, values_NK: Tensor, hop: str) -> Pending:
         pending = self._exchange(values_NK, plan.recv_splits, plan.send_splits, hop)
         return Pending(lambda: pending.wait().gather(0, plan.row_TK))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from typing import Generic, TypeVar
 
 from torch import Tensor
 
@@ -21,10 +22,13 @@ class Pending:
         return self._finish()
 
 
-class Dispatcher(ABC):
+Plan = TypeVar("Plan", bound=DispatchPlan)
+
+
+class Dispatcher(ABC, Generic[Plan]):
     """Sends rows to the ranks of their experts and brings them back.
 
-    A dispatcher keeps no tensor of a call on itself: all that a later call needs is in the `DispatchPlan`. `combine`
+    A dispatcher keeps no tensor of a call on itself: all that a later call needs is in the plan. `combine`
     is the transpose of `dispatch`, so each serves as the other's backward.
 
     Args:
@@ -38,11 +42,16 @@ class Dispatcher(ABC):
         self.num_local_experts = num_experts // num_ranks
 
     @abstractmethod
-    def plan(self, ids_TK: Tensor) -> DispatchPlan:
-        """Decides what goes where from int64 global expert ids ``[T, K]`` and tells the other ranks."""
+    def plan(self, ids_TK: Tensor, weights_TK: Tensor) -> Plan:
+        """Decides what goes where, tells the other ranks, and brings ids and weights to the ranks of their experts.
+
+        Args:
+            ids_TK: Integer ``[T, K]``, global expert ids.
+            weights_TK: ``[T, K]``, routing weights.
+        """
 
     @abstractmethod
-    def dispatch(self, plan: DispatchPlan, x_TH: Tensor, hop: str) -> Pending:
+    def dispatch(self, plan: Plan, x_TH: Tensor, hop: str) -> Pending:
         """Starts sending each token to every rank that serves it: ``[T, H]`` -> ``[N, H]``.
 
         Args:
@@ -52,13 +61,9 @@ class Dispatcher(ABC):
         """
 
     @abstractmethod
-    def combine(self, plan: DispatchPlan, rows_NH: Tensor, hop: str) -> Pending:
+    def combine(self, plan: Plan, rows_NH: Tensor, hop: str) -> Pending:
         """Starts bringing rows back and summing them per token in at least fp32: ``[N, H]`` -> ``[T, H]``."""
 
     @abstractmethod
-    def dispatch_slots(self, plan: DispatchPlan, values_TK: Tensor, hop: str) -> Pending:
-        """Starts sending one number per (token, slot) along with the rows: ``[T, K]`` -> ``[N, K]``."""
-
-    @abstractmethod
-    def combine_slots(self, plan: DispatchPlan, values_NK: Tensor, hop: str) -> Pending:
+    def combine_slots(self, plan: Plan, values_NK: Tensor, hop: str) -> Pending:
         """Starts bringing one number per (row, slot) back to the slot it serves: ``[N, K]`` -> ``[T, K]``."""

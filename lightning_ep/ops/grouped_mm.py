@@ -1,0 +1,52 @@
+"""One matrix product per expert, on rows that lie in expert order."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def grouped_mm(x_PA: Tensor, weight_EAB: Tensor, offsets_E: Tensor) -> Tensor:
+    """``x[of expert e] @ weight[e]`` for every expert: ``[P, A]`` -> ``[P, B]``.
+
+    Args:
+        x_PA: Rows in expert order.
+        weight_EAB: ``[E, A, B]``, any strides with one unit stride.
+        offsets_E: int32 ``[E]``, where each expert's rows end; the last one is ``P``.
+    """
+    if _fast(x_PA, weight_EAB, *weight_EAB.shape[1:]):
+        return F.grouped_mm(x_PA, weight_EAB, offs=offsets_E)
+    out_PB = x_PA.new_empty(x_PA.shape[0], weight_EAB.shape[2])
+    for expert, rows in _rows_of(offsets_E):
+        torch.mm(x_PA[rows], weight_EAB[expert], out=out_PB[rows])
+    return out_PB
+
+
+def grouped_outer(x_PA: Tensor, y_PB: Tensor, offsets_E: Tensor, dtype: torch.dtype) -> Tensor:
+    """``x[of expert e].T @ y[of expert e]`` for every expert, zero for those without rows: ``[E, A, B]``.
+
+    Args:
+        x_PA: Rows in expert order.
+        y_PB: Likewise.
+        offsets_E: int32 ``[E]``, where each expert's rows end; the last one is ``P``.
+        dtype: Of the result.
+    """
+    if _fast(x_PA, y_PB, x_PA.shape[1], y_PB.shape[1]):
+        return F.grouped_mm(x_PA.t(), y_PB, offs=offsets_E).to(dtype)
+    out_EAB = x_PA.new_zeros(offsets_E.shape[0], x_PA.shape[1], y_PB.shape[1])
+    for expert, rows in _rows_of(offsets_E):
+        torch.mm(x_PA[rows].t(), y_PB[rows], out=out_EAB[expert])
+    return out_EAB.to(dtype)
+
+
+def _fast(x: Tensor, y: Tensor, *sizes: int) -> bool:
+    """Whether torch has a kernel: bf16 on CUDA, rows of a multiple of 16 bytes. Otherwise it loops with a sync too."""
+    return x.is_cuda and x.dtype == y.dtype == torch.bfloat16 and all(size % 8 == 0 for size in sizes)
+
+
+def _rows_of(offsets_E: Tensor) -> list[tuple[int, slice]]:
+    """The experts that have rows, with their rows; synchronises with a GPU."""
+    ends = offsets_E.tolist()
+    starts = [0, *ends[:-1]]
+    return [(e, slice(s, t)) for e, (s, t) in enumerate(zip(starts, ends, strict=True)) if t > s]

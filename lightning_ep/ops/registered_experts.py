@@ -1,0 +1,92 @@
+"""Experts that run any function of transformers' experts interface and let autograd differentiate it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import override
+
+from lightning_ep.ops.local_experts import LocalExperts
+from lightning_ep.ops.permute import ExpertOrder, expert_order, gather_sum, permute
+
+ExpertsFunction = Callable[[nn.Module, Tensor, Tensor, Tensor], Tensor]
+
+
+def stand_in(
+    module: nn.Module, parameters: Mapping[str, Tensor | None], buffers: Mapping[str, Tensor | None] | None = None
+) -> nn.Module:
+    """A module like ``module`` with other tensors under its names; submodules are shared, hooks are not run by it.
+
+    Unlike `copy.copy` it works on modules that FSDP2 wraps, and costs two dictionary copies.
+    """
+    other: nn.Module = object.__new__(type(module))
+    other.__dict__.update(module.__dict__)
+    other.__dict__["_parameters"] = dict(parameters)
+    if buffers is not None:
+        other.__dict__["_buffers"] = dict(buffers)
+    return other
+
+
+class _Forward(NamedTuple):
+    order: ExpertOrder
+    weights_dtype: torch.dtype
+    leaves: tuple[Tensor, ...]  # rows and weights of the pairs, then the parameters
+    out_PH: Tensor
+
+
+class RegisteredExperts(LocalExperts):
+    """Runs a registered function on (row, expert) pairs; records its graph in forward and backward differentiates it.
+
+    Args:
+        module: The experts module, already reduced to the local experts (``num_experts`` is the local count). Its
+            hooks are not run: parameters come as arguments of the calls.
+        function: ``fn(module, hidden [P, H], top_k_index [P, 1], top_k_weights [P, 1]) -> [P, H]``.
+        param_names: Names of the parameters of ``module``, in the order in which calls pass them.
+    """
+
+    def __init__(self, module: nn.Module, function: ExpertsFunction, param_names: Sequence[str]) -> None:
+        self._template = stand_in(module, {})
+        self._num_experts: int = module.num_experts  # type: ignore[assignment]
+        self._function = function
+        self._param_names = tuple(param_names)
+
+    @override
+    def forward(
+        self,
+        rows_NH: Tensor,
+        ids_NK: Tensor,
+        weights_NK: Tensor,
+        num_pairs: int,
+        params: Sequence[Tensor],
+        needs_grad: bool,
+    ) -> tuple[Tensor, _Forward | None]:
+        order = expert_order(ids_NK, self._num_experts, num_pairs)
+        x_PH = permute(rows_NH, order.pair_NK, num_pairs)
+        weights_P = weights_NK.reshape(-1)[order.slot_P].to(rows_NH.dtype)
+        expert_P = ids_NK.reshape(-1)[order.slot_P].long()
+        with torch.set_grad_enabled(needs_grad):
+            leaves = tuple(t.detach().requires_grad_(needs_grad) for t in (x_PH, weights_P, *params))
+            # A stand-in per call: recompute or two models in flight must not see each other's parameters.
+            module = stand_in(self._template, dict(zip(self._param_names, leaves[2:], strict=True)))
+            out_PH = self._function(module, leaves[0], expert_P.unsqueeze(1), leaves[1].unsqueeze(1))
+        out_NH = gather_sum(out_PH.detach(), order.pair_NK, rows_NH.dtype)
+        return out_NH, _Forward(order, weights_NK.dtype, leaves, out_PH) if needs_grad else None
+
+    @override
+    def backward_rows(
+        self, saved: _Forward, params: Sequence[Tensor], grad_NH: Tensor
+    ) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+        order = saved.order
+        grad_PH = permute(grad_NH, order.pair_NK, order.slot_P.shape[0]).to(saved.out_PH.dtype)
+        grads = torch.autograd.grad(saved.out_PH, saved.leaves, grad_PH, allow_unused=True, materialize_grads=True)
+        grad_weights = grads[1].new_zeros(order.pair_NK.numel(), dtype=saved.weights_dtype)
+        grad_weights[order.slot_P] = grads[1].to(saved.weights_dtype)
+        grad_NH = gather_sum(grads[0], order.pair_NK, grad_NH.dtype)
+        return grad_NH, grad_weights.view(order.pair_NK.shape), grads[2:]
+
+    @override
+    def backward_params(self, saved: tuple[Tensor, ...], dtypes: Sequence[torch.dtype]) -> tuple[Tensor, ...]:
+        return tuple(grad.to(dtype) for grad, dtype in zip(saved, dtypes, strict=True))

@@ -1,0 +1,113 @@
+"""The Triton kernels against their PyTorch twins: on a GPU, or anywhere with TRITON_INTERPRET=1."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+
+import pytest
+import torch
+from torch import Tensor
+
+from lightning_ep.ops import activation, permute, routing
+from tests.reference import relative_error
+
+ON_GPU = os.environ.get("LIGHTNING_EP_TEST_DEVICE") == "cuda"
+DEVICE = "cuda" if ON_GPU else "cpu"
+EXACT = ON_GPU
+
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None or not (ON_GPU or os.environ.get("TRITON_INTERPRET") == "1"),
+    reason="needs Triton and a GPU, or TRITON_INTERPRET=1",
+)
+
+# Sizes that are no multiple of any block; (tokens, top-k, experts).
+ROUTINGS = [(37, 3, 5), (1, 1, 1), (300, 8, 128), (0, 2, 4), (130, 6, 6)]
+
+
+def _ids(tokens: int, top_k: int, experts: int, empty: float = 0.0) -> Tensor:
+    """Distinct experts per token; a share of the slots empty (``experts``)."""
+    ids = torch.stack([torch.randperm(experts)[:top_k] for _ in range(tokens)] or [torch.zeros(top_k)])[:tokens].long()
+    return ids.masked_fill(torch.rand(ids.shape) < empty, experts).to(DEVICE)
+
+
+def _poison(*shape: int, dtype: torch.dtype = torch.float32) -> None:
+    """Leaves NaNs where the next allocation is likely to land, so that an unwritten output shows."""
+    torch.full(shape, float("nan"), dtype=dtype, device=DEVICE)
+
+
+@pytest.mark.parametrize(("tokens", "top_k", "experts"), ROUTINGS)
+@pytest.mark.parametrize("empty", [0.0, 0.4])
+def test_expert_order(tokens: int, top_k: int, experts: int, empty: float) -> None:
+    from lightning_ep.ops.kernels import permute as kernel
+
+    ids = _ids(tokens, top_k, experts, empty)
+    pairs = int((ids < experts).sum())
+    found, expected = kernel.expert_order(ids, experts, pairs), permute.expert_order_twin(ids, experts, pairs)
+    for name, a, b in zip(expected._fields, found, expected, strict=True):
+        assert torch.equal(a, b), name
+        assert a.dtype == b.dtype
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("tokens", "top_k", "experts"), ROUTINGS)
+@pytest.mark.parametrize("hidden", [72, 2048])
+def test_permute_and_gather_sum(tokens: int, top_k: int, experts: int, hidden: int, dtype: torch.dtype) -> None:
+    from lightning_ep.ops.kernels import permute as kernel
+
+    ids = _ids(tokens, top_k, experts, 0.3)
+    pairs = int((ids < experts).sum())
+    order = permute.expert_order_twin(ids, experts, pairs)
+    rows = torch.randn(tokens, hidden, device=DEVICE).to(dtype)
+    _poison(pairs, hidden, dtype=dtype)
+    spread = kernel.permute(rows, order.pair_NK, pairs)
+    assert torch.equal(spread, permute.permute_twin(rows, order.pair_NK, pairs))
+    values = torch.randn(pairs, hidden, device=DEVICE).to(dtype)
+    _poison(tokens, hidden)
+    found = kernel.gather_sum(values, order.pair_NK, dtype)
+    expected = permute.gather_sum_twin(values, order.pair_NK, dtype)
+    # Triton's interpreter truncates where a GPU rounds to bf16.
+    assert torch.equal(found, expected) if EXACT or dtype == torch.float32 else relative_error(found, expected) < 8e-3
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("width", [16, 72, 768, 1536])
+@pytest.mark.parametrize(("tokens", "top_k", "experts"), [(37, 3, 5), (130, 6, 6)])
+def test_swiglu(tokens: int, top_k: int, experts: int, width: int, dtype: torch.dtype) -> None:
+    from lightning_ep.ops.kernels import activation as kernel
+
+    ids = _ids(tokens, top_k, experts, 0.3)
+    pairs = int((ids < experts).sum())
+    slots = permute.expert_order_twin(ids, experts, pairs).slot_P
+    h = torch.randn(pairs, 2 * width, device=DEVICE).mul_(3).to(dtype)
+    grad = torch.randn(pairs, width, device=DEVICE).to(dtype)
+    weights = torch.rand(tokens, top_k, device=DEVICE)
+    tolerance = 1e-6 if dtype == torch.float32 else 1e-4 if EXACT else 8e-3
+    exact = activation.swiglu_twin(h.double(), weights.double(), slots)
+    rounded = relative_error(activation.swiglu_twin(h, weights, slots), exact)
+    assert relative_error(kernel.swiglu(h, weights, slots), exact) <= rounded * 1.01 + tolerance
+    found = kernel.swiglu_backward(grad, h, weights, slots)
+    expected = activation.swiglu_backward_twin(grad, h, weights, slots)
+    exact = activation.swiglu_backward_twin(grad.double(), h.double(), weights.double(), slots)
+    for index in range(3):
+        assert found[index].dtype == expected[index].dtype
+        limit = relative_error(expected[index], exact[index]) * 1.01 + tolerance
+        assert relative_error(found[index], exact[index]) <= limit
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 8, 64])
+@pytest.mark.parametrize(("tokens", "top_k", "local"), [(37, 3, 5), (1, 1, 1), (300, 8, 16), (0, 2, 4), (130, 6, 3)])
+def test_destinations(tokens: int, top_k: int, local: int, ranks: int) -> None:
+    from lightning_ep.ops.kernels import routing as kernel
+
+    if top_k > local * ranks:
+        pytest.skip("more slots than experts")
+    ids = _ids(tokens, top_k, local * ranks)
+    weights = torch.rand(tokens, top_k, device=DEVICE)
+    found = routing.Destinations(*kernel.destinations(ids, weights, local, ranks))
+    expected = routing.destinations_twin(ids, weights, local, ranks)
+    sent = int(expected.counts_D2[:, 0].sum())
+    assert torch.equal(found.counts_D2, expected.counts_D2)
+    assert torch.equal(found.row_TK, expected.row_TK)
+    assert torch.equal(found.first_TK, expected.first_TK)
+    assert torch.equal(found.slots_S2K[:sent], expected.slots_S2K)
