@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_ep.ops import activation, permute, routing
+from lightning_ep.ops import activation, cross_entropy, permute, routing
 from tests.reference import relative_error
 
 ON_GPU = os.environ.get("LIGHTNING_EP_TEST_DEVICE") == "cuda"
@@ -111,3 +111,25 @@ def test_destinations(tokens: int, top_k: int, local: int, ranks: int) -> None:
     assert torch.equal(found.row_TK, expected.row_TK)
     assert torch.equal(found.first_TK, expected.first_TK)
     assert torch.equal(found.slots_S2K[:sent], expected.slots_S2K)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("vocabulary", [50, 8192, 20001])
+@pytest.mark.parametrize("gradient", [True, False])
+def test_cross_entropy(vocabulary: int, gradient: bool, dtype: torch.dtype) -> None:
+    from lightning_ep.ops.kernels import cross_entropy as kernel
+
+    logits = torch.randn(7, vocabulary, device=DEVICE).mul_(5).to(dtype)
+    targets = torch.randint(0, vocabulary, (7,), device=DEVICE)
+    targets[2] = -100
+    copies = [logits.clone(), logits.clone(), logits.double()]
+    losses = [torch.full((7,), torch.nan, device=DEVICE, dtype=d) for d in (torch.float32, torch.float32, torch.double)]
+    kernel.cross_entropy_(copies[0], targets, losses[0], -100, gradient)
+    cross_entropy.cross_entropy_twin_(copies[1], targets, losses[1], -100, gradient)
+    cross_entropy.cross_entropy_twin_(copies[2], targets, losses[2], -100, gradient)
+    assert relative_error(losses[0], losses[2]) < 1e-6
+    if gradient:
+        limit = relative_error(copies[1], copies[2]) * 1.01 + (1e-5 if dtype == torch.float32 else 0 if EXACT else 8e-3)
+        assert relative_error(copies[0], copies[2]) <= limit
+    else:
+        assert torch.equal(copies[0], logits)

@@ -1,0 +1,110 @@
+"""Cross entropy of a linear head that never holds all logits."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from lightning_ep.ops import kernels
+
+_CHUNK = 4096  # tokens; 1.2 GiB of bf16 logits at a vocabulary of 152k, and GEMMs at full speed
+
+
+def linear_cross_entropy(hidden_TH: Tensor, weight_VH: Tensor, targets_T: Tensor, ignore_index: int = -100) -> Tensor:
+    """Sum over tokens of the cross entropy of ``hidden @ weight.T``, in fp32.
+
+    Logits exist for one chunk of tokens at a time; their gradient takes their place in the forward already, and with
+    it those of ``hidden`` and ``weight`` are accumulated, so that backward only scales them (as in Liger kernel, Hsu et
+    al., 2024). The weight's is accumulated in fp32.
+
+    Args:
+        hidden_TH: ``[T, H]``.
+        weight_VH: ``[V, H]``, in the dtype of ``hidden_TH``.
+        targets_T: int64 ``[T]``, class of each token, or ``ignore_index``.
+        ignore_index: Tokens with this target add nothing.
+
+    Returns:
+        0-dim fp32 tensor (float64 for float64 inputs).
+    """
+    gradients = torch.is_grad_enabled() and (hidden_TH.requires_grad, weight_VH.requires_grad)
+    return _LinearCrossEntropy.apply(hidden_TH, weight_VH, targets_T, ignore_index, gradients or (False, False))
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden_TH: Tensor,
+        weight_VH: Tensor,
+        targets_T: Tensor,
+        ignore_index: int,
+        gradients: tuple[bool, bool],
+    ) -> Tensor:
+        of_hidden, of_weight = gradients
+        accumulate = torch.promote_types(hidden_TH.dtype, torch.float32)
+        losses_T = torch.empty(hidden_TH.shape[0], dtype=accumulate, device=hidden_TH.device)
+        grad_TH = torch.empty_like(hidden_TH) if of_hidden else None
+        grad_VH = torch.zeros_like(weight_VH, dtype=accumulate) if of_weight else None
+        for start in range(0, hidden_TH.shape[0], _CHUNK):
+            part = slice(start, start + _CHUNK)
+            logits_CV = hidden_TH[part] @ weight_VH.t()
+            cross_entropy_(logits_CV, targets_T[part], losses_T[part], ignore_index, gradient=of_hidden or of_weight)
+            if grad_TH is not None:
+                torch.mm(logits_CV, weight_VH, out=grad_TH[part])
+            if grad_VH is not None:
+                _accumulate_outer(grad_VH, logits_CV, hidden_TH[part])
+        ctx.grads = grad_TH, None if grad_VH is None else grad_VH.to(weight_VH.dtype)
+        return losses_T.sum()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        if ctx.grads is None:
+            raise RuntimeError("Trying to run backward through linear_cross_entropy a second time.")
+        grads = [None if g is None else g.mul_(grad) for g in ctx.grads]
+        ctx.grads = None
+        return (*grads, None, None, None)
+
+
+def _accumulate_outer(out_VH: Tensor, x_CV: Tensor, y_CH: Tensor) -> None:
+    """``out += x.T @ y``, accumulated in the dtype of ``out``."""
+    if out_VH.dtype == x_CV.dtype:
+        out_VH.addmm_(x_CV.t(), y_CH)
+    elif out_VH.is_cuda:
+        torch.addmm(out_VH, x_CV.t(), y_CH, out_dtype=out_VH.dtype, out=out_VH)
+    else:
+        out_VH.addmm_(x_CV.t().to(out_VH.dtype), y_CH.to(out_VH.dtype))
+
+
+def cross_entropy_(logits_TV: Tensor, targets_T: Tensor, losses_T: Tensor, ignore_index: int, gradient: bool) -> None:
+    """Writes the losses of rows of logits, computed in at least fp32, and puts their gradient in the logits' place.
+
+    Args:
+        logits_TV: ``[T, V]``, overwritten if ``gradient``.
+        targets_T: int64 ``[T]``.
+        losses_T: ``[T]``, written; zero where the target is ``ignore_index``.
+        ignore_index: Such tokens have no loss and a zero gradient.
+        gradient: Whether to write the gradient of the sum of the losses.
+    """
+    if kernels.runs_on(logits_TV):
+        from lightning_ep.ops.kernels import cross_entropy as triton_cross_entropy
+
+        triton_cross_entropy.cross_entropy_(logits_TV, targets_T, losses_T, ignore_index, gradient)
+    else:
+        cross_entropy_twin_(logits_TV, targets_T, losses_T, ignore_index, gradient)
+
+
+def cross_entropy_twin_(
+    logits_TV: Tensor, targets_T: Tensor, losses_T: Tensor, ignore_index: int, gradient: bool
+) -> None:
+    """Defines `cross_entropy_`, in PyTorch."""
+    log_probs_TV = torch.log_softmax(logits_TV.to(losses_T.dtype), dim=1)
+    ignored_T1 = (targets_T == ignore_index).unsqueeze(1)
+    index_T1 = targets_T.unsqueeze(1).masked_fill(ignored_T1, 0)
+    losses_T.copy_(log_probs_TV.gather(1, index_T1).neg().masked_fill(ignored_T1, 0).squeeze(1))
+    if gradient:
+        one_hot_TV = torch.zeros_like(log_probs_TV).scatter_(1, index_T1, 1)
+        logits_TV.copy_((log_probs_TV.exp() - one_hot_TV).masked_fill(ignored_T1, 0))

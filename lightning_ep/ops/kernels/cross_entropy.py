@@ -1,0 +1,49 @@
+"""Cross entropy of rows of logits, whose gradient takes their place. Twin: `lightning_ep.ops.cross_entropy`."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+@triton.jit
+def _cross_entropy_kernel(
+    logits, targets, losses, stride, V: tl.constexpr, IGNORE: tl.constexpr, GRADIENT: tl.constexpr, BLOCK: tl.constexpr
+):
+    row = tl.program_id(0).to(tl.int64)
+    target = tl.load(targets + row)
+    logits += row * stride
+    cols = tl.arange(0, BLOCK)
+    if target == IGNORE:
+        tl.store(losses + row, 0.0)
+        if GRADIENT:
+            for start in range(0, V, BLOCK):
+                zero = tl.zeros((BLOCK,), logits.dtype.element_ty)
+                tl.store(logits + start + cols, zero, mask=start + cols < V)
+        return
+    largest = -float("inf")
+    total = 0.0
+    for start in range(0, V, BLOCK):
+        x = tl.load(logits + start + cols, mask=start + cols < V, other=-float("inf")).to(tl.float32)
+        before = largest
+        largest = tl.maximum(before, tl.max(x, axis=0))
+        total = total * tl.exp(before - largest) + tl.sum(tl.exp(x - largest), axis=0)
+    chosen = tl.load(logits + target).to(tl.float32)
+    tl.store(losses + row, tl.log(total) + largest - chosen)
+    if GRADIENT:
+        for start in range(0, V, BLOCK):
+            mask = start + cols < V
+            x = tl.load(logits + start + cols, mask=mask).to(tl.float32)
+            gradient = tl.exp(x - largest) / total - tl.where(start + cols == target, 1.0, 0.0)
+            tl.store(logits + start + cols, gradient.to(logits.dtype.element_ty), mask=mask)
+
+
+def cross_entropy_(logits_TV: Tensor, targets_T: Tensor, losses_T: Tensor, ignore_index: int, gradient: bool) -> None:
+    """See `lightning_ep.ops.cross_entropy.cross_entropy_`."""
+    num_rows, vocabulary = logits_TV.shape
+    block = min(triton.next_power_of_2(vocabulary), 8192)
+    if num_rows > 0:
+        _cross_entropy_kernel[(num_rows,)](
+            logits_TV, targets_T, losses_T, logits_TV.stride(0), vocabulary, ignore_index, gradient, block, num_warps=16
+        )
