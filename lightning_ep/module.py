@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
@@ -14,9 +13,8 @@ from torch.optim import Optimizer
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from typing_extensions import override
 
+from lightning_ep.loss import IGNORE, shifted, summed_loss, token_losses
 from lightning_ep.strategy import ExpertParallelStrategy
-
-_IGNORE = -100
 
 
 def from_config(config: PreTrainedConfig) -> PreTrainedModel:
@@ -95,39 +93,45 @@ class CausalLM(LightningModule):
         assert self.model is not None
         return self.model(**inputs)
 
-    def _token_losses(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """Losses ``[B, S-1]`` in fp32 (zero where there is no target), the valid mask, and the auxiliary loss."""
-        inputs = {key: value for key, value in batch.items() if key != "labels"}
-        output = self(**inputs, use_cache=False)
-        logits_BSV = output.logits[:, :-1].float()
-        targets_BS = batch["labels"][:, 1:]
-        losses = F.cross_entropy(logits_BSV.flatten(0, 1), targets_BS.flatten(), ignore_index=_IGNORE, reduction="none")
-        auxiliary = getattr(output, "aux_loss", None)
-        if auxiliary is None:
-            auxiliary = losses.new_zeros(())
-        return losses.view_as(targets_BS), targets_BS != _IGNORE, auxiliary
+    def _summed_loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """Sum of the token losses, number of valid tokens, and the auxiliary loss; 0-dim each."""
+        assert self.model is not None
+        targets_BS = shifted(batch["labels"])
+        loss, auxiliary = summed_loss(self.model, targets_BS, _inputs(batch))
+        return loss, (targets_BS != IGNORE).sum(), auxiliary
 
     @override
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        losses, valid, auxiliary = self._token_losses(batch)
-        loss, tokens = losses.sum(), valid.sum()
+        loss, tokens, auxiliary = self._summed_loss(batch)
         sums = torch.stack([loss.detach().double(), tokens.double()])
-        self._window = sums if self._window is None else self._window + sums
         config = self.model.config  # type: ignore[union-attr]
         if getattr(config, "output_router_logits", False):
             loss = loss + config.router_aux_loss_coef * auxiliary * tokens
+        if self.trainer.accumulate_grad_batches == 1:
+            # The window is this batch, so its tokens are known before backward: no pass over the gradients is needed.
+            return loss / self._close_window(sums)
+        self._window = sums if self._window is None else self._window + sums
         # Lightning divides by the number of accumulated batches; `gradient_denominator` already counts their tokens.
         return loss * self.trainer.accumulate_grad_batches
 
-    def gradient_denominator(self) -> Tensor:
-        """Global number of valid tokens since the last step; the strategy divides the gradients by it."""
-        assert self._window is not None
-        loss, tokens = self.trainer.strategy.reduce(self._window, reduce_op="sum")
-        self._window = None
+    def _close_window(self, sums: Tensor) -> Tensor:
+        """Global number of valid tokens of a window from this rank's sums of losses and tokens; keeps the mean loss."""
+        loss, tokens = self.trainer.strategy.reduce(sums, reduce_op="sum")
         # A window without any valid token has zero gradients; dividing by one keeps them zero.
         tokens = tokens.clamp(min=1)
         self._train_loss = (loss / tokens).float()
         return tokens.float()
+
+    def gradient_denominator(self) -> Tensor | None:
+        """Global number of valid tokens since the last step, by which the strategy divides the gradients.
+
+        None if `training_step` has divided already.
+        """
+        if self._window is None:
+            return None
+        tokens = self._close_window(self._window)
+        self._window = None
+        return tokens
 
     @override
     def configure_gradient_clipping(
@@ -149,8 +153,8 @@ class CausalLM(LightningModule):
         self.log("lr", optimizer.param_groups[0]["lr"])
 
     def _evaluation_step(self, batch: dict[str, Tensor]) -> None:
-        losses, valid, _ = self._token_losses(batch)
-        sums = torch.stack([losses.sum().double(), valid.sum().double()])
+        loss, tokens, _ = self._summed_loss(batch)
+        sums = torch.stack([loss.double(), tokens.double()])
         self._evaluation = sums if self._evaluation is None else self._evaluation + sums
 
     def _log_evaluation(self, stage: str) -> None:
@@ -180,8 +184,10 @@ class CausalLM(LightningModule):
 
     @override
     def predict_step(self, batch: dict[str, Tensor], batch_idx: int, dataloader_idx: int = 0) -> dict[str, Tensor]:
-        losses, valid, _ = self._token_losses(batch)
-        return {"log_likelihood": -losses.sum(1), "tokens": valid.sum(1)}
+        assert self.model is not None
+        targets_BS = shifted(batch["labels"])
+        losses_BS, _ = token_losses(self.model, targets_BS, _inputs(batch))
+        return {"log_likelihood": -losses_BS.sum(1), "tokens": (targets_BS != IGNORE).sum(1)}
 
     @override
     def configure_optimizers(self) -> OptimizerLRScheduler:
@@ -190,3 +196,7 @@ class CausalLM(LightningModule):
             return optimizer
         scheduler = self._lr_scheduler(optimizer)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+
+def _inputs(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {key: value for key, value in batch.items() if key != "labels"}

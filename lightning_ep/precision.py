@@ -95,8 +95,8 @@ class ShardedPrecision(Precision):
     def _after_closure(self, model: LightningModule, optimizer: Steppable) -> None:
         # Before on_before_optimizer_step, so that callbacks and clipping see the gradients of the step.
         denominator = gradient_denominator(model)
-        if denominator is not None:
-            scale_gradients(self.main_params(optimizer), 1 / denominator())  # type: ignore[arg-type]
+        if denominator is not None and (terms := denominator()) is not None:
+            scale_gradients(self.main_params(optimizer), 1 / terms)  # type: ignore[arg-type]
         super()._after_closure(model, optimizer)
 
     @override
@@ -116,7 +116,8 @@ def gradient_denominator(model: LightningModule) -> Any:
 
     A LightningModule that returns *sums* as losses defines ``gradient_denominator() -> Tensor``: called once per
     optimizer step, on every rank, it returns the global number of summed terms in the accumulation window, by which
-    the strategy divides the gradients. Modules without it return means, as Lightning expects.
+    the strategy divides the gradients (or None if the losses were divided by it). Modules without it return means, as
+    Lightning expects.
     """
     return getattr(model, "gradient_denominator", None)
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.activations import SiLUActivation
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, ExpertsInterface, _default_apply_gate
 
 from lightning_ep.moe import moe_forward
@@ -68,7 +69,7 @@ def why_not_fused(module: nn.Module) -> str | None:
         return f"its parameters are not {' and '.join(FUSED_PARAMETERS)}"
     if type(module)._apply_gate is not _default_apply_gate:  # type: ignore[attr-defined]
         return "it has a gate function of its own"
-    if not isinstance(module.act_fn, nn.SiLU):
+    if not isinstance(module.act_fn, nn.SiLU | SiLUActivation):
         return f"its activation is {type(module.act_fn).__name__}, not SiLU"
     return None
 

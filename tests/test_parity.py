@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from lightning_ep import CausalLM, ExpertParallelStrategy
+from lightning_ep import loss as loss_module
 from tests.distributed import accelerator, run_ranks
 from tests.reference import Trace, batches, relative_error, tiny_config, tiny_model, train
 
@@ -99,10 +100,17 @@ def _windows(world: int, accumulate: int, padded: bool) -> list[list[dict[str, T
 
 
 def _fit(
-    ep: int, causal: bool, accumulate: int, clip: float | None, precision: str, overrides: dict[str, Any]
+    ep: int,
+    causal: bool,
+    accumulate: int,
+    clip: float | None,
+    precision: str = "32-true",
+    implementation: str = "fused",
+    overrides: dict[str, Any] | None = None,
 ) -> Trace:
     torch.use_deterministic_algorithms(False)
-    strategy = ExpertParallelStrategy(ep=ep)
+    strategy = ExpertParallelStrategy(ep=ep, experts_implementation=implementation)
+    overrides = overrides or {}
     module: Any = UserModule(**overrides)
     if causal:
         module = SeededCausalLM(tiny_config(), pretrained=False, optimizer=lambda p: torch.optim.SGD(p, lr=LR))
@@ -128,6 +136,7 @@ def _fit(
         world, rank = trainer.world_size, trainer.global_rank
         mine = [w[i * world + rank] for w in _windows(world, accumulate, causal) for i in range(accumulate)]
         trainer.fit(module, DataLoader(_Batches(mine), batch_size=None))
+    assert not causal or getattr(module.model, loss_module._METHOD) is not None, "the loss fell back to all logits"
     return recorder.trace
 
 
@@ -163,7 +172,7 @@ def _worker(ep: int, cases: list[dict[str, Any]]) -> list[str]:
         )
         if case["clip"] is not None:
             assert expected["norms"][0] > 1.5 * case["clip"], "the bound must bite"
-        trace = _fit(ep, causal, accumulate, case["clip"], precision, overrides)
+        trace = _fit(ep, **case)
         bf16 = precision != "32-true"
         wrong += [f"{case}: {message}" for message in _compare(trace, expected, 3e-2 if bf16 else 1e-5, bf16)]
     return wrong
@@ -179,6 +188,7 @@ MODELS = [
     {"causal": True, "accumulate": 1, "clip": 0.2, "overrides": {"mlp_only_layers": [0]}},
     {"causal": True, "accumulate": 1, "clip": 0.2, "overrides": {"num_experts_per_tok": 8}},
     {"causal": True, "accumulate": 1, "clip": 0.2, "overrides": {"tie_word_embeddings": True}},
+    {"causal": True, "accumulate": 1, "clip": 0.2, "implementation": "eager"},
     {"causal": False, "accumulate": 1, "clip": 0.2, "overrides": {"norm_topk_prob": False, "num_experts_per_tok": 1}},
 ]
 BF16 = [

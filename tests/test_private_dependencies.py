@@ -45,6 +45,8 @@ PRIVATE = [
     "torch.nn:Module._parameters",
     "transformers:PreTrainedModel._init_weights",
     "transformers:PreTrainedModel._no_split_modules",
+    "transformers.integrations.moe:_default_apply_gate",
+    "transformers.models.qwen3_moe.modeling_qwen3_moe:Qwen3MoeExperts._apply_gate",
 ]
 
 # Public in name, but undocumented, recent, or outside of what an upgrade promises to keep.
@@ -55,9 +57,12 @@ UNDOCUMENTED = [
     "torch.distributed.fsdp:FSDPModule.set_force_sum_reduction_for_comms",
     "torch.distributed.fsdp:FSDPModule.set_gradient_divide_factor",
     "torch.distributed.fsdp:FSDPModule.set_requires_gradient_sync",
+    "torch.distributed.fsdp:register_fsdp_forward_method",
+    "torch.nn.functional:grouped_mm",
     "transformers:PreTrainedModel.ep_plan",
     "transformers:PreTrainedModel.set_experts_implementation",
     "transformers:Qwen3MoeConfig.base_model_ep_plan",
+    "transformers.activations:SiLUActivation",
     "transformers.integrations.moe:ALL_EXPERTS_FUNCTIONS",
     "transformers.integrations.moe:ExpertsInterface.register",
 ]

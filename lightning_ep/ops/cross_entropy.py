@@ -48,9 +48,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
         losses_T = torch.empty(hidden_TH.shape[0], dtype=accumulate, device=hidden_TH.device)
         grad_TH = torch.empty_like(hidden_TH) if of_hidden else None
         grad_VH = torch.zeros_like(weight_VH, dtype=accumulate) if of_weight else None
-        for start in range(0, hidden_TH.shape[0], _CHUNK):
-            part = slice(start, start + _CHUNK)
-            logits_CV = hidden_TH[part] @ weight_VH.t()
+        num_tokens = hidden_TH.shape[0]
+        buffer_CV = hidden_TH.new_empty(min(num_tokens, _CHUNK), weight_VH.shape[0])  # one, for all chunks
+        for start in range(0, num_tokens, _CHUNK):
+            part = slice(start, min(start + _CHUNK, num_tokens))
+            logits_CV = torch.mm(hidden_TH[part], weight_VH.t(), out=buffer_CV[: part.stop - start])
             cross_entropy_(logits_CV, targets_T[part], losses_T[part], ignore_index, gradient=of_hidden or of_weight)
             if grad_TH is not None:
                 torch.mm(logits_CV, weight_VH, out=grad_TH[part])

@@ -1,0 +1,105 @@
+"""The summed token loss of a causal language model, without its logits."""
+
+from __future__ import annotations
+
+import logging
+from types import MethodType
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.fsdp import register_fsdp_forward_method
+from transformers import PreTrainedModel
+
+from lightning_ep.ops.cross_entropy import linear_cross_entropy
+
+IGNORE = -100
+"""Label of a token that is no target."""
+
+_METHOD = "_lightning_ep_summed_loss"
+_log = logging.getLogger(__name__)
+
+
+class _Head(nn.Module):
+    """Stands in for the output head while the model runs, and hands on the hidden states."""
+
+    def forward(self, hidden_BSH: Tensor) -> Tensor:
+        self.hidden_BSH = hidden_BSH
+        return hidden_BSH
+
+
+def shifted(labels_BS: Tensor) -> Tensor:
+    """The target of every position: the next label, and none for the last position."""
+    return F.pad(labels_BS[:, 1:], (0, 1), value=IGNORE)
+
+
+def token_losses(model: PreTrainedModel, targets_BS: Tensor, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """Losses of single tokens from the model's logits.
+
+    Args:
+        model: The model.
+        targets_BS: int64 ``[B, S]``, the target of every position, or -100.
+        inputs: Arguments of the model's forward.
+
+    Returns:
+        ``[B, S]`` in fp32, zero where there is no target, and the model's auxiliary loss (0-dim, zero if it has none).
+    """
+    output = model(**inputs, use_cache=False)
+    logits_TV = output.logits.float().flatten(0, 1)
+    losses_T = F.cross_entropy(logits_TV, targets_BS.flatten(), ignore_index=IGNORE, reduction="none")
+    return losses_T.view_as(targets_BS), _auxiliary(output, losses_T)
+
+
+def summed_loss(model: PreTrainedModel, targets_BS: Tensor, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """Sum of the token losses, through `linear_cross_entropy` where the model's logits are its head's output.
+
+    Models that scale or cap their logits, and heads with a bias, take the plain path over all logits.
+
+    Args:
+        model: The model, sharded or not.
+        targets_BS: As in `token_losses`.
+        inputs: As in `token_losses`.
+
+    Returns:
+        0-dim fp32 tensor, and the auxiliary loss as in `token_losses`.
+    """
+    if not hasattr(model, _METHOD):
+        setattr(model, _METHOD, MethodType(_fused, model) if _has_plain_head(model) else None)
+        if getattr(model, _METHOD) is not None:
+            # The head's weight is gathered only inside a forward of the root, and this is one.
+            register_fsdp_forward_method(model, _METHOD)
+    if (fused := getattr(model, _METHOD)) is not None:
+        found: tuple[Tensor, Tensor] | None = fused(targets_BS, inputs)
+        if found is not None:
+            return found
+        _log.info(f"{type(model).__name__} changes its logits after the head: the loss holds them all.")
+        setattr(model, _METHOD, None)
+    losses_BS, auxiliary = token_losses(model, targets_BS, inputs)
+    return losses_BS.sum(), auxiliary
+
+
+def _has_plain_head(model: PreTrainedModel) -> bool:
+    head = model.get_output_embeddings()
+    return type(head) is nn.Linear and head.bias is None
+
+
+def _fused(model: PreTrainedModel, targets_BS: Tensor, inputs: dict[str, Any]) -> tuple[Tensor, Tensor] | None:
+    """One forward of the model with its head held back; None if the model does more to logits than its head does."""
+    head, stand_in = model.get_output_embeddings(), _Head()
+    model.set_output_embeddings(stand_in)
+    try:
+        # Not `model(...)`: the hooks around a forward of the root run around this function already.
+        output = model.forward(**inputs, use_cache=False)
+    finally:
+        model.set_output_embeddings(head)
+    hidden_BSH = stand_in.hidden_BSH
+    if output.logits is not hidden_BSH:
+        return None
+    assert isinstance(head, nn.Linear)
+    loss = linear_cross_entropy(hidden_BSH.flatten(0, 1), head.weight, targets_BS.flatten(), IGNORE)
+    return loss, _auxiliary(output, loss)
+
+
+def _auxiliary(output: Any, like: Tensor) -> Tensor:
+    auxiliary = getattr(output, "aux_loss", None)
+    return like.new_zeros(()) if auxiliary is None else auxiliary

@@ -1,0 +1,75 @@
+"""The summed token loss of whole models, with and without their logits."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers.models.qwen3_moe import Qwen3MoeForCausalLM
+
+from lightning_ep import loss as module
+from lightning_ep.loss import shifted, summed_loss, token_losses
+from tests.reference import batches, grad_or_zero, relative_error, tiny_config, tiny_model
+
+
+class _Capped(Qwen3MoeForCausalLM):
+    """As Gemma does: what the head gives is not what the loss gets."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        output = super().forward(*args, **kwargs)
+        output.logits = torch.tanh(output.logits / 5) * 5
+        return output
+
+
+def _batch() -> tuple[Tensor, dict[str, Tensor]]:
+    batch = batches(3, 2, padded=True)[2]
+    return shifted(batch["labels"]), {"input_ids": batch["input_ids"]}
+
+
+def _gradients(model: Qwen3MoeForCausalLM, loss: Tensor) -> list[Tensor]:
+    model.zero_grad()
+    loss.backward()
+    return [grad_or_zero(param) for param in model.parameters()]
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_loss_without_logits_is_that_of_the_logits(tied: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model(tie_word_embeddings=tied, output_router_logits=True)
+    targets, inputs = _batch()
+    losses, expected_auxiliary = token_losses(model, targets, inputs)
+    expected = _gradients(model, losses.sum() + expected_auxiliary)
+    monkeypatch.setattr(module, "token_losses", None)  # the plain path must not be taken
+    loss, auxiliary = summed_loss(model, targets, inputs)
+    assert relative_error(loss, losses.sum()) < 1e-6
+    assert auxiliary.item() == expected_auxiliary.item() != 0
+    for found, grad in zip(_gradients(model, loss + auxiliary), expected, strict=True):
+        assert relative_error(found, grad) < 1e-5
+    assert model.get_output_embeddings() is model.lm_head
+    with torch.no_grad():
+        assert relative_error(summed_loss(model, targets, inputs)[0], losses.sum()) < 1e-6
+
+
+def test_a_model_that_changes_its_logits_keeps_them() -> None:
+    model = _Capped(tiny_config())
+    with torch.no_grad():
+        model.lm_head.weight.mul_(50)
+    targets, inputs = _batch()
+    losses, _ = token_losses(model, targets, inputs)
+    for _ in range(2):
+        loss, _ = summed_loss(model, targets, inputs)
+        assert relative_error(loss, losses.sum()) < 1e-6
+    assert torch.nonzero(losses).numel() > 0
+
+
+def test_a_head_with_a_bias_keeps_its_logits() -> None:
+    model = tiny_model()
+    model.lm_head = torch.nn.Linear(32, 128)
+    targets, inputs = _batch()
+    losses, _ = token_losses(model, targets, inputs)
+    assert relative_error(summed_loss(model, targets, inputs)[0], losses.sum()) < 1e-6
+
+
+def test_shifted_labels_end_without_a_target() -> None:
+    assert shifted(torch.tensor([[1, 2, -100, 3]])).tolist() == [[2, -100, 3, -100]]
