@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import json
 import os
 import signal
@@ -36,7 +37,7 @@ def run_cell(cell: Cell, timeout: float, log_folder: Path | None = None) -> dict
         A record: ``cell``, ``status`` (``ok``, ``out of memory``, ``failed``, ``timed out`` or ``skipped``), ``error``
         if it is not ``ok``, ``seconds`` in all, ``date``, and what was measured.
     """
-    record: dict[str, Any] = {"cell": dataclasses.asdict(cell), "date": _now()}
+    record: dict[str, Any] = {"cell": dataclasses.asdict(cell), "device_name": device_name(cell.device), "date": _now()}
     reason = _why_skip(cell)
     if reason is not None:
         return {**record, "status": "skipped", "error": reason}
@@ -49,6 +50,15 @@ def run_cell(cell: Cell, timeout: float, log_folder: Path | None = None) -> dict
         codes = _run_ranks(cell, folder, timeout)
         record["seconds"] = time.monotonic() - start
         return {**record, **_outcome(cell, folder, codes, timeout)}
+
+
+@functools.cache
+def device_name(device: str) -> str:
+    """Name of the first GPU, asked for without touching it from this process."""
+    if device == "cpu":
+        return "CPU"
+    command = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout.splitlines()[0]
 
 
 def _why_skip(cell: Cell) -> str | None:
@@ -78,6 +88,8 @@ def _run_ranks(cell: Cell, folder: Path, timeout: float) -> list[int | None]:
         "TORCHELASTIC_RUN_ID": "benchmarks",  # so that Lightning takes the processes as started
     }
     environment.pop("TORCHELASTIC_USE_AGENT_STORE", None)
+    if cell.device == "cpu":
+        environment["OMP_NUM_THREADS"] = "1"
     command = [sys.executable, "-m", "benchmarks.worker", json.dumps(dataclasses.asdict(cell))]
     processes: list[subprocess.Popen[bytes]] = []
     try:
@@ -128,13 +140,12 @@ def _outcome(cell: Cell, folder: Path, codes: list[int | None], timeout: float) 
         measured = merge(cell, [result["measured"] for result in results])
     except ValueError as error:
         return {"status": "failed", "error": str(error), "machine": machine}
-    rate, device_name = measured["tokens_per_second"], machine["device_name"]
     return {
         "status": "ok",
         "machine": machine,
         **measured,
-        "mfu": costs.mfu(cell, rate, device_name),
-        "estimate_tokens_per_second": costs.estimate_tokens_per_second(cell, device_name),
+        "mfu": costs.mfu(cell, measured["tokens_per_second"], machine["device_name"]),
+        "estimate_tokens_per_second": costs.estimate_tokens_per_second(cell, machine["device_name"]),
     }
 
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
+import sys
+import types
 from typing import Any
 
 import torch
@@ -17,14 +20,24 @@ from benchmarks.router import max_over_mean, zipf_bias
 def why_not() -> str | None:
     """Why torchtitan cannot run here, or None."""
     try:
+        _do_without_tensorboard()
         import torchtitan.models.qwen3  # noqa: F401
     except Exception as error:  # its imports fail in many ways on machines without a GPU
         return f"{type(error).__name__}: {error}"
     return None
 
 
+def _do_without_tensorboard() -> None:
+    """torchtitan imports TensorBoard's writer wherever it comes from; nothing here writes with it."""
+    if importlib.util.find_spec("tensorboard") is None:
+        module = types.ModuleType("torch.utils.tensorboard")
+        module.SummaryWriter = None  # type: ignore[attr-defined]
+        sys.modules.setdefault("torch.utils.tensorboard", module)
+
+
 def run(cell: Cell, meter: Meter) -> None:
     """Trains ``meter.num_steps`` steps (torchtitan 0.2)."""
+    _do_without_tensorboard()
     from torchtitan.distributed import utils as dist_utils
     from torchtitan.models.qwen3 import get_train_spec
 

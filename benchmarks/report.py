@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.cells import Cell
+from benchmarks.records import latest, read
 
 PAGE = Path("docs/performance.md")
 _NOTHING = "Not measured yet: this page is written from the files of a run, and none was given."
@@ -70,10 +71,7 @@ def cases(records: Sequence[dict[str, Any]]) -> list[list[dict[str, Any]]]:
     """Records grouped by everything but the trainer and by device, each with its ratio to the best peer."""
     groups: dict[str, list[dict[str, Any]]] = {}
     for record in records:
-        device = record.get("machine", {}).get("device_name", "")
-        if not device:  # a failed cell joins the others of its case
-            device = _device_of(record, records)
-        case = json.dumps([Cell(**record["cell"]).case, device], sort_keys=True)
+        case = json.dumps([Cell(**record["cell"]).case, record["device_name"]], sort_keys=True)
         groups.setdefault(case, []).append(dict(record))
     for group in groups.values():
         peers = [r["tokens_per_second"] for r in group if r["status"] == "ok" and not _is_ours(r)]
@@ -85,12 +83,6 @@ def cases(records: Sequence[dict[str, Any]]) -> list[list[dict[str, Any]]]:
 
 def _is_ours(record: dict[str, Any]) -> bool:
     return bool(record["cell"]["trainer"].startswith("lightning_ep"))
-
-
-def _device_of(record: dict[str, Any], records: Sequence[dict[str, Any]]) -> str:
-    case = Cell(**record["cell"]).case
-    names = (r.get("machine", {}).get("device_name") for r in records if Cell(**r["cell"]).case == case)
-    return next((name for name in names if name), "")
 
 
 def title(group: list[dict[str, Any]]) -> str:
@@ -106,23 +98,21 @@ def title(group: list[dict[str, Any]]) -> str:
 
 def table(records: Sequence[dict[str, Any]]) -> str:
     """Markdown: one table per case, a row per trainer; cells that failed say why."""
-    parts = []
-    for group in cases(records):
-        done = [record for record in group if record["status"] == "ok"]
-        rows = [
-            [record["cell"]["trainer"], *(form(record) if record["status"] == "ok" else "" for _, form in _COLUMNS)]
-            for record in group
-        ]
-        for row, record in zip(rows, group, strict=True):
-            if record["status"] != "ok":
-                row[1] = record["status"]
-        failures = [f"- {r['cell']['trainer']}: {r['status']}: `{r['error']}`" for r in group if r["status"] != "ok"]
-        columns = [i for i, (name, _) in enumerate(_COLUMNS, 1) if i == 1 or any(form for form in [r[i] for r in rows])]
-        header = ["trainer", *(_COLUMNS[i - 1][0] for i in columns)]
-        lines = _markdown(header, [[row[0], *(row[i] for i in columns)] for row in rows])
-        device = done[0]["machine"]["device_name"] if done else "no result"
-        parts.append("\n".join([f"**{title(group)}** ({device})", "", *lines, *([""] if failures else []), *failures]))
-    return "\n\n".join(parts)
+    return "\n\n".join(_case_table(group) for group in cases(records))
+
+
+def _case_table(group: list[dict[str, Any]]) -> str:
+    done = [record for record in group if record["status"] == "ok"]
+    # A column that nobody fills (no GPU, no peer) is left out.
+    columns = [(name, form) for name, form in _COLUMNS if name == "tokens/s per GPU" or any(map(form, done))]
+    rows = []
+    for record in group:
+        values = [form(record) for _, form in columns] if record in done else [record["status"]]
+        rows.append([record["cell"]["trainer"], *values, *[""] * (len(columns) - len(values))])
+    lines = [f"**{title(group)}** ({group[0]['device_name']})", ""]
+    lines += _markdown(["trainer", *(name for name, _ in columns)], rows)
+    failures = [f"- {r['cell']['trainer']}: {r['status']}: `{r['error']}`" for r in group if r not in done]
+    return "\n".join([*lines, *([""] if failures else []), *failures])
 
 
 def moe_table(content: dict[str, Any]) -> str:
@@ -135,9 +125,8 @@ def moe_table(content: dict[str, Any]) -> str:
         rows.append([row["name"], row["router"], f"{row['max_over_mean']:.2f}", _spread(row), busy, kinds])
     header = ["MoE body, forward and backward", "router", "hottest", "ms", "GPU busy ms", "of it by kind of kernel"]
     budget = "Budget at 16,384 tokens on an H200: GEMMs 6.0 ms, glue 1.7 ms; the target is 8.0 ms."
-    return "\n".join(
-        [*_markdown(header, rows), "", f"{content['tokens']:,} tokens, ep=1, {content['dtype']}. {budget}"]
-    )
+    sizes = f"{content['tokens']:,} tokens, ep=1, {content['dtype']}."
+    return "\n".join([*_markdown(header, rows), "", f"{sizes} {budget}"])
 
 
 def loss_table(content: dict[str, Any]) -> str:
@@ -177,12 +166,10 @@ def page(train: list[dict[str, Any]], moe: list[dict[str, Any]], loss: list[dict
     if plot is not None:
         parts.append(f"![tokens per second and GPU]({plot})\n")
     parts.append((table(train) + "\n\n" + _provenance(train) if train else _NOTHING) + "\n")
-    parts.append("## MoE layer alone\n")
-    parts.append("\n\n".join(moe_table(c) + "\n\n" + _provenance([c]) for c in moe) + "\n" if moe else _NOTHING + "\n")
-    parts.append("## Loss alone\n")
-    parts.append(
-        "\n\n".join(loss_table(c) + "\n\n" + _provenance([c]) for c in loss) + "\n" if loss else _NOTHING + "\n"
-    )
+    for heading, form, results in (("MoE layer", moe_table, moe), ("Loss", loss_table, loss)):
+        parts.append(f"## {heading} alone\n")
+        parts.append("\n\n".join(f"{form(r)}\n\n{_provenance([r])}" for r in results) or _NOTHING)
+        parts[-1] += "\n"
     return "\n".join(parts)
 
 
@@ -220,7 +207,7 @@ def draw(records: Sequence[dict[str, Any]], path: Path) -> bool:
             if record.get("estimate_tokens_per_second") is not None:
                 axis.vlines(record["estimate_tokens_per_second"], index - 0.4, index + 0.4, "black", "dotted")
         axis.invert_yaxis()
-        axis.set_title(f"{title(group)}, {group[0]['machine']['device_name']}", fontsize=7)
+        axis.set_title(f"{title(group)}, {group[0]['device_name']}", fontsize=7)
         axis.tick_params(labelsize=7)
     axes[-1, 0].set_xlabel("tokens per second and GPU (dotted: the design's estimate)", fontsize=8)
     figure.tight_layout()
@@ -237,15 +224,11 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--page", type=Path, default=PAGE)
     options = parser.parse_args(arguments)
     # Later files and lines replace earlier ones of the same cell on the same device.
-    train: dict[str, dict[str, Any]] = {}
-    for path in options.train:
-        for line in path.read_text().splitlines():
-            record = json.loads(line)
-            train[json.dumps([record["cell"], record.get("machine", {}).get("device_name")], sort_keys=True)] = record
+    train = list(latest([record for path in options.train for record in read(path)]).values())
     moe, loss = ([json.loads(path.read_text()) for path in paths] for paths in (options.moe, options.loss))
     plot = options.page.with_suffix(".png")
-    drawn = draw(list(train.values()), plot)
-    options.page.write_text(page(list(train.values()), moe, loss, plot.name if drawn else None))
+    drawn = draw(train, plot)
+    options.page.write_text(page(train, moe, loss, plot.name if drawn else None))
     print(f"wrote {options.page}" + (f" and {plot}" if drawn else "; no plot"))
 
 

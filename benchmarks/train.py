@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import shlex
 import sys
 import time
@@ -15,7 +14,8 @@ from typing import Any
 import torch
 
 from benchmarks.cells import SIZES, Cell, default_trainers, parse_shape
-from benchmarks.launch import run_cell
+from benchmarks.launch import device_name, run_cell
+from benchmarks.records import append, key, latest, read
 from benchmarks.report import table
 
 _LEAST_S = 45.0  # a cell is not started with less than this left of the budget
@@ -59,7 +59,7 @@ def run(
     complete = True
     shown: list[dict[str, Any]] = []
     for number, cell in enumerate(cells, 1):
-        known = latest(read(path)).get(_key(dataclasses.asdict(cell)))
+        known = latest(read(path)).get(key(dataclasses.asdict(cell), device_name(cell.device)))
         if known is not None and (known["status"] == "ok" or not retry_failed):
             shown.append(known)
             continue
@@ -81,41 +81,6 @@ def run(
             append(path, record)
     print(table(shown))
     return complete
-
-
-def read(path: Path) -> list[dict[str, Any]]:
-    """The records of a file, none if it does not exist; a last line that a kill cut short is left out."""
-    if not path.exists():
-        return []
-    records = []
-    lines = path.read_text().splitlines()
-    for number, line in enumerate(lines):
-        try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:
-            if number != len(lines) - 1:
-                raise
-    return records
-
-
-def append(path: Path, record: dict[str, Any]) -> None:
-    """Adds a record, after removing a last line that a kill cut short."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    text = path.read_text() if path.exists() else ""
-    whole = "".join(json.dumps(known) + "\n" for known in read(path))
-    if text != whole:
-        path.write_text(whole)
-    with path.open("a") as file:
-        file.write(json.dumps(record) + "\n")
-
-
-def latest(records: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """The last record of every cell, by its key, in the order of first appearance."""
-    return {_key(record["cell"]): record for record in records}
-
-
-def _key(cell: dict[str, Any]) -> str:
-    return json.dumps(cell, sort_keys=True)
 
 
 def _cells(options: argparse.Namespace, ranks: int) -> list[Cell]:

@@ -1,4 +1,4 @@
-"""One rank of a cell, in a process of its own: ``python -m benchmarks.worker CELL RESULT`` with torchrun's variables."""
+"""One rank of a cell, a process of its own: ``python -m benchmarks.worker CELL RESULT`` with torchrun's variables."""
 
 from __future__ import annotations
 
