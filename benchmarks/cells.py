@@ -103,22 +103,23 @@ class Cell:
         from transformers.models.qwen3_moe import Qwen3MoeConfig
 
         w = self.widths
-        return Qwen3MoeConfig(
-            vocab_size=w.vocab,
-            hidden_size=w.hidden,
-            intermediate_size=3 * w.hidden,
-            num_hidden_layers=self.layers,
-            num_attention_heads=w.heads,
-            num_key_value_heads=w.kv_heads,
-            head_dim=w.head_dim,
-            moe_intermediate_size=w.moe_intermediate,
-            num_experts=w.experts,
-            num_experts_per_tok=w.top_k,
-            norm_topk_prob=True,
-            tie_word_embeddings=False,
-            max_position_embeddings=max(40_960, self.sequence),
-            rope_parameters={"rope_type": "default", "rope_theta": 1_000_000.0},
-        )
+        sizes: dict[str, Any] = {
+            "vocab_size": w.vocab,
+            "hidden_size": w.hidden,
+            "intermediate_size": 3 * w.hidden,
+            "num_hidden_layers": self.layers,
+            "num_attention_heads": w.heads,
+            "num_key_value_heads": w.kv_heads,
+            "head_dim": w.head_dim,
+            "moe_intermediate_size": w.moe_intermediate,
+            "num_experts": w.experts,
+            "num_experts_per_tok": w.top_k,
+            "norm_topk_prob": True,
+            "tie_word_embeddings": False,
+            "max_position_embeddings": max(40_960, self.sequence),
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1_000_000.0},
+        }
+        return Qwen3MoeConfig(**sizes)
 
 
 def parse_shape(text: str) -> tuple[int, int]:

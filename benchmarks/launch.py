@@ -62,15 +62,18 @@ def device_name(device: str) -> str:
 
 
 def _why_skip(cell: Cell) -> str | None:
-    if cell.trainer == TORCHTITAN:
-        if cell.device == "cpu":
-            return "torchtitan needs a GPU"
-        # Its imports touch CUDA; a process of its own keeps that out of this one.
-        code = "from benchmarks.peer_torchtitan import why_not; print(why_not() or '')"
-        done = subprocess.run([sys.executable, "-c", code], cwd=_ROOT, capture_output=True, text=True, timeout=300)
-        lines = (done.stdout.strip() or (done.stderr.strip() if done.returncode else "")).splitlines()
-        return lines[-1] if lines else None
-    return None
+    if cell.trainer != TORCHTITAN:
+        return None
+    return "torchtitan needs a GPU" if cell.device == "cpu" else _why_no_torchtitan()
+
+
+@functools.cache
+def _why_no_torchtitan() -> str | None:
+    # Its imports touch CUDA; a process of its own keeps that out of this one.
+    code = "from benchmarks.peer_torchtitan import why_not; print(why_not() or '')"
+    done = subprocess.run([sys.executable, "-c", code], cwd=_ROOT, capture_output=True, text=True, timeout=300)
+    lines = (done.stderr if done.returncode else done.stdout).strip().splitlines()
+    return lines[-1] if lines else None
 
 
 def _run_ranks(cell: Cell, folder: Path, timeout: float) -> list[int | None]:

@@ -148,7 +148,7 @@ def gemms(sizes: Sizes, tokens: int, device: torch.device, dtype: torch.dtype) -
             F.grouped_mm(grad_up_PI.t(), x_PH, offs=ends_E),
         )
 
-    operands = [
+    operands: list[tuple[Tensor, ...]] = [
         (random(rows, width), random(rows, inner), random(rows, 2 * inner), random(rows, width)) for _ in range(2)
     ]
     return body, operands

@@ -13,7 +13,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
-from transformers.distributed import DistributedConfig
+from transformers.distributed.configuration_utils import DistributedConfig
 from transformers.models.qwen3_moe import Qwen3MoeForCausalLM
 
 from benchmarks.cells import Cell
@@ -93,7 +93,7 @@ def clip(params: list[Tensor], max_norm: float) -> None:
     for param in params:
         if param.grad is not None:
             by_mesh[param.grad.device_mesh if isinstance(param.grad, DTensor) else None].append(param)
-    norms = [get_total_norm([param.grad for param in group]) for group in by_mesh.values()]
+    norms: list[Any] = [get_total_norm([p.grad for p in group if p.grad is not None]) for group in by_mesh.values()]
     total = torch.linalg.vector_norm(torch.stack([n.full_tensor() if isinstance(n, DTensor) else n for n in norms]))
     for group in by_mesh.values():
         clip_grads_with_norm_(group, max_norm, total)

@@ -31,6 +31,16 @@ Written by `python -m benchmarks.report` from the files of the runs named below;
   profiled step.
 - *hottest* is the most popular expert's tokens over the mean.
 - Every trainer sees the same random tokens, the same distribution of random weights, AdamW (fused), clipping at norm 1.
+
+To repeat it, from the root of the repository, on any number of GPUs of one node; each command says more with `--help`:
+
+```bash
+python -m benchmarks.train --tokens 4x4096 1x16384 1x4096 --router balanced skewed  # repeat until all cells are done
+python -m benchmarks.moe_layer && python -m benchmarks.loss
+r=runs/benchmarks; python -m benchmarks.report --train $r/train.jsonl --moe $r/moe_layer.json --loss $r/loss.json
+```
+
+The peers are transformers (an own dependency here), and torchtitan and Liger where they are installed.
 """
 
 Column = tuple[str, Callable[[dict[str, Any]], str]]

@@ -24,12 +24,12 @@ def zipf_bias(num_experts: int, layer: int) -> Tensor:
     return -_EXPONENT * torch.log(torch.arange(1, num_experts + 1, dtype=torch.float32))[order]
 
 
-def skew_transformers_router(gate: nn.Module, layer: int) -> None:
+def skew_transformers_router(gate: Any, layer: int) -> None:
     """Gives a transformers Qwen3-MoE router (``Qwen3MoeTopKRouter``) a fixed bias of its logits.
 
     It has no parameter for one, so its forward is replaced by the same lines with a bias.
     """
-    bias = zipf_bias(gate.num_experts, layer)  # type: ignore[arg-type]
+    bias = zipf_bias(gate.num_experts, layer)
     on_device: dict[tuple[torch.device, torch.dtype], Tensor] = {}
 
     def forward(hidden_TH: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -37,13 +37,13 @@ def skew_transformers_router(gate: nn.Module, layer: int) -> None:
         key = (hidden_TH.device, hidden_TH.dtype)
         if key not in on_device:
             on_device[key] = bias.to(*key)
-        logits_TE = F.linear(hidden_TH, gate.weight, on_device[key])  # type: ignore[arg-type]
+        logits_TE = F.linear(hidden_TH, gate.weight, on_device[key])
         weights_TK, ids_TK = F.softmax(logits_TE, dtype=torch.float, dim=-1).topk(gate.top_k, dim=-1)
         if gate.norm_topk_prob:
             weights_TK = weights_TK / weights_TK.sum(dim=-1, keepdim=True)
         return logits_TE, weights_TK.to(logits_TE.dtype), ids_TK
 
-    gate.forward = forward  # type: ignore[method-assign,assignment]
+    gate.forward = forward
 
 
 def prepare_transformers_routers(model: Any, router: str) -> Popularity:

@@ -54,13 +54,13 @@ def time_ms(function: Callable[..., Any], inputs: Sequence[tuple[Any, ...]], rep
     events = []
     for index in range(repeats):
         flush.zero_()
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
+        before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        before.record()
         function(*inputs[index % len(inputs)])
-        end.record()
-        events.append((start, end))
+        after.record()
+        events.append((before, after))
     torch.cuda.synchronize(device)
-    return [start.elapsed_time(end) for start, end in events]
+    return [before.elapsed_time(after) for before, after in events]
 
 
 def spread(times: list[float]) -> dict[str, float]:

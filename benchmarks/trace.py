@@ -6,8 +6,6 @@ from collections import defaultdict
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
-from torch.autograd import DeviceType
-
 Interval = tuple[float, float]
 
 
@@ -46,7 +44,7 @@ def device_kernels(profile: Any) -> list[Kernel]:
     return [
         Kernel(event.name, event.time_range.start, event.time_range.end)
         for event in profile.events()
-        if event.device_type == DeviceType.CUDA and not event.is_user_annotation
+        if event.device_type.name == "CUDA" and not event.is_user_annotation
     ]
 
 
