@@ -128,12 +128,12 @@ def _outcome(cell: Cell, folder: Path, codes: list[int | None], timeout: float) 
         for result in results:
             if result.get("status") == status:
                 return {"status": status, "error": result["error"]}
-    died = [rank for rank, code in enumerate(codes) if code not in (None, 0)]
+    died = [rank for rank, code in enumerate(codes) if code not in (None, 0) and not results[rank]]
     if died:
         line = _last_line(folder / f"{died[0]}.log")
         return {"status": "failed", "error": f"rank {died[0]} ended with code {codes[died[0]]}: {line}"}
-    if None in codes:
-        rank = codes.index(None)
+    if not all(results):
+        rank = next(rank for rank, result in enumerate(results) if not result)
         return {
             "status": "timed out",
             "error": f"rank {rank} still ran after {timeout:.0f} s: {_last_line(folder / f'{rank}.log')}",

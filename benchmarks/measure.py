@@ -160,7 +160,7 @@ def merge(cell: Cell, ranks: list[dict[str, Any]]) -> dict[str, Any]:
     ):
         if name in ranks[0]:
             record[name] = statistics.fmean(rank[name] for rank in ranks)
-    record |= {name: ranks[0][name] for name in ("launches", "kernels") if name in ranks[0]}
+    record |= {name: ranks[0][name] for name in ("launches", "by_stage", "kernels") if name in ranks[0]}
     if not (math.isfinite(record["first_loss"]) and math.isfinite(record["last_loss"])):
         raise ValueError(f"the loss is not finite: {record['first_loss']} at first, {record['last_loss']} at last.")
     return record

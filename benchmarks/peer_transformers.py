@@ -13,8 +13,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from transformers import AutoModelForCausalLM
 from transformers.distributed.configuration_utils import DistributedConfig
-from transformers.models.qwen3_moe import Qwen3MoeForCausalLM
 
 from benchmarks.cells import Cell
 from benchmarks.measure import Meter, fill_parameters, run_loop
@@ -50,14 +50,12 @@ def _build(cell: Cell, device: torch.device) -> Any:
     The two functions that it calls before and after it has built the model on meta are called here in its place;
     only the loading is replaced, by `fill_parameters`.
     """
-    config = cell.config()
     dtype = torch.bfloat16 if cell.precision == "bf16-true" else torch.float32
-    # As "auto" chooses; grouped_mm is the peers' fast path, and on the CPU the slow one.
-    config._experts_implementation = "grouped_mm" if device.type == "cuda" else "eager"
     with torch.device("meta"):
-        model = Qwen3MoeForCausalLM._from_config(config, dtype=dtype)
+        model: Any = AutoModelForCausalLM.from_config(cell.config(), dtype=dtype)
+    model.set_experts_implementation("grouped_mm" if device.type == "cuda" else "eager")  # its fast path on each
     with torch.device(device):  # its buffers are no weights: computed on the device, never cast
-        model.model.rotary_emb = type(model.model.rotary_emb)(config)
+        model.model.rotary_emb = type(model.model.rotary_emb)(model.config)
     if cell.trainer != "transformers/single":
         model = _distribute(model, cell, device)
     fill_parameters(model, device)

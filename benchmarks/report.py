@@ -40,7 +40,7 @@ python -m benchmarks.moe_layer && python -m benchmarks.loss
 r=runs/benchmarks; python -m benchmarks.report --train $r/train.jsonl --moe $r/moe_layer.json --loss $r/loss.json
 ```
 
-The peers are transformers (an own dependency here), and torchtitan and Liger where they are installed.
+The peers are transformers, which the package needs anyway, and torchtitan and Liger where they are installed.
 """
 
 Column = tuple[str, Callable[[dict[str, Any]], str]]
@@ -121,8 +121,23 @@ def _case_table(group: list[dict[str, Any]]) -> str:
         rows.append([record["cell"]["trainer"], *values, *[""] * (len(columns) - len(values))])
     lines = [f"**{title(group)}** ({group[0]['device_name']})", ""]
     lines += _markdown(["trainer", *(name for name, _ in columns)], rows)
+    if any("by_stage" in record for record in done):
+        lines += ["", *_stage_table(done)]
     failures = [f"- {r['cell']['trainer']}: {r['status']}: `{r['error']}`" for r in group if r not in done]
     return "\n".join([*lines, *([""] if failures else []), *failures])
+
+
+def _stage_table(records: list[dict[str, Any]]) -> list[str]:
+    totals: dict[str, float] = {}
+    for record in records:
+        for kind, ms in record.get("by_stage", {}).items():
+            totals[kind] = max(totals.get(kind, 0.0), ms)
+    kinds = sorted(totals, key=lambda kind: -totals[kind])
+    rows = [
+        [r["cell"]["trainer"], *(f"{r.get('by_stage', {}).get(kind, 0.0):.1f}" for kind in kinds), str(r["launches"])]
+        for r in records
+    ]
+    return _markdown(["GPU ms of a step by kind of kernel (rank 0)", *kinds, "launches"], rows)
 
 
 def moe_table(content: dict[str, Any]) -> str:

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import json
-import re
 import shlex
 import statistics
 import sys
 import time
-from collections import defaultdict
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -18,20 +16,10 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.measure import quantile
-from benchmarks.trace import Kernel, by_name, device_kernels, length
+from benchmarks.trace import by_name, by_stage, device_kernels, length
 from benchmarks.worker import machine
 
 _FLUSH_BYTES = 256 * 2**20  # several times the L2 cache of an H200
-
-_STAGES = (  # the first pattern that matches names the stage of a kernel
-    ("GEMM", r"gemm|cutlass|nvjet|grouped_mm|gmm"),
-    ("sort and scan", r"sort|radix|scan|cumsum|histogram|bincount"),
-    ("memcpy and memset", r"^mem(cpy|set)"),
-    ("gather, scatter, index", r"index|gather|scatter"),
-    ("Triton", r"triton|^_[a-z]"),
-    ("reduce", r"reduce"),
-    ("elementwise", r"elementwise|vectorized"),
-)
 
 
 def time_ms(function: Callable[..., Any], inputs: Sequence[tuple[Any, ...]], repeats: int) -> list[float]:
@@ -85,15 +73,6 @@ def stages(function: Callable[..., Any], inputs: tuple[Any, ...]) -> dict[str, A
         "by_stage": by_stage(kernels),
         "kernels": by_name(kernels)[:30],
     }
-
-
-def by_stage(kernels: Sequence[Kernel]) -> dict[str, float]:
-    """Milliseconds by kind of kernel, judged by its name."""
-    totals: dict[str, float] = defaultdict(float)
-    for kernel in kernels:
-        matches = (name for name, pattern in _STAGES if re.search(pattern, kernel.name, re.IGNORECASE))
-        totals[next(matches, "other")] += (kernel.end - kernel.start) / 1e3
-    return dict(sorted(totals.items(), key=lambda item: -item[1]))
 
 
 def write_report(path: Path, module: str, device: torch.device, content: dict[str, Any]) -> None:

@@ -2,11 +2,28 @@
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 Interval = tuple[float, float]
+
+_STAGES = (  # the first pattern that matches names the kind of a kernel
+    ("NCCL", r"^nccl"),
+    ("attention", r"sdpa|flash|fmha"),
+    ("AdamW and foreach", r"multi_tensor_apply"),
+    ("grouped GEMM", r"GroupProblemShape|group.*(gemm|mm)"),
+    ("dense GEMM", r"gemm|cutlass|nvjet"),
+    ("Triton", r"^triton_|^_[a-z]"),
+    ("FSDP copies", r"chunk_cat|split_with_sizes|CatArray"),
+    ("sort and scan", r"sort|radix|scan|cumsum|histogram|bincount"),
+    ("memcpy and memset", r"^mem(cpy|set)"),
+    ("softmax and loss", r"softmax|nll_loss"),
+    ("gather, scatter, index", r"index|gather|scatter"),
+    ("reduce", r"reduce"),
+    ("elementwise", r"elementwise"),
+)
 
 
 class Kernel(NamedTuple):
@@ -67,8 +84,18 @@ def summary(kernels: list[Kernel], top: int = 40) -> dict[str, Any]:
         "communication_ms": length(communication) / 1e3,
         "exposed_communication_ms": exposed(communication, computation) / 1e3,
         "launches": len(kernels),
+        "by_stage": by_stage(kernels),
         "kernels": by_name(kernels)[:top],
     }
+
+
+def by_stage(kernels: Iterable[Kernel]) -> dict[str, float]:
+    """Milliseconds by kind of kernel, judged by its name; kernels that overlap both count in full."""
+    totals: dict[str, float] = defaultdict(float)
+    for kernel in kernels:
+        kinds = (kind for kind, pattern in _STAGES if re.search(pattern, kernel.name, re.IGNORECASE))
+        totals[next(kinds, "other")] += (kernel.end - kernel.start) / 1e3
+    return dict(sorted(totals.items(), key=lambda item: -item[1]))
 
 
 def by_name(kernels: list[Kernel]) -> list[dict[str, Any]]:

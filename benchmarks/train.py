@@ -16,7 +16,7 @@ import torch
 from benchmarks.cells import SIZES, Cell, default_trainers, parse_shape
 from benchmarks.launch import device_name, run_cell
 from benchmarks.records import append, key, latest, read
-from benchmarks.report import table
+from benchmarks.report import draw, table
 
 _LEAST_S = 45.0  # a cell is not started with less than this left of the budget
 
@@ -41,7 +41,9 @@ def run(
     logs: Path | None = None,
     measure: Callable[[Cell, float, Path | None], dict[str, Any]] = run_cell,
 ) -> bool:
-    """Measures the cells that ``path`` does not hold yet, appends each as it is done, and prints the table.
+    """Measures the cells that ``path`` does not hold yet, and appends each as it is done.
+
+    Prints the table and writes it beside ``path``, with a plot where matplotlib is installed.
 
     Args:
         cells: The matrix, most informative first.
@@ -79,7 +81,11 @@ def run(
         shown.append(record)
         if record["status"] != "skipped":  # a missing peer is no result: once installed, it runs
             append(path, record)
-    print(table(shown))
+    text = table(shown)
+    print(text)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.with_suffix(".md").write_text(text + "\n")
+    draw(shown, path.with_suffix(".png"))
     return complete
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 import importlib.metadata
 import json
 import os
+import signal
 import sys
 import traceback
 from pathlib import Path
@@ -26,6 +28,7 @@ _MODULES = {
 
 def main() -> None:
     """Runs the cell and writes what this rank measured, or why it could not."""
+    _end_with_parent()
     cell, path = Cell(**json.loads(sys.argv[1])), Path(sys.argv[2])
     device = torch.device(cell.device, int(os.environ["LOCAL_RANK"])) if cell.device == "cuda" else torch.device("cpu")
     torch.manual_seed(0)
@@ -47,7 +50,15 @@ def main() -> None:
         os._exit(1)  # an ordinary exit can wait for peers that wait for this rank
     path.write_text(json.dumps(result))
     if dist.is_initialized():
-        dist.destroy_process_group()
+        dist.barrier()  # rank 0 keeps the others' store
+    sys.stdout.flush()
+    os._exit(0)  # nothing that is torn down from here on could change the result, and all of it can hang
+
+
+def _end_with_parent() -> None:
+    """Has the kernel kill this rank when the command ends, however: a rank left behind would keep the GPU's memory."""
+    parent_dies = 1  # PR_SET_PDEATHSIG
+    ctypes.CDLL(None).prctl(parent_dies, signal.SIGKILL)
 
 
 def last_line(error: BaseException) -> str:

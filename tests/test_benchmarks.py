@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import costs, loss, moe_layer, report, router, timing, trace
+from benchmarks import costs, loss, moe_layer, report, router, trace
 from benchmarks import train as command
 from benchmarks.cells import SIZES, Cell, default_trainers, parse_shape
 from benchmarks.launch import run_cell
@@ -105,6 +105,9 @@ def test_exposed_communication_is_what_no_kernel_covers() -> None:
 
 def test_kernels_are_named_by_stage() -> None:
     kernels = [
+        trace.Kernel("ncclDevKernel_SendRecv", 0, 500),
+        trace.Kernel("cudnn_generated_fort_native_sdpa_sm90_flash_fprop_wgmma_f16", 0, 700),
+        trace.Kernel("nvjet_tst_192x192_64x4_2x1_v_bz_coopB_TNT", 0, 800),
         trace.Kernel("cutlass::device_kernel<GemmUniversal<GroupProblemShape>>", 0, 1_000),
         trace.Kernel("at::native::radixSortKVInPlace", 0, 2_000),
         trace.Kernel("Memcpy DtoD (Device -> Device)", 0, 3_000),
@@ -112,13 +115,16 @@ def test_kernels_are_named_by_stage() -> None:
         trace.Kernel("_gated_activation_kernel", 0, 5_000),
         trace.Kernel("at::native::vectorized_elementwise_kernel", 0, 6_000),
     ]
-    assert timing.by_stage(kernels) == {
+    assert trace.by_stage(kernels) == {
         "elementwise": 6.0,
         "Triton": 5.0,
         "gather, scatter, index": 4.0,
         "memcpy and memset": 3.0,
         "sort and scan": 2.0,
-        "GEMM": 1.0,
+        "grouped GEMM": 1.0,
+        "dense GEMM": 0.8,
+        "attention": 0.7,
+        "NCCL": 0.5,
     }
 
 
@@ -252,6 +258,8 @@ def _recorder(calls: list[str], status: str = "ok") -> Any:
             "step_ms": 1.0,
             "first_loss": 5.0,
             "last_loss": 4.0,
+            "launches": 7,
+            "by_stage": {"grouped GEMM": 3.0, "attention": rate / 100},
             "machine": {"device_name": "CPU", "versions": {"torch": "2"}},
         }
 
@@ -259,7 +267,7 @@ def _recorder(calls: list[str], status: str = "ok") -> Any:
 
 
 def test_recorded_cells_are_skipped_and_a_cut_line_is_repeated(tmp_path: Path) -> None:
-    path, calls = tmp_path / "records.jsonl", []
+    path, calls = tmp_path / "new" / "records.jsonl", []
     cells = [_tiny("lightning_ep/ep=2"), _tiny("transformers/fsdp2"), _tiny("transformers/ep")]
     assert command.run(cells[:2], path, 60, 600, measure=_recorder(calls))
     path.write_text(path.read_text()[:-20])  # the process was killed while it wrote the second
@@ -268,6 +276,7 @@ def test_recorded_cells_are_skipped_and_a_cut_line_is_repeated(tmp_path: Path) -
     assert [record["cell"]["trainer"] for record in read(path)] == [cell.trainer for cell in cells]
     assert command.run(cells, path, 60, 600, measure=_recorder(calls))
     assert len(calls) == 4
+    assert "| transformers/ep |" in path.with_suffix(".md").read_text()
 
 
 def test_out_of_memory_is_recorded_and_the_rest_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -341,3 +350,13 @@ def test_page_compares_with_the_best_peer_of_the_same_case(tmp_path: Path) -> No
     assert "| lightning_ep/ep=2 | 400 (400 to 400) | 1.33 |" in text
     assert "| transformers/fsdp2 | 200 (200 to 200) | 0.67 |" in text
     assert "python -m benchmarks.train --some" in text
+    assert "| GPU ms of a step by kind of kernel (rank 0) | attention | grouped GEMM | launches |" in text
+    assert "| lightning_ep/ep=2 | 4.0 | 3.0 | 7 |" in text
+
+
+def test_plot_is_drawn_where_matplotlib_is(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    records = [_recorder([])(_tiny(trainer), 1, None) for trainer in ("transformers/fsdp2", "lightning_ep/ep=2")]
+    assert report.draw(records, tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+    assert not report.draw([], tmp_path / "none.png")
