@@ -41,6 +41,7 @@ PRIVATE = [
     "torch:_foreach_mul_",
     "torch:_foreach_norm",
     "torch.distributed.tensor.parallel:ParallelStyle._apply",
+    "torch.nn:Module._apply",  # benchmarks
     "torch.nn:Module._buffers",
     "torch.nn:Module._parameters",
     "transformers:PreTrainedModel._init_weights",
@@ -60,6 +61,8 @@ UNDOCUMENTED = [
     "torch.distributed.fsdp:register_fsdp_forward_method",
     "torch.nn.functional:grouped_mm",
     "transformers:PreTrainedModel.ep_plan",
+    "transformers:PreTrainedModel.maybe_distribute_model",  # benchmarks
+    "transformers:PreTrainedModel.prepare_distribute_model",  # benchmarks
     "transformers:PreTrainedModel.set_experts_implementation",
     "transformers:Qwen3MoeConfig.base_model_ep_plan",
     "transformers.activations:SiLUActivation",
@@ -72,6 +75,7 @@ MARKS = {
     "transformers.distributed.fsdp": ["_is_fsdp_managed_module"],
     "transformers.generation.utils": ["is_fsdp_managed_module"],
     "transformers.initialization": ["_is_hf_initialized"],
+    "transformers.integrations.moe": ["_experts_implementation"],  # benchmarks
 }
 
 PACKAGE = Path(lightning_ep.__file__).parent

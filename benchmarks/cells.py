@@ -1,0 +1,137 @@
+"""One cell of the benchmark: what is trained, by whom, on which shape. A cell is also the key of its record."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+OURS = "lightning_ep/ep="
+TRANSFORMERS = ("transformers/fsdp2", "transformers/ep", "transformers/single")
+TORCHTITAN = "torchtitan/ep"
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """The widths of a Qwen3-MoE."""
+
+    hidden: int
+    experts: int
+    top_k: int
+    moe_intermediate: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocab: int
+
+
+SIZES = {
+    "qwen3-30b-a3b": Sizes(2048, 128, 8, 768, 32, 4, 128, 151_936),
+    "tiny": Sizes(32, 8, 4, 16, 4, 2, 8, 128),
+}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """Everything that identifies a measurement.
+
+    Attributes:
+        trainer: ``lightning_ep/ep=N``, one of `TRANSFORMERS`, or `TORCHTITAN`.
+        batch: Sequences per rank and step.
+        sequence: Tokens per sequence.
+        ranks: Processes, one per GPU.
+        sizes: Key into `SIZES`.
+        layers: Depth.
+        precision: ``bf16-mixed`` (fp32 master weights), ``bf16-true`` or ``32-true``.
+        router: ``balanced`` or ``skewed`` (see `benchmarks.router`).
+        steps: Measured steps.
+        warmup: Steps before them.
+        memory_cap_gib: Limit of torch's allocator per GPU, or None.
+        device: ``cuda`` or ``cpu``.
+    """
+
+    trainer: str
+    batch: int
+    sequence: int
+    ranks: int
+    sizes: str = "qwen3-30b-a3b"
+    layers: int = 12
+    precision: str = "bf16-mixed"
+    router: str = "balanced"
+    steps: int = 30
+    warmup: int = 5
+    memory_cap_gib: float | None = None
+    device: str = "cuda"
+
+    def __post_init__(self) -> None:
+        known = self.trainer in (*TRANSFORMERS, TORCHTITAN)
+        if not known and not (self.trainer.startswith(OURS) and self.trainer.removeprefix(OURS).isdigit()):
+            choices = ", ".join((f"{OURS}N", *TRANSFORMERS, TORCHTITAN))
+            raise ValueError(f"trainer={self.trainer!r} does not exist; choose one of {choices}.")
+        if self.warmup < 1 or self.steps < 1:
+            raise ValueError(f"warmup={self.warmup} and steps={self.steps} must both be at least 1.")
+
+    @property
+    def ep(self) -> int:
+        """Ranks over which the experts are split."""
+        if self.trainer.startswith(OURS):
+            return int(self.trainer.removeprefix(OURS))
+        return self.ranks if self.trainer in ("transformers/ep", TORCHTITAN) else 1
+
+    @property
+    def tokens(self) -> int:
+        """Tokens per rank and step."""
+        return self.batch * self.sequence
+
+    @property
+    def shape(self) -> str:
+        """As on the command line, ``4x4096``."""
+        return f"{self.batch}x{self.sequence}"
+
+    @property
+    def widths(self) -> Sizes:
+        """The widths of the model."""
+        return SIZES[self.sizes]
+
+    @property
+    def case(self) -> dict[str, Any]:
+        """All but the trainer: cells of one case are compared with each other."""
+        return {key: value for key, value in dataclasses.asdict(self).items() if key != "trainer"}
+
+    def config(self) -> Any:
+        """The transformers configuration."""
+        from transformers.models.qwen3_moe import Qwen3MoeConfig
+
+        w = self.widths
+        sizes: dict[str, Any] = {
+            "vocab_size": w.vocab,
+            "hidden_size": w.hidden,
+            "intermediate_size": 3 * w.hidden,
+            "num_hidden_layers": self.layers,
+            "num_attention_heads": w.heads,
+            "num_key_value_heads": w.kv_heads,
+            "head_dim": w.head_dim,
+            "moe_intermediate_size": w.moe_intermediate,
+            "num_experts": w.experts,
+            "num_experts_per_tok": w.top_k,
+            "norm_topk_prob": True,
+            "tie_word_embeddings": False,
+            "max_position_embeddings": max(40_960, self.sequence),
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1_000_000.0},
+        }
+        return Qwen3MoeConfig(**sizes)
+
+
+def parse_shape(text: str) -> tuple[int, int]:
+    """``"4x4096"`` to (sequences, tokens per sequence)."""
+    batch, _, sequence = text.partition("x")
+    if not (batch.isdigit() and sequence.isdigit() and int(batch) > 0 and int(sequence) > 1):
+        raise ValueError(f"{text!r} is no shape; write sequences x tokens per sequence, such as 4x4096.")
+    return int(batch), int(sequence)
+
+
+def default_trainers(ranks: int) -> list[str]:
+    """Ours and the peers that this number of ranks allows."""
+    if ranks == 1:
+        return [f"{OURS}1", "transformers/fsdp2", "transformers/single", TORCHTITAN]
+    return [f"{OURS}{ranks}", f"{OURS}1", "transformers/fsdp2", "transformers/ep", TORCHTITAN]

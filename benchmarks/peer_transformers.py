@@ -1,0 +1,97 @@
+"""Runs a cell with transformers alone: its FSDP2, its all-to-all expert parallelism, or one process."""
+
+from __future__ import annotations
+
+import contextlib
+from collections import defaultdict
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from transformers import AutoModelForCausalLM
+from transformers.distributed.configuration_utils import DistributedConfig
+
+from benchmarks.cells import Cell
+from benchmarks.measure import Meter, fill_parameters, run_loop
+from benchmarks.router import prepare_transformers_routers
+
+
+def run(cell: Cell, meter: Meter) -> None:
+    """Trains ``meter.num_steps`` steps."""
+    cuda = meter.device.type == "cuda"
+    model = _build(cell, meter.device)
+    meter.read_popularity = prepare_transformers_routers(model, cell.router).read
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=cuda or None)
+    single = cell.trainer == "transformers/single" and cell.precision == "bf16-mixed"
+    # With fp32 masters in one process autocast is what transformers' Trainer uses for bf16=True.
+    autocast: Any = torch.autocast(meter.device.type, torch.bfloat16) if single else contextlib.nullcontext()
+
+    def step(ids_BS: Tensor) -> Tensor:
+        with autocast:
+            loss = model(input_ids=ids_BS, labels=ids_BS, use_cache=False).loss
+        loss.backward()
+        clip(list(model.parameters()), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss.detach()
+
+    run_loop(cell, meter, step)
+
+
+def _build(cell: Cell, device: torch.device) -> Any:
+    """A model with random weights in train mode.
+
+    ``from_pretrained(distributed_config=...)`` is the public way to a distributed model, but it needs a checkpoint.
+    The two functions that it calls before and after it has built the model on meta are called here in its place;
+    only the loading is replaced, by `fill_parameters`.
+    """
+    dtype = torch.bfloat16 if cell.precision == "bf16-true" else torch.float32
+    with torch.device("meta"):
+        model: Any = AutoModelForCausalLM.from_config(cell.config(), dtype=dtype)
+    model.set_experts_implementation("grouped_mm" if device.type == "cuda" else "eager")  # its fast path on each
+    with torch.device(device):  # its buffers are no weights: computed on the device, never cast
+        model.model.rotary_emb = type(model.model.rotary_emb)(model.config)
+    if cell.trainer != "transformers/single":
+        model = _distribute(model, cell, device)
+    fill_parameters(model, device)
+    return model.train()
+
+
+def _distribute(model: Any, cell: Cell, device: torch.device) -> Any:
+    mixed = cell.precision != "32-true"
+    if cell.ranks > 1:
+        settings = DistributedConfig(
+            fsdp_size=cell.ranks,
+            ep_size=cell.ep,
+            ep_implementation="all_to_all",
+            fsdp_mixed_precision=mixed,
+        )
+        settings, _, meshes = model.prepare_distribute_model(settings)
+        return model.maybe_distribute_model(model, settings, meshes)
+    if cell.trainer == "transformers/ep":
+        raise ValueError("transformers has no expert parallelism over one rank.")
+    # transformers leaves a single rank unsharded; FSDP2 around each layer of it is what gives fp32 masters with bf16
+    # compute there, as its own plan does on several ranks.
+    dist.init_process_group(device_id=device if device.type == "cuda" else None)
+    mesh = init_device_mesh(device.type, (1,), mesh_dim_names=("fsdp",))
+    policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if mixed else MixedPrecisionPolicy()
+    for layer in model.model.layers:
+        fully_shard(layer, mesh=mesh, mp_policy=policy)
+    return fully_shard(model, mesh=mesh, mp_policy=policy)
+
+
+def clip(params: list[Tensor], max_norm: float) -> None:
+    """Clips by norm over any number of meshes, as transformers' Trainer does for such models."""
+    by_mesh = defaultdict(list)
+    for param in params:
+        if param.grad is not None:
+            by_mesh[param.grad.device_mesh if isinstance(param.grad, DTensor) else None].append(param)
+    norms: list[Any] = [get_total_norm([p.grad for p in group if p.grad is not None]) for group in by_mesh.values()]
+    total = torch.linalg.vector_norm(torch.stack([n.full_tensor() if isinstance(n, DTensor) else n for n in norms]))
+    for group in by_mesh.values():
+        clip_grads_with_norm_(group, max_norm, total)

@@ -1,0 +1,150 @@
+"""Training step of lightning_ep and its peers on the same shapes: ``python -m benchmarks.train --help``."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import shlex
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.cells import SIZES, Cell, default_trainers, parse_shape
+from benchmarks.launch import device_name, run_cell
+from benchmarks.records import append, key, latest, read
+from benchmarks.report import draw, table
+
+_LEAST_S = 45.0  # a cell is not started with less than this left of the budget
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Runs the matrix trainers x routers x shapes and prints the table."""
+    options = _parser().parse_args(arguments)
+    ranks = options.ranks or (torch.cuda.device_count() if options.device == "cuda" else 1)
+    if ranks == 0:
+        sys.exit("There is no GPU here. Run with --device cpu --sizes tiny to try the command itself.")
+    cells = _cells(options, ranks)
+    run(cells, options.json, options.timeout, options.budget, retry_failed=options.retry_failed, logs=options.logs)
+
+
+def run(
+    cells: list[Cell],
+    path: Path,
+    timeout: float,
+    budget: float,
+    *,
+    retry_failed: bool = False,
+    logs: Path | None = None,
+    measure: Callable[[Cell, float, Path | None], dict[str, Any]] = run_cell,
+) -> bool:
+    """Measures the cells that ``path`` does not hold yet, and appends each as it is done.
+
+    Prints the table and writes it beside ``path``, with a plot where matplotlib is installed.
+
+    Args:
+        cells: The matrix, most informative first.
+        path: JSON lines, one record per cell.
+        timeout: Seconds per cell.
+        budget: Seconds in all; a cell that this cuts short is not recorded, so that the next call repeats it.
+        retry_failed: Repeat recorded cells that did not succeed.
+        logs: Folder for the output of every rank.
+        measure: What runs one cell.
+
+    Returns:
+        Whether every cell is recorded.
+    """
+    deadline = time.monotonic() + budget
+    complete = True
+    shown: list[dict[str, Any]] = []
+    for number, cell in enumerate(cells, 1):
+        known = latest(read(path)).get(key(dataclasses.asdict(cell), device_name(cell.device)))
+        if known is not None and (known["status"] == "ok" or not retry_failed):
+            shown.append(known)
+            continue
+        left = deadline - time.monotonic()
+        if left < _LEAST_S:
+            print(f"{number - 1} of {len(cells)} cells are done and the budget is; the same command goes on from here.")
+            complete = False
+            break
+        print(f"[{number}/{len(cells)}] {cell.trainer} {cell.shape} {cell.router} ...", flush=True)
+        folder = None if logs is None else logs / f"{cell.trainer.replace('/', '-')}-{cell.shape}-{cell.router}"
+        record = {**measure(cell, min(timeout, left), folder), "command": _command()}
+        if record["status"] == "timed out" and left < timeout:
+            print("    cut by the budget; the same command repeats it.")
+            complete = False
+            break
+        print(f"    {_line(record)}", flush=True)
+        shown.append(record)
+        if record["status"] != "skipped":  # a missing peer is no result: once installed, it runs
+            append(path, record)
+    text = table(shown)
+    print(text)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.with_suffix(".md").write_text(text + "\n")
+    draw(shown, path.with_suffix(".png"))
+    return complete
+
+
+def _cells(options: argparse.Namespace, ranks: int) -> list[Cell]:
+    cells = []
+    for router in options.router:
+        for shape in options.tokens:
+            batch, sequence = parse_shape(shape)
+            for trainer in options.trainers or default_trainers(ranks):
+                cells.append(
+                    Cell(
+                        trainer=trainer,
+                        batch=batch,
+                        sequence=sequence,
+                        ranks=ranks,
+                        sizes=options.sizes,
+                        layers=options.layers,
+                        precision=options.precision,
+                        router=router,
+                        steps=options.steps,
+                        warmup=options.warmup,
+                        memory_cap_gib=options.memory_cap,
+                        device=options.device,
+                    )
+                )
+    return cells
+
+
+def _command() -> str:
+    return f"python -m benchmarks.train {shlex.join(sys.argv[1:])}".strip()
+
+
+def _line(record: dict[str, Any]) -> str:
+    if record["status"] != "ok":
+        return f"{record['status']}: {record['error']}"
+    return f"{record['tokens_per_second']:,.0f} tokens/s per GPU, {record['seconds']:.0f} s in all"
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.train", description=__doc__)
+    add = parser.add_argument
+    add("--trainers", nargs="+", help="lightning_ep/ep=N, transformers/fsdp2|ep|single, torchtitan/ep; default: all")
+    add("--tokens", nargs="+", default=["4x4096", "1x16384", "1x4096"], help="sequences x tokens, per rank")
+    add("--router", nargs="+", default=["balanced"], choices=["balanced", "skewed"])
+    add("--layers", type=int, default=12)
+    add("--sizes", default="qwen3-30b-a3b", choices=sorted(SIZES))
+    add("--precision", default="bf16-mixed", choices=["bf16-mixed", "bf16-true", "32-true"])
+    add("--steps", type=int, default=30)
+    add("--warmup", type=int, default=5)
+    add("--ranks", type=int, help="processes; default: all GPUs")
+    add("--memory-cap", type=float, metavar="GIB", help="limit of torch's allocator per GPU: a smaller card")
+    add("--device", default="cuda", choices=["cuda", "cpu"])
+    add("--json", type=Path, default=Path("runs/benchmarks/train.jsonl"), help="records; recorded cells are skipped")
+    add("--timeout", type=float, default=240.0, help="seconds per cell")
+    add("--budget", type=float, default=540.0, help="seconds in all; the same command goes on where it stopped")
+    add("--retry-failed", action="store_true", help="repeat recorded cells that did not succeed")
+    add("--logs", type=Path, help="keep the output of every rank here")
+    return parser
+
+
+if __name__ == "__main__":
+    main()

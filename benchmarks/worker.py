@@ -1,0 +1,88 @@
+"""One rank of a cell, a process of its own: ``python -m benchmarks.worker CELL RESULT`` with torchrun's variables."""
+
+from __future__ import annotations
+
+import ctypes
+import importlib
+import importlib.metadata
+import json
+import os
+import signal
+import sys
+import traceback
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from benchmarks.cells import Cell
+from benchmarks.measure import Meter, cap_memory
+
+_MODULES = {
+    "lightning_ep": "benchmarks.ours",
+    "transformers": "benchmarks.peer_transformers",
+    "torchtitan": "benchmarks.peer_torchtitan",
+}
+
+
+def main() -> None:
+    """Runs the cell and writes what this rank measured, or why it could not."""
+    _end_with_parent()
+    cell, path = Cell(**json.loads(sys.argv[1])), Path(sys.argv[2])
+    device = torch.device(cell.device, int(os.environ["LOCAL_RANK"])) if cell.device == "cuda" else torch.device("cpu")
+    torch.manual_seed(0)
+    try:
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        else:
+            torch.set_num_threads(1)
+        cap_memory(cell, device)
+        meter = Meter(cell, device)
+        importlib.import_module(_MODULES[cell.trainer.split("/")[0]]).run(cell, meter)
+        result: dict[str, Any] = {"measured": meter.results(), "machine": machine(device)}
+    except BaseException as error:
+        traceback.print_exc()
+        oom = isinstance(error, torch.cuda.OutOfMemoryError)
+        result = {"status": "out of memory" if oom else "failed", "error": last_line(error)}
+        path.write_text(json.dumps(result))
+        sys.stderr.flush()
+        os._exit(1)  # an ordinary exit can wait for peers that wait for this rank
+    path.write_text(json.dumps(result))
+    if dist.is_initialized():
+        dist.barrier()  # rank 0 keeps the others' store
+    sys.stdout.flush()
+    os._exit(0)  # nothing that is torn down from here on could change the result, and all of it can hang
+
+
+def _end_with_parent() -> None:
+    """Has the kernel kill this rank when the command ends, however: a rank left behind would keep the GPU's memory."""
+    parent_dies = 1  # PR_SET_PDEATHSIG
+    ctypes.CDLL(None).prctl(parent_dies, signal.SIGKILL)
+
+
+def last_line(error: BaseException) -> str:
+    """The error on one line of at most 300 characters."""
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text}"[:300]
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """Device and versions, for the record."""
+    import lightning
+    import transformers
+
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+    versions = {
+        "torch": torch.__version__,
+        "lightning": lightning.__version__,
+        "transformers": transformers.__version__,
+    }
+    if "torchtitan" in sys.modules:
+        versions["torchtitan"] = importlib.metadata.version("torchtitan")
+    versions["python"] = ".".join(map(str, sys.version_info[:3]))
+    return {"device_name": name, "versions": versions}
+
+
+if __name__ == "__main__":
+    main()
