@@ -40,15 +40,12 @@ def main() -> None:
         cap_memory(cell, device)
         meter = Meter(cell, device)
         importlib.import_module(_MODULES[cell.trainer.split("/")[0]]).run(cell, meter)
-        result: dict[str, Any] = {"measured": meter.results(), "machine": machine(device)}
+        _write(path, {"measured": meter.results(), "machine": machine(device)})
     except BaseException as error:
         traceback.print_exc()
-        oom = isinstance(error, torch.cuda.OutOfMemoryError)
-        result = {"status": "out of memory" if oom else "failed", "error": last_line(error)}
-        path.write_text(json.dumps(result))
+        _write(path, {"status": status(error), "error": last_line(error)})
         sys.stderr.flush()
         os._exit(1)  # an ordinary exit can wait for peers that wait for this rank
-    path.write_text(json.dumps(result))
     if dist.is_initialized():
         dist.barrier()  # rank 0 keeps the others' store
     sys.stdout.flush()
@@ -59,6 +56,18 @@ def _end_with_parent() -> None:
     """Has the kernel kill this rank when the command ends, however: a rank left behind would keep the GPU's memory."""
     parent_dies = 1  # PR_SET_PDEATHSIG
     ctypes.CDLL(None).prctl(parent_dies, signal.SIGKILL)
+
+
+def _write(path: Path, result: dict[str, Any]) -> None:
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(result))
+    part.replace(path)  # never half a result
+
+
+def status(error: BaseException) -> str:
+    """``out of memory``, whoever ran out of it (torch's allocator, NCCL, cuBLAS), or ``failed``."""
+    out = isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error).lower()
+    return "out of memory" if out else "failed"
 
 
 def last_line(error: BaseException) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import costs, loss, moe_layer, report, router, trace
+from benchmarks import costs, loss, moe_layer, report, router, trace, worker
 from benchmarks import train as command
 from benchmarks.cells import SIZES, Cell, default_trainers, parse_shape
 from benchmarks.launch import run_cell
@@ -220,6 +220,19 @@ def test_a_cell_that_raises_is_recorded_with_its_error() -> None:
     record = run_cell(_tiny("lightning_ep/ep=3", 1), timeout=60)
     assert record["status"] == "failed"
     assert record["error"].startswith("ValueError: ep=3")
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB"), "out of memory"),
+        (torch.distributed.DistBackendError("NCCL error: ncclUnhandledCudaError: 'out of memory'"), "out of memory"),
+        (RuntimeError("shape mismatch"), "failed"),
+    ],
+)
+def test_out_of_memory_is_told_from_other_errors(error: Exception, expected: str) -> None:
+    assert worker.status(error) == expected
+    assert worker.last_line(RuntimeError("two\n lines")) == "RuntimeError: two lines"
 
 
 def test_a_cell_that_hangs_is_ended_and_recorded() -> None:
