@@ -26,6 +26,7 @@ def parallelize(
     plan: Mapping[str, ParallelStyle] | None = None,
     mp_policy: MixedPrecisionPolicy | None = None,
     seed: int = 0,
+    compile: bool = False,
 ) -> Meshes:
     """Shards a model in place, without a Trainer: for your own loop or Lightning Fabric.
 
@@ -40,6 +41,7 @@ def parallelize(
         plan: Expert plan as `expert_plan` returns it (the default).
         mp_policy: FSDP2 mixed precision.
         seed: Seed of the weights, the same on every rank.
+        compile: Compile every decoder layer, except its experts.
 
     Returns:
         The device meshes.
@@ -48,7 +50,7 @@ def parallelize(
         ValueError: If the layout does not fit the model; nothing has been changed then.
     """
     meshes = layout.build_meshes(device.type)
-    shard(model, layout, meshes, device, plan or expert_plan(model), mp_policy or MixedPrecisionPolicy())
+    shard(model, layout, meshes, device, plan or expert_plan(model), mp_policy or MixedPrecisionPolicy(), compile)
     materialize(model, device, seed)
     return meshes
 
@@ -65,6 +67,7 @@ def shard(
     device: torch.device,
     plan: Mapping[str, ParallelStyle],
     mp_policy: MixedPrecisionPolicy,
+    compile: bool = False,
 ) -> None:
     """Applies the expert plan and FSDP2; weights on meta stay there.
 
@@ -75,6 +78,7 @@ def shard(
         device: This rank's device.
         plan: Style by module name.
         mp_policy: FSDP2 mixed precision.
+        compile: Compile every decoder layer, except its experts.
 
     Raises:
         ValueError: If the layout does not fit the model; nothing has been changed then.
@@ -88,6 +92,10 @@ def shard(
         # Directly after its own slicing: at most one layer's experts are unsharded on the device at a time.
         _shard_experts(experts, meshes, mp_policy, device)
     for model in models.values():
+        if compile:
+            # Layer by layer: one compilation serves all of them, and FSDP's hooks stay outside.
+            for layer in adapter.decoder_layers(model):  # type: ignore[arg-type]
+                layer.compile()
         _fully_shard_dense(model, meshes, mp_policy)
         adapter.use_expert_parallel_forward(model)
     for child in _outside(module, models.values()):

@@ -52,6 +52,7 @@ class ExpertParallelStrategy(ModelParallelStrategy):
         dispatcher: How rows travel to their experts.
         experts_implementation: Kernel for the experts of one rank: ``"fused"`` (ours), ``"eager"`` or any name
             registered in transformers' ``ExpertsInterface``. ``"auto"``: the fused one where it can serve the experts.
+        compile: Compile every decoder layer with `torch.compile`; its experts and collectives run as they are.
         save_distributed_checkpoint: Save a directory to which every rank writes its shards, or (False) one file that
             rank 0 assembles.
         process_group_backend: ``torch.distributed`` backend. Default: NCCL on GPUs, gloo on CPUs.
@@ -65,6 +66,7 @@ class ExpertParallelStrategy(ModelParallelStrategy):
         plan: dict[str, ParallelStyle] | None = None,
         dispatcher: DispatcherName = "all_to_all",
         experts_implementation: str = "auto",
+        compile: bool = False,
         save_distributed_checkpoint: bool = True,
         process_group_backend: str | None = None,
         timeout: timedelta = _TIMEOUT,
@@ -79,6 +81,7 @@ class ExpertParallelStrategy(ModelParallelStrategy):
         self._plan = plan
         self._dispatcher = dispatcher
         self._experts_implementation = experts_implementation
+        self._compile = compile
         self._layout: ParallelLayout | None = None
         self._meshes: Meshes | None = None
         self._progress = Progress()
@@ -193,7 +196,8 @@ class ExpertParallelStrategy(ModelParallelStrategy):
         self._warn_if_large_in_memory(module)
         self.precision_plugin.convert_module(module)
         plan = self._plan or expert_plan(module, self._dispatcher, self._experts_implementation, self._progress)
-        shard(module, self.layout, self._meshes, self.root_device, plan, self._sharded_precision.mp_policy)
+        policy = self._sharded_precision.mp_policy
+        shard(module, self.layout, self._meshes, self.root_device, plan, policy, self._compile)
 
     @property
     def _sharded_precision(self) -> ShardedPrecision:

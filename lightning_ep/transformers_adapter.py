@@ -123,6 +123,8 @@ def use_expert_parallel_forward(model: PreTrainedModel) -> None:
     model._is_fsdp_managed_module = True  # type: ignore[assignment]
 
 
+# Opaque to torch.compile: its sizes are not known before it runs, and its kernels are already fused.
+@torch.compiler.disable
 def _experts_forward(module: nn.Module, hidden_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
     context: ExpertContext | None = getattr(module, _CONTEXT, None)
     if context is None:

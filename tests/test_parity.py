@@ -106,10 +106,11 @@ def _fit(
     clip: float | None,
     precision: str = "32-true",
     implementation: str = "fused",
+    compile: bool = False,
     overrides: dict[str, Any] | None = None,
 ) -> Trace:
     torch.use_deterministic_algorithms(False)
-    strategy = ExpertParallelStrategy(ep=ep, experts_implementation=implementation)
+    strategy = ExpertParallelStrategy(ep=ep, experts_implementation=implementation, compile=compile)
     overrides = overrides or {}
     module: Any = UserModule(**overrides)
     if causal:
@@ -212,4 +213,11 @@ def test_models_with_dense_layers_ties_and_extreme_top_k(world: int, ep: int) ->
 @pytest.mark.parametrize(("world", "ep"), [(1, 1), (2, 2), (4, 2)])
 def test_bf16_mixed_is_within_bf16_tolerance(world: int, ep: int) -> None:
     for wrong in run_ranks(world, _worker, ep, BF16, init_process_group=False):
+        assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.slow
+def test_compiled_layers_train_alike() -> None:
+    case = {"causal": True, "accumulate": 1, "clip": 0.2, "compile": True}
+    for wrong in run_ranks(2, _worker, 2, [case], init_process_group=False, timeout=110):
         assert not wrong, "\n".join(wrong)

@@ -38,6 +38,7 @@ PRIVATE = [
     "lightning.pytorch.strategies:Strategy._precision_plugin",
     "torch:_foreach_clamp_max_",
     "torch:_foreach_clamp_min_",
+    "torch:_foreach_copy_",
     "torch:_foreach_mul_",
     "torch:_foreach_norm",
     "torch.distributed.tensor.parallel:ParallelStyle._apply",

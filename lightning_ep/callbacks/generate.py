@@ -95,7 +95,8 @@ class GenerateSamples(Callback):
         training = [module for module in model.modules() if module.training]
         model.eval()
         try:
-            with isolate_rng(), trainer.precision_plugin.forward_context():
+            # Layers that are compiled for training would be compiled again for every length of the cache.
+            with isolate_rng(), trainer.precision_plugin.forward_context(), torch.compiler.set_stance("force_eager"):
                 torch.manual_seed(trainer.global_step)
                 ids = model.generate(
                     input_ids=inputs["input_ids"],

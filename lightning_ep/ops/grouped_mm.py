@@ -33,11 +33,19 @@ def grouped_outer(x_PA: Tensor, y_PB: Tensor, offsets_E: Tensor, dtype: torch.dt
         dtype: Of the result.
     """
     if _fast(x_PA, y_PB, x_PA.shape[1], y_PB.shape[1]):
-        return F.grouped_mm(x_PA.t(), y_PB, offs=offsets_E).to(dtype)
+        out_EAB = F.grouped_mm(x_PA.t(), y_PB, offs=offsets_E)
+        return out_EAB if out_EAB.dtype == dtype else _cast(out_EAB, dtype)
     out_EAB = x_PA.new_zeros(offsets_E.shape[0], x_PA.shape[1], y_PB.shape[1])
     for expert, rows in _rows_of(offsets_E):
         torch.mm(x_PA[rows].t(), y_PB[rows], out=out_EAB[expert])
     return out_EAB.to(dtype)
+
+
+def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
+    # From bf16 to fp32 `x.to` reaches half of an H200's bandwidth, and these are whole layers of gradients.
+    out = torch.empty_like(x, dtype=dtype)
+    torch._foreach_copy_([out], [x])
+    return out
 
 
 def _fast(x: Tensor, y: Tensor, *sizes: int) -> bool:
