@@ -9,6 +9,7 @@ from typing import Any
 OURS = "lightning_ep/ep="
 TRANSFORMERS = ("transformers/fsdp2", "transformers/ep", "transformers/single")
 TORCHTITAN = "torchtitan/ep"
+COMPILE = "+compile"
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class Cell:
     """Everything that identifies a measurement.
 
     Attributes:
-        trainer: ``lightning_ep/ep=N``, one of `TRANSFORMERS`, or `TORCHTITAN`.
+        trainer: ``lightning_ep/ep=N``, one of `TRANSFORMERS` (either with `COMPILE`), or `TORCHTITAN`.
         batch: Sequences per rank and step.
         sequence: Tokens per sequence.
         ranks: Processes, one per GPU.
@@ -64,19 +65,29 @@ class Cell:
     device: str = "cuda"
 
     def __post_init__(self) -> None:
-        known = self.trainer in (*TRANSFORMERS, TORCHTITAN)
-        if not known and not (self.trainer.startswith(OURS) and self.trainer.removeprefix(OURS).isdigit()):
-            choices = ", ".join((f"{OURS}N", *TRANSFORMERS, TORCHTITAN))
+        known = self.base in (*TRANSFORMERS, TORCHTITAN)
+        if not known and not (self.base.startswith(OURS) and self.base.removeprefix(OURS).isdigit()):
+            choices = ", ".join((f"{OURS}N[{COMPILE}]", *(f"{t}[{COMPILE}]" for t in TRANSFORMERS), TORCHTITAN))
             raise ValueError(f"trainer={self.trainer!r} does not exist; choose one of {choices}.")
         if self.warmup < 1 or self.steps < 1:
             raise ValueError(f"warmup={self.warmup} and steps={self.steps} must both be at least 1.")
 
     @property
+    def base(self) -> str:
+        """The trainer without its suffix."""
+        return self.trainer.removesuffix(COMPILE)
+
+    @property
+    def compile(self) -> bool:
+        """Whether decoder layers are compiled one by one (torchtitan's always are)."""
+        return self.trainer.endswith(COMPILE)
+
+    @property
     def ep(self) -> int:
         """Ranks over which the experts are split."""
-        if self.trainer.startswith(OURS):
-            return int(self.trainer.removeprefix(OURS))
-        return self.ranks if self.trainer in ("transformers/ep", TORCHTITAN) else 1
+        if self.base.startswith(OURS):
+            return int(self.base.removeprefix(OURS))
+        return self.ranks if self.base in ("transformers/ep", TORCHTITAN) else 1
 
     @property
     def tokens(self) -> int:
@@ -132,6 +143,7 @@ def parse_shape(text: str) -> tuple[int, int]:
 
 def default_trainers(ranks: int) -> list[str]:
     """Ours and the peers that this number of ranks allows."""
+    ours = [f"{OURS}{ep}{suffix}" for ep in sorted({ranks, 1}, reverse=True) for suffix in (COMPILE, "")]
     if ranks == 1:
-        return [f"{OURS}1", "transformers/fsdp2", "transformers/single", TORCHTITAN]
-    return [f"{OURS}{ranks}", f"{OURS}1", "transformers/fsdp2", "transformers/ep", TORCHTITAN]
+        return [*ours, f"transformers/fsdp2{COMPILE}", "transformers/fsdp2", "transformers/single", TORCHTITAN]
+    return [*ours, f"transformers/fsdp2{COMPILE}", "transformers/fsdp2", "transformers/ep", TORCHTITAN]

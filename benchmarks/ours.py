@@ -34,7 +34,7 @@ class _Module(CausalLM):
     @override
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         loss = super().training_step(batch, batch_idx)
-        self.last_loss = loss.detach() / (self._cell.batch * (self._cell.sequence - 1))
+        self.last_loss = self._train_loss
         return loss
 
 
@@ -66,7 +66,7 @@ def run(cell: Cell, meter: Meter) -> None:
     cuda = meter.device.type == "cuda"
     module = _Module(cell, meter, optimizer=functools.partial(torch.optim.AdamW, lr=1e-5, fused=cuda or None))
     trainer = Trainer(
-        strategy=_FastStart(ep=cell.ep),
+        strategy=_FastStart(ep=cell.ep, compile=cell.compile),
         accelerator="cuda" if cuda else "cpu",
         devices=int(os.environ["LOCAL_WORLD_SIZE"]),
         precision=cell.precision,  # type: ignore[arg-type]

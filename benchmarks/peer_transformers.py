@@ -27,7 +27,7 @@ def run(cell: Cell, meter: Meter) -> None:
     model = _build(cell, meter.device)
     meter.read_popularity = prepare_transformers_routers(model, cell.router).read
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=cuda or None)
-    single = cell.trainer == "transformers/single" and cell.precision == "bf16-mixed"
+    single = cell.base == "transformers/single" and cell.precision == "bf16-mixed"
     # With fp32 masters in one process autocast is what transformers' Trainer uses for bf16=True.
     autocast: Any = torch.autocast(meter.device.type, torch.bfloat16) if single else contextlib.nullcontext()
 
@@ -56,7 +56,10 @@ def _build(cell: Cell, device: torch.device) -> Any:
     model.set_experts_implementation("grouped_mm" if device.type == "cuda" else "eager")  # its fast path on each
     with torch.device(device):  # its buffers are no weights: computed on the device, never cast
         model.model.rotary_emb = type(model.model.rotary_emb)(model.config)
-    if cell.trainer != "transformers/single":
+    if cell.compile:
+        for layer in model.model.layers:
+            layer.compile()
+    if cell.base != "transformers/single":
         model = _distribute(model, cell, device)
     fill_parameters(model, device)
     return model.train()
@@ -73,7 +76,7 @@ def _distribute(model: Any, cell: Cell, device: torch.device) -> Any:
         )
         settings, _, meshes = model.prepare_distribute_model(settings)
         return model.maybe_distribute_model(model, settings, meshes)
-    if cell.trainer == "transformers/ep":
+    if cell.base == "transformers/ep":
         raise ValueError("transformers has no expert parallelism over one rank.")
     # transformers leaves a single rank unsharded; FSDP2 around each layer of it is what gives fp32 masters with bf16
     # compute there, as its own plan does on several ranks.

@@ -127,7 +127,11 @@ def _line(record: dict[str, Any]) -> str:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.train", description=__doc__)
     add = parser.add_argument
-    add("--trainers", nargs="+", help="lightning_ep/ep=N, transformers/fsdp2|ep|single, torchtitan/ep; default: all")
+    add(
+        "--trainers",
+        nargs="+",
+        help="lightning_ep/ep=N, transformers/fsdp2|ep|single (each also +compile), torchtitan/ep",
+    )
     add("--tokens", nargs="+", default=["4x4096", "1x16384", "1x4096"], help="sequences x tokens, per rank")
     add("--router", nargs="+", default=["balanced"], choices=["balanced", "skewed"])
     add("--layers", type=int, default=12)

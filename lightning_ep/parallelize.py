@@ -94,7 +94,7 @@ def shard(
     for model in models.values():
         if compile:
             # Layer by layer: one compilation serves all of them, and FSDP's hooks stay outside.
-            for layer in adapter.decoder_layers(model):  # type: ignore[arg-type]
+            for layer in adapter.decoder_layers(model):
                 layer.compile()
         _fully_shard_dense(model, meshes, mp_policy)
         adapter.use_expert_parallel_forward(model)
