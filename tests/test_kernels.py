@@ -5,11 +5,12 @@ from __future__ import annotations
 import importlib.util
 import os
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from lightning_ep.ops import activation, cross_entropy, permute, routing
+from lightning_ep.ops import activation, cross_entropy, grouped_mm, permute, routing
 from tests.reference import relative_error
 
 ON_GPU = os.environ.get("LIGHTNING_EP_TEST_DEVICE") == "cuda"
@@ -133,3 +134,27 @@ def test_cross_entropy(vocabulary: int, gradient: bool, dtype: torch.dtype) -> N
         assert relative_error(copies[0], copies[2]) <= limit
     else:
         assert torch.equal(copies[0], logits)
+
+
+@pytest.mark.skipif(
+    np.lib.NumpyVersion(np.__version__) >= "2.4.0" and not ON_GPU, reason="the interpreter needs an older numpy"
+)
+@pytest.mark.parametrize("transposed", [True, False])
+@pytest.mark.parametrize("width", [72, 256, 768])
+@pytest.mark.parametrize("counts", [[1], [130, 0, 1, 400, 0], [0, 0, 128, 256], [3] * 9])
+def test_grouped_mm(counts: list[int], width: int, transposed: bool) -> None:
+    from lightning_ep.ops.kernels import grouped_mm as kernel
+
+    # The interpreter has no bf16 products.
+    dtype = torch.bfloat16 if ON_GPU else torch.float16
+    offsets = torch.tensor(counts, device=DEVICE).cumsum(0).int()
+    x = torch.randn(sum(counts), 128, device=DEVICE).to(dtype)
+    shape = (len(counts), width, 128) if transposed else (len(counts), 128, width)
+    stored = torch.randn(shape, device=DEVICE).to(dtype)
+    weight = stored.transpose(1, 2) if transposed else stored
+    expected = grouped_mm.grouped_mm_twin(x.double(), weight.double(), offsets)
+    assert not ON_GPU or kernel.serves(x, weight)
+    for programs in (3, 100):
+        _poison(sum(counts), width, dtype=dtype)
+        found = kernel.grouped_mm(x, weight, offsets, programs=programs)
+        assert relative_error(found, expected) < 4e-3

@@ -1,1 +1,1 @@
-"""Single-device maths: permutations of rows and the local experts. Knows no process group."""
+"""Single-device maths: local experts, permutations, routing metadata, the loss. Knows no process group."""

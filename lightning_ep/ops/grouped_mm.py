@@ -15,8 +15,18 @@ def grouped_mm(x_PA: Tensor, weight_EAB: Tensor, offsets_E: Tensor) -> Tensor:
         weight_EAB: ``[E, A, B]``, any strides with one unit stride.
         offsets_E: int32 ``[E]``, where each expert's rows end; the last one is ``P``.
     """
+    if x_PA.is_cuda:
+        from lightning_ep.ops.kernels import grouped_mm as triton_grouped_mm
+
+        if triton_grouped_mm.serves(x_PA, weight_EAB):
+            return triton_grouped_mm.grouped_mm(x_PA, weight_EAB, offsets_E)
     if _fast(x_PA, weight_EAB, *weight_EAB.shape[1:]):
         return F.grouped_mm(x_PA, weight_EAB, offs=offsets_E)
+    return grouped_mm_twin(x_PA, weight_EAB, offsets_E)
+
+
+def grouped_mm_twin(x_PA: Tensor, weight_EAB: Tensor, offsets_E: Tensor) -> Tensor:
+    """Defines `grouped_mm`, one expert after the other; synchronises with a GPU."""
     out_PB = x_PA.new_empty(x_PA.shape[0], weight_EAB.shape[2])
     for expert, rows in _rows_of(offsets_E):
         torch.mm(x_PA[rows], weight_EAB[expert], out=out_PB[rows])
@@ -49,7 +59,7 @@ def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _fast(x: Tensor, y: Tensor, *sizes: int) -> bool:
-    """Whether torch has a kernel: bf16 on CUDA, rows of a multiple of 16 bytes. Otherwise it loops with a sync too."""
+    """Whether torch has a kernel: bf16 on CUDA, rows of a multiple of 16 bytes."""
     return x.is_cuda and x.dtype == y.dtype == torch.bfloat16 and all(size % 8 == 0 for size in sizes)
 
 
