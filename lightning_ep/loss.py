@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import logging
 from types import MethodType
 from typing import Any
 
 import torch.nn.functional as F
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 from torch.distributed.fsdp import register_fsdp_forward_method
 from transformers import PreTrainedModel
@@ -17,7 +17,6 @@ IGNORE = -100
 """Label of a token that is no target."""
 
 _METHOD = "_lightning_ep_summed_loss"
-_log = logging.getLogger(__name__)
 
 
 class _Head(nn.Module):
@@ -72,7 +71,7 @@ def summed_loss(model: PreTrainedModel, targets_BS: Tensor, inputs: dict[str, An
         found: tuple[Tensor, Tensor] | None = fused(targets_BS, inputs)
         if found is not None:
             return found
-        _log.info(f"{type(model).__name__} changes its logits after the head: the loss holds them all.")
+        rank_zero_info(f"{type(model).__name__} changes its logits after the head: the loss holds them all.")
         setattr(model, _METHOD, None)
     losses_BS, auxiliary = token_losses(model, targets_BS, inputs)
     return losses_BS.sum(), auxiliary

@@ -82,8 +82,9 @@ class _MoE(torch.autograd.Function):
         ctx.plan = ctx.saved = ctx.params = None
         grad_NH = dispatcher.dispatch(plan, grad_TH, "combine, backward").wait()
         if plan.num_pairs > 0:
-            computed = _in_dtype(params, grad_TH.dtype)
-            grad_rows_NH, grad_weights_NK, saved = experts.backward_rows(saved, computed, grad_NH)
+            in_dtype = _in_dtype(params, grad_TH.dtype)
+            grad_rows_NH, grad_weights_NK, saved = experts.backward_rows(saved, in_dtype, grad_NH)
+            del in_dtype, grad_NH  # memory for the gradients of the parameters
         else:
             grad_rows_NH, grad_weights_NK = grad_NH, torch.zeros_like(plan.weights_NK)
         # Gradients of rows travel home under the weight-gradient GEMMs.

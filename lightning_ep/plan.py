@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import logging
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, Literal
 
 import torch.distributed as dist
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
@@ -19,8 +19,6 @@ from lightning_ep.dispatch import AllToAllDispatcher, Dispatcher, LocalDispatche
 from lightning_ep.ops.fused_experts import FusedExperts
 from lightning_ep.ops.local_experts import LocalExperts
 from lightning_ep.ops.registered_experts import RegisteredExperts
-
-_log = logging.getLogger(__name__)
 
 DispatcherName = Literal["all_to_all"]
 
@@ -126,7 +124,7 @@ class ExpertParallel(ParallelStyle):
             return self.experts_implementation == "fused"
         reason = adapter.why_not_fused(module)
         if reason is not None:
-            _log_once(f"{type(module).__name__} runs transformers' kernels instead of the fused experts: {reason}.")
+            _say_once(f"{type(module).__name__} runs transformers' kernels instead of the fused experts: {reason}.")
         return reason is None
 
     def _build_dispatcher(self, num_experts: int, group: dist.ProcessGroup) -> Dispatcher[Any]:
@@ -136,9 +134,8 @@ class ExpertParallel(ParallelStyle):
 
 
 @cache
-def _log_once(message: str) -> None:
-    if not dist.is_initialized() or dist.get_rank() == 0:
-        _log.info(message)
+def _say_once(message: str) -> None:
+    rank_zero_info(message)
 
 
 def expert_plan(

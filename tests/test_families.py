@@ -1,0 +1,88 @@
+"""Which experts run on the fused path, and that the others train just as exactly on transformers' kernels."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from lightning_ep import ParallelLayout, expert_plan, parallelize
+from lightning_ep.plan import ExpertParallel
+from lightning_ep.transformers_adapter import experts_modules, why_not_fused
+from tests.distributed import device, run_ranks
+from tests.reference import batches, relative_error
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 128, "hidden_size": 32, "intermediate_size": 16, "moe_intermediate_size": 16, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "num_experts_per_tok": 2, "pad_token_id": 0,
+    "max_position_embeddings": 64,
+}  # fmt: skip
+FAMILIES: dict[str, dict[str, Any]] = {
+    "qwen3_moe": {"num_experts": 8},
+    "mixtral": {"num_local_experts": 8},
+    "olmoe": {"num_experts": 8},
+    "gpt_oss": {"num_local_experts": 8, "sliding_window": 8},
+}
+REASONS = {"gpt_oss": "its experts have biases"}
+
+
+def _model(family: str) -> PreTrainedModel:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        config = AutoConfig.for_model(family, **SIZES, **FAMILIES[family])
+        model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+        with torch.no_grad():
+            for name, param in model.named_parameters():
+                if "norm" not in name:
+                    param.normal_(std=0.1)
+    model.set_experts_implementation("eager")
+    return model
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_fused_path_is_chosen_by_declared_flags(family: str) -> None:
+    reasons = {why_not_fused(module) for module in experts_modules(_model(family)).values()}
+    assert reasons == {REASONS.get(family)}
+
+
+def test_fused_by_name_is_refused_before_anything_is_sharded() -> None:
+    model = _model("gpt_oss")
+    style = next(iter(expert_plan(model, experts_implementation="fused").values()))
+    assert isinstance(style, ExpertParallel)
+    with pytest.raises(ValueError, match=r"experts_implementation='fused' cannot serve .*biases.* Use 'auto'"):
+        style.validate(next(iter(experts_modules(model).values())), 2)
+
+
+def test_other_activations_and_gates_are_not_fused() -> None:
+    module = next(iter(experts_modules(_model("qwen3_moe")).values()))
+    module.act_fn = nn.GELU()
+    assert why_not_fused(module) == "its activation is GELU, not SiLU"
+
+
+def _gradients(family: str, ep: int) -> list[str]:
+    rank, world = dist.get_rank(), dist.get_world_size()
+    data = batches(world, 2)
+    expected = _model(family)
+    sum(expected(**batch).loss for batch in data).backward()
+    model = _model(family)
+    parallelize(model, ParallelLayout.resolve(ep, "auto", world, world), device())
+    model(**{key: value.to(device()) for key, value in data[rank].items()}).loss.backward()
+    wrong = []
+    for (name, param), reference in zip(model.named_parameters(), expected.parameters(), strict=True):
+        grad: Tensor = param.grad.full_tensor()
+        wanted = reference.grad if reference.grad is not None else torch.zeros_like(reference)
+        # Where the true gradient is all but zero (a key bias shifts every score alike) only noise is left.
+        if relative_error(grad, wanted) > 1e-5 and (grad.cpu() - wanted).norm() > 1e-7:
+            wrong.append(f"{name}: {relative_error(grad, wanted):.1e}")
+    return wrong
+
+
+@pytest.mark.parametrize(("world", "ep"), [(2, 2), (4, 2)])
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family != "qwen3_moe"])
+def test_gradients_equal_one_process(family: str, world: int, ep: int) -> None:
+    for wrong in run_ranks(world, _gradients, family, ep):
+        assert not wrong, "\n".join(wrong)
