@@ -280,16 +280,6 @@ class ExpertParallelStrategy(ModelParallelStrategy):
     # ------------------------------------------------------------------ steps
 
     @override
-    def on_train_start(self) -> None:
-        assert self.model is not None
-        if any(model.is_activation_checkpointing for model in adapter.pretrained_models(self.model).values()):
-            rank_zero_warn(
-                "The activation checkpointing of transformers (`gradient_checkpointing_enable()`) gives the same "
-                "gradients, but repeats every exchange of tokens in backward. Where memory allows, leave it off, with "
-                "smaller batches and Trainer(accumulate_grad_batches=...)."
-            )
-
-    @override
     def training_step(self, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
         self._note_step("training")
         return super().training_step(*args, **kwargs)

@@ -13,6 +13,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, ExpertsInterfac
 
 from lightning_ep.moe import moe_forward
 from lightning_ep.ops.local_experts import ExpertsFunction
+from lightning_ep.recompute import handle_replay
 
 if TYPE_CHECKING:
     from lightning_ep.plan import ExpertContext
@@ -102,6 +103,7 @@ def _experts_forward(module: nn.Module, hidden_TH: Tensor, ids_TK: Tensor, weigh
         # A model that shares its config object with a parallelised one shares the implementation name too.
         name = choose_experts_function(module, hidden_TH.dtype, hidden_TH.device.type)
         return local_experts_function(module, name)(module, hidden_TH, ids_TK, weights_TK)
+    handle_replay(module)
     params = [context.local_param(getattr(module, name)) for name in context.param_names]
     return moe_forward(context.dispatcher, context.experts, hidden_TH, ids_TK, weights_TK, params)
 

@@ -12,10 +12,15 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 
 from lightning_ep.ops.permute import ExpertOrder, expert_order, gather_sum
 
 ExpertsFunction = Callable[[nn.Module, Tensor, Tensor, Tensor], Tensor]
+
+
+def _keep(tensor: Tensor) -> Tensor:
+    return tensor
 
 
 def stand_in(
@@ -85,7 +90,9 @@ class LocalExperts:
             return gather_sum(rows_NH, order.pair_NK[:, :0]), None
         x_PH = rows_NH[order.row_P]
         weights_P = weights_NK[order.row_P, order.slot_P].to(rows_NH.dtype)
-        with torch.set_grad_enabled(needs_grad):
+        # Outside of the caller's hooks: activation checkpointing would replay the whole layer a second time for this
+        # inner graph, after FSDP has reduced the experts' gradients, and leave them gathered with stale weights.
+        with torch.set_grad_enabled(needs_grad), saved_tensors_hooks(_keep, _keep):
             leaves = tuple(t.detach().requires_grad_(needs_grad) for t in (x_PH, weights_P, *params))
             # A stand-in per call: recompute or two models in flight must not see each other's parameters.
             module = stand_in(self._template, dict(zip(self._param_names, leaves[2:], strict=True)))
