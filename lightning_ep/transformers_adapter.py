@@ -91,10 +91,8 @@ def is_parallel_experts(module: nn.Module) -> bool:
 
 
 def use_expert_parallel_forward(model: PreTrainedModel) -> None:
-    """Selects our function in the experts interface for the whole model; keeps `generate` in step over ranks."""
+    """Selects our function in the experts interface for the whole model."""
     model.set_experts_implementation(EXPERTS_IMPLEMENTATION)
-    # generate() asks this to keep forwarding until the last rank has stopped; an early stop on one rank hangs the rest.
-    model._is_fsdp_managed_module = True  # type: ignore[assignment]
 
 
 def _experts_forward(module: nn.Module, hidden_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:

@@ -70,8 +70,10 @@ UNDOCUMENTED = [
     "transformers.integrations.moe:ExpertsInterface.register",
 ]
 
-# Marks that transformers looks for on objects: no name to import, so the sources must mention them.
+# Marks on objects that transformers looks for (FSDP2 sets the first): no name to import, so the sources must mention
+# them.
 MARKS = {
+    "torch.distributed.fsdp._fully_shard._fully_shard": ["_is_fsdp_managed_module"],
     "transformers.distributed.fsdp": ["_is_fsdp_managed_module"],
     "transformers.generation.utils": ["is_fsdp_managed_module"],
     "transformers.initialization": ["_is_hf_initialized"],
