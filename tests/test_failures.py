@@ -26,7 +26,7 @@ from tests.distributed import RankFailure, device, run_ranks
 from tests.tiny import Samples, TinyModule, quiet
 
 _SCRIPT = """
-    import os, sys
+    import os, sys, time
     from pathlib import Path
     from torch.utils.data import DataLoader
     from lightning_ep import ExpertParallelStrategy
@@ -34,8 +34,11 @@ _SCRIPT = """
 
     class Module(TinyModule):
         def training_step(self, batch, batch_idx):
-            if self.global_rank == int(sys.argv[1]) and batch_idx == 1:
-                raise ValueError("planted")
+            if batch_idx == 1:
+                if self.global_rank == int(sys.argv[1]):
+                    raise ValueError("planted")
+                # As a GPU's rank, which does not see a peer leave: it waits until the time-out.
+                time.sleep(90)
             return super().training_step(batch, batch_idx)
 
     print("pid", os.getpid(), flush=True)
