@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from lightning.pytorch.overrides.distributed import UnrepeatedDistributedSampler
 from lightning.pytorch.utilities import rank_zero_warn
+from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
 
 Gather = Callable[[int], list[int]]
 
@@ -105,7 +107,8 @@ class LockstepLoader:
     def _any_batch(self) -> Any:
         """A batch for a rank that has none of its own."""
         try:
-            return self._loader.collate_fn([self._loader.dataset[0]])
+            sample = self._loader.dataset[0]
+            return self._loader.collate_fn(sample if self._loader.batch_sampler is None else [sample])
         except (AttributeError, TypeError, IndexError, KeyError, NotImplementedError) as error:
             raise RuntimeError(
                 "this rank has no batch, while others have some to predict, and none can be made from its dataset. "
@@ -144,3 +147,32 @@ def lockstep(
         )
     bound = float("inf") if limit is None else limit if isinstance(limit, int) else int(steps * limit)
     return LockstepLoader(loader, gather, lengths, bound, join)
+
+
+def share_samples(loader: Any, num_ranks: int, rank: int) -> None:
+    """Gives a rank its share, possibly empty, of the samples that Lightning's sampler for predict enumerates.
+
+    Args:
+        loader: What Lightning prepared for predict; changed in place if it holds that sampler, for a single rank.
+        num_ranks: Ranks that share the samples.
+        rank: This rank's index among them.
+
+    Raises:
+        TypeError: If Lightning put the sampler into a batch sampler of the user's that hides it: every rank would
+            predict every sample.
+    """
+    if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
+        return
+    kept = [loader.sampler, *getattr(loader.batch_sampler, "__dict__", {}).values()]
+    samplers = [value for value in kept if isinstance(value, DistributedSampler)]
+    if not samplers:
+        batch_sampler = getattr(loader.batch_sampler, "_batch_sampler", loader.batch_sampler)
+        raise TypeError(
+            f"Lightning shares the samples of predict among {num_ranks} ranks through a sampler that it passes to "
+            f"{type(batch_sampler).__name__}, which does not keep it. Keep it as `self.sampler` there, or set "
+            "Trainer(use_distributed_sampler=False) and give every rank its own samples."
+        )
+    for sampler in samplers:
+        if isinstance(sampler, UnrepeatedDistributedSampler) and sampler.num_replicas == 1:
+            sampler.num_replicas, sampler.rank = num_ranks, rank
+            sampler.num_samples = len(range(rank, sampler.total_size, num_ranks))

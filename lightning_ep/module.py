@@ -79,7 +79,8 @@ class CausalLM(LightningModule):
             )
         if self._pretrained:
             assert isinstance(self._source, str)
-            self.model = AutoModelForCausalLM.from_pretrained(self._source)
+            # transformers returns it in eval mode, which Lightning would keep in `fit`.
+            self.model = AutoModelForCausalLM.from_pretrained(self._source).train()
             return
         config = self._source
         if isinstance(config, str):

@@ -12,6 +12,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor.parallel import ParallelStyle, parallelize_module
 
+from lightning_ep import dtensor_rules as dtensor_rules  # registers them
 from lightning_ep import transformers_adapter as adapter
 from lightning_ep.initialize import materialize
 from lightning_ep.layout import Meshes, ParallelLayout

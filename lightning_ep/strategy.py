@@ -29,7 +29,7 @@ from lightning_ep import transformers_adapter as adapter
 from lightning_ep.dispatch import Progress
 from lightning_ep.initialize import has_meta_tensors, materialize
 from lightning_ep.layout import Meshes, ParallelLayout
-from lightning_ep.lockstep import lockstep
+from lightning_ep.lockstep import lockstep, share_samples
 from lightning_ep.parallelize import is_parallelized, set_gradient_sync, shard
 from lightning_ep.plan import DispatcherName, expert_plan
 from lightning_ep.precision import ShardedPrecision, clip_grad_norm_
@@ -85,6 +85,7 @@ class ExpertParallelStrategy(ModelParallelStrategy):
         self._layout: ParallelLayout | None = None
         self._meshes: Meshes | None = None
         self._progress = Progress()
+        self._refusal: ValueError | None = None
         if "pytorch_lightning" in sys.modules:
             rank_zero_warn(
                 "`pytorch_lightning` is imported beside `lightning`. Its Trainer does not know this strategy and calls "
@@ -113,6 +114,9 @@ class ExpertParallelStrategy(ModelParallelStrategy):
     @property
     @override
     def distributed_sampler_kwargs(self) -> dict[str, Any]:
+        if self.lightning_module is not None and self.lightning_module.trainer.predicting:
+            # All samples: Lightning's sampler for predict asserts one for every rank. `process_dataloader` shares them.
+            return {"num_replicas": 1, "rank": 0}
         return {"num_replicas": self.data_world_size, "rank": self.data_rank}
 
     @property
@@ -148,7 +152,11 @@ class ExpertParallelStrategy(ModelParallelStrategy):
     @override
     def setup_environment(self) -> None:
         assert self.lightning_module is not None
-        refuse_unsupported(self.lightning_module.trainer, self._layer_sync)
+        try:
+            refuse_unsupported(self.lightning_module.trainer, self._layer_sync)
+        except ValueError as refusal:
+            self._refusal = refusal
+            raise
         if self._meshes is None:
             # Lightning does it only in processes that it launches itself, which leaves ranks with unequal threads.
             _set_num_threads_if_needed(self.num_processes)
@@ -238,6 +246,13 @@ class ExpertParallelStrategy(ModelParallelStrategy):
         seed = os.environ.get("PL_GLOBAL_SEED")
         return int(self.broadcast(seed if seed is not None else torch.initial_seed()))
 
+    @override
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        if self._refusal is not None:
+            # A callback that saves on exceptions would hide the refusal behind an error of its own.
+            raise self._refusal
+        return super().lightning_module_state_dict()
+
     # ------------------------------------------------------------------ data
 
     @override
@@ -248,6 +263,8 @@ class ExpertParallelStrategy(ModelParallelStrategy):
             return dataloader
         if not trainer.predicting:
             return lockstep(dataloader, self._gather_int)
+        if trainer._accelerator_connector.use_distributed_sampler:
+            share_samples(dataloader, self.data_world_size, self.data_rank)
         return lockstep(dataloader, self._gather_int, trainer.limit_predict_batches, self._join_predict_step)
 
     def _gather_int(self, value: int) -> list[int]:

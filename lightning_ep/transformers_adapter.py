@@ -14,6 +14,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, ExpertsInterfac
 
 from lightning_ep.moe import moe_forward
 from lightning_ep.ops.registered_experts import ExpertsFunction
+from lightning_ep.recompute import handle_replay
 
 if TYPE_CHECKING:
     from lightning_ep.plan import ExpertContext
@@ -117,10 +118,8 @@ def is_parallel_experts(module: nn.Module) -> bool:
 
 
 def use_expert_parallel_forward(model: PreTrainedModel) -> None:
-    """Selects our function in the experts interface for the whole model; keeps `generate` in step over ranks."""
+    """Selects our function in the experts interface for the whole model."""
     model.set_experts_implementation(EXPERTS_IMPLEMENTATION)
-    # generate() asks this to keep forwarding until the last rank has stopped; an early stop on one rank hangs the rest.
-    model._is_fsdp_managed_module = True  # type: ignore[assignment]
 
 
 # Opaque to torch.compile: its sizes are not known before it runs, and its kernels are already fused.
@@ -130,6 +129,7 @@ def _experts_forward(module: nn.Module, hidden_TH: Tensor, ids_TK: Tensor, weigh
     if context is None:
         # A model that shares its config object with a parallelised one shares the implementation name too.
         return _auto_experts(module, hidden_TH, ids_TK, weights_TK)
+    handle_replay(module)
     params = [context.local_param(getattr(module, name)) for name in context.param_names]
     return moe_forward(context.dispatcher, context.experts, hidden_TH, ids_TK, weights_TK, params)
 

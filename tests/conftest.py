@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 
 from tests import distributed
+from tests.rows import RowFailures
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -22,7 +23,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def pytest_collection_finish(session: pytest.Session) -> None:
     modules = {getattr(item, "module", None) for item in session.items}
     # Started early: its imports run beside the first tests.
-    if not session.config.option.collectonly and any(hasattr(module, "run_ranks") for module in modules):
+    if not session.config.option.collectonly and any(hasattr(m, "run_ranks") or hasattr(m, "row") for m in modules):
         distributed.start_fork_server()
 
 
@@ -37,3 +38,15 @@ def _isolated() -> Iterator[None]:
         dist.destroy_process_group()
     os.environ.clear()
     os.environ.update(environment)
+
+
+@pytest.fixture(scope="module")
+def row_failures(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> RowFailures:
+    """Runs those rows of the module that were asked for (see tests/rows.py)."""
+    wanted = {
+        item.callspec.params["name"]
+        for item in request.session.items
+        if item.module is request.module and hasattr(item, "callspec")
+    }
+    names = [name for name in request.module.row if name in wanted]
+    return RowFailures(request.module.__name__, names, tmp_path_factory.mktemp("rows"))

@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
-import textwrap
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import lightning as L
 import pytest
 import torch
+import torch.distributed as dist
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.trainer.connectors import accelerator_connector
 from torch import nn
+from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.utils.data import DataLoader
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from lightning_ep import CausalLM, ExpertParallelStrategy, ParallelLayout, expert_plan
+from lightning_ep import CausalLM, ExpertParallelStrategy, ParallelLayout, expert_plan, from_config
+from lightning_ep.parallelize import shard
+from tests.distributed import run_ranks
 from tests.reference import tiny_config, tiny_model
-from tests.tiny import Samples
+from tests.tiny import Samples, TinyModule, loader
 
 
 def _trainer(tmp_path: Path, **arguments: Any) -> L.Trainer:
@@ -137,17 +141,55 @@ def test_one_process_trains_in_a_notebook_by_name(tmp_path: Path, name: str, mon
     assert torch.isfinite(trainer.callback_metrics["train/loss"])
 
 
-_FAKE = """
-    import sys
-    import torch
-    import torch.distributed as dist
-    from torch.testing._internal.distributed.fake_pg import FakeStore
-    from lightning_ep import ParallelLayout, expert_plan, from_config
-    from lightning_ep.parallelize import shard
-    from torch.distributed.fsdp import MixedPrecisionPolicy
-    from tests.reference import tiny_config
+@pytest.mark.parametrize("distributed", [True, False])
+def test_every_feature_on_one_process(tmp_path: Path, distributed: bool) -> None:
+    def run(**arguments: Any) -> tuple[L.Trainer, TinyModule]:
+        strategy = ExpertParallelStrategy(save_distributed_checkpoint=distributed)
+        flags = {"precision": "bf16-mixed", "accumulate_grad_batches": 2, "gradient_clip_val": 0.1}
+        return _trainer(tmp_path, strategy=strategy, **{**flags, **arguments}), TinyModule()
 
-    ep, fsdp, rank = map(int, sys.argv[1:])
+    saved = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=1, save_top_k=-1)
+    trainer, straight = run(callbacks=[saved], enable_checkpointing=True, max_steps=2)
+    trainer.fit(straight, loader(4), loader(3))
+    trainer, resumed = run(max_steps=2)
+    trainer.fit(resumed, loader(4), loader(3), ckpt_path=tmp_path / "step=1.ckpt")
+    assert (trainer.global_step, resumed.losses) == (2, straight.losses[2:])
+    losses = [getattr(trainer, stage)(resumed, loader(3), verbose=False)[0] for stage in ("validate", "test")]
+    assert losses[0]["val_loss"] == losses[1]["test_loss"]
+    assert [i for ids in trainer.predict(resumed, loader(3)) for i in ids.tolist()] == [0, 1, 2]
+
+
+def test_half_precision_by_strategy_name_on_a_cpu_is_what_lightning_makes_of_it(tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match="fp16 is not supported on CPU. Using `precision='bf16-mixed'` instead"):
+        trainer = _trainer(tmp_path, strategy="ep", precision="16-mixed")
+    assert trainer.precision == "bf16-mixed"
+
+
+def test_the_other_lightning_package_gets_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pytorch_lightning", ModuleType("pytorch_lightning"))
+    with pytest.warns(UserWarning, match="`pytorch_lightning` is imported.*`from lightning.pytorch import Trainer`"):
+        ExpertParallelStrategy()
+
+
+@pytest.mark.parametrize(("ep", "crosses"), [(4, True), (2, False)])
+def test_ep_groups_across_nodes_get_a_warning(
+    ep: int, crosses: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
+) -> None:
+    for name, value in {"RANK": "0", "LOCAL_RANK": "0", "GROUP_RANK": "0", "LOCAL_WORLD_SIZE": "2", "WORLD_SIZE": "4",
+                        "TORCHELASTIC_RUN_ID": "test"}.items():  # fmt: skip
+        monkeypatch.setenv(name, value)
+    trainer = _trainer(tmp_path, devices=2, num_nodes=2, strategy=ExpertParallelStrategy(ep=ep))
+    trainer.strategy._warn_if_ep_crosses_nodes()
+    found = [str(w.message) for w in recwarn if "cross nodes" in str(w.message)]
+    assert bool(found) is crosses
+    assert all(
+        "ranks [0, 1, 2, 3] cross nodes of 2 processes" in text and "ep='auto' (here 2)" in text for text in found
+    )
+
+
+def _place_on_fake_ranks(ep: int, fsdp: int, rank: int) -> None:
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=ep * fsdp)
     config = tiny_config(num_experts=128, num_experts_per_tok=8, num_attention_heads=8, num_key_value_heads=4)
     model = from_config(config)
@@ -155,18 +197,14 @@ _FAKE = """
     shard(model, layout, layout.build_meshes("cpu"), torch.device("cpu"), expert_plan(model), MixedPrecisionPolicy())
     for layer in model.model.layers:
         gate_up, down = layer.mlp.experts.gate_up_proj, layer.mlp.experts.down_proj
-        assert gate_up.shape == (128, 32, 32) and down.shape == (128, 32, 16)
+        assert gate_up.shape == (128, 32, 32)
+        assert down.shape == (128, 32, 16)
         assert gate_up.to_local().shape == (128 // ep, 32 // fsdp, 32), gate_up.to_local().shape
         assert down.to_local().shape == (128 // ep, 32 // fsdp, 16), down.to_local().shape
         assert layer.mlp.experts.num_experts == 128 // ep
         assert layer.self_attn.k_proj.weight.device_mesh.size() == ep * fsdp
-    print("placed")
-"""
 
 
 @pytest.mark.parametrize(("ep", "fsdp", "rank"), [(16, 1, 5), (32, 2, 63), (64, 1, 63)])
 def test_ep_is_not_bound_by_attention_heads(ep: int, fsdp: int, rank: int) -> None:
-    command = [sys.executable, "-c", textwrap.dedent(_FAKE), str(ep), str(fsdp), str(rank)]
-    root = Path(__file__).resolve().parents[1]
-    found = subprocess.run(command, capture_output=True, text=True, cwd=root, timeout=100)
-    assert found.stdout.strip().endswith("placed"), found.stderr
+    run_ranks(1, _place_on_fake_ranks, ep, fsdp, rank, init_process_group=False)

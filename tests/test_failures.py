@@ -2,43 +2,53 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
+import re
 import subprocess
 import sys
 import textwrap
 import time
+from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from lightning_ep import ExpertParallelStrategy
+from lightning_ep.dispatch import Progress
+from tests.distributed import RankFailure, device, run_ranks
+from tests.tiny import Samples, TinyModule, quiet
 
 _SCRIPT = """
     import os, sys, time
-    from datetime import timedelta
     from pathlib import Path
     from torch.utils.data import DataLoader
     from lightning_ep import ExpertParallelStrategy
     from tests.tiny import Samples, TinyModule, quiet
 
-    failing, what = int(sys.argv[1]), sys.argv[2]
-
     class Module(TinyModule):
         def training_step(self, batch, batch_idx):
-            if self.global_rank == failing and batch_idx == 1:
-                if what == "raise":
+            if batch_idx == 1:
+                if self.global_rank == int(sys.argv[1]):
                     raise ValueError("planted")
-                time.sleep(60)
+                # As a GPU's rank, which does not see a peer leave: it waits until the time-out.
+                time.sleep(90)
             return super().training_step(batch, batch_idx)
 
     print("pid", os.getpid(), flush=True)
-    timeout = timedelta(seconds=5 if what == "sleep" else 600)
-    strategy = ExpertParallelStrategy(ep=2, timeout=timeout)
-    quiet(Path("."), strategy=strategy, devices=2, accelerator="cpu", max_steps=4).fit(
+    quiet(Path("."), strategy=ExpertParallelStrategy(ep=2), devices=2, accelerator="cpu", max_steps=4).fit(
         Module(), DataLoader(Samples(16), batch_size=2)
     )
 """
 
 
-def _run(tmp_path: Path, launcher: list[str], rank: int, what: str) -> tuple[int, str, float]:
+def _run(tmp_path: Path, launcher: list[str], rank: int) -> tuple[int, str, float]:
     script = tmp_path / "job.py"
     script.write_text(textwrap.dedent(_SCRIPT))
     root = str(Path(__file__).resolve().parents[1])
@@ -47,7 +57,7 @@ def _run(tmp_path: Path, launcher: list[str], rank: int, what: str) -> tuple[int
     # One file for everybody's output: a pipe would stay open as long as any orphan.
     with open(tmp_path / "output", "w+") as output:
         job = subprocess.run(
-            [*launcher, str(script), str(rank), what], stdout=output, stderr=subprocess.STDOUT, env=environment,
+            [*launcher, str(script), str(rank)], stdout=output, stderr=subprocess.STDOUT, env=environment,
             timeout=100, cwd=tmp_path,
         )  # fmt: skip
         output.seek(0)
@@ -66,10 +76,13 @@ def _alive(pid: int) -> bool:
     return state != "Z"
 
 
-@pytest.mark.parametrize("launcher", [LIGHTNING, TORCHRUN], ids=["lightning", "torchrun"])
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize(
+    ("launcher", "rank"),
+    [(LIGHTNING, 0), (LIGHTNING, 1), (TORCHRUN, 1)],
+    ids=["lightning-0", "lightning-1", "torchrun"],
+)
 def test_an_exception_on_one_rank_ends_all(tmp_path: Path, launcher: list[str], rank: int) -> None:
-    code, output, seconds = _run(tmp_path, launcher, rank, "raise")
+    code, output, seconds = _run(tmp_path, launcher, rank)
     assert code != 0
     assert "ValueError: planted" in output, output
     assert seconds < 30 + 25, "start-up included"
@@ -81,11 +94,52 @@ def test_an_exception_on_one_rank_ends_all(tmp_path: Path, launcher: list[str], 
     assert not [pid for pid in pids if _alive(pid)]
 
 
+class _Sleeping(TinyModule):
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        if self.global_rank == 1 and batch_idx == 1:
+            time.sleep(60)
+        return super().training_step(batch, batch_idx)
+
+
+def _sleep_on_one_rank(root: Path) -> None:
+    strategy = ExpertParallelStrategy(ep=4, timeout=timedelta(seconds=4))
+    quiet(root, strategy=strategy, max_steps=4).fit(_Sleeping(), DataLoader(Samples(32), batch_size=2))
+
+
 def test_a_time_out_says_layer_direction_and_step(tmp_path: Path) -> None:
-    code, output, _ = _run(tmp_path, TORCHRUN, 1, "sleep")
-    assert code != 0
-    line = next((line for line in output.splitlines() if line.startswith("[rank 0]")), output)
-    assert "layer model.model.layers.0.mlp.experts" in line
-    assert "training step 1" in line
-    # Where the rank waits for FSDP's gather instead, the line names the last exchange that came through.
-    assert any(word in line for word in ("forward", "backward", "exchange of counts"))
+    with pytest.raises(RankFailure) as failure:
+        run_ranks(4, _sleep_on_one_rank, tmp_path, init_process_group=False, timeout=40)
+    # The first rank that times out leaves, and its peers may see a broken connection instead; all say where they were.
+    lines = [line for line in str(failure.value).splitlines() if re.match(r"\[rank \d\] \w+ while ", line)]
+    assert lines, str(failure.value)
+    for line in lines:
+        assert "layer model.model.layers.0.mlp.experts" in line
+        assert "training step 1" in line
+        # Where the rank waits for FSDP's gather instead, the line names the last exchange that came through.
+        assert any(word in line for word in ("forward", "backward", "exchange of counts"))
+
+
+def _watch(late: float, timeout: float) -> str:
+    """What the thread that stands in for NCCL's silent abort prints on this rank, if rank 1 comes ``late``."""
+    progress, rows = Progress(), torch.ones(2, device=device())
+    progress.step = "training step 7"
+    lines = io.StringIO()
+    with contextlib.redirect_stderr(lines):
+        progress.watch(dist.get_rank(), timeout_s=timeout)
+        if dist.get_rank() == 1:
+            time.sleep(late)
+        work = dist.all_to_all_single(torch.empty_like(rows), rows, async_op=True)
+        progress.started("layers.3", "combine, backward", work)
+        work.wait()
+        time.sleep(0.5)
+        progress.close()
+    return lines.getvalue()
+
+
+def test_the_watch_speaks_before_an_exchange_times_out() -> None:
+    waiting, sleeping = run_ranks(2, _watch, 2.5, 1.0)
+    assert re.fullmatch(
+        r"\[rank 0\] waiting for the combine, backward of layer layers.3, training step 7, started \d s ago\n", waiting
+    )
+    assert sleeping == ""
+    assert run_ranks(2, _watch, 0.0, 60.0) == ["", ""]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from lightning.pytorch.callbacks import BasePredictionWriter
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, IterableDataset
 
 from lightning_ep import ExpertParallelStrategy
 from lightning_ep.lockstep import lockstep
@@ -132,11 +133,52 @@ def _predict_few(root: Path, ep: int, samples: int) -> list[int]:
     return [i for batch in ids for i in batch.tolist()]
 
 
-@pytest.mark.xfail(strict=True, reason="Lightning's predict sampler asserts a sample for every rank")
 @pytest.mark.parametrize(("ep", "samples"), [(4, 2), (2, 2), (4, 1)])
 def test_predict_with_fewer_samples_than_ranks(ep: int, samples: int, tmp_path: Path) -> None:
     ranks = run_ranks(4, _predict_few, tmp_path, ep, samples, init_process_group=False, timeout=40)
     assert sorted(i for rank in ranks for i in rank) == list(range(samples))
+
+
+class _Hidden:
+    """A batch sampler of the user's: Lightning passes it a sampler, which it keeps to itself."""
+
+    drop_last = False
+
+    def __init__(self, sampler: Any, batch_size: int, drop_last: bool) -> None:
+        self.batch_size = batch_size
+        self._batches = [[index] for index in sampler]
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return iter(self._batches)
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+
+def _predict_own_batches(root: Path) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    kept = DataLoader(Samples(5), batch_sampler=BatchSampler(range(5), 2, drop_last=True))
+    own = DataLoader(Samples(5), sampler=DistributedSampler(range(5), 2, _rank(), shuffle=False))
+    unbatched = DataLoader(list(DataLoader(Samples(5), batch_size=1)), batch_size=None)
+    few = DataLoader(list(DataLoader(Samples(1), batch_size=1)), batch_size=None)
+    for name, mine in (("kept", kept), ("own", own), ("unbatched", unbatched), ("few", few)):
+        ids = _trainer(root, 2).predict(TinyModule(), mine)
+        found[name] = [i for batch in ids for i in batch.tolist()]
+    try:
+        hidden = DataLoader(Samples(5), batch_sampler=_Hidden(range(5), 1, False))
+        _trainer(root, 2).predict(TinyModule(), hidden)
+    except TypeError as error:
+        found["hidden"] = str(error)
+    return found
+
+
+def test_predict_shares_samples_whatever_batches_them(tmp_path: Path) -> None:
+    one, two = run_ranks(2, _predict_own_batches, tmp_path, init_process_group=False)
+    assert sorted(one["kept"] + two["kept"]) == sorted(one["unbatched"] + two["unbatched"]) == [0, 1, 2, 3, 4]
+    assert (one["own"], two["own"]) == ([0, 2, 4], [1, 3, 0]), "the user's own sampler is left alone"
+    assert re.search(
+        r"2 ranks .* _Hidden, which does not keep it.*self.sampler.*use_distributed_sampler=False", one["hidden"]
+    )
 
 
 def _predict_nothing(root: Path) -> str:

@@ -27,6 +27,7 @@ PRIVATE = [
     "lightning.pytorch.loops.prediction_loop:_PredictionLoop._build_kwargs",
     "lightning.pytorch.loops.prediction_loop:_PredictionLoop._build_step_args_from_hook_kwargs",
     "lightning.pytorch.loops.training_epoch_loop:_TrainingEpochLoop._batches_that_stepped",
+    "lightning.pytorch.overrides.distributed:_IndexBatchSamplerWrapper._batch_sampler",
     "lightning.pytorch.plugins.precision:Precision._after_closure",
     "lightning.pytorch.strategies.launchers.subprocess_script:_SubprocessScriptLauncher.kill",
     "lightning.pytorch.strategies:ModelParallelStrategy._configure_launcher",
@@ -36,11 +37,16 @@ PRIVATE = [
     "lightning.pytorch.strategies:ModelParallelStrategy._setup_distributed",
     "lightning.pytorch.strategies:ModelParallelStrategy._timeout",
     "lightning.pytorch.strategies:Strategy._precision_plugin",
+    "lightning.pytorch.trainer.connectors.accelerator_connector:_AcceleratorConnector.use_distributed_sampler",
+    "lightning.pytorch.trainer.trainer:Trainer._accelerator_connector",
     "torch:_foreach_clamp_max_",
     "torch:_foreach_clamp_min_",
     "torch:_foreach_copy_",
     "torch:_foreach_mul_",
     "torch:_foreach_norm",
+    "torch:_C._current_graph_task_id",
+    "torch:_is_any_true",
+    "torch.autograd:Variable._execution_engine",
     "torch.distributed.tensor.parallel:ParallelStyle._apply",
     "torch.nn:Module._apply",  # benchmarks
     "torch.nn:Module._buffers",
@@ -53,6 +59,7 @@ PRIVATE = [
 
 # Public in name, but undocumented, recent, or outside of what an upgrade promises to keep.
 UNDOCUMENTED = [
+    "lightning.pytorch.overrides.distributed:UnrepeatedDistributedSampler",
     "lightning.pytorch.strategies:ModelParallelStrategy.model_sharded_context",
     "lightning.pytorch.strategies:Strategy.on_exception",
     "lightning.pytorch.trainer.states:TrainerFn.FITTING",
@@ -61,6 +68,7 @@ UNDOCUMENTED = [
     "torch.distributed.fsdp:FSDPModule.set_requires_gradient_sync",
     "torch.distributed.fsdp:register_fsdp_forward_method",
     "torch.nn.functional:grouped_mm",
+    "torch.distributed.tensor.experimental:register_sharding",
     "transformers:PreTrainedModel.ep_plan",
     "transformers:PreTrainedModel.maybe_distribute_model",  # benchmarks
     "transformers:PreTrainedModel.prepare_distribute_model",  # benchmarks
@@ -71,8 +79,10 @@ UNDOCUMENTED = [
     "transformers.integrations.moe:ExpertsInterface.register",
 ]
 
-# Marks that transformers looks for on objects: no name to import, so the sources must mention them.
+# Marks on objects that transformers looks for (FSDP2 sets the first): no name to import, so the sources must mention
+# them.
 MARKS = {
+    "torch.distributed.fsdp._fully_shard._fully_shard": ["_is_fsdp_managed_module"],
     "transformers.distributed.fsdp": ["_is_fsdp_managed_module"],
     "transformers.generation.utils": ["is_fsdp_managed_module"],
     "transformers.initialization": ["_is_hf_initialized"],

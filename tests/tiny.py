@@ -79,6 +79,13 @@ def loader(size: int = 16, batch_size: int = 2, first: int = 0) -> DataLoader:
     return DataLoader(Samples(size, first), batch_size=batch_size)
 
 
+@torch.no_grad()
+def mean_loss(model: Any, size: int) -> float:
+    """Mean loss of a plain model over the first ``size`` samples of `loader`, each for itself."""
+    batches = DataLoader(Samples(size), batch_size=1)
+    return sum(model(input_ids=b["input_ids"], labels=b["labels"]).loss.item() for b in batches) / size
+
+
 def quiet(root: Path, **overrides: Any) -> L.Trainer:
     """A Trainer over all ranks that writes under ``root`` only what it is asked to."""
     overrides.setdefault("strategy", ExpertParallelStrategy(ep=2))

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 from typing_extensions import override
 
 from lightning_ep.ops.local_experts import LocalExperts
@@ -28,6 +29,10 @@ def stand_in(
     if buffers is not None:
         other.__dict__["_buffers"] = dict(buffers)
     return other
+
+
+def _keep(tensor: Tensor) -> Tensor:
+    return tensor
 
 
 class _Forward(NamedTuple):
@@ -67,7 +72,9 @@ class RegisteredExperts(LocalExperts):
         x_PH = permute(rows_NH, order.pair_NK, num_pairs)
         weights_P = weights_NK.reshape(-1)[order.slot_P].to(rows_NH.dtype)
         expert_P = ids_NK.reshape(-1)[order.slot_P].long()
-        with torch.set_grad_enabled(needs_grad):
+        # Outside of the caller's hooks: activation checkpointing would replay the whole layer a second time for this
+        # inner graph, after FSDP has reduced the experts' gradients, and leave them gathered with stale weights.
+        with torch.set_grad_enabled(needs_grad), saved_tensors_hooks(_keep, _keep):
             leaves = tuple(t.detach().requires_grad_(needs_grad) for t in (x_PH, weights_P, *params))
             # A stand-in per call: recompute or two models in flight must not see each other's parameters.
             module = stand_in(self._template, dict(zip(self._param_names, leaves[2:], strict=True)))

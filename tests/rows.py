@@ -1,0 +1,148 @@
+"""Rows: many short runs, one after the other in the same two ranks, so that each costs a fraction of a second.
+
+A test module holds ``row = Rows()``, registers functions with ``@row()`` and ends with
+
+    @pytest.mark.parametrize("name", row)
+    def test_works_or_is_refused(name: str, row_failures: RowFailures) -> None:
+        row_failures.check(name)
+"""
+
+from __future__ import annotations
+
+import importlib
+import re
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from tests.distributed import run_ranks
+from tests.reference import tiny_model
+from tests.tiny import TinyModule, loader, quiet
+
+WORLD, STEPS = 2, 2
+Row = Callable[[Path], None]
+
+
+class Rows(dict[str, Row]):
+    """The rows of a test module by name, and the built-in callbacks of Lightning that they cover."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.covered: set[str] = set()
+
+    def __call__(self, *callbacks: str) -> Callable[[Row], Row]:
+        """Registers a row, and the built-in callbacks that it covers."""
+
+        def register(function: Row) -> Row:
+            self[function.__name__] = function
+            self.covered.update(callbacks)
+            return function
+
+        return register
+
+
+class RowFailures:
+    """What went wrong in the rows of a module: by rank, the tracebacks by row."""
+
+    def __init__(self, module: str, names: list[str], root: Path) -> None:
+        self._ranks = run_ranks(WORLD, _worker, module, names, root, init_process_group=False, timeout=100)
+
+    def check(self, name: str) -> None:
+        errors = [f"rank {rank}: {failed[name]}" for rank, failed in enumerate(self._ranks) if name in failed]
+        assert not errors, "\n".join(errors)
+
+
+def _worker(module: str, names: list[str], root: Path) -> dict[str, str]:
+    """Runs the rows and returns the traceback of each that failed on this rank."""
+    row: Rows = importlib.import_module(module).row
+    failed: dict[str, str] = {}
+    for index, name in enumerate(names):
+        _state_of_process()
+        start = time.perf_counter()
+        try:
+            row[name](root / name)
+        except BaseException:  # a failed checkpoint is no Exception
+            failed[name] = traceback.format_exc()
+        print(f"row {name}: {time.perf_counter() - start:.2f} s", flush=True)
+        if hung := _others_hang(index):
+            raise AssertionError(f"rank(s) {hung} hang in row {name}, which here {failed.get(name, 'passed')}")
+    return failed
+
+
+def _state_of_process() -> None:
+    torch.manual_seed(0)
+    torch.use_deterministic_algorithms(False)
+    torch.backends.cudnn.benchmark = False
+
+
+def _others_hang(index: int) -> list[int]:
+    """Ranks that do not arrive here; through the store, since a rank that failed alone left a collective unmatched."""
+    if not dist.is_initialized():
+        return []
+    store, rank = dist.distributed_c10d._get_default_store(), dist.get_rank()
+    store.set(f"row-{index}-{rank}", "")
+    missing = []
+    for other in range(dist.get_world_size()):
+        try:
+            store.wait([f"row-{index}-{other}"], timedelta(seconds=10))
+        except dist.DistStoreError:
+            missing.append(other)
+    return missing
+
+
+def agreed(value: Any) -> bool:
+    """Whether all ranks have the same value."""
+    values = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return all(other == value for other in values)
+
+
+@contextmanager
+def refused(*words: str) -> Iterator[None]:
+    """The body raises an error that holds all of ``words``: what was found, the rule, what to do instead."""
+    try:
+        yield
+    except (ValueError, TypeError, RuntimeError, NotImplementedError) as error:
+        missing = [word for word in words if not re.search(word, str(error))]
+        if missing:
+            raise AssertionError(f"the message does not say {missing}: {error}") from error
+    else:
+        raise AssertionError("was not refused")
+
+
+def fit(root: Path, module: L.LightningModule | None = None, **overrides: Any) -> tuple[L.Trainer, Any]:
+    """Two optimizer steps, validated after the epoch; checks that they happened and that the ranks agree."""
+    module = TinyModule() if module is None else module
+    if not {"max_epochs", "max_steps", "fast_dev_run"} & overrides.keys():
+        overrides["max_epochs"] = 1
+    size = STEPS * WORLD * 2 * overrides.get("accumulate_grad_batches", 1)
+    trainer = quiet(root, **overrides)
+    trainer.fit(module, loader(size), loader(4, first=100))
+    assert trainer.state.finished
+    check(trainer, module)
+    return trainer, module
+
+
+def check(trainer: L.Trainer, module: L.LightningModule, steps: int = STEPS) -> None:
+    assert trainer.global_step == steps, f"{trainer.global_step} optimizer steps"
+    start = tiny_model(**module.overrides).state_dict()
+    for name, param in module.model.named_parameters():
+        full = whole(param)
+        assert full.isfinite().all(), name
+        assert agreed(full.sum().item()), name
+        if name.endswith(("gate_up_proj", "q_proj.weight", "lm_head.weight")) and steps:
+            assert not torch.equal(full, start[name]), f"{name} has not moved"
+
+
+def whole(param: Tensor) -> Tensor:
+    return (param.detach().full_tensor() if isinstance(param, DTensor) else param.detach()).clone()
