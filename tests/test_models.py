@@ -155,7 +155,7 @@ class _Dtypes(TinyModule):
             layer.mlp.register_forward_pre_hook(lambda _, args: note(args[0].dtype)),
             layer.register_forward_hook(lambda *args: note(args[-1].dtype)),
             layer.self_attn.register_forward_pre_hook(lambda module, _: note(module.q_proj.weight.dtype)),
-            layer.mlp.experts.register_forward_pre_hook(lambda module, _: note(module.down_proj.dtype)),
+            layer.mlp.experts.register_forward_hook(lambda *args: note(args[-1].dtype)),
         ]
         loss = super().training_step(batch, batch_idx)
         for hook in hooks:
