@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
@@ -117,7 +118,7 @@ class CausalLM(LightningModule):
 
     def _close_window(self, sums: Tensor) -> Tensor:
         """Global number of valid tokens of a window from this rank's sums of losses and tokens; keeps the mean loss."""
-        loss, tokens = self.trainer.strategy.reduce(sums, reduce_op="sum")
+        loss, tokens = _summed_over_ranks(sums)
         # A window without any valid token has zero gradients; dividing by one keeps them zero.
         tokens = tokens.clamp(min=1)
         self._train_loss = (loss / tokens).float()
@@ -161,7 +162,7 @@ class CausalLM(LightningModule):
     def _log_evaluation(self, stage: str) -> None:
         sums = self._evaluation if self._evaluation is not None else torch.zeros(2, device=self.device).double()
         self._evaluation = None
-        loss, tokens = self.trainer.strategy.reduce(sums, reduce_op="sum")
+        loss, tokens = _summed_over_ranks(sums)
         mean = (loss / tokens).float()
         # Equal on all ranks already; sync_dist only tells Lightning so.
         self.log(f"{stage}/loss", mean, prog_bar=True, sync_dist=True)
@@ -197,6 +198,13 @@ class CausalLM(LightningModule):
             return optimizer
         scheduler = self._lr_scheduler(optimizer)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+
+def _summed_over_ranks(sums: Tensor) -> Tensor:
+    # Not `strategy.reduce`: Lightning puts a barrier before it, for which the host would wait in every step.
+    if dist.is_initialized():
+        dist.all_reduce(sums)
+    return sums
 
 
 def _inputs(batch: dict[str, Tensor]) -> dict[str, Tensor]:

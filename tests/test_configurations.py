@@ -105,7 +105,10 @@ class _Module(CausalLM):
 @pytest.mark.parametrize(
     ("strategy", "message"),
     [
-        ({"experts_implementation": "fastest"}, r"'fastest' is not registered; choose 'auto', 'fused' or one of \[.*eager"),
+        (
+            {"experts_implementation": "fastest"},
+            r"'fastest' is not registered; choose 'auto', 'fused' or one of \[.*eager",
+        ),
         ({"dispatcher": "pigeon"}, "dispatcher='pigeon' does not exist; choose 'all_to_all'"),
     ],
 )

@@ -56,6 +56,39 @@ def test_the_host_waits_once_per_forward(world: int, ep: int, expected: tuple[in
     assert run_ranks(world, _count_syncs, ep) == [expected] * world
 
 
+def _step_syncs() -> list[str]:
+    """What synchronises with the GPU in a training step of the Trainer, after a few of warm-up."""
+    found: list[str] = []
+
+    class Count(L.Callback):
+        def on_train_batch_start(self, trainer: L.Trainer, module: L.LightningModule, batch: Any, index: int) -> None:
+            if index == 4:
+                torch.cuda.set_sync_debug_mode("warn")
+
+        def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *args: Any) -> None:
+            torch.cuda.set_sync_debug_mode("default")
+
+    module = CausalLM(
+        tiny_config(), pretrained=False, optimizer=lambda params: torch.optim.AdamW(params, lr=1e-3, fused=True)
+    )
+    trainer = L.Trainer(
+        strategy=ExpertParallelStrategy(), accelerator=accelerator(), devices=1, precision="bf16-mixed", max_steps=6,
+        gradient_clip_val=1.0, callbacks=[Count()], logger=False, enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False, use_distributed_sampler=False,
+    )  # fmt: skip
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer.fit(module, DataLoader(batches(6, 2), batch_size=None, pin_memory=True))
+    for warning in caught:
+        if "synchroniz" in str(warning.message):
+            found.append(f"{warning.filename}:{warning.lineno}")
+    return found
+
+
+def test_a_training_step_does_not_wait_for_the_gpu() -> None:
+    assert run_ranks(1, _step_syncs, init_process_group=False) == [[]]
+
+
 def _bf16_errors(implementation: str, tokens: int, experts: int, used: int) -> list[float]:
     """Errors of output and gradients in bf16 against eager experts in float64 on the same (bf16) inputs.
 
@@ -110,7 +143,7 @@ def _losses(implementation: str, plain_loss: bool) -> list[float]:
     module = CausalLM(
         tiny_config(hidden_size=128, moe_intermediate_size=64, num_experts=16),
         pretrained=False,
-        optimizer=lambda params: torch.optim.AdamW(params, lr=1e-3),
+        optimizer=lambda params: torch.optim.AdamW(params, lr=5e-4),
     )
     if plain_loss:
         loss_module._has_plain_head = lambda model: False  # this process ends with the test
@@ -126,10 +159,13 @@ def _losses(implementation: str, plain_loss: bool) -> list[float]:
 
 
 def test_fifty_steps_agree_with_the_plain_path() -> None:
-    fused = run_ranks(1, _losses, "fused", False, init_process_group=False)[0]
-    plain = run_ranks(1, _losses, "grouped_mm", True, init_process_group=False)[0]
-    assert len(fused) == len(plain) >= 49
+    runs = [("fused", False), ("grouped_mm", True), ("eager", True)]
+    fused, plain, other = (run_ranks(1, _losses, *run, init_process_group=False)[0] for run in runs)
+    assert len(fused) == len(plain) == len(other) >= 49
     assert fused[-1] < 0.8 * fused[0], "the comparison says nothing unless training moves"
-    differences = [abs(a - b) / b for a, b in zip(fused, plain, strict=True)]
-    print(f"largest difference {max(differences):.2e}, losses {fused[0]:.3f} to {fused[-1]:.3f}")
-    assert max(differences) < 2e-2
+    difference, noise = (max(abs(a - b) / b for a, b in zip(run, plain, strict=True)) for run in (fused, other))
+    print(
+        f"largest difference {difference:.2e}, between transformers' own {noise:.2e}; {fused[0]:.3f} to {fused[-1]:.3f}"
+    )
+    # Rounding decides near-ties in the router, and training carries that on: two of transformers' kernels differ too.
+    assert difference < max(3 * noise, 1e-2)
