@@ -1,0 +1,110 @@
+"""The command ``lightning-ep export``: a training checkpoint becomes a Hugging Face checkpoint, in one process."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedConfig, PreTrainedModel
+
+from lightning_ep import transformers_adapter as adapter
+from lightning_ep.checkpoint.export import Group, plan_files, plan_groups, write_files
+from lightning_ep.checkpoint.hub_directory import ExportDtype, HubDirectory, meta_model
+from lightning_ep.checkpoint.problems import CheckpointError, Problems
+from lightning_ep.checkpoint.training_checkpoint import TrainingCheckpoint
+
+
+def export(
+    checkpoint: str,
+    output: str,
+    config: str | None = None,
+    tokenizer: str | None = None,
+    dtype: ExportDtype | None = None,
+) -> None:
+    """Writes a training checkpoint as a directory that transformers and vLLM read.
+
+    Runs in one process without a GPU, with the parameters of one layer's experts in memory at a time.
+
+    Args:
+        checkpoint: A checkpoint of ExpertParallelStrategy: the directory of a distributed one, or a file.
+        output: The new directory. It appears when it is complete.
+        config: Directory or hub id of the model's config, for checkpoints that do not contain it.
+        tokenizer: Directory or hub id of a tokenizer to add.
+        dtype: What parameters are in the files. Default: what they are in the checkpoint.
+
+    Raises:
+        CheckpointError: If the checkpoint cannot be read, does not say what model it is of, or does not fit its config.
+        FileExistsError: If ``output`` is there already and not empty.
+    """
+    directory = HubDirectory(Path(output))
+    source = TrainingCheckpoint(Path(checkpoint))
+    name, model = _model(source, config)
+    prefix = f"{name}." if name else ""
+    dtypes = _match(source, model, prefix, checkpoint)
+    cast = getattr(torch, dtype) if dtype is not None else None
+    groups = plan_groups(model, dtypes, cast)
+    files = plan_files(groups, {spec.key: 0 for group in groups for spec in group.outputs}, 1)
+
+    def assemble(group: Group) -> dict[str, Tensor]:
+        loaded = {key: source.read(prefix + key) for key in group.conversion.inputs}
+        parts = {}
+        for part in group.parts:
+            parts[part.key] = torch.empty(part.shape, dtype=part.dtype)
+            for piece in part.pieces:
+                piece.target.of(parts[part.key]).copy_(piece.arrange(piece.source_region().of(loaded[piece.key])))
+        return parts
+
+    directory.create()
+    first_param = next(name for name, _ in model.named_parameters())
+    loaded_tokenizer = AutoTokenizer.from_pretrained(tokenizer) if tokenizer is not None else None
+    directory.write_config(model, cast or dtypes[first_param], loaded_tokenizer, None)
+    problems = Problems(f"the export to {output} failed:")
+    write_files(directory.temporary, model, groups, files, assemble, 0, problems)
+    if not problems.found:
+        directory.finish(files, problems)
+    problems.raise_on_all_ranks()
+    print(f"exported to {output}")
+
+
+def _model(source: TrainingCheckpoint, config: str | None) -> tuple[str, PreTrainedModel]:
+    """The name of the transformers model in the LightningModule, and the model on meta."""
+    if config is None:
+        if len(source.configs) != 1:
+            found = f"the configs of {len(source.configs)} models" if source.configs else "no config of a model"
+            raise CheckpointError(f"the checkpoint contains {found}; name the one to export with --config.")
+        ((name, values),) = source.configs.items()
+        return name, meta_model(AutoConfig.for_model(**values))
+    loaded: PreTrainedConfig = AutoConfig.from_pretrained(config)
+    model = meta_model(loaded)
+    if (Path(config) / "generation_config.json").exists():
+        model.generation_config = GenerationConfig.from_pretrained(config)
+    # The name in front of the model's names is whatever attribute the module keeps it in.
+    first = next(name for name, _ in model.named_parameters())
+    names = [key.removesuffix(first).removesuffix(".") for key in source.tensors if f".{key}".endswith(f".{first}")]
+    if len(names) != 1:
+        raise CheckpointError(
+            f"the checkpoint has {len(names)} tensors that end in {first}, the first parameter of a "
+            f"{type(model).__name__} as --config {config} describes it; exactly one model can be exported."
+        )
+    return names[0], model
+
+
+def _match(source: TrainingCheckpoint, model: PreTrainedModel, prefix: str, checkpoint: str) -> dict[str, torch.dtype]:
+    """Dtypes of the checkpoint by name in the model, if the two fit."""
+    problems = Problems(f"{checkpoint} does not fit the {type(model).__name__} of its config:")
+    state = model.state_dict(keep_vars=True)
+    tied = adapter.tied_names(model)
+    dtypes: dict[str, torch.dtype] = {}
+    for name, tensor in state.items():
+        shape, dtype = source.tensors.get(prefix + name, (None, None))
+        if shape is None or dtype is None:
+            problems.add("missing", *([prefix + name] if name not in tied else []))
+            continue
+        dtypes[name] = dtype
+        if shape != tuple(tensor.shape):
+            problems.add("shape", f"{prefix + name}: {list(shape)}, the config makes it {list(tensor.shape)}")
+    inside = [key.removeprefix(prefix) for key in source.tensors if key.startswith(prefix)]
+    problems.add("unexpected", *[prefix + name for name in inside if name not in state and prefix])
+    problems.raise_on_all_ranks()
+    return dtypes
