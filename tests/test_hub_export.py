@@ -84,7 +84,7 @@ def test_round_trip(tmp_path: Path, world: int, ep: int, distributed: bool, chec
     run = run_ranks(world, _train, tmp_path, str(tmp_path / "hub"), ep, distributed, init_process_group=False)
     trained, logits = run[0]
     assert not torch.equal(trained["lm_head.weight"], original["lm_head.weight"])
-    cli.main(["export", str(tmp_path / "saved.ckpt"), str(tmp_path / "converted"), "--config", str(tmp_path / "hub")])
+    cli.main(["export", str(tmp_path / "saved.ckpt"), str(tmp_path / "converted"), "--model", str(tmp_path / "hub")])
     for directory in (tmp_path / "exported", tmp_path / "converted"):
         assert "model.layers.0.mlp.experts.3.gate_proj.weight" in _read(directory)
         model, info = AutoModelForCausalLM.from_pretrained(directory, output_loading_info=True)
@@ -189,7 +189,9 @@ def test_an_existing_directory_is_refused_before_training(tmp_path: Path) -> Non
     write_checkpoint(tmp_path / "hub")
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.tex").write_text("years of work")
-    trainer = quiet(tmp_path, strategy=ExpertParallelStrategy(ep=1), callbacks=[HuggingFaceExport(str(tmp_path / "out"))])
+    trainer = quiet(
+        tmp_path, strategy=ExpertParallelStrategy(ep=1), callbacks=[HuggingFaceExport(str(tmp_path / "out"))]
+    )
     with pytest.raises(FileExistsError, match="is not replaced"):
         trainer.fit(CausalLM(str(tmp_path / "hub")), DataLoader(_Batches(4)))
     with pytest.raises(FileExistsError, match="is not replaced"):
@@ -216,7 +218,7 @@ def test_checkpoints_are_read_by_their_own_config_and_without_running_code(
     meta = torch.load(saved / "meta.pt", weights_only=True)
     meta.pop("lightning_ep", None)
     torch.save(meta, saved / "meta.pt")
-    with pytest.raises(CheckpointError, match="no config of a model; name the one to export with --config"):
+    with pytest.raises(CheckpointError, match="name the model with --model"):
         cli.main(["export", str(saved), str(tmp_path / "out")])
     meta["lightning_ep"] = {"format": 1, "configs": {"model": expected.config.to_dict()}}
     torch.save(meta, saved / "meta.pt")
@@ -224,8 +226,9 @@ def test_checkpoints_are_read_by_their_own_config_and_without_running_code(
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").dtype == torch.bfloat16
     other = expected.config.to_dict() | {"num_hidden_layers": 3, "vocab_size": VOCAB + 8}
     torch.save({**meta, "lightning_ep": {"format": 1, "configs": {"model": other}}}, saved / "meta.pt")
-    with pytest.raises(CheckpointError, match=r"missing \((.|\n)*model\.model\.layers\.2(.|\n)*shape \(2\)") as info:
+    with pytest.raises(CheckpointError, match=r"missing \(11\)") as info:
         cli.main(["export", str(saved), str(tmp_path / "misfit")])
+    assert "    model.model.layers.2.mlp.experts.down_proj" in str(info.value)
     assert f"[{VOCAB}, 32], the config makes it [{VOCAB + 8}, 32]" in str(info.value)
     monkeypatch.setenv("HARM", str(tmp_path / "harm"))
     (saved / ".metadata").write_bytes(pickle.dumps(_Harmful()))

@@ -7,6 +7,7 @@ import resource
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import pytest
 import torch
 import torch.distributed as dist
@@ -92,9 +93,9 @@ def test_every_layout_gets_the_weights_and_reads_its_own_bytes(
         if name == "inkling2_text":
             continue  # the one family whose conversion must read more
         for rank in ranks:
-            assert rank[index][1].bytes_read <= 1.1 * rank[index][1].bytes_held, name
+            assert rank[index][1].bytes_read <= 1.1 * rank[index][1].bytes_needed, name
             # Persistent buffers are on every rank, and uneven shards differ.
-            assert rank[index][1].bytes_held <= 1.25 * size / world, name
+            assert rank[index][1].bytes_needed <= 1.25 * size / world, name
 
 
 def test_the_families_that_must_read_more_are_those_that_the_documentation_lists() -> None:
@@ -135,7 +136,7 @@ def test_large_tensors_are_read_in_pieces(tmp_path: Path) -> None:
     expected = write_checkpoint(tmp_path).state_dict()
     model, numbers = run_ranks(1, _chunked, str(tmp_path), 100)[0]
     assert all(torch.equal(model[name], value) for name, value in expected.items())
-    assert numbers.bytes_read == numbers.bytes_held
+    assert numbers.bytes_read == numbers.bytes_needed
 
 
 def _chunked(path: str, size: int) -> tuple[dict[str, Tensor], LoadStatistics]:
@@ -160,6 +161,21 @@ def test_causal_lm_streams(tmp_path: Path) -> None:
     for changed, state in run_ranks(2, _fit, tmp_path, str(tmp_path / "checkpoint"), init_process_group=False):
         assert not changed
         assert all(torch.equal(state[name], value) for name, value in expected.items())
+
+
+def test_hub_ids_are_found_in_the_cache_when_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    repository, commit = tmp_path / "models--tiny--moe", "0123456789" * 4
+    expected = write_checkpoint(repository / "snapshots" / commit).state_dict()
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(commit)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    for revision in (None, commit):
+        model = from_pretrained("tiny/moe", revision=revision)
+        stream_pretrained(model, torch.device("cpu"))
+        assert torch.equal(model.lm_head.weight, expected["lm_head.weight"])
+    with pytest.raises(CheckpointError, match="'tiny/other' is no directory here"):
+        from_pretrained("tiny/other")
 
 
 # ---------------------------------------------------------------------- what is refused

@@ -6,11 +6,12 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, GenerationConfig, PreTrainedModel
 
 from lightning_ep import transformers_adapter as adapter
 from lightning_ep.checkpoint.export import Group, plan_files, plan_groups, write_files
 from lightning_ep.checkpoint.hub_directory import ExportDtype, HubDirectory, meta_model
+from lightning_ep.checkpoint.pretrained import small_files
 from lightning_ep.checkpoint.problems import CheckpointError, Problems
 from lightning_ep.checkpoint.training_checkpoint import TrainingCheckpoint
 
@@ -18,8 +19,7 @@ from lightning_ep.checkpoint.training_checkpoint import TrainingCheckpoint
 def export(
     checkpoint: str,
     output: str,
-    config: str | None = None,
-    tokenizer: str | None = None,
+    model: str | None = None,
     dtype: ExportDtype | None = None,
 ) -> None:
     """Writes a training checkpoint as a directory that transformers and vLLM read.
@@ -29,8 +29,8 @@ def export(
     Args:
         checkpoint: A checkpoint of ExpertParallelStrategy: the directory of a distributed one, or a file.
         output: The new directory. It appears when it is complete.
-        config: Directory or hub id of the model's config, for checkpoints that do not contain it.
-        tokenizer: Directory or hub id of a tokenizer to add.
+        model: Directory or hub id of the model that was trained: where its tokenizer and generation config are, and its
+            config for checkpoints that do not contain it.
         dtype: What parameters are in the files. Default: what they are in the checkpoint.
 
     Raises:
@@ -39,11 +39,12 @@ def export(
     """
     directory = HubDirectory(Path(output))
     source = TrainingCheckpoint(Path(checkpoint))
-    name, model = _model(source, config)
+    origin = small_files(model) if model is not None else None
+    name, plain = _model(source, origin)
     prefix = f"{name}." if name else ""
-    dtypes = _match(source, model, prefix, checkpoint)
+    dtypes = _match(source, plain, prefix, checkpoint)
     cast = getattr(torch, dtype) if dtype is not None else None
-    groups = plan_groups(model, dtypes, cast)
+    groups = plan_groups(plain, dtypes, cast)
     files = plan_files(groups, {spec.key: 0 for group in groups for spec in group.outputs}, 1)
 
     def assemble(group: Group) -> dict[str, Tensor]:
@@ -56,38 +57,43 @@ def export(
         return parts
 
     directory.create()
-    first_param = next(name for name, _ in model.named_parameters())
-    loaded_tokenizer = AutoTokenizer.from_pretrained(tokenizer) if tokenizer is not None else None
-    directory.write_config(model, cast or dtypes[first_param], loaded_tokenizer, None)
+    first_param = next(name for name, _ in plain.named_parameters())
+    directory.write_config(plain, cast or dtypes[first_param], None, origin)
     problems = Problems(f"the export to {output} failed:")
-    write_files(directory.temporary, model, groups, files, assemble, 0, problems)
+    write_files(directory.temporary, plain, groups, files, assemble, 0, problems)
     if not problems.found:
         directory.finish(files, problems)
     problems.raise_on_all_ranks()
     print(f"exported to {output}")
 
 
-def _model(source: TrainingCheckpoint, config: str | None) -> tuple[str, PreTrainedModel]:
+def _model(source: TrainingCheckpoint, origin: Path | None) -> tuple[str, PreTrainedModel]:
     """The name of the transformers model in the LightningModule, and the model on meta."""
-    if config is None:
-        if len(source.configs) != 1:
-            found = f"the configs of {len(source.configs)} models" if source.configs else "no config of a model"
-            raise CheckpointError(f"the checkpoint contains {found}; name the one to export with --config.")
+    if len(source.configs) == 1:
         ((name, values),) = source.configs.items()
-        return name, meta_model(AutoConfig.for_model(**values))
-    loaded: PreTrainedConfig = AutoConfig.from_pretrained(config)
-    model = meta_model(loaded)
-    if (Path(config) / "generation_config.json").exists():
-        model.generation_config = GenerationConfig.from_pretrained(config)
-    # The name in front of the model's names is whatever attribute the module keeps it in.
+        model = meta_model(AutoConfig.for_model(**values))
+    elif source.configs:
+        raise CheckpointError(f"the checkpoint contains {len(source.configs)} models; exactly one can be exported.")
+    elif origin is None:
+        raise CheckpointError("the checkpoint does not contain the config of its model; name the model with --model.")
+    else:
+        model = meta_model(AutoConfig.from_pretrained(origin))
+        name = _name_in(source, model)
+    if origin is not None and (origin / "generation_config.json").exists():
+        model.generation_config = GenerationConfig.from_pretrained(origin)
+    return name, model
+
+
+def _name_in(source: TrainingCheckpoint, model: PreTrainedModel) -> str:
+    """The attribute of the LightningModule that holds the model: what is in front of the names."""
     first = next(name for name, _ in model.named_parameters())
     names = [key.removesuffix(first).removesuffix(".") for key in source.tensors if f".{key}".endswith(f".{first}")]
     if len(names) != 1:
         raise CheckpointError(
             f"the checkpoint has {len(names)} tensors that end in {first}, the first parameter of a "
-            f"{type(model).__name__} as --config {config} describes it; exactly one model can be exported."
+            f"{type(model).__name__} as --model describes it; exactly one model can be exported."
         )
-    return names[0], model
+    return names[0]
 
 
 def _match(source: TrainingCheckpoint, model: PreTrainedModel, prefix: str, checkpoint: str) -> dict[str, torch.dtype]:

@@ -42,12 +42,12 @@ class LoadStatistics:
 
     Attributes:
         bytes_read: Bytes read from files, headers excepted.
-        bytes_held: Bytes of the shards that were filled, in the dtype of the files.
+        bytes_needed: Bytes of the shards that were filled, in the dtype of the files.
         seconds: Wall time.
     """
 
     bytes_read: int
-    bytes_held: int
+    bytes_needed: int
     seconds: float
 
 
@@ -68,7 +68,7 @@ def stream_pretrained(module: nn.Module, device: torch.device) -> LoadStatistics
             its files; before anything is read where the headers show it.
     """
     start = time.perf_counter()
-    read = held = 0
+    read = needed = 0
     for model in module.modules():
         source: Source | None = getattr(model, _SOURCE, None)
         if source is None or not any(t.is_meta for t in model.state_dict().values()):
@@ -76,14 +76,14 @@ def stream_pretrained(module: nn.Module, device: torch.device) -> LoadStatistics
         assert isinstance(model, PreTrainedModel)
         match = Match(model, source)
         match.problems.raise_on_all_ranks()
-        read += _fill(model, match, device)
-        held += match.bytes_held()
+        numbers = _fill(model, match, device)
         match.problems.raise_on_all_ranks()
-    return LoadStatistics(read, held, time.perf_counter() - start)
+        read, needed = read + numbers[0], needed + numbers[1]
+    return LoadStatistics(read, needed, time.perf_counter() - start)
 
 
-def _fill(model: PreTrainedModel, match: Match, device: torch.device) -> int:
-    """Reads all that the match says and puts it into the model; returns the bytes read."""
+def _fill(model: PreTrainedModel, match: Match, device: torch.device) -> tuple[int, int]:
+    """Reads all that the match says and puts it into the model; returns the bytes read and the bytes needed."""
     shards: dict[str, tuple[Region, Tensor]] = {}
     reads: list[tuple[Path, Read]] = []
     filled = dict(match.unique())
@@ -93,6 +93,7 @@ def _fill(model: PreTrainedModel, match: Match, device: torch.device) -> int:
         shards[name] = region, shard
         reads += _reads(match, target.pieces or (), region, shard)
     bytes_read = 0
+    needed = sum(read.window.numel * read.dtype.itemsize for _, read in reads)
     try:
         with _progress(reads) as bar:
             bytes_read += read_all(batches_of(reads), device, bar)
@@ -100,9 +101,9 @@ def _fill(model: PreTrainedModel, match: Match, device: torch.device) -> int:
                 bytes_read += _convert(model, match, conversion, shards)
     except (ReadError, OSError) as error:
         match.problems.add("files", str(error))
-        return bytes_read
+        return bytes_read, needed
     _assign(model, {id(filled[name].tensor): shard for name, (_, shard) in shards.items()})
-    return bytes_read
+    return bytes_read, needed
 
 
 def _reads(match: Match, pieces: Iterable[Piece], region: Region, shard: Tensor) -> Iterator[tuple[Path, Read]]:

@@ -15,7 +15,6 @@ from transformers import PreTrainedModel
 
 from lightning_ep import transformers_adapter as adapter
 from lightning_ep.checkpoint.problems import Problems
-from lightning_ep.checkpoint.region import local_region
 from lightning_ep.checkpoint.safetensors_file import (
     INDEX_NAME,
     SINGLE_NAME,
@@ -150,7 +149,7 @@ class Match:
         for name, tensor in made.items():
             if name not in self.tensors:
                 self.problems.add("unexpected", *conversion.inputs)
-            elif tuple(tensor.shape) != tuple(self.tensors[name].shape):
+            elif tensor.shape != self.tensors[name].shape:
                 self._explain(name, conversion, f"{list(tensor.shape)} for {list(self.tensors[name].shape)}")
                 fits = False
             else:
@@ -200,15 +199,6 @@ class Match:
         if names:
             shapes = self._hub_shapes(names)
             self.problems.add("missing", *[key for key in shapes if key not in self.stored])
-
-    def bytes_held(self) -> int:
-        """Size of this rank's shards in the dtypes of the files."""
-        return sum(
-            cropped.target.numel * self.stored[piece.key].dtype.itemsize
-            for _, filled in self.unique()
-            for piece in filled.pieces or ()
-            if (cropped := piece.crop(local_region(filled.tensor))) is not None
-        )
 
     def unique(self) -> Iterator[tuple[str, Filled]]:
         """What is filled, tied parameters once and under the name that is not declared to be a copy."""

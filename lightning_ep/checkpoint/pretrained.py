@@ -18,6 +18,7 @@ from lightning_ep.checkpoint.problems import CheckpointError, Problems
 from lightning_ep.checkpoint.safetensors_file import INDEX_NAME, SINGLE_NAME
 
 _T = TypeVar("_T")
+_SMALL_FILES = ("*.json", "*.txt", "*.model", "*.jinja")
 
 
 def from_pretrained(
@@ -83,20 +84,35 @@ def _check_architecture(path: str, config: Any, model: PreTrainedModel) -> None:
         )
 
 
-def _find(path: str, revision: str | None, code: bool) -> Path:
-    """The directory of a checkpoint, downloaded if need be."""
+def small_files(path: str, revision: str | None = None, code: bool = False) -> Path:
+    """The directory of a model with all but its weights, downloaded if ``path`` is no directory.
+
+    Raises:
+        CheckpointError: If ``path`` is neither a directory nor the id of a model that can be had from the hub.
+    """
     directory = Path(path).expanduser()
     if directory.is_dir():
-        _check_format(directory)
         return directory
     if path.count("/") > 1 or path.startswith((".", "~", "/")):
         raise CheckpointError(f"there is no directory {directory.absolute()}, and {path!r} is no id of a model.")
-    patterns = ["*.json", "*.txt", "*.model", "*.jinja", *(["*.py"] if code else [])]
-    directory = Path(snapshot_download(path, revision=revision, allow_patterns=patterns))
-    index = directory / INDEX_NAME
-    # By name: some repositories hold the same weights a second time, in another format.
-    weights = sorted(set(json.loads(index.read_text())["weight_map"].values())) if index.exists() else [SINGLE_NAME]
-    directory = Path(snapshot_download(path, revision=revision, allow_patterns=[*patterns, *weights]))
+    return _download(path, revision, [*_SMALL_FILES, *(["*.py"] if code else [])])
+
+
+def _download(path: str, revision: str | None, patterns: list[str]) -> Path:
+    try:
+        return Path(snapshot_download(path, revision=revision, allow_patterns=patterns))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path!r} is no directory here and cannot be had from the hub: {error}") from error
+
+
+def _find(path: str, revision: str | None, code: bool) -> Path:
+    """The directory of a checkpoint, downloaded if need be."""
+    directory = small_files(path, revision, code)
+    if not Path(path).expanduser().is_dir():
+        index = directory / INDEX_NAME
+        # By name: some repositories hold the same weights a second time, in another format.
+        weights = set(json.loads(index.read_text())["weight_map"].values()) if index.exists() else {SINGLE_NAME}
+        directory = _download(path, revision, sorted(weights))
     _check_format(directory)
     return directory
 

@@ -90,6 +90,7 @@ class Traced(Tensor):
     """
 
     pieces: tuple[Piece, ...]
+    extent: tuple[int, ...]  # the shape; asking a tensor subclass for it is slow
 
     @classmethod
     def source(cls, key: str, shape: tuple[int, ...], dtype: torch.dtype) -> Traced:
@@ -101,7 +102,7 @@ class Traced(Tensor):
     def made_of(cls, pieces: Sequence[Piece], shape: Sequence[int], dtype: torch.dtype) -> Traced:
         """A tensor of these pieces."""
         traced = torch.empty(tuple(shape), dtype=dtype, device="meta").as_subclass(cls)
-        traced.pieces = tuple(pieces)
+        traced.pieces, traced.extent = tuple(pieces), tuple(shape)
         return traced
 
     @classmethod
@@ -122,7 +123,7 @@ _METADATA = {"__get__", "size", "dim", "numel", "is_contiguous", "__len__", "str
 
 
 def _sources(tensors: Sequence[Traced]) -> str:
-    return ", ".join(f"{t.pieces[0].key} {list(t.shape)}" for t in tensors[:4])
+    return ", ".join(f"{t.pieces[0].key} {list(t.extent)}" for t in tensors[:4])
 
 
 def _remake(tensor: Traced, pieces: Sequence[Piece], shape: Sequence[int]) -> Traced:
@@ -133,33 +134,30 @@ def _insert(values: Sequence[Any], position: int, value: Any) -> tuple[Any, ...]
     return (*values[:position], value, *values[position:])
 
 
+def _inserted(piece: Piece, dim: int, index: int) -> Piece:
+    """A piece of a tensor that becomes slice ``index`` along a new dimension."""
+    target = Region(_insert(piece.target.start, dim, index), _insert(piece.target.size, dim, 1))
+    return Piece(piece.key, piece.source, target, _insert(piece.dims, dim, None))
+
+
 def _unsqueeze(tensor: Traced, dim: int) -> Traced:
-    dim = dim % (tensor.ndim + 1)
-    pieces = [
-        replace(
-            p,
-            target=Region(_insert(p.target.start, dim, 0), _insert(p.target.size, dim, 1)),
-            dims=_insert(p.dims, dim, None),
-        )
-        for p in tensor.pieces
-    ]
-    return _remake(tensor, pieces, _insert(tuple(tensor.shape), dim, 1))
+    return _stack([tensor], dim)
 
 
 def _squeeze(tensor: Traced, dim: int) -> Traced:
-    dim = dim % tensor.ndim
-    if tensor.shape[dim] != 1:
+    dim = dim % len(tensor.extent)
+    if tensor.extent[dim] != 1:
         return tensor
-    return _keep_dims(tensor, [d for d in range(tensor.ndim) if d != dim])
+    return _keep_dims(tensor, [d for d in range(len(tensor.extent)) if d != dim])
 
 
 def _permute(tensor: Traced, *dims: Any) -> Traced:
     order = dims[0] if len(dims) == 1 and isinstance(dims[0], list | tuple) else dims
-    return _keep_dims(tensor, [dim % tensor.ndim for dim in order])
+    return _keep_dims(tensor, [dim % len(tensor.extent) for dim in order])
 
 
 def _transpose(tensor: Traced, dim0: int, dim1: int) -> Traced:
-    order = list(range(tensor.ndim))
+    order = list(range(len(tensor.extent)))
     order[dim0], order[dim1] = order[dim1], order[dim0]
     return _keep_dims(tensor, order)
 
@@ -173,12 +171,12 @@ def _keep_dims(tensor: Traced, order: Sequence[int]) -> Traced:
         )
         for p in tensor.pieces
     ]
-    return _remake(tensor, pieces, [tensor.shape[d] for d in order])
+    return _remake(tensor, pieces, [tensor.extent[d] for d in order])
 
 
 def _cat(tensors: Sequence[Traced], dim: int = 0) -> Traced:
-    dim = dim % tensors[0].ndim
-    if len({(*t.shape[:dim], *t.shape[dim + 1 :]) for t in tensors}) != 1:
+    dim = dim % len(tensors[0].extent)
+    if len({(*t.extent[:dim], *t.extent[dim + 1 :]) for t in tensors}) != 1:
         raise ValueError(f"tensors of different shapes cannot be concatenated: {_sources(tensors)}")
     pieces, offset = [], 0
     for tensor in tensors:
@@ -186,27 +184,30 @@ def _cat(tensors: Sequence[Traced], dim: int = 0) -> Traced:
             start = list(piece.target.start)
             start[dim] += offset
             pieces.append(replace(piece, target=Region(tuple(start), piece.target.size)))
-        offset += tensor.shape[dim]
-    return _remake(tensors[0], pieces, (*tensors[0].shape[:dim], offset, *tensors[0].shape[dim + 1 :]))
+        offset += tensor.extent[dim]
+    return _remake(tensors[0], pieces, (*tensors[0].extent[:dim], offset, *tensors[0].extent[dim + 1 :]))
 
 
 def _stack(tensors: Sequence[Traced], dim: int = 0) -> Traced:
-    if len({tuple(t.shape) for t in tensors}) != 1:
+    shape = tensors[0].extent
+    if any(t.extent != shape for t in tensors):
         raise ValueError(f"tensors of different shapes cannot be stacked: {_sources(tensors)}")
-    return _cat([_unsqueeze(t, dim) for t in tensors], dim)
+    dim = dim % (len(shape) + 1)
+    pieces = [_inserted(p, dim, index) for index, tensor in enumerate(tensors) for p in tensor.pieces]
+    return _remake(tensors[0], pieces, _insert(shape, dim, len(tensors)))
 
 
 def _narrow(tensor: Traced, dim: int, start: int, length: int) -> Traced:
-    dim = dim % tensor.ndim
-    shape = list(tensor.shape)
+    dim = dim % len(tensor.extent)
+    shape = list(tensor.extent)
     shape[dim] = length
-    box = Region(tuple(start if d == dim else 0 for d in range(tensor.ndim)), tuple(shape))
+    box = Region(tuple(start if d == dim else 0 for d in range(len(tensor.extent))), tuple(shape))
     pieces = [piece for p in tensor.pieces if (piece := p.crop(box)) is not None]
     return _remake(tensor, pieces, shape)
 
 
 def _split(tensor: Traced, sizes: int | Sequence[int], dim: int = 0) -> tuple[Traced, ...]:
-    total = tensor.shape[dim]
+    total = tensor.extent[dim]
     if isinstance(sizes, int):
         sizes = [min(sizes, total - start) for start in range(0, total, sizes)]
     if sum(sizes) != total:
@@ -216,7 +217,7 @@ def _split(tensor: Traced, sizes: int | Sequence[int], dim: int = 0) -> tuple[Tr
 
 
 def _chunk(tensor: Traced, chunks: int, dim: int = 0) -> tuple[Traced, ...]:
-    return _split(tensor, -(-tensor.shape[dim] // chunks), dim)
+    return _split(tensor, -(-tensor.extent[dim] // chunks), dim)
 
 
 def _unbind(tensor: Traced, dim: int = 0) -> tuple[Traced, ...]:
@@ -227,7 +228,7 @@ def _reshape(tensor: Traced, *shape: Any) -> Traced:
     new = list(shape[0] if len(shape) == 1 and not isinstance(shape[0], int) else shape)
     if -1 in new:
         new[new.index(-1)] = tensor.numel() // -math.prod(new)
-    if new != list(tensor.shape):
+    if new != list(tensor.extent):
         raise NotTraceableError("reshape")
     return tensor
 
