@@ -98,6 +98,7 @@ def test_round_trip(tmp_path: Path, world: int, ep: int, distributed: bool, chec
             torch.testing.assert_close(model(input_ids=IDS).logits, logits, rtol=1e-5, atol=1e-5)
         config = json.loads((directory / "config.json").read_text())
         assert config["architectures"] == ["Qwen3MoeForCausalLM"]
+        assert "lightning_ep" not in str(config)
         assert "vllm serve" in (directory / "README.md").read_text()
         assert not directory.with_name(f"{directory.name}.incomplete").exists()
     assert len(list((tmp_path / "exported").glob("*.safetensors"))) == world, "every rank writes"
@@ -255,6 +256,7 @@ def _growth(path: str, out: Path) -> tuple[int, int, int]:
     return after - before, largest, held
 
 
+@pytest.mark.skipif(os.environ.get("LIGHTNING_EP_TEST_DEVICE") == "cuda", reason="shards are not in host memory")
 def test_an_export_takes_the_memory_of_one_parameter(tmp_path: Path) -> None:
     sizes = {"hidden_size": 512, "moe_intermediate_size": 256, "num_experts": 32, "num_hidden_layers": 6}
     write_checkpoint(tmp_path / "hub", sharded=False, vocab_size=8192, **sizes)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import resource
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,9 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy
+from torch.distributed.tensor.parallel import parallelize_module
 from transformers import (
     CONFIG_MAPPING,
     AutoModelForCausalLM,
@@ -26,6 +29,7 @@ from transformers.core_model_loading import WeightConverter
 
 from lightning_ep import CausalLM, expert_plan, from_pretrained, parallelize
 from lightning_ep.checkpoint import reader
+from lightning_ep.checkpoint.export_sharded import export_sharded
 from lightning_ep.checkpoint.load import LoadStatistics, stream_pretrained
 from lightning_ep.checkpoint.problems import CheckpointError
 from lightning_ep.initialize import materialize
@@ -163,6 +167,31 @@ def test_causal_lm_streams(tmp_path: Path) -> None:
         assert all(torch.equal(state[name], value) for name, value in expected.items())
 
 
+def _own_placements(path: str, out: Path) -> tuple[dict[str, Tensor], LoadStatistics]:
+    """Experts on a mesh of their own with two copies, everything else whole on every rank; no FSDP."""
+    mesh = init_device_mesh(device().type, (2, 2), mesh_dim_names=("copy", "ep"))["ep"]
+    model = from_pretrained(path)
+    for name, style in expert_plan(model).items():
+        parallelize_module(model.get_submodule(name), mesh, style)
+    statistics = stream_pretrained(model, device())
+    materialize(model, device(), seed=1)
+    export_sharded(model, out)
+    return full_state(model), statistics
+
+
+def test_placements_are_all_that_counts(tmp_path: Path) -> None:
+    expected = write_checkpoint(tmp_path / "hub").state_dict()
+    experts = sum(value.nbytes for name, value in expected.items() if ".experts." in name)
+    others = sum(value.nbytes for name, value in expected.items() if ".experts." not in name)
+    for found, statistics in run_ranks(4, _own_placements, str(tmp_path / "hub"), tmp_path / "out"):
+        assert all(torch.equal(found[name], value) for name, value in expected.items())
+        assert statistics.bytes_read == experts // 2 + others
+    exported = AutoModelForCausalLM.from_pretrained(tmp_path / "out").state_dict()
+    assert all(torch.equal(exported[name], value) for name, value in expected.items())
+    sizes = [file.stat().st_size for file in (tmp_path / "out").glob("*.safetensors")]
+    assert max(sizes) < 1.2 * min(sizes), "copies share the writing"
+
+
 def test_hub_ids_are_found_in_the_cache_when_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     repository, commit = tmp_path / "models--tiny--moe", "0123456789" * 4
     expected = write_checkpoint(repository / "snapshots" / commit).state_dict()
@@ -295,6 +324,11 @@ def test_declared_optional_names_are_passed_over(tmp_path: Path) -> None:
 # ---------------------------------------------------------------------- memory
 
 
+ON_HOST = pytest.mark.skipif(
+    os.environ.get("LIGHTNING_EP_TEST_DEVICE") == "cuda", reason="shards are not in host memory"
+)
+
+
 def _growth(path: str, ep: int) -> tuple[int, int]:
     model = from_pretrained(path)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -304,6 +338,7 @@ def _growth(path: str, ep: int) -> tuple[int, int]:
     return after - before, held
 
 
+@ON_HOST
 def test_host_memory_is_the_shard_and_little_more(tmp_path: Path) -> None:
     sizes = {"hidden_size": 512, "moe_intermediate_size": 768, "num_experts": 32, "vocab_size": 8192}
     model = write_checkpoint(tmp_path, sharded=False, **sizes)

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities.seed import isolate_rng
 from transformers import PreTrainedModel
 from typing_extensions import override
 
@@ -45,8 +44,7 @@ class HuggingFaceExport(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         tokenizer = getattr(getattr(trainer, "datamodule", None), "tokenizer", None)
         dtype = getattr(torch, self.dtype) if self.dtype is not None else None
-        with isolate_rng():
-            export_sharded(_model(pl_module), Path(self.path), dtype, tokenizer)
+        export_sharded(_model(pl_module), Path(self.path), dtype, tokenizer)
         print_once(trainer, f"exported to {self.path}")
 
 

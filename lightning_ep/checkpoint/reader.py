@@ -9,6 +9,7 @@ from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -173,7 +174,9 @@ def read_all(batches: Sequence[Batch], device: torch.device, progress: tqdm | No
     local = threading.local()
     total = 0
     try:
-        with ThreadPoolExecutor(_num_workers(), thread_name_prefix="read") as pool:
+        # A thread's current device is the first GPU, where it would open a context.
+        prepare = partial(torch.cuda.set_device, device) if device.type == "cuda" else None
+        with ThreadPoolExecutor(_num_workers(), "read", prepare) as pool:
             futures = [pool.submit(_read_batch, descriptors[b.file], b, device, local) for b in batches]
             try:
                 for future in as_completed(futures):
