@@ -199,6 +199,14 @@ def test_an_existing_directory_is_refused_before_training(tmp_path: Path) -> Non
         cli.main(["export", str(tmp_path), str(tmp_path / "out")])
 
 
+def test_nothing_is_written_after_a_fast_dev_run(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path / "hub")
+    callback = HuggingFaceExport(str(tmp_path / "out"))
+    trainer = quiet(tmp_path, strategy=ExpertParallelStrategy(ep=1), callbacks=[callback], fast_dev_run=True)
+    trainer.fit(CausalLM(str(tmp_path / "hub")), DataLoader(_Batches(4)))
+    assert not (tmp_path / "out").exists()
+
+
 def _save(root: Path, checkpoint: str) -> None:
     trainer = quiet(root, max_steps=1)
     trainer.fit(CausalLM(checkpoint), DataLoader(_Batches(4)))

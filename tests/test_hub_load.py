@@ -32,6 +32,8 @@ from lightning_ep.checkpoint import reader
 from lightning_ep.checkpoint.export_sharded import export_sharded
 from lightning_ep.checkpoint.load import LoadStatistics, stream_pretrained
 from lightning_ep.checkpoint.problems import CheckpointError
+from lightning_ep.checkpoint.safetensors_file import read_header
+from lightning_ep.checkpoint.trace import Traced
 from lightning_ep.initialize import materialize
 from lightning_ep.parallelize import shard
 from tests.distributed import device, run_ranks
@@ -319,6 +321,19 @@ def test_declared_optional_names_are_passed_over(tmp_path: Path) -> None:
     model = from_pretrained(tmp_path)
     stream_pretrained(model, torch.device("cpu"))
     assert torch.equal(model.lm_head.weight, expected.lm_head.weight)
+
+
+def test_a_file_that_shrinks_while_it_is_read_is_named(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path, sharded=False)
+    file = tmp_path / "model.safetensors"
+    stored = read_header(file)["lm_head.weight"]
+    with open(file, "r+b") as stream:
+        stream.truncate(stored.offset + 100)
+    target = torch.empty(stored.shape)
+    whole = Traced.source("lm_head.weight", stored.shape, stored.dtype)
+    batches = reader.batches_of(list(reader.reads_of(stored, whole.pieces[0], target)))
+    with pytest.raises(reader.ReadError, match=r"model\.safetensors: ended at byte"):
+        reader.read_all(batches, torch.device("cpu"))
 
 
 # ---------------------------------------------------------------------- memory

@@ -20,7 +20,8 @@ class HuggingFaceExport(Callback):
 
     The weights are in the hub's layout (per-expert names), in safetensors files that the ranks write side by side, with
     an index, the config, the generation config, the tokenizer if the datamodule or the original checkpoint has one, and
-    a README with the command that serves it. For a checkpoint in mid-training use ``lightning-ep export``.
+    a README with the command that serves it. Nothing is written after ``fast_dev_run``. For a checkpoint in
+    mid-training use ``lightning-ep export``.
 
     Args:
         path: The new directory, on a filesystem that all nodes share. It appears when it is complete.
@@ -42,7 +43,11 @@ class HuggingFaceExport(Callback):
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
         tokenizer = getattr(getattr(trainer, "datamodule", None), "tokenizer", None)
+        if not hasattr(tokenizer, "save_pretrained"):
+            tokenizer = None
         dtype = getattr(torch, self.dtype) if self.dtype is not None else None
         export_sharded(_model(pl_module), Path(self.path), dtype, tokenizer)
         print_once(trainer, f"exported to {self.path}")

@@ -95,7 +95,7 @@ class HubDirectory:
             for pattern in (*_TOKENIZER_FILES, "*.py"):
                 for file in files_from.glob(pattern):
                     shutil.copy(file, self.temporary)
-        (self.temporary / "README.md").write_text(_readme(self.path, type(model).__name__, dtype))
+        (self.temporary / "README.md").write_text(_readme(self.path.name, type(model).__name__, dtype))
 
     def finish(self, files: Sequence[OutputFile], problems: Problems) -> None:
         """Writes the index, checks that every rank's files are there, and moves the directory to its place."""
@@ -139,15 +139,15 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _readme(path: Path, model_class: str, dtype: torch.dtype) -> str:
-    return f"""# {path.name}
+def _readme(name: str, model_class: str, dtype: torch.dtype) -> str:
+    return f"""# {name}
 
 A `{model_class}` with weights in {str(dtype).removeprefix("torch.")}, exported by lightning_ep.
 
-Serve it with vLLM:
+Serve it with vLLM, inside this directory; on several GPUs add `--tensor-parallel-size N --enable-expert-parallel`:
 
 ```bash
-vllm serve {path.resolve()} --enable-expert-parallel --tensor-parallel-size 8
+vllm serve . --served-model-name {name}
 ```
 
 Load it with transformers:
@@ -155,6 +155,6 @@ Load it with transformers:
 ```python
 from transformers import AutoModelForCausalLM
 
-model = AutoModelForCausalLM.from_pretrained("{path.resolve()}")
+model = AutoModelForCausalLM.from_pretrained(".")
 ```
 """

@@ -191,6 +191,7 @@ def read_all(batches: Sequence[Batch], device: torch.device, progress: tqdm | No
             os.close(descriptor)
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+        torch.cuda.empty_cache()  # what the threads' streams keep is of no use to others
     return total
 
 
