@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from lightning.pytorch.callbacks import ModelCheckpoint
 from safetensors.torch import load_file
 from torch import Tensor
@@ -253,21 +254,45 @@ def test_checkpoints_are_read_by_their_own_config_and_without_running_code(
 # ---------------------------------------------------------------------- memory
 
 
-def _growth(path: str, out: Path) -> tuple[int, int, int]:
+def _growth(path: str, root: Path) -> tuple[int, int, int]:
     model: PreTrainedModel = from_pretrained(path)
     parallelize(model, layout(2), device())
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    export_sharded(model, out)
-    after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    before = _peak()
+    export_sharded(model, root / "out")
+    after = _peak()
+    # What a LightningModule with an attribute `model` saves.
+    dcp.save({"state_dict": {f"model.{k}": v for k, v in model.state_dict().items()}}, checkpoint_id=root / "saved")
+    if dist.get_rank() == 0:
+        torch.save({"lightning_ep": {"configs": {"model": model.config.to_dict()}}}, root / "saved" / "meta.pt")
     largest = max(p.numel() * p.element_size() for p in model.parameters())
     held = sum(p.to_local().numel() * p.element_size() for p in model.parameters() if isinstance(p, DTensor))
     return after - before, largest, held
 
 
+def _command_growth(root: Path) -> int:
+    tiny = write_checkpoint(root / "tiny")
+    state = {f"model.{key}": value for key, value in tiny.state_dict().items()}
+    dcp.save({"state_dict": state}, checkpoint_id=root / "warm", no_dist=True)
+    torch.save({"lightning_ep": {"configs": {"model": tiny.config.to_dict()}}}, root / "warm" / "meta.pt")
+    cli.main(["export", str(root / "warm"), str(root / "warmed")])  # code that is used for the first time takes memory
+    before = _peak()
+    cli.main(["export", str(root / "saved"), str(root / "converted")])
+    return _peak() - before
+
+
+def _peak() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
 @pytest.mark.skipif(os.environ.get("LIGHTNING_EP_TEST_DEVICE") == "cuda", reason="shards are not in host memory")
-def test_an_export_takes_the_memory_of_one_parameter(tmp_path: Path) -> None:
+def test_exports_take_the_memory_of_one_parameter(tmp_path: Path) -> None:
     sizes = {"hidden_size": 512, "moe_intermediate_size": 256, "num_experts": 32, "num_hidden_layers": 6}
     write_checkpoint(tmp_path / "hub", sharded=False, vocab_size=8192, **sizes)
-    for growth, largest, held in run_ranks(2, _growth, str(tmp_path / "hub"), tmp_path / "out"):
+    for growth, largest, held in run_ranks(2, _growth, str(tmp_path / "hub"), tmp_path):
         assert held > 4 * largest
         assert growth < 1.5 * largest, f"{growth / 1e6:.0f} MB; the largest parameter is {largest / 1e6:.0f} MB"
+    growth = run_ranks(1, _command_growth, tmp_path, init_process_group=False)[0]
+    # The parameter, a rank's part of it as torch reads it, and what the allocator keeps. The model is ten times this.
+    assert growth < 4 * largest, f"{growth / 1e6:.0f} MB; the largest parameter is {largest / 1e6:.0f} MB"
+    original, converted = _read(tmp_path / "hub"), _read(tmp_path / "converted")
+    assert all(torch.equal(converted[key], value) for key, value in original.items())

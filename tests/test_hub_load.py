@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import resource
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from transformers import (
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 from transformers.core_model_loading import WeightConverter
 
-from lightning_ep import CausalLM, expert_plan, from_pretrained, parallelize
+from lightning_ep import CausalLM, expert_plan, from_pretrained, parallelize, strategy
 from lightning_ep.checkpoint import reader
 from lightning_ep.checkpoint.export_sharded import export_sharded
 from lightning_ep.checkpoint.load import LoadStatistics, stream_pretrained
@@ -39,7 +40,7 @@ from lightning_ep.parallelize import shard
 from tests.distributed import device, run_ranks
 from tests.hub import FAMILIES, family_model, full_state, layout, write_checkpoint
 from tests.reference import VOCAB
-from tests.tiny import quiet
+from tests.tiny import TinyModule, loader, quiet
 
 LAYOUTS = [(1, 1), (2, 2), (4, 2), (4, 4), (4, 1)]
 
@@ -160,6 +161,21 @@ def _fit(root: Path, checkpoint: str) -> tuple[list[str], dict[str, Tensor]]:
     trainer.validate(module, data, verbose=False)  # a rerun changes nothing
     changed = [name for name, value in full_state(module.model).items() if not torch.equal(value, first[name])]
     return changed, first
+
+
+def _in_memory(root: Path) -> list[str]:
+    strategy._LARGE_MODEL_BYTES = 1
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        quiet(root, max_steps=1).fit(TinyModule(), loader())
+    return [str(warning.message) for warning in caught]
+
+
+def test_a_model_in_memory_is_warned_of_and_the_warning_names_this(tmp_path: Path) -> None:
+    first, second = run_ranks(2, _in_memory, tmp_path, init_process_group=False)
+    (message,) = [text for text in first if "built in memory" in text]
+    assert "`lightning_ep.from_pretrained(path)`" in message
+    assert not any("built in memory" in text for text in second), "rank 0 says it for all"
 
 
 def test_causal_lm_streams(tmp_path: Path) -> None:

@@ -236,6 +236,31 @@ Assemble = Callable[[Group], Mapping[str, Tensor]]
 """Gives the parts of a group that this rank owns; every rank calls it for every group, in the same order."""
 
 
+class _Files:
+    """This rank's files, one open at a time."""
+
+    def __init__(self, directory: Path, files: Iterable[OutputFile], rank: int) -> None:
+        self._directory = directory
+        self._file_of = {spec.key: file for file in files if file.rank == rank for spec in file.specs}
+        self._dtype_of = {spec.key: spec.dtype for file in self._file_of.values() for spec in file.specs}
+        self._current: OutputFile | None = None
+        self._writer: SafetensorsWriter | None = None
+        self.nbytes = sum(spec.nbytes for file in set(self._file_of.values()) for spec in file.specs)
+
+    def write(self, key: str, tensor: Tensor) -> int:
+        file = self._file_of[key]
+        if file is not self._current:
+            self.close()
+            self._current, self._writer = file, SafetensorsWriter(self._directory / file.name, file.specs)
+        assert self._writer is not None
+        return self._writer.write(key, tensor.to(self._dtype_of[key]).cpu().contiguous())
+
+    def close(self, complete: bool = True) -> None:
+        if self._writer is not None:
+            self._writer.close(complete)
+        self._writer = None
+
+
 @torch.no_grad()
 def write_files(
     directory: Path,
@@ -259,33 +284,25 @@ def write_files(
         rank: This rank.
         problems: Where failures are noted.
     """
-    pending = [file for file in files if file.rank == rank]
-    where = {spec.key: file for file in pending for spec in file.specs}
-    specs = {spec.key: spec for file in pending for spec in file.specs}
-    total = sum(spec.nbytes for spec in specs.values())
-    writer: SafetensorsWriter | None = None
-    current: OutputFile | None = None
-    with tqdm(
-        total=total, desc="Writing weights (rank 0)", unit="B", unit_scale=True, disable=rank != 0, leave=False
-    ) as bar:
-        for group in groups:
-            parts = assemble(group)
-            if not parts or problems.found:
-                continue
-            made = group.conversion.run(model, {k: t.cpu() for k, t in parts.items()}) if group.opaque else parts
-            try:
-                for key, tensor in made.items():
-                    if where[key] is not current:
-                        if writer is not None:
-                            writer.close()
-                        current = where[key]
-                        writer = SafetensorsWriter(directory / current.name, current.specs)
-                    assert writer is not None
-                    bar.update(writer.write(key, tensor.to(specs[key].dtype).cpu().contiguous()))
-            except OSError as error:
-                problems.add(f"on rank {rank}", str(error))
+    mine = _Files(directory, files, rank)
+
+    def write_group(group: Group) -> None:  # a function, so that one group is freed before the next is assembled
+        parts = assemble(group)
+        if not parts or problems.found:
+            return
+        made = group.conversion.run(model, {k: t.cpu() for k, t in parts.items()}) if group.opaque else parts
         try:
-            if writer is not None:
-                writer.close(complete=not problems.found)
+            for key, tensor in made.items():
+                bar.update(mine.write(key, tensor))
         except OSError as error:
             problems.add(f"on rank {rank}", str(error))
+
+    with tqdm(
+        total=mine.nbytes, desc="Writing weights (rank 0)", unit="B", unit_scale=True, disable=rank != 0, leave=False
+    ) as bar:
+        for group in groups:
+            write_group(group)
+    try:
+        mine.close(complete=not problems.found)
+    except OSError as error:
+        problems.add(f"on rank {rank}", str(error))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 from transformers import AutoConfig, GenerationConfig, PreTrainedModel
 
 from lightning_ep import transformers_adapter as adapter
-from lightning_ep.checkpoint.export import Group, plan_files, plan_groups, write_files
+from lightning_ep.checkpoint.export import Group, Part, plan_files, plan_groups, write_files
 from lightning_ep.checkpoint.hub_directory import ExportDtype, HubDirectory, meta_model
 from lightning_ep.checkpoint.pretrained import small_files
 from lightning_ep.checkpoint.problems import CheckpointError, Problems
@@ -49,12 +50,7 @@ def export(
 
     def assemble(group: Group) -> dict[str, Tensor]:
         loaded = {key: source.read(prefix + key) for key in group.conversion.inputs}
-        parts = {}
-        for part in group.parts:
-            parts[part.key] = torch.empty(part.shape, dtype=part.dtype)
-            for piece in part.pieces:
-                piece.target.of(parts[part.key]).copy_(piece.arrange(piece.source_region().of(loaded[piece.key])))
-        return parts
+        return {part.key: _assemble(part, loaded) for part in group.parts}
 
     directory.create()
     first_param = next(name for name, _ in plain.named_parameters())
@@ -65,6 +61,16 @@ def export(
         directory.finish(files, problems)
     problems.raise_on_all_ranks()
     print(f"exported to {output}")
+
+
+def _assemble(part: Part, tensors: Mapping[str, Tensor]) -> Tensor:
+    boxes = [piece.arrange(piece.source_region().of(tensors[piece.key])) for piece in part.pieces]
+    if len(boxes) == 1:
+        return boxes[0]  # a view: an expert is not copied before it is written
+    tensor = torch.empty(part.shape, dtype=part.dtype)
+    for piece, box in zip(part.pieces, boxes, strict=True):
+        piece.target.of(tensor).copy_(box)
+    return tensor
 
 
 def _model(source: TrainingCheckpoint, origin: Path | None) -> tuple[str, PreTrainedModel]:

@@ -142,7 +142,7 @@ class Match:
             except NotTraceableError:
                 made = conversion.run(self.model, {k: _meta(s) for k, s in stored.items()})
                 self.opaque.append(conversion)
-        except (ValueError, RuntimeError) as error:
+        except (ValueError, RuntimeError, LookupError, AttributeError) as error:  # whatever operations object to
             self._explain(conversion.target, conversion, str(error))
             return False
         fits = True

@@ -114,7 +114,10 @@ class Traced(Tensor):
         if rule is not None:
             return rule(*args, **(kwargs or {}))
         if name in _METADATA:
-            return super().__torch_function__(func, types, args, kwargs or {})
+            answer = super().__torch_function__(func, types, args, kwargs or {})
+            if not isinstance(answer, Tensor):
+                return answer
+            name = "an attribute"  # .T, .real and the like are tensors
         raise NotTraceableError(name)
 
 
