@@ -96,7 +96,8 @@ def test_round_trip(tmp_path: Path, world: int, ep: int, distributed: bool, chec
         assert all(torch.equal(state[name], value) for name, value in trained.items())
         model.set_experts_implementation("eager")
         with torch.no_grad():
-            torch.testing.assert_close(model(input_ids=IDS).logits, logits, rtol=1e-5, atol=1e-5)
+            tolerance = 1e-5 if device().type == "cpu" else 1e-3  # another device's sums
+            torch.testing.assert_close(model(input_ids=IDS).logits, logits, rtol=tolerance, atol=tolerance)
         config = json.loads((directory / "config.json").read_text())
         assert config["architectures"] == ["Qwen3MoeForCausalLM"]
         assert "lightning_ep" not in str(config)
