@@ -45,7 +45,7 @@ def materialize(module: nn.Module, device: torch.device, seed: int) -> None:
             if id(param) not in done:
                 full_name = f"{name}.{param_name}" if name else param_name
                 shard = _draw_shard(child, param_name, param, rule, seed, full_name, is_experts)
-                done[id(param)] = _replace(param, shard.to(device=device, dtype=param.dtype))
+                done[id(param)] = with_storage(param, shard.to(device=device, dtype=param.dtype))
             child._parameters[param_name] = done[id(param)]  # one object for tied parameters
         _fill_buffers(name, child, rule, device)
 
@@ -155,7 +155,7 @@ def _done(tensors: Mapping[str, Tensor | None]) -> dict[str, Tensor | None]:
     }
 
 
-def _replace(param: nn.Parameter, shard: Tensor) -> nn.Parameter:
+def with_storage(param: nn.Parameter, shard: Tensor) -> nn.Parameter:
     """A parameter like ``param``, with real storage."""
     data: Tensor = shard
     if isinstance(param, DTensor):

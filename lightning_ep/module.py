@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from typing_extensions import override
 
+from lightning_ep.checkpoint.pretrained import from_pretrained
 from lightning_ep.loss import IGNORE, shifted, summed_loss, token_losses
 from lightning_ep.strategy import ExpertParallelStrategy
 
@@ -41,7 +42,7 @@ class CausalLM(LightningModule):
 
     Args:
         model: Hub id or local path, or a configuration: an object, or a dict with ``model_type``.
-        pretrained: Load weights (transformers loads them into every rank's memory), or start from random ones.
+        pretrained: Load weights (every rank streams its own shards), or start from random ones.
         optimizer: Builds the optimizer from the parameters.
         lr_scheduler: Builds a scheduler from the optimizer; it steps once per optimizer step.
     """
@@ -80,8 +81,7 @@ class CausalLM(LightningModule):
             )
         if self._pretrained:
             assert isinstance(self._source, str)
-            # transformers returns it in eval mode, which Lightning would keep in `fit`.
-            self.model = AutoModelForCausalLM.from_pretrained(self._source).train()
+            self.model = from_pretrained(self._source)
             return
         config = self._source
         if isinstance(config, str):

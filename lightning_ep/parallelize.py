@@ -14,6 +14,7 @@ from torch.distributed.tensor.parallel import ParallelStyle, parallelize_module
 
 from lightning_ep import dtensor_rules as dtensor_rules  # registers them
 from lightning_ep import transformers_adapter as adapter
+from lightning_ep.checkpoint.load import stream_pretrained
 from lightning_ep.initialize import materialize
 from lightning_ep.layout import Meshes, ParallelLayout
 from lightning_ep.plan import expert_plan
@@ -35,8 +36,9 @@ def parallelize(
     `lightning_ep.clip_grad_norm_`.
 
     Args:
-        model: A transformers MoE, or a module that contains some. Weights that are on meta are initialised from
-            ``seed``; weights in memory are those of rank 0, everywhere.
+        model: A transformers MoE, or a module that contains some. Weights that are on meta are streamed from the
+            checkpoint that `from_pretrained` was given, or initialised from ``seed``; weights in memory are those of
+            rank 0, everywhere.
         layout: The layout of the initialised process group.
         device: This rank's device.
         plan: Expert plan as `expert_plan` returns it (the default).
@@ -49,9 +51,11 @@ def parallelize(
 
     Raises:
         ValueError: If the layout does not fit the model; nothing has been changed then.
+        CheckpointError: If the checkpoint of a model from `from_pretrained` does not fit it.
     """
     meshes = layout.build_meshes(device.type)
     shard(model, layout, meshes, device, plan or expert_plan(model), mp_policy or MixedPrecisionPolicy(), compile)
+    stream_pretrained(model, device)
     materialize(model, device, seed)
     return meshes
 

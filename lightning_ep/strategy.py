@@ -26,6 +26,7 @@ from torch.distributed.tensor.parallel import ParallelStyle
 from typing_extensions import override
 
 from lightning_ep import transformers_adapter as adapter
+from lightning_ep.checkpoint.load import stream_pretrained
 from lightning_ep.dispatch import Progress
 from lightning_ep.initialize import has_meta_tensors, materialize
 from lightning_ep.layout import Meshes, ParallelLayout
@@ -218,8 +219,9 @@ class ExpertParallelStrategy(ModelParallelStrategy):
         if size > _LARGE_MODEL_BYTES and self.layout.world_size > 1:
             rank_zero_warn(
                 f"The model was built in memory: {size / 2**30:.1f} GiB on each of {self.num_processes} ranks of a "
-                f"node, {size * self.num_processes / 2**30:.1f} GiB in all, before it is sharded. To train from "
-                "scratch, `lightning_ep.from_config(config)` allocates shards only."
+                f"node, {size * self.num_processes / 2**30:.1f} GiB in all, before it is sharded. "
+                "`lightning_ep.from_pretrained(path)` reads every rank's shards only; to train from scratch, "
+                "`lightning_ep.from_config(config)` allocates shards only."
             )
 
     @override
@@ -232,6 +234,7 @@ class ExpertParallelStrategy(ModelParallelStrategy):
         if not is_parallelized(module):
             expert_plan(module)  # raises: there is no transformers model
         if has_meta_tensors(module):
+            stream_pretrained(module, self.root_device)
             materialize(module, self.root_device, self._common_seed())
         self.model_to_device()
         self.barrier()

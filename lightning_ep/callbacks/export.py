@@ -1,0 +1,63 @@
+"""The trained model as a Hugging Face checkpoint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from transformers import PreTrainedModel
+from typing_extensions import override
+
+from lightning_ep import transformers_adapter as adapter
+from lightning_ep.callbacks.console import print_once
+from lightning_ep.checkpoint.export_sharded import export_sharded
+from lightning_ep.checkpoint.hub_directory import ExportDtype, refuse_existing
+
+
+class HuggingFaceExport(Callback):
+    """Writes the model at the end of ``fit`` as a directory that transformers and vLLM read.
+
+    The weights are in the hub's layout (per-expert names), in safetensors files that the ranks write side by side, with
+    an index, the config, the generation config, the tokenizer if the datamodule or the original checkpoint has one, and
+    a README with the command that serves it. Nothing is written after ``fast_dev_run``. For a checkpoint in
+    mid-training use ``lightning-ep export``.
+
+    Args:
+        path: The new directory, on a filesystem that all nodes share. It appears when it is complete.
+        dtype: What parameters are in the files. Default: what they are in training (fp32 with ``bf16-mixed``).
+
+    Raises:
+        FileExistsError: At the start of ``fit``, if ``path`` is there already and not empty.
+        ValueError: At the start of ``fit``, if the module does not contain exactly one transformers model.
+    """
+
+    def __init__(self, path: str, dtype: ExportDtype | None = None) -> None:
+        self.path = path
+        self.dtype = dtype
+
+    @override
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        refuse_existing(Path(self.path))
+        _model(pl_module)
+
+    @override
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
+        tokenizer = getattr(getattr(trainer, "datamodule", None), "tokenizer", None)
+        if not hasattr(tokenizer, "save_pretrained"):
+            tokenizer = None
+        dtype = getattr(torch, self.dtype) if self.dtype is not None else None
+        export_sharded(_model(pl_module), Path(self.path), dtype, tokenizer)
+        print_once(trainer, f"exported to {self.path}")
+
+
+def _model(module: LightningModule) -> PreTrainedModel:
+    models = adapter.pretrained_models(module)
+    if len(models) != 1:
+        raise ValueError(
+            f"HuggingFaceExport writes one transformers model, and {type(module).__name__} contains {len(models)} "
+            f"({', '.join(models) or 'none'})."
+        )
+    return next(iter(models.values()))
