@@ -1,0 +1,1 @@
+"""Weights and train state on disk."""
