@@ -19,7 +19,7 @@ import lightning_ep
 
 PROG = "lightning-ep"
 
-COMMANDS: dict[str, str] = {}
+COMMANDS: dict[str, str] = {"consolidate": "lightning_ep.checkpoint.consolidate:consolidate"}
 """Commands that run without a Trainer: the name, and ``module:function`` to call. The function's signature and
 docstring become the command's options and help; its module is imported only when the command is called."""
 

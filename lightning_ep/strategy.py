@@ -35,7 +35,7 @@ from lightning_ep.checkpoint.loader import Resume
 from lightning_ep.checkpoint.model_checkpoint import adopt
 from lightning_ep.checkpoint.pack import pack_directory, pack_file
 from lightning_ep.checkpoint.saver import Checkpoints
-from lightning_ep.checkpoint.signals import AgreeOnSignals, SignalFlags
+from lightning_ep.checkpoint.signals import AgreeOnSignals
 from lightning_ep.checkpoint.single_file import gather, gather_optimizer
 from lightning_ep.checkpoint.state import rank_state, set_random_state
 from lightning_ep.dispatch import Progress
@@ -286,7 +286,9 @@ class ExpertParallelStrategy(ModelParallelStrategy):
     @property
     def _saving(self) -> Checkpoints:
         if self._checkpoints is None:
-            raise RuntimeError("Checkpoints can be saved, loaded and removed once the Trainer has set up its processes.")
+            raise RuntimeError(
+                "Checkpoints can be saved, loaded and removed once the Trainer has set up its processes."
+            )
         return self._checkpoints
 
     @override

@@ -47,7 +47,7 @@ class ChecksumFile(io.RawIOBase):
     """A new file to write to, which knows size and checksum of what went through it; `close` makes it durable."""
 
     def __init__(self, path: Path) -> None:
-        self._file = open(path, "xb", buffering=1 << 20)
+        self._file = open(path, "xb", buffering=1 << 20)  # noqa: SIM115
         self._bytes = 0
         self._crc32 = 0
 
@@ -142,7 +142,9 @@ def read_manifest(directory: Path) -> dict[str, FileRecord]:
     except (ValueError, KeyError, TypeError):
         damaged, files, version = True, {}, FORMAT
     if version > FORMAT:
-        raise ValueError(f"{path} has format {version}, and this version of lightning_ep reads up to {FORMAT}: upgrade.")
+        raise ValueError(
+            f"{path} has format {version}, and this version of lightning_ep reads up to {FORMAT}: upgrade."
+        )
     if damaged:
         raise ValueError(f"{path} is damaged. Use another checkpoint.")
     return {name: FileRecord(**record) for name, record in files.items()}

@@ -19,7 +19,6 @@ from lightning_ep.checkpoint.shards import read_index, read_shards
 from lightning_ep.checkpoint.state import HEADER, RANKS, check_header, deserialize, place_ranks
 from lightning_ep.layout import ParallelLayout
 
-
 T = TypeVar("T")
 
 
@@ -65,7 +64,9 @@ class Resume:
         records = self._alone(lambda: files.read_manifest(self.path))
         size, rank = self._ranks.size, self._ranks.rank
         mine = {name: record for i, (name, record) in enumerate(records.items()) if _reader(name, i) % size == rank}
-        problems = [p for found in self._ranks.together("loading", lambda: files.damage(self.path, mine)) for p in found]
+        problems = [
+            p for found in self._ranks.together("loading", lambda: files.damage(self.path, mine)) for p in found
+        ]
         if problems:
             raise CheckpointError(f"The checkpoint is damaged: {'; '.join(problems)}. Use another checkpoint.")
 
@@ -109,9 +110,7 @@ class Resume:
             else:
                 extra = self._alone(lambda: self._read_file(module, target, optimizer_list))
         # The tensors are filled in place already; modules with state of another kind, or hooks, see them here.
-        module.load_state_dict(
-            {name: extra.get(clean(name), value) for name, value in raw.items()}, strict=False
-        )
+        module.load_state_dict({name: extra.get(clean(name), value) for name, value in raw.items()}, strict=False)
 
     def _read_directory(
         self, module: LightningModule, target: dict[str, Tensor], optimizer_list: list[Optimizer]
@@ -127,12 +126,9 @@ class Resume:
             self._check_count(optimizer_list, descriptions)
             for number, (optimizer, description) in enumerate(zip(optimizer_list, descriptions, strict=True)):
                 prefix = f"optimizer_{number}.state."
-                names = [_split_key(name.removeprefix(prefix)) for name in index if name.startswith(prefix)]
-                state[f"optimizer_{number}"] = {
-                    "state": optimizers.allocate(
-                        optimizer, module, description, lambda n, k, p=prefix: index[f"{p}{n}.{k}"], names
-                    )
-                }
+                sizes = {split_key(n.removeprefix(prefix)): e for n, e in index.items() if n.startswith(prefix)}
+                tensors = optimizers.allocate(optimizer, module, description, sizes)
+                state[f"optimizer_{number}"] = {"state": tensors}
 
         self._alone(allocate)
         read_shards(state, self.path, self._ranks.group)
@@ -152,7 +148,7 @@ class Resume:
         if optimizer_list:
             self._check_count(optimizer_list, self.metadata["optimizer_states"])
             for optimizer, state in zip(optimizer_list, self.metadata["optimizer_states"], strict=True):
-                single_file.load_optimizer(optimizer, module, state)
+                single_file.load_optimizer(optimizer, state)
         return {clean(name): value for name, value in saved.items() if not isinstance(value, Tensor)}
 
     def _check_count(self, optimizer_list: list[Optimizer], saved: list[Any]) -> None:
@@ -169,7 +165,8 @@ def _reader(name: str, number: int) -> int:
     return int(parts[0]) if name.startswith("__") and parts[0].isdigit() else number
 
 
-def _split_key(name: str) -> tuple[str, str]:
+def split_key(name: str) -> tuple[str, str]:
+    """Parameter name and key of an optimizer's tensor."""
     parameter, _, key = name.rpartition(".")
     return parameter, key
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -75,8 +75,8 @@ def split(named: Mapping[str, Any], module: nn.Module) -> tuple[dict[str, dict[s
             elif isinstance(value, DTensor):
                 raise CheckpointError(
                     f"the optimizer keeps {key!r} of shape {tuple(value.shape)} for {name} of shape "
-                    f"{tuple(params[name].shape)}. Sharded optimizer state must have its parameter's shape to be saved: "
-                    "use an optimizer without factored moments, or save_weights_only=True."
+                    f"{tuple(params[name].shape)}. Sharded optimizer state must have its parameter's shape to be "
+                    "saved: use an optimizer without factored moments, or save_weights_only=True."
                 )
     return tensors, {"param_groups": named["param_groups"], "like_parameter": like, "values": values}
 
@@ -90,8 +90,7 @@ def allocate(
     optimizer: Optimizer,
     module: nn.Module,
     description: Mapping[str, Any],
-    sizes: Callable[[str, str], TensorStorageMetadata | None],
-    names: Iterable[tuple[str, str]],
+    sizes: Mapping[tuple[str, str], TensorStorageMetadata],
 ) -> dict[str, dict[str, Tensor]]:
     """Tensors, sharded as the parameters are now, for the saved state to be read into.
 
@@ -99,8 +98,7 @@ def allocate(
         optimizer: The optimizer that will get them.
         module: The module with its parameters.
         description: As `split` returned it when saving.
-        sizes: Saved size and dtype by parameter name and key.
-        names: All saved pairs of parameter name and key.
+        sizes: Size and dtype of every saved tensor by parameter name and key.
 
     Raises:
         CheckpointError: If the optimizer holds other parameters than the saved one.
@@ -108,9 +106,7 @@ def allocate(
     params = {clean(name): param for name, param in module.named_parameters()}
     check_groups(optimizer, module, [set(group["params"]) for group in description["param_groups"]])
     tensors: dict[str, dict[str, Tensor]] = {}
-    for name, key in names:
-        entry = sizes(name, key)
-        assert entry is not None
+    for (name, key), entry in sizes.items():
         if key in description["like_parameter"].get(name, ()):
             tensor = torch.empty_like(params[name].detach(), dtype=entry.properties.dtype)
         else:

@@ -48,5 +48,5 @@ def pack_file(
     """Returns the contents of a checkpoint in one file, which nobody else changes any more."""
     rest = {key: value for key, value in checkpoint.items() if key not in ("state_dict", "optimizer_states")}
     refuse_sharded_metadata(rest)
-    tensors = {key: checkpoint[key] for key in ("state_dict", "optimizer_states") if key in checkpoint}
+    tensors: dict[str, Any] = {k: checkpoint[k] for k in ("state_dict", "optimizer_states") if k in checkpoint}
     return {**copy.deepcopy(rest), **tensors, HEADER: header(module, layout), "ranks": rank_states}

@@ -46,7 +46,7 @@ class Ranks:
         return [result for _, result in gathered]
 
     def alone(self, what: str, function: Callable[[], T]) -> T:
-        """Calls ``function`` on every rank and returns the rank's own result, which is not sent; raises as `together`."""
+        """Calls ``function`` on every rank, returns the rank's own result, sends only errors; raises as `together`."""
         result: list[T] = []
         self.together(what, lambda: result.append(function()))
         return result[0]

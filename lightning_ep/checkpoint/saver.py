@@ -142,7 +142,9 @@ class Checkpoints:
             return str(path), str(staged), free
 
         if "://" in str(path):
-            raise CheckpointError(f"{path} is no local path. Checkpoints need a file system that all nodes have mounted.")
+            raise CheckpointError(
+                f"{path} is no local path. Checkpoints need a file system that all nodes have mounted."
+            )
         final, staged, free = self.ranks.on_first(f"could not save {path}", prepare)
         needed = sum(self.ranks.together(f"could not save {path}", lambda: size))
         return _Target(Path(final), Path(staged), needed, free)
@@ -186,7 +188,7 @@ class Checkpoints:
     def _write_file(self, target: _Target, content: Mapping[str, Any]) -> None:
         def write() -> None:
             with files.ChecksumFile(target.staged) as file:
-                torch.save(content, file)
+                torch.save(content, file)  # type: ignore[arg-type]
 
         self.ranks.on_first("writing", write)
 
@@ -224,4 +226,3 @@ def _num_bytes(content: Any) -> int:
 
 def _size(num_bytes: int) -> str:
     return f"{num_bytes / 2**30:.2f} GiB" if num_bytes >= 2**27 else f"{num_bytes / 2**20:.2f} MiB"
-

@@ -11,13 +11,19 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint import DefaultLoadPlanner, DefaultSavePlanner, FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.filesystem import _split_by_size_and_type, _StorageInfo
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
+from torch.distributed.checkpoint.filesystem import (
+    FileSystemReader,
+    FileSystemWriter,
+    _split_by_size_and_type,
+    _StorageInfo,
+)
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.distributed.tensor import DTensor
 from torch.futures import Future
@@ -77,7 +83,7 @@ def write_shards(
     writer = _Writer(directory, threads)
     try:
         with torch.no_grad():
-            dcp.save(state, storage_writer=writer, planner=_Planner(local), process_group=group)
+            save(state, storage_writer=writer, planner=_Planner(local), process_group=group)
     except CheckpointException as exception:
         raise _unwrap(exception, dist.get_world_size(group)) from exception
     records = dict(writer.records)
@@ -94,7 +100,7 @@ def read_shards(state: State, directory: Path, group: dist.ProcessGroup | None =
     """
     try:
         with torch.no_grad():
-            dcp.load(
+            load(
                 state,
                 storage_reader=SafeReader(directory),
                 planner=DefaultLoadPlanner(),
@@ -163,7 +169,7 @@ class _Writer(FileSystemWriter):
                 data = data.cpu()
                 if data.untyped_storage().nbytes() != data.nbytes:
                     data = data.clone()
-                torch.save(data, file)
+                torch.save(data, file)  # type: ignore[arg-type]
                 length = file.tell() - start
                 results.append(WriteResult(item.index, length, _StorageInfo(name, start, length)))
         self.records[name] = file.record

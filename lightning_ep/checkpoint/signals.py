@@ -1,4 +1,4 @@
-"""SIGTERM and SLURM's requeue signal: a flag on the rank that got it, an agreement of all, a checkpoint, and the end."""
+"""SIGTERM and SLURM's requeue signal: a flag on one rank, an agreement of all, a checkpoint, and the end."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from lightning.fabric.plugins.environments import SLURMEnvironment
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.trainer.connectors.signal_connector import _HandlersCompose, _SignalConnector

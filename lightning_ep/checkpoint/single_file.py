@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from lightning_ep.checkpoint.optimizers import check_groups, clean
 from lightning_ep.checkpoint.ranks import CheckpointError
 
 
@@ -26,8 +25,8 @@ def gather(tensors: Mapping[str, Any], keep: bool) -> dict[str, Any]:
     full = {}
     for name, value in tensors.items():
         if isinstance(value, Tensor):
-            whole = value.detach().full_tensor() if isinstance(value, DTensor) else value.detach()
-            value = whole.to("cpu", copy=True) if keep else None
+            whole = value.full_tensor() if isinstance(value, DTensor) else value
+            value = whole.detach().to("cpu", copy=True) if keep else None
         if keep:
             full[name] = value
     return full
@@ -57,14 +56,14 @@ def fill(target: Tensor, full: Tensor) -> None:
     if not isinstance(target, DTensor):
         target.copy_(full)
         return
-    (chunk,) = target.__create_chunk_list__()  # type: ignore[attr-defined]
+    (chunk,) = target.__create_chunk_list__()
     part = full
     for dim, (offset, size) in enumerate(zip(chunk.offsets, chunk.sizes, strict=True)):
         part = part.narrow(dim, min(offset, full.shape[dim]), size)
     target.to_local().copy_(part)
 
 
-def load_optimizer(optimizer: Optimizer, module: nn.Module, saved: Mapping[str, Any]) -> None:
+def load_optimizer(optimizer: Optimizer, saved: Mapping[str, Any]) -> None:
     """Gives an optimizer the state that `gather_optimizer` returned, sharded as its parameters are now.
 
     Raises:
@@ -72,9 +71,12 @@ def load_optimizer(optimizer: Optimizer, module: nn.Module, saved: Mapping[str, 
     """
     params = [param for group in optimizer.param_groups for param in group["params"]]
     counts = [len(group["params"]) for group in saved["param_groups"]]
-    if counts != [len(group["params"]) for group in optimizer.param_groups]:
-        names = [clean(name) for name, _ in module.named_parameters()]
-        check_groups(optimizer, module, [set(names[i] for i in g["params"]) for g in saved["param_groups"]])
+    held = [len(group["params"]) for group in optimizer.param_groups]
+    if counts != held:
+        raise CheckpointError(
+            f"{type(optimizer).__name__} has groups of {held} parameters, the checkpoint of {counts}. Build the same "
+            "groups, or start anew from the weights alone (see docs/resume.md)."
+        )
     state = {}
     for number, values in saved["state"].items():
         param = params[number].detach()

@@ -54,8 +54,8 @@ def _lock_pages(buffer: Tensor) -> None:
     code = int(runtime.cudaHostRegister(buffer.data_ptr(), buffer.nbytes, 0))
     if code != 0:
         rank_zero_warn(
-            f"{buffer.nbytes / 2**30:.1f} GiB of host memory cannot be page-locked (CUDA error {code}; see `ulimit -l`): "
-            "copies for asynchronous saves will be slower."
+            f"{buffer.nbytes / 2**30:.1f} GiB of host memory cannot be page-locked (CUDA error {code}; see "
+            "`ulimit -l`): copies for asynchronous saves will be slower."
         )
         return
     weakref.finalize(buffer, runtime.cudaHostUnregister, buffer.data_ptr())

@@ -28,7 +28,7 @@ _COUNTERS = ("ready", "started", "processed", "completed")
 
 
 def header(module: nn.Module, layout: ParallelLayout) -> dict[str, Any]:
-    """What identifies a checkpoint of ours: format version, layout, and the configuration of each transformers model."""
+    """What identifies a checkpoint of ours: format version, layout, the configuration of each transformers model."""
     configs = {name: model.config.to_dict() for name, model in adapter.pretrained_models(module).items()}
     return {
         "format": FORMAT,
@@ -137,7 +137,7 @@ def place_ranks(
     counts samples of the whole job and is kept; Lightning's count of batches is scaled to this run's data ranks.
 
     Raises:
-        CheckpointError: If the positions differ, or the batches that were taken are no whole number here.
+        CheckpointError: If the positions differ.
     """
     saved = metadata[HEADER]["layout"]
     key = datamodule_key(trainer)
@@ -166,18 +166,11 @@ def place_ranks(
 
 
 def _scale_batches(loops: dict[str, Any], saved: int, here: int) -> None:
-    fit = loops["fit_loop"]
-    current = fit["epoch_loop.batch_progress"]["current"]
-    ready = current["ready"]
-    scaled, rest = divmod(ready * saved, here)
-    resumable = any(bool(state) for state in fit["state_dict"].get("combined_loader", []))
-    if rest and not resumable:
-        raise CheckpointError(
-            f"the checkpoint stops inside an epoch, after {ready} batches on each of {saved} data ranks, which is no "
-            f"whole number of batches on {here}. Resume with {saved} data ranks, or from the end of an epoch."
-        )
+    # A loader without a state starts its epoch anew in any case (Lightning warns), so rounding loses nothing more.
+    current = loops["fit_loop"]["epoch_loop.batch_progress"]["current"]
+    shift = current["ready"] * saved // here - current["ready"]
     for counter in _COUNTERS:
-        current[counter] += scaled - ready
+        current[counter] += shift
 
 
 def equal(one: Any, other: Any) -> bool:
