@@ -77,10 +77,10 @@ def deserialize(path: Path, weights_only: bool | None, mmap: bool = False) -> An
     except pickle.UnpicklingError as error:
         if weights_only is False:
             raise CheckpointError(f"{path} cannot be read: {error}") from error
-        reason = str(error).split("\n")[-1] if "\n" not in str(error) else str(error).split("\n")[1].strip()
+        names = ", ".join(torch.serialization.get_unsafe_globals_in_checkpoint(path)) or error
         raise CheckpointError(
-            f"{path} holds objects other than tensors and plain values ({reason}). They may run code when loaded: if "
-            "you trust whoever wrote the checkpoint, pass weights_only=False beside ckpt_path."
+            f"{path} holds objects other than tensors and plain values: {names}. They may run code when loaded: if you "
+            "trust whoever wrote the checkpoint, pass weights_only=False beside ckpt_path."
         ) from error
     except (RuntimeError, EOFError) as error:
         raise CheckpointError(f"{path} is damaged or no checkpoint: {error}") from error
