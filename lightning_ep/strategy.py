@@ -16,11 +16,10 @@ import torch.distributed as dist
 from lightning.fabric.utilities.distributed import _set_num_threads_if_needed
 from lightning.fabric.utilities.optimizer import _optimizers_to_device
 from lightning.pytorch import Trainer
-from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
-from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning.pytorch.utilities.types import STEP_OUTPUT
@@ -30,14 +29,7 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_ep import transformers_adapter as adapter
-from lightning_ep.checkpoint import optimizers as optimizer_states
-from lightning_ep.checkpoint.loader import Resume
-from lightning_ep.checkpoint.model_checkpoint import adopt
-from lightning_ep.checkpoint.pack import pack_directory, pack_file
-from lightning_ep.checkpoint.saver import Checkpoints
-from lightning_ep.checkpoint.signals import AgreeOnSignals
-from lightning_ep.checkpoint.single_file import gather, gather_optimizer
-from lightning_ep.checkpoint.state import rank_state, set_random_state
+from lightning_ep.checkpoint.run import RunCheckpoints
 from lightning_ep.dispatch import Progress
 from lightning_ep.initialize import has_meta_tensors, materialize
 from lightning_ep.layout import Meshes, ParallelLayout
@@ -49,7 +41,6 @@ from lightning_ep.refusals import refuse_optimizers, refuse_unsupported
 
 _LARGE_MODEL_BYTES = 2**30
 _TIMEOUT = timedelta(minutes=30)  # Lightning's default
-_SETTLE_SECONDS = 60.0
 
 
 class ExpertParallelStrategy(ModelParallelStrategy):
@@ -99,12 +90,7 @@ class ExpertParallelStrategy(ModelParallelStrategy):
         self._meshes: Meshes | None = None
         self._progress = Progress()
         self._async_save = async_save
-        self._checkpoints: Checkpoints | None = None
-        self._signals: AgreeOnSignals | None = None
-        self._resume: Resume | None = None
-        self._random: dict[str, Any] | None = None
-        self._save_behind = True
-        self._interrupted = False
+        self._checkpoints: RunCheckpoints | None = None
         if "pytorch_lightning" in sys.modules:
             rank_zero_warn(
                 "`pytorch_lightning` is imported beside `lightning`. Its Trainer does not know this strategy and calls "
@@ -179,15 +165,15 @@ class ExpertParallelStrategy(ModelParallelStrategy):
             self._warn_if_ep_crosses_nodes()
             if self.root_device.type == "cuda" and self._timeout is not None:
                 self._progress.watch(self.global_rank, self._timeout.total_seconds())
-            timeout = self._timeout or _TIMEOUT
-            self._checkpoints = Checkpoints(timeout, self.num_processes, self._async_save)
-            self._signals = AgreeOnSignals(timeout)
-        assert self._checkpoints is not None
-        assert self._signals is not None
-        self._interrupted = False
-        self._resume = None
-        self._signals.watch(self.lightning_module.trainer)
-        adopt(self.lightning_module.trainer, self._checkpoints)
+            self._checkpoints = RunCheckpoints(
+                self.layout,
+                self.root_device,
+                self.num_processes,
+                self._timeout or _TIMEOUT,
+                self._save_distributed_checkpoint,
+                self._async_save,
+            )
+        self._run.begin(self.lightning_module.trainer)
         self.lightning_module._device_mesh = self._device_mesh
 
     def _warn_if_ep_crosses_nodes(self) -> None:
@@ -201,14 +187,13 @@ class ExpertParallelStrategy(ModelParallelStrategy):
 
     @override
     def on_exception(self, exception: BaseException) -> None:
-        self._interrupted = True
         if isinstance(exception, SIGTERMException):
             return  # all ranks agreed to stop and have saved
         position = self._progress.describe()
         if position is not None and self.layout.world_size > 1:
             print(f"[rank {self.global_rank}] {type(exception).__name__} while {position}", file=sys.stderr, flush=True)
         if self._checkpoints is not None:
-            self._checkpoints.settle(_SETTLE_SECONDS)
+            self._checkpoints.fail()
         if isinstance(self.launcher, _SubprocessScriptLauncher):
             # The other ranks may wait in a collective for this one until it times out.
             self.launcher.kill(signal.SIGKILL)
@@ -266,9 +251,7 @@ class ExpertParallelStrategy(ModelParallelStrategy):
         self.setup_precision_plugin()
         if trainer.state.fn == TrainerFn.FITTING:
             _optimizers_to_device(self.optimizers, self.root_device)
-        if self._resume is not None:
-            self._resume.restore(module, self.optimizers if trainer.state.fn == TrainerFn.FITTING else [])
-            self._random, self._resume = self._resume.random, None
+        self._run.restore(module, self.optimizers if trainer.state.fn == TrainerFn.FITTING else [])
 
     def _common_seed(self) -> int:
         seed = os.environ.get("PL_GLOBAL_SEED")
@@ -284,27 +267,20 @@ class ExpertParallelStrategy(ModelParallelStrategy):
         return False
 
     @property
-    def _saving(self) -> Checkpoints:
+    def _run(self) -> RunCheckpoints:
         if self._checkpoints is None:
-            raise RuntimeError(
-                "Checkpoints can be saved, loaded and removed once the Trainer has set up its processes."
-            )
+            raise RuntimeError("Checkpoints are saved, loaded and removed once the Trainer has set up its processes.")
         return self._checkpoints
 
     @override
     def lightning_module_state_dict(self) -> dict[str, Any]:
-        assert self.model is not None
-        state = {optimizer_states.clean(name): value for name, value in self.model.state_dict().items()}
-        return state if self._save_distributed_checkpoint else gather(state, keep=self.is_global_zero)
+        assert self.lightning_module is not None
+        return self._run.weights(self.lightning_module)
 
     @override
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        assert self.model is not None
-        if isinstance(optimizer, LightningOptimizer):
-            optimizer = optimizer.optimizer
-        if self._save_distributed_checkpoint:
-            return optimizer_states.name_state(self.model, optimizer)
-        return gather_optimizer(optimizer, keep=self.is_global_zero)
+        assert self.lightning_module is not None
+        return self._run.optimizer_state(self.lightning_module, optimizer)
 
     @override
     def save_checkpoint(
@@ -312,43 +288,17 @@ class ExpertParallelStrategy(ModelParallelStrategy):
     ) -> None:
         if storage_options is not None:
             raise TypeError("storage_options has no meaning for ExpertParallelStrategy, which writes to mounted disks.")
-        module, saving, device = self.lightning_module, self._saving, self.root_device
-        assert module is not None
-        trainer = module.trainer
-        saving.wait()
-        states = saving.ranks.together("saving", lambda: rank_state(checkpoint, trainer, device))
-        # After the end of a run nobody would wait for what is written behind.
-        running = trainer.state.fn == TrainerFn.FITTING and trainer.state.status == TrainerStatus.RUNNING
-        behind = running and self._save_behind
-        if self._save_distributed_checkpoint:
-            packed = saving.ranks.alone("saving", lambda: pack_directory(checkpoint, module, self.layout, states))
-            saving.save_directory(Path(filepath), *packed, behind=behind)
-        else:
-            content = saving.ranks.alone("saving", lambda: pack_file(checkpoint, module, self.layout, states))
-            saving.save_file(Path(filepath), content, behind=behind)
+        assert self.lightning_module is not None
+        self._run.save(self.lightning_module, checkpoint, Path(filepath))
 
     @override
     def remove_checkpoint(self, filepath: str | Path) -> None:
-        self._saving.remove(Path(filepath))
-
-    @contextmanager
-    def synchronous_saves(self) -> Generator[None, None, None]:
-        """Inside, checkpoints are on the disk when saving returns, whatever ``async_save`` says."""
-        self._save_behind = False
-        try:
-            yield
-        finally:
-            self._save_behind = True
+        self._run.remove(Path(filepath))
 
     @override
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
-        module, saving = self.lightning_module, self._saving
-        assert module is not None
-        saving.wait()
-        self._resume = Resume(Path(checkpoint_path), saving.ranks, weights_only)
-        if module.trainer.state.fn == TrainerFn.FITTING:
-            self._resume.prepare_fit(module.trainer, self.layout)
-        return self._resume.metadata
+        assert self.lightning_module is not None
+        return self._run.open(self.lightning_module, Path(checkpoint_path), weights_only)
 
     @override
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
@@ -356,21 +306,14 @@ class ExpertParallelStrategy(ModelParallelStrategy):
 
     @override
     def batch_to_device(self, batch: Any, device: torch.device | None = None, dataloader_idx: int = 0) -> Any:
-        if self._random is not None and self._training_goes_on():
-            # As late as possible: loaders and the sanity check have drawn numbers since the start.
-            set_random_state(self._random, self.root_device)
-            self._random = None
-        return super().batch_to_device(batch, device, dataloader_idx)
-
-    def _training_goes_on(self) -> bool:
         assert self.lightning_module is not None
-        trainer = self.lightning_module.trainer
-        return trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking
+        self._run.before_batch(self.lightning_module.trainer)
+        return super().batch_to_device(batch, device, dataloader_idx)
 
     @override
     def teardown(self) -> None:
-        if self._checkpoints is not None and not self._interrupted:
-            self._checkpoints.wait()
+        if self._checkpoints is not None:
+            self._checkpoints.finish()
         super().teardown()
 
     # ------------------------------------------------------------------ data

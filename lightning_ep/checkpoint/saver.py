@@ -49,12 +49,10 @@ class Checkpoints:
     Args:
         timeout: How long ranks wait for one another while writing.
         ranks_per_node: Processes that share this machine.
-        asynchronous: Write behind the calling thread, one checkpoint at a time; an error is raised by the next call.
     """
 
-    def __init__(self, timeout: timedelta, ranks_per_node: int = 1, asynchronous: bool = False) -> None:
+    def __init__(self, timeout: timedelta, ranks_per_node: int = 1) -> None:
         self.ranks = Ranks(timeout)
-        self.asynchronous = asynchronous
         self._queue = JobQueue()
         self._buffer = HostBuffer()
         self._threads = max(1, min(_MAX_THREADS, (os.cpu_count() or 1) // ranks_per_node))
@@ -90,14 +88,13 @@ class Checkpoints:
             path: Its name; rank 0's counts.
             state: Tensors in nested dicts, the same names on every rank.
             blobs: Contents of further files by name; rank 0's count.
-            behind: Return as soon as the tensors are copied, if asynchronous.
+            behind: Return as soon as the tensors are copied, and write on another thread.
 
         Raises:
-            CheckpointError: On every rank, if it cannot be written.
+            CheckpointError: On every rank, if it cannot be written; if it is written behind, from the next call.
         """
         local = {name: local_part(tensor) for name, tensor in flatten(state).items()}
         target = self._begin(path, sum(tensor.nbytes for tensor in local.values()), directory=True)
-        behind = behind and self.asynchronous
         if behind:
             local = self._buffer.copy(local)
         self._run(partial(self._write_directory, target, state, local, dict(blobs)), target, behind)
@@ -108,13 +105,13 @@ class Checkpoints:
         Args:
             path: Its name; rank 0's counts.
             content: What to save; rank 0's counts. Nobody else may change it.
-            behind: Return at once, if asynchronous.
+            behind: Return at once, and write on another thread.
 
         Raises:
-            CheckpointError: On every rank, if it cannot be written.
+            CheckpointError: On every rank, if it cannot be written; if it is written behind, from the next call.
         """
         target = self._begin(path, _num_bytes(content) if self.ranks.rank == 0 else 0, directory=False)
-        self._run(partial(self._write_file, target, content), target, behind and self.asynchronous)
+        self._run(partial(self._write_file, target, content), target, behind)
 
     def remove(self, path: Path) -> None:
         """Deletes a checkpoint once those saved before this call are durable, and not if they fail.

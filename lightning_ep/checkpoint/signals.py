@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import signal
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from datetime import timedelta
 from pathlib import Path
 from types import FrameType
@@ -72,9 +74,11 @@ class AgreeOnSignals(Callback):
 
     Args:
         timeout: Of the exchange.
+        at_once: Inside this context a checkpoint is on the disk when saving returns.
     """
 
-    def __init__(self, timeout: timedelta) -> None:
+    def __init__(self, timeout: timedelta, at_once: Callable[[], AbstractContextManager[None]]) -> None:
+        self._at_once = at_once
         self._flags: SignalFlags | None = None
         self._group = dist.new_group(backend="gloo", timeout=timeout)
         self._value = torch.zeros(1, dtype=torch.int32)
@@ -94,6 +98,7 @@ class AgreeOnSignals(Callback):
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._step = trainer.global_step
+        self._exchange = None
 
     @override
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
@@ -106,7 +111,7 @@ class AgreeOnSignals(Callback):
             self._value = torch.tensor([self._flags.flag], dtype=torch.int32)
             self._exchange = dist.all_reduce(self._value, dist.ReduceOp.MAX, group=self._group, async_op=True)
             return
-        with trainer.strategy.synchronous_saves():  # type: ignore[attr-defined]
+        with self._at_once():
             if agreed == _REQUEUE:
                 self._flags.save_and_requeue()
             else:
