@@ -310,6 +310,14 @@ class ExpertParallelStrategy(ModelParallelStrategy):
         self._run.before_batch(self.lightning_module.trainer)
         return super().batch_to_device(batch, device, dataloader_idx)
 
+    def wait_for_checkpoints(self) -> None:
+        """Returns once every checkpoint that was saved before is on the disk; of use with ``async_save=True``.
+
+        Raises:
+            CheckpointError: On every rank, if one could not be saved.
+        """
+        self._run.wait()
+
     @override
     def teardown(self) -> None:
         if self._checkpoints is not None:

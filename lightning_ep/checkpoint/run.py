@@ -146,6 +146,10 @@ class RunCheckpoints:
 
     # ------------------------------------------------------------------ the end
 
+    def wait(self) -> None:
+        """Waits for what is being written behind; raises as `finish`."""
+        self._checkpoints.wait()
+
     def fail(self) -> None:
         """Lets what is being written behind end before the job does, with an error of its own."""
         self._failed = True
