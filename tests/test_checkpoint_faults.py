@@ -11,6 +11,9 @@ import random
 import resource
 import signal
 import stat
+import subprocess
+import sys
+import textwrap
 import threading
 import time
 from pathlib import Path
@@ -262,6 +265,51 @@ def test_a_signal_on_one_rank_stops_all_after_the_same_step(tmp_path: Path) -> N
 @pytest.mark.timeout(600)
 def test_20_signals_at_random_moments(tmp_path: Path) -> None:
     _check_signals(tmp_path, 20, random.Random(1))
+
+
+_JOB = """
+    from pathlib import Path
+    from lightning.pytorch.callbacks import LambdaCallback, ModelCheckpoint
+    from lightning_ep import ExpertParallelStrategy
+    from tests.tiny import TinyModule, loader, quiet
+
+    def tell(trainer, *_):
+        if trainer.global_step == 3:
+            Path(f"going-{trainer.global_rank}").touch()
+
+    keep = ModelCheckpoint("saved", every_n_train_steps=10000, save_last=True)
+    callbacks = [LambdaCallback(on_train_batch_end=tell), keep]
+    strategy = ExpertParallelStrategy(ep=2)
+    quiet(Path("."), strategy=strategy, devices=2, accelerator="cpu", max_epochs=-1, callbacks=callbacks).fit(
+        TinyModule(), loader(64), ckpt_path="last"
+    )
+"""
+
+
+@pytest.mark.parametrize("launcher", [[], ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]],
+                         ids=["lightning", "torchrun"])  # fmt: skip
+def test_a_terminated_job_saves_and_ends_as_a_whole(tmp_path: Path, launcher: list[str]) -> None:
+    (tmp_path / "job.py").write_text(textwrap.dedent(_JOB))
+    root = str(Path(__file__).resolve().parents[1])
+    environment = {**os.environ, "PYTHONPATH": root, "OMP_NUM_THREADS": "1"}
+    with open(tmp_path / "output", "w+") as output:
+        job = subprocess.Popen(
+            [sys.executable, *launcher, "job.py"], cwd=tmp_path, env=environment, stdout=output,
+            stderr=subprocess.STDOUT, start_new_session=True,
+        )  # fmt: skip
+        try:
+            while not all((tmp_path / f"going-{rank}").exists() for rank in range(2)):
+                assert job.poll() is None, (tmp_path / "output").read_text()
+                time.sleep(0.05)
+            job.send_signal(signal.SIGTERM)
+            code = job.wait(60)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(job.pid, signal.SIGKILL)
+    saved = tmp_path / "saved" / "last-sigterm.ckpt"
+    assert files.damage(saved, files.read_manifest(saved)) == []
+    # torchrun forwards the signal and reports it itself.
+    assert code == 0 or launcher, (tmp_path / "output").read_text()
 
 
 def _requeue(root: Path) -> tuple[int, int]:

@@ -16,7 +16,11 @@ from lightning_ep.layout import ParallelLayout
 
 
 def pack_directory(
-    checkpoint: dict[str, Any], module: LightningModule, layout: ParallelLayout, rank_states: list[dict[str, Any]]
+    checkpoint: dict[str, Any],
+    module: LightningModule,
+    layout: ParallelLayout,
+    rank_states: list[dict[str, Any]],
+    writes: bool,
 ) -> tuple[State, dict[str, bytes]]:
     """Returns the tensors in nested dicts and the contents of the other files.
 
@@ -25,6 +29,7 @@ def pack_directory(
         module: The module that it describes.
         layout: The layout of this run.
         rank_states: `rank_state` of every rank.
+        writes: Whether this rank writes the other files.
     """
     rest = dict(checkpoint)
     weights = rest.pop("state_dict")
@@ -39,7 +44,7 @@ def pack_directory(
             head["optimizers"].append(description)
     content = {**rest, HEADER: head}
     refuse_sharded_metadata(content)
-    return state, {META: serialize(content), RANKS: serialize(rank_states)}
+    return state, {META: serialize(content), RANKS: serialize(rank_states)} if writes else {}
 
 
 def pack_file(

@@ -96,7 +96,8 @@ class RunCheckpoints:
         running = trainer.state.fn == TrainerFn.FITTING and trainer.state.status == TrainerStatus.RUNNING
         behind = self._asynchronous and self._may_write_behind and running
         if self._distributed:
-            state, blobs = ranks.alone("saving", lambda: pack_directory(checkpoint, module, self._layout, states))
+            layout, writes = self._layout, self._first
+            state, blobs = ranks.alone("saving", lambda: pack_directory(checkpoint, module, layout, states, writes))
             self._checkpoints.save_directory(path, state, blobs, behind)
         else:
             content = ranks.alone("saving", lambda: pack_file(checkpoint, module, self._layout, states))
