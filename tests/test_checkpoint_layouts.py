@@ -183,6 +183,32 @@ def test_what_does_not_fit_is_named(saved: tuple[Path, dict[str, State]], distri
         assert "model.lm_head.weight" in one["frozen"]
 
 
+def _other_state(root: Path) -> tuple[bool, str]:
+    """State of an optimizer of one's own: plain tensors and values come back, shards of another shape are refused."""
+    module = TinyModule()
+    trainer = quiet(root, max_steps=1)
+    trainer.fit(module, loader())
+    head = module.model.lm_head.weight
+    trainer.optimizers[0].state[head].update(count=7, scale=torch.tensor([1.0, 2.0]))
+    trainer.save_checkpoint(root / "own.ckpt")
+    resumed = TinyModule()
+    again = quiet(root, max_steps=1)
+    again.fit(resumed, loader(), ckpt_path=root / "own.ckpt")
+    state = again.optimizers[0].state[resumed.model.lm_head.weight]
+    same = state["count"] == 7 and state["scale"].tolist() == [1.0, 2.0]
+    trainer.optimizers[0].state[head]["rows"] = torch.distributed.tensor.zeros(3, device_mesh=head.device_mesh)
+    with pytest.raises(CheckpointError) as caught:
+        trainer.save_checkpoint(root / "refused.ckpt")
+    return same, str(caught.value)
+
+
+def test_other_optimizer_state(tmp_path: Path) -> None:
+    for same, message in run_ranks(2, _other_state, tmp_path, init_process_group=False):
+        assert same
+        assert "keeps 'rows' of shape (3,) for model.lm_head.weight of shape (128, 32)" in message
+    assert [path.name for path in tmp_path.iterdir()] == ["own.ckpt"]
+
+
 class _PerRank:
     """A loader that keeps its position by rank, as most do."""
 
@@ -217,7 +243,7 @@ def test_a_position_per_rank_needs_as_many_data_ranks(tmp_path: Path) -> None:
     run_ranks(2, _resume_loader, tmp_path, _PerRank(), None, init_process_group=False)
     path = str(tmp_path / "saved" / "step=3.ckpt")
     again = run_ranks(2, _resume_loader, tmp_path, _PerRank(), path, init_process_group=False)
-    assert [taken for _, taken in again] == [3 + 12, 3 + 12]
+    assert [taken for _, taken in again] == [3 + 9, 3 + 9]
     with pytest.raises(RankFailure, match="means something only on the 2 data ranks that saved it, and this run has 1"):
         run_ranks(1, _resume_loader, tmp_path, _PerRank(), path, init_process_group=False)
 

@@ -76,7 +76,7 @@ def split(named: Mapping[str, Any], module: nn.Module) -> tuple[dict[str, dict[s
                 raise CheckpointError(
                     f"the optimizer keeps {key!r} of shape {tuple(value.shape)} for {name} of shape "
                     f"{tuple(params[name].shape)}. Sharded optimizer state must have its parameter's shape to be "
-                    "saved: use an optimizer without factored moments, or save_weights_only=True."
+                    "saved: keep it in full (`tensor.full_tensor()`), or pass save_weights_only=True."
                 )
     return tensors, {"param_groups": named["param_groups"], "like_parameter": like, "values": values}
 
