@@ -19,6 +19,7 @@ from lightning_ep import ExpertParallelStrategy
 from lightning_ep.checkpoint import files
 from lightning_ep.checkpoint.background import JobQueue
 from lightning_ep.checkpoint.ranks import CheckpointError
+from lightning_ep.checkpoint.staging import HostBuffer
 from tests.distributed import run_ranks
 from tests.tiny import TinyModule, loader, quiet
 
@@ -188,6 +189,40 @@ def test_jobs_after_a_failed_one_are_dropped_until_it_is_told() -> None:
     queue.submit(lambda: ran.append(3))
     queue.wait()
     assert ran == [1, 3]
+
+
+# ---------------------------------------------------------------------------------------------------- host copies
+
+
+def _copies(device: torch.device) -> None:
+    buffer = HostBuffer()
+    for size in (5, 1000, 3):
+        tensors = {
+            "fp32": torch.randn(size, 3, device=device),
+            "bf16": torch.randn(size, device=device).bfloat16(),
+            "int64": torch.arange(size, device=device),
+            "step": torch.tensor(7.0),
+            "none": torch.empty(0, 4, device=device),
+            "columns": torch.randn(4, size, device=device).t(),
+        }
+        copies = buffer.copy(tensors)
+        expected = {name: tensor.cpu().clone() for name, tensor in tensors.items()}
+        for tensor in tensors.values():
+            tensor.zero_()  # what training does to them afterwards
+        for name, copy in copies.items():
+            assert copy.device.type == "cpu"
+            assert copy.dtype == expected[name].dtype
+            assert torch.equal(copy, expected[name]), name
+            assert copy.is_pinned() is (device.type == "cuda") or copy.numel() == 0
+
+
+def test_copies_on_the_host_do_not_change() -> None:
+    _copies(torch.device("cpu"))
+
+
+@pytest.mark.gpu
+def test_copies_of_a_gpu_are_page_locked() -> None:
+    _copies(torch.device("cuda"))
 
 
 # ---------------------------------------------------------------------------------------------------- pickles

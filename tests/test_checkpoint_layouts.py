@@ -15,8 +15,10 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.distributed.tensor import DTensor
 
 from lightning_ep import ExpertParallelStrategy
+from lightning_ep.checkpoint.consolidate import consolidate
 from lightning_ep.checkpoint.ranks import CheckpointError
 from tests.distributed import RankFailure, run_ranks
+from tests.reference import tiny_model
 from tests.tiny import TinyModule, loader, quiet
 
 # World size, ep, width of an expert. A width that fsdp does not divide makes FSDP shard whole experts: strided shards.
@@ -26,9 +28,13 @@ IN_ONE_FILE = [(4, 2, EVEN), (4, 2, UNEVEN), (1, 1, EVEN)]
 State = dict[str, torch.Tensor]
 
 
+def _num_experts(width: int) -> int:
+    return 8 if width == EVEN else 6  # 3 on each of 2 ranks, which FSDP cuts into 2 and 1
+
+
 class _Module(TinyModule):
     def __init__(self, width: int) -> None:
-        super().__init__(moe_intermediate_size=width, num_experts=8)
+        super().__init__(moe_intermediate_size=width, num_experts=_num_experts(width))
 
     def configure_optimizers(self) -> Any:
         names = dict(self.named_parameters())
@@ -125,13 +131,32 @@ def test_a_directory_becomes_one_file(saved: tuple[Path, dict[str, State]]) -> N
     command = [sys.executable, "-m", "lightning_ep", "consolidate", str(root / name), str(root / "one" / "all.ckpt")]
     subprocess.run(command, check=True, timeout=100)
     module = TinyModule.load_from_checkpoint(
-        root / "one" / "all.ckpt", in_init=True, moe_intermediate_size=UNEVEN, num_experts=8
+        root / "one" / "all.ckpt", in_init=True, moe_intermediate_size=UNEVEN, num_experts=6
     )
     for parameter, value in module.named_parameters():
         assert torch.equal(value, expected[name][parameter]), parameter
     found = run_ranks(2, _load, root, 2, {"one/all.ckpt": UNEVEN}, init_process_group=False)[0]
     (state,) = found.values()
     assert all(torch.equal(state[key], value) for key, value in expected[name].items())
+
+
+def _save_untrained(root: Path) -> None:
+    for distributed in (True, False):
+        trainer = quiet(root, strategy=_strategy(2, save_distributed_checkpoint=distributed))
+        trainer.validate(_Module(UNEVEN), loader(8), verbose=False)
+        trainer.save_checkpoint(root / f"untrained-{distributed}.ckpt")
+
+
+def test_experts_keep_their_numbers(tmp_path: Path) -> None:
+    """Where shards of 2 and 1 experts interleave, what is saved is the model that one process builds."""
+    run_ranks(4, _save_untrained, tmp_path, init_process_group=False)
+    consolidate(str(tmp_path / "untrained-True.ckpt"), str(tmp_path / "one.ckpt"))
+    expected = tiny_model(**_Module(UNEVEN).overrides).state_dict()
+    for name in ("one.ckpt", "untrained-False.ckpt"):
+        found = torch.load(tmp_path / name, weights_only=True)["state_dict"]
+        assert found.keys() == {f"model.{key}" for key in expected}
+        for key, value in expected.items():
+            assert torch.equal(found[f"model.{key}"], value), f"{name}: {key}"
 
 
 def _mismatches(root: Path, name: str) -> dict[str, str]:

@@ -203,10 +203,13 @@ def delete(path: Path) -> None:
 
 
 def sync_directory(directory: Path) -> None:
-    """Makes names in a directory durable."""
+    """Makes names in a directory durable, where the file system knows of such a thing."""
     descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
     finally:
         os.close(descriptor)
 
