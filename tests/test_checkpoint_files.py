@@ -145,6 +145,18 @@ def test_links_move_atomically_and_before_their_target_goes(tmp_path: Path) -> N
     assert sorted(path.name for path in tmp_path.iterdir()) == ["last.ckpt", "old-last.ckpt", "two.ckpt"]
 
 
+def test_a_directory_that_is_no_checkpoint_is_left_alone(tmp_path: Path) -> None:
+    empty, own, theirs = (tmp_path / name for name in ("empty", "own.ckpt", "runs"))
+    for path in (empty, own, theirs):
+        path.mkdir()
+    (own / files.MANIFEST).touch()
+    (theirs / "results.csv").touch()
+    for path in (empty, own, tmp_path / "new.ckpt"):
+        files.refuse_foreign_directory(path)
+    with pytest.raises(FileExistsError, match=r"runs is a directory with other things in it \(results\.csv\)"):
+        files.refuse_foreign_directory(theirs)
+
+
 def test_leftovers_go_and_other_jobs_stay(tmp_path: Path) -> None:
     final, other = tmp_path / "a.ckpt", tmp_path / "b.ckpt"
     mine, running, stale = files.hidden(final), files.hidden(other), files.hidden(other)

@@ -151,9 +151,14 @@ def test_experts_keep_their_numbers(tmp_path: Path) -> None:
     """Where shards of 2 and 1 experts interleave, what is saved is the model that one process builds."""
     run_ranks(4, _save_untrained, tmp_path, init_process_group=False)
     consolidate(str(tmp_path / "untrained-True.ckpt"), str(tmp_path / "one.ckpt"))
-    expected = tiny_model(**_Module(UNEVEN).overrides).state_dict()
+    model = tiny_model(**_Module(UNEVEN).overrides)
+    expected = model.state_dict()
     for name in ("one.ckpt", "untrained-False.ckpt"):
-        found = torch.load(tmp_path / name, weights_only=True)["state_dict"]
+        content = torch.load(tmp_path / name, weights_only=True)
+        config = content["lightning_ep"]["configs"]["model"]
+        assert config["architectures"] == ["Qwen3MoeForCausalLM"]
+        assert config["num_experts"] == model.config.num_experts == 6
+        found = content["state_dict"]
         assert found.keys() == {f"model.{key}" for key in expected}
         for key, value in expected.items():
             assert torch.equal(found[f"model.{key}"], value), f"{name}: {key}"

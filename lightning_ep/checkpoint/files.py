@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import io
@@ -190,8 +191,9 @@ def remove_leftovers(final: Path) -> None:
     for path in final.parent.iterdir():
         if path.name.startswith(_HIDDEN):
             same = path.name.startswith(f"{_HIDDEN}{_key(final)}-")
-            if same or time.time() - path.lstat().st_mtime > _STALE_SECONDS:
-                delete(path)
+            with contextlib.suppress(OSError):  # another job tidies up too, or another user's job was killed
+                if same or time.time() - path.lstat().st_mtime > _STALE_SECONDS:
+                    delete(path)
 
 
 def delete(path: Path) -> None:
@@ -200,6 +202,18 @@ def delete(path: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
     else:
         path.unlink(missing_ok=True)
+
+
+def refuse_foreign_directory(path: Path) -> None:
+    """Raises FileExistsError if saving to ``path`` would replace a directory that is no checkpoint."""
+    if path.is_symlink() or not path.is_dir():
+        return
+    names = {entry.name for entry in path.iterdir()}
+    if names and not names & {MANIFEST, META}:
+        raise FileExistsError(
+            f"{path} is a directory with other things in it ({', '.join(sorted(names)[:3])}), and a checkpoint would "
+            "take its place. Choose a name inside it, or another."
+        )
 
 
 def sync_directory(directory: Path) -> None:

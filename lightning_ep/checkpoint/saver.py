@@ -130,6 +130,7 @@ class Checkpoints:
         self.wait()
 
         def prepare() -> tuple[str, str, int]:
+            files.refuse_foreign_directory(path)
             path.parent.mkdir(parents=True, exist_ok=True)
             files.remove_leftovers(path)
             staged = files.hidden(path)

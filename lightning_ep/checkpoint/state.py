@@ -29,7 +29,10 @@ _COUNTERS = ("ready", "started", "processed", "completed")
 
 def header(module: nn.Module, layout: ParallelLayout) -> dict[str, Any]:
     """What identifies a checkpoint of ours: format version, layout, the configuration of each transformers model."""
-    configs = {name: model.config.to_dict() for name, model in adapter.pretrained_models(module).items()}
+    configs = {}
+    for name, model in adapter.pretrained_models(module).items():
+        # As transformers' `save_pretrained` does: FSDP2 gives the model a class of its own.
+        configs[name] = {**model.config.to_dict(), "architectures": [type(model).__name__.removeprefix("FSDP")]}
     return {
         "format": FORMAT,
         "layout": {**asdict(layout), "data_world_size": layout.data_world_size},
