@@ -29,6 +29,7 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_ep import transformers_adapter as adapter
+from lightning_ep.checkpoint.files import local_path
 from lightning_ep.checkpoint.run import RunCheckpoints
 from lightning_ep.dispatch import Progress
 from lightning_ep.initialize import has_meta_tensors, materialize
@@ -289,16 +290,16 @@ class ExpertParallelStrategy(ModelParallelStrategy):
         if storage_options is not None:
             raise TypeError("storage_options has no meaning for ExpertParallelStrategy, which writes to mounted disks.")
         assert self.lightning_module is not None
-        self._run.save(self.lightning_module, checkpoint, Path(filepath))
+        self._run.save(self.lightning_module, checkpoint, local_path(filepath))
 
     @override
     def remove_checkpoint(self, filepath: str | Path) -> None:
-        self._run.remove(Path(filepath))
+        self._run.remove(local_path(filepath))
 
     @override
     def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
         assert self.lightning_module is not None
-        return self._run.open(self.lightning_module, Path(checkpoint_path), weights_only)
+        return self._run.open(self.lightning_module, local_path(checkpoint_path), weights_only)
 
     @override
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:

@@ -157,6 +157,13 @@ def test_a_directory_that_is_no_checkpoint_is_left_alone(tmp_path: Path) -> None
         files.refuse_foreign_directory(theirs)
 
 
+@pytest.mark.parametrize("address", ["s3://bucket/a.ckpt", Path("s3://bucket/a.ckpt"), "gs://bucket", "https://host/a"])
+def test_addresses_that_are_no_paths_are_refused(address: str | Path) -> None:
+    with pytest.raises(ValueError, match="mount the storage"):
+        files.local_path(address)
+    assert files.local_path("runs/step=3-loss:1.ckpt") == Path("runs/step=3-loss:1.ckpt")
+
+
 def test_leftovers_go_and_other_jobs_stay(tmp_path: Path) -> None:
     final, other = tmp_path / "a.ckpt", tmp_path / "b.ckpt"
     mine, running, stale = files.hidden(final), files.hidden(other), files.hidden(other)

@@ -8,6 +8,7 @@ import errno
 import io
 import json
 import os
+import re
 import shutil
 import time
 import uuid
@@ -175,6 +176,20 @@ def _compare(path: Path, expected: FileRecord) -> str | None:
 
 
 # ---------------------------------------------------------------------------------------------------- names
+
+
+def local_path(path: str | Path) -> Path:
+    """Returns ``path`` as one of this machine's file systems.
+
+    Raises:
+        ValueError: If it is the address of something else.
+    """
+    if re.match(r"[A-Za-z][\w+.-]+:/", str(path)):
+        raise ValueError(
+            f"{path} is no path of a file system. Checkpoints need one that all nodes have mounted: mount the storage, "
+            "or save locally and copy afterwards."
+        )
+    return Path(path)
 
 
 def hidden(final: Path) -> Path:

@@ -139,10 +139,6 @@ class Checkpoints:
                 staged.mkdir()
             return str(path), str(staged), free
 
-        if "://" in str(path):
-            raise CheckpointError(
-                f"{path} is no local path. Checkpoints need a file system that all nodes have mounted."
-            )
         final, staged, free = self.ranks.on_first(f"could not save {path}", prepare)
         needed = sum(self.ranks.together(f"could not save {path}", lambda: size))
         return _Target(Path(final), Path(staged), needed, free)
