@@ -25,8 +25,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as multiprocessing
 from torch.distributed.fsdp import MixedPrecisionPolicy
+from torch.multiprocessing.spawn import spawn
 from transformers import AutoModelForCausalLM
 from transformers.models.qwen3_moe import Qwen3MoeConfig
 
@@ -49,7 +49,7 @@ def config(layers: int, scale: int) -> Qwen3MoeConfig:
         num_hidden_layers=layers,
         num_attention_heads=32 // scale,
         num_key_value_heads=max(1, 4 // scale),
-        head_dim=128,
+        head_dim=128,  # type: ignore[call-arg]
         moe_intermediate_size=768 // scale,
         num_experts=128,
         num_experts_per_tok=8,
@@ -149,7 +149,7 @@ def load(rank: int, ranks: int, store: str, directory: Path, device_type: str, c
         growth = growth or peak_host_bytes() - before  # of the first round: the second finds memory that is free
         materialize(model, device, 0)
         assert not any(tensor.is_meta for tensor in model.state_dict().values())
-        shard_bytes = sum(p.to_local().numel() * p.element_size() for p in model.parameters())
+        shard_bytes = sum(p.to_local().numel() * p.element_size() for p in model.parameters())  # type: ignore[attr-defined]
         read_bytes = statistics.bytes_read
         del model
         gc.collect()
@@ -167,7 +167,7 @@ def measure(directory: Path, ranks: int, device_type: str, cold: bool) -> dict[s
     raw = min(read_sequentially(directory) for _ in rounds(cold, directory))
     with tempfile.TemporaryDirectory() as folder:
         arguments = (ranks, f"{folder}/store", directory, device_type, cold, f"{folder}/result")
-        multiprocessing.spawn(load, arguments, nprocs=ranks)
+        spawn(load, arguments, nprocs=ranks)
         results = [json.loads(Path(f"{folder}/result.{rank}").read_text()) for rank in range(ranks)]
     size = sum(file.stat().st_size for file in weight_files(directory))
     seconds = min(max(times) for times in zip(*(result["seconds"] for result in results), strict=True))

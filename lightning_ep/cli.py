@@ -19,7 +19,10 @@ import lightning_ep
 
 PROG = "lightning-ep"
 
-COMMANDS: dict[str, str] = {"export": "lightning_ep.checkpoint.export_checkpoint:export"}
+COMMANDS: dict[str, str] = {
+    "consolidate": "lightning_ep.checkpoint.consolidate:consolidate",
+    "export": "lightning_ep.checkpoint.export_checkpoint:export",
+}
 """Commands that run without a Trainer: the name, and ``module:function`` to call. The function's signature and
 docstring become the command's options and help; its module is imported only when the command is called."""
 

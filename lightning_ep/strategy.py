@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from collections.abc import Generator, Iterable
+from collections.abc import Generator, Iterable, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -20,13 +21,17 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor
 from torch.distributed.tensor.parallel import ParallelStyle
+from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_ep import transformers_adapter as adapter
+from lightning_ep.checkpoint.files import local_path
 from lightning_ep.checkpoint.load import stream_pretrained
+from lightning_ep.checkpoint.run import RunCheckpoints
 from lightning_ep.dispatch import Progress
 from lightning_ep.initialize import has_meta_tensors, materialize
 from lightning_ep.layout import Meshes, ParallelLayout
@@ -56,6 +61,8 @@ class ExpertParallelStrategy(ModelParallelStrategy):
         compile: Compile every decoder layer with `torch.compile`; its experts and collectives run as they are.
         save_distributed_checkpoint: Save a directory to which every rank writes its shards, or (False) one file that
             rank 0 assembles.
+        async_save: Copy what a checkpoint holds to host memory and write it behind the training, one checkpoint at a
+            time. Training waits for the copy; each rank needs host memory for its part.
         process_group_backend: ``torch.distributed`` backend. Default: NCCL on GPUs, gloo on CPUs.
         timeout: Time after which a collective that does not finish ends the job.
     """
@@ -69,6 +76,7 @@ class ExpertParallelStrategy(ModelParallelStrategy):
         experts_implementation: str = "auto",
         compile: bool = False,
         save_distributed_checkpoint: bool = True,
+        async_save: bool = False,
         process_group_backend: str | None = None,
         timeout: timedelta = _TIMEOUT,
     ) -> None:
@@ -87,6 +95,8 @@ class ExpertParallelStrategy(ModelParallelStrategy):
         self._meshes: Meshes | None = None
         self._progress = Progress()
         self._refusal: ValueError | None = None
+        self._async_save = async_save
+        self._checkpoints: RunCheckpoints | None = None
         if "pytorch_lightning" in sys.modules:
             rank_zero_warn(
                 "`pytorch_lightning` is imported beside `lightning`. Its Trainer does not know this strategy and calls "
@@ -168,6 +178,15 @@ class ExpertParallelStrategy(ModelParallelStrategy):
             self._warn_if_ep_crosses_nodes()
             if self.root_device.type == "cuda" and self._timeout is not None:
                 self._progress.watch(self.global_rank, self._timeout.total_seconds())
+            self._checkpoints = RunCheckpoints(
+                self.layout,
+                self.root_device,
+                self.num_processes,
+                self._timeout or _TIMEOUT,
+                self._save_distributed_checkpoint,
+                self._async_save,
+            )
+        self._run.begin(self.lightning_module.trainer)
         self.lightning_module._device_mesh = self._device_mesh
 
     def _warn_if_ep_crosses_nodes(self) -> None:
@@ -181,9 +200,13 @@ class ExpertParallelStrategy(ModelParallelStrategy):
 
     @override
     def on_exception(self, exception: BaseException) -> None:
+        if isinstance(exception, SIGTERMException):
+            return  # all ranks agreed to stop and have saved
         position = self._progress.describe()
         if position is not None and self.layout.world_size > 1:
             print(f"[rank {self.global_rank}] {type(exception).__name__} while {position}", file=sys.stderr, flush=True)
+        if self._checkpoints is not None:
+            self._checkpoints.fail()
         if isinstance(self.launcher, _SubprocessScriptLauncher):
             # The other ranks may wait in a collective for this one until it times out.
             self.launcher.kill(signal.SIGKILL)
@@ -244,17 +267,81 @@ class ExpertParallelStrategy(ModelParallelStrategy):
         self.setup_precision_plugin()
         if trainer.state.fn == TrainerFn.FITTING:
             _optimizers_to_device(self.optimizers, self.root_device)
+        self._run.restore(module, self.optimizers if trainer.state.fn == TrainerFn.FITTING else [])
 
     def _common_seed(self) -> int:
         seed = os.environ.get("PL_GLOBAL_SEED")
         return int(self.broadcast(seed if seed is not None else torch.initial_seed()))
+
+    # ------------------------------------------------------------------ checkpoints
+
+    @property
+    @override
+    def restore_checkpoint_after_setup(self) -> bool:
+        # `load_checkpoint` reads what is no tensor; `setup` then fills the tensors. Afterwards Lightning 2.6 would
+        # forget the user's `weights_only`.
+        return False
+
+    @property
+    def _run(self) -> RunCheckpoints:
+        if self._checkpoints is None:
+            raise RuntimeError("Checkpoints are saved, loaded and removed once the Trainer has set up its processes.")
+        return self._checkpoints
 
     @override
     def lightning_module_state_dict(self) -> dict[str, Any]:
         if self._refusal is not None:
             # A callback that saves on exceptions would hide the refusal behind an error of its own.
             raise self._refusal
-        return super().lightning_module_state_dict()
+        assert self.lightning_module is not None
+        return self._run.weights(self.lightning_module)
+
+    @override
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        assert self.lightning_module is not None
+        return self._run.optimizer_state(self.lightning_module, optimizer)
+
+    @override
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any | None = None
+    ) -> None:
+        if storage_options is not None:
+            raise TypeError("storage_options has no meaning for ExpertParallelStrategy, which writes to mounted disks.")
+        assert self.lightning_module is not None
+        self._run.save(self.lightning_module, checkpoint, local_path(filepath))
+
+    @override
+    def remove_checkpoint(self, filepath: str | Path) -> None:
+        self._run.remove(local_path(filepath))
+
+    @override
+    def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
+        assert self.lightning_module is not None
+        return self._run.open(self.lightning_module, local_path(checkpoint_path), weights_only)
+
+    @override
+    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        pass  # `setup` does it, once the model is sharded
+
+    @override
+    def batch_to_device(self, batch: Any, device: torch.device | None = None, dataloader_idx: int = 0) -> Any:
+        assert self.lightning_module is not None
+        self._run.before_batch(self.lightning_module.trainer)
+        return super().batch_to_device(batch, device, dataloader_idx)
+
+    def wait_for_checkpoints(self) -> None:
+        """Returns once every checkpoint that was saved before is on the disk; of use with ``async_save=True``.
+
+        Raises:
+            CheckpointError: On every rank, if one could not be saved.
+        """
+        self._run.wait()
+
+    @override
+    def teardown(self) -> None:
+        if self._checkpoints is not None:
+            self._checkpoints.finish()
+        super().teardown()
 
     # ------------------------------------------------------------------ data
 

@@ -13,7 +13,11 @@ from tests import distributed
 from tests.rows import RowFailures
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if "fault_injection" not in config.option.markexpr:
+        for item in items:
+            if item.get_closest_marker("fault_injection"):
+                item.add_marker(pytest.mark.skip(reason="long: run with -m fault_injection"))
     if os.environ.get("LIGHTNING_EP_TEST_DEVICE") != "cuda":
         for item in items:
             if item.get_closest_marker("gpu"):

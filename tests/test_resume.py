@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 import pytest
@@ -29,28 +30,29 @@ class _Losses(L.Callback):
             self.losses.append(trainer.callback_metrics["train/loss"].item())
 
 
-def _fit(
-    root: Path, steps: int, resume: str | None, save_at: int | None, distributed: bool, accumulate: int
-) -> list[float]:
+def _fit(root: Path, steps: int, resume: str | None, save_at: int | None, ep: int = 2, **options: Any) -> list[float]:
     L.seed_everything(3, verbose=False)
     losses = _Losses()
     checkpoint = ModelCheckpoint(root / "saved", filename="{step}", every_n_train_steps=save_at or 1000, save_top_k=-1)
+    batch_size = options.pop("batch_size", 2)
+    dropout = options.pop("dropout", 0.0)
+    accumulate = options.pop("accumulate", 1)
     trainer = quiet(
         root,
-        strategy=ExpertParallelStrategy(ep=2, save_distributed_checkpoint=distributed),
+        strategy=ExpertParallelStrategy(ep=ep, **options),
         max_steps=steps,
         accumulate_grad_batches=accumulate,
         gradient_clip_val=0.5,
         callbacks=[losses, checkpoint],
     )
     module = CausalLM(
-        tiny_config(vocab_size=260),
+        tiny_config(vocab_size=260, attention_dropout=dropout),
         pretrained=False,
         optimizer=lambda params: torch.optim.AdamW(params, lr=1e-2),
         lr_scheduler=lambda optimizer: torch.optim.lr_scheduler.LinearLR(optimizer, 0.1, 1.0, total_iters=10),
     )
     data = TextDataModule(
-        str(root / "text"), sequence_length=16, batch_size=2, vocab_size=260, validation_fraction=0.3,
+        str(root / "text"), sequence_length=16, batch_size=batch_size, vocab_size=260, validation_fraction=0.3,
         cache_dir=str(root / "cache"),
     )  # fmt: skip
     trainer.fit(module, datamodule=data, ckpt_path=resume)
@@ -58,25 +60,51 @@ def _fit(
     return losses.losses
 
 
-def _runs(root: Path, save_at: int, distributed: bool, accumulate: int) -> tuple[list[float], list[float]]:
-    whole = _fit(root, STEPS, None, save_at, distributed, accumulate)
-    rest = _fit(root, STEPS, str(root / "saved" / f"step={save_at}.ckpt"), None, distributed, accumulate)
+def _runs(root: Path, save_at: int, options: dict[str, Any]) -> tuple[list[float], list[float]]:
+    whole = _fit(root, STEPS, None, save_at, **options)
+    rest = _fit(root, STEPS, str(root / "saved" / f"step={save_at}.ckpt"), None, **options)
     return whole, rest
 
 
-@pytest.mark.parametrize(
-    ("save_at", "distributed", "accumulate"), [(2, True, 1), (5, True, 1), (2, False, 1), (2, True, 2)]
-)
-def test_losses_after_a_resume(tmp_path: Path, save_at: int, distributed: bool, accumulate: int) -> None:
-    text = tmp_path / "text"
+def _write_text(root: Path) -> None:
+    text = root / "text"
     text.mkdir()
     for index in range(4):
         (text / f"{index}.txt").write_text(
             f"the quick brown fox {index} jumps over {index * 7} lazy dogs\n" * (2 + index)
         )
-    (whole, rest), (other, _) = run_ranks(
-        2, _runs, tmp_path, save_at, distributed, accumulate, init_process_group=False
-    )
+
+
+@pytest.mark.parametrize(
+    ("save_at", "options"),
+    [
+        (2, {}),
+        (5, {"dropout": 0.2}),
+        (2, {"save_distributed_checkpoint": False, "dropout": 0.2}),
+        (2, {"accumulate": 2, "async_save": True}),
+        (3, {"save_distributed_checkpoint": False, "async_save": True}),
+    ],
+    ids=str,
+)
+def test_losses_after_a_resume(tmp_path: Path, save_at: int, options: dict[str, Any]) -> None:
+    _write_text(tmp_path)
+    (whole, rest), (other, _) = run_ranks(2, _runs, tmp_path, save_at, options, init_process_group=False)
     assert whole == other
     assert len(set(whole)) == len(whole) >= STEPS - 1
     assert rest[-(STEPS - save_at - 1) :] == whole[-(STEPS - save_at - 1) :]
+
+
+def test_losses_on_another_number_of_data_ranks(tmp_path: Path) -> None:
+    """The same global batches, cut for 1, 2 and 4 ranks, whatever was cut before the checkpoint."""
+    _write_text(tmp_path)
+    ranks, batch_size = 2, 2
+    whole = run_ranks(ranks, _fit, tmp_path, STEPS, None, 2, init_process_group=False)[0]
+    path = str(tmp_path / "saved" / "step=2.ckpt")
+    for ranks, batch_size in ((1, 4), (4, 1)):
+        rest = run_ranks(ranks, _resume_scaled, tmp_path, path, ranks, batch_size, init_process_group=False)[0]
+        assert len(rest) >= STEPS - 2 - 1
+        assert rest[-(STEPS - 3) :] == pytest.approx(whole[-(STEPS - 3) :], rel=1e-4)
+
+
+def _resume_scaled(root: Path, path: str, ep: int, batch_size: int) -> list[float]:
+    return _fit(root, STEPS, path, None, ep, batch_size=batch_size)

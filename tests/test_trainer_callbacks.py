@@ -78,7 +78,10 @@ def own_checkpoint(root: Path) -> None:
         def on_train_end(self, trainer: L.Trainer, module: Any) -> None:
             trainer.save_checkpoint(root / "mine.ckpt")
 
-    fit(root, callbacks=[Mine()])
+    trainer, _ = fit(root, callbacks=[Mine()])
+    assert (root / "mine.ckpt").is_dir()
+    with refused("is a directory with other things in it", "mine.ckpt", "instead|another"):
+        trainer.save_checkpoint(root)
     assert (root / "mine.ckpt").is_dir()
 
 

@@ -13,8 +13,9 @@ import torch.distributed as dist
 from huggingface_hub import snapshot_download
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
+from lightning_ep.checkpoint.errors import CheckpointError
 from lightning_ep.checkpoint.load import remember_source
-from lightning_ep.checkpoint.problems import CheckpointError, Problems
+from lightning_ep.checkpoint.problems import Problems
 from lightning_ep.checkpoint.safetensors_file import INDEX_NAME, SINGLE_NAME
 
 _T = TypeVar("_T")

@@ -7,11 +7,9 @@ from collections.abc import Iterable
 
 import torch.distributed as dist
 
+from lightning_ep.checkpoint.errors import CheckpointError
+
 _LISTED = 40
-
-
-class CheckpointError(Exception):
-    """A checkpoint that cannot be used; the message lists everything that is wrong with it."""
 
 
 class Problems:

@@ -14,7 +14,7 @@ from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorS
 from torch.distributed.checkpoint.state_dict_loader import load
 from typing_extensions import override
 
-from lightning_ep.checkpoint.problems import CheckpointError
+from lightning_ep.checkpoint.errors import CheckpointError
 
 METADATA_NAME = "meta.pt"
 """What Lightning calls the part of a distributed checkpoint that is not sharded."""

@@ -1,4 +1,4 @@
-"""One repair of Lightning's loop state that exact resuming needs."""
+"""Repairs of Lightning's loop state that exact resuming needs."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from dataclasses import asdict
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.loops.loop import _Loop
+
+from lightning_ep.data.loader import ResumableLoader
 
 
 def close_finished_epoch(trainer: Trainer) -> None:
@@ -40,3 +42,24 @@ def close_finished_epoch(trainer: Trainer) -> None:
     if epoch["ready"] == epoch["started"] == epoch["processed"]:
         # the loop's own setter would turn this back to True whenever max_steps is set
         _Loop.restarting.fset(fit_loop, False)  # type: ignore[attr-defined]
+
+
+def match_batches(trainer: Trainer, loader: ResumableLoader) -> None:
+    """Let a trainer count the batches of an epoch it resumes as this run cuts them.
+
+    Lightning counts batches per rank, so its count means something else on another number of data ranks or with another
+    batch size, and an epoch would end early or late. The loader's position is kept in samples of the whole job. Call it
+    where the loader is made, before Lightning gives the loader its position. It does nothing otherwise.
+
+    Args:
+        trainer: The trainer that is about to fit.
+        loader: The training loader, the only one.
+    """
+    states = trainer.fit_loop._combined_loader_states_to_load
+    epoch_loop = trainer.fit_loop.epoch_loop
+    if not epoch_loop.restarting or len(states) != 1 or "samples" not in states[0]:
+        return
+    current = epoch_loop.batch_progress.current
+    shift = states[0]["samples"] // loader.batch_sampler.global_batch_size - current.ready
+    for counter in ("ready", "started", "processed", "completed"):
+        setattr(current, counter, getattr(current, counter) + shift)

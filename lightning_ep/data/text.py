@@ -13,7 +13,7 @@ from typing_extensions import override
 
 from lightning_ep.data import corpus
 from lightning_ep.data.loader import ResumableLoader, data_ranks
-from lightning_ep.data.resume import close_finished_epoch
+from lightning_ep.data.resume import close_finished_epoch, match_batches
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -129,7 +129,10 @@ class TextDataModule(LightningDataModule):
             close_finished_epoch(trainer)
         # overfit_batches is meant to repeat the same batches
         shuffle = trainer is None or not trainer.overfit_batches  # type: ignore[attr-defined]
-        return self._loader(self.train_dataset, shuffle=shuffle, drop_last=True)
+        loader = self._loader(self.train_dataset, shuffle=shuffle, drop_last=True)
+        if trainer is not None:
+            match_batches(trainer, loader)
+        return loader
 
     @override
     def val_dataloader(self) -> ResumableLoader:

@@ -1,0 +1,191 @@
+"""Reading a checkpoint in two steps: what it says, before the model is built, and its tensors, once that is sharded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.optim import Optimizer
+
+from lightning_ep.checkpoint import files, optimizers, single_file
+from lightning_ep.checkpoint.errors import CheckpointError
+from lightning_ep.checkpoint.optimizers import clean, listed
+from lightning_ep.checkpoint.ranks import Ranks
+from lightning_ep.checkpoint.shards import read_index, read_shards
+from lightning_ep.checkpoint.state import HEADER, RANKS, check_header, deserialize, place_ranks
+from lightning_ep.layout import ParallelLayout
+
+T = TypeVar("T")
+
+
+class Resume:
+    """One checkpoint that is being loaded. Every rank must make the same calls.
+
+    Attributes:
+        metadata: What Lightning restores by itself: loops, callbacks, schedulers, hyperparameters.
+        random: Random state of this rank, if the checkpoint was saved on this layout.
+
+    Args:
+        path: The checkpoint; rank 0's counts.
+        ranks: The ranks.
+        weights_only: Lightning's argument; None means True.
+
+    Raises:
+        CheckpointError: On every rank, if there is none or any file of it is damaged.
+    """
+
+    def __init__(self, path: Path, ranks: Ranks, weights_only: bool | None) -> None:
+        self._ranks = ranks
+        self.path = Path(ranks.on_first("loading", lambda: str(files.find(path))))
+        self.is_directory = self.path.is_dir()
+        self.random: dict[str, Any] | None = None
+        if self.is_directory:
+            self._verify()
+            name = self.path / files.META
+        else:
+            ranks.on_first("loading", lambda: single_file.check_file(self.path))
+            name = self.path
+
+        def read() -> dict[str, Any]:
+            return deserialize(name, weights_only, mmap=not self.is_directory)
+
+        self.metadata = self._alone(read)
+        self._alone(lambda: check_header(self.metadata.get(HEADER), self.path))
+
+    def _alone(self, function: Callable[[], T]) -> T:
+        return self._ranks.alone(f"loading {self.path}", function)
+
+    def _verify(self) -> None:
+        """Reads every file once, each by one rank: its own where the layout is the same, so that it is cached."""
+        records = self._alone(lambda: files.read_manifest(self.path))
+        size, rank = self._ranks.size, self._ranks.rank
+        mine = {name: record for i, (name, record) in enumerate(records.items()) if _reader(name, i) % size == rank}
+        problems = [
+            p for found in self._ranks.together("loading", lambda: files.damage(self.path, mine)) for p in found
+        ]
+        if problems:
+            raise CheckpointError(f"The checkpoint is damaged: {'; '.join(problems)}. Use another checkpoint.")
+
+    # ------------------------------------------------------------------ the run
+
+    def prepare_fit(self, trainer: Trainer, layout: ParallelLayout) -> None:
+        """Checks that a training can go on from here, and gives each rank its position in the data.
+
+        Raises:
+            CheckpointError: On every rank, if it cannot.
+        """
+        saved = self.metadata.get(HEADER)
+        has_optimizers = "optimizers" in saved if self.is_directory and saved else "optimizer_states" in self.metadata
+        if not has_optimizers:
+            raise CheckpointError(
+                f"{self.path} was saved with save_weights_only=True: it has no optimizer state to go on from. To train "
+                "from its weights, load them with `trainer.validate(module, dataloaders, ckpt_path=...)` and call "
+                "`trainer.fit(module)` of the same trainer without ckpt_path instead."
+            )
+        if self.is_directory:
+            ranks = self._alone(lambda: deserialize(self.path / RANKS, weights_only=True))
+        else:
+            ranks = self.metadata.pop("ranks", None)
+        if ranks is not None:
+            rank = self._ranks.rank
+            self.random = self._alone(lambda: place_ranks(self.metadata, ranks, trainer, rank, layout))
+
+    # ------------------------------------------------------------------ tensors
+
+    def restore(self, module: LightningModule, optimizer_list: list[Optimizer]) -> None:
+        """Fills module and optimizers, whatever their layout.
+
+        Raises:
+            CheckpointError: On every rank, if names or shapes differ from the checkpoint's.
+        """
+        raw = module.state_dict()
+        target = {clean(name): value for name, value in raw.items() if isinstance(value, Tensor)}
+        with torch.no_grad():
+            if self.is_directory:
+                extra = self._read_directory(module, target, optimizer_list)
+            else:
+                extra = self._alone(lambda: self._read_file(module, target, optimizer_list))
+        # The tensors are filled in place already; modules with state of another kind, or hooks, see them here.
+        module.load_state_dict({name: extra.get(clean(name), value) for name, value in raw.items()}, strict=False)
+
+    def _read_directory(
+        self, module: LightningModule, target: dict[str, Tensor], optimizer_list: list[Optimizer]
+    ) -> dict[str, Any]:
+        header = self.metadata[HEADER]
+        index: dict[str, TensorStorageMetadata] = self._alone(lambda: read_index(self.path))
+        shapes = {n.removeprefix("state_dict."): e.size for n, e in index.items() if n.startswith("state_dict.")}
+        self._alone(lambda: _compare(target, shapes, module.strict_loading, self.path))
+        state: dict[str, Any] = {"state_dict": {name: target[name] for name in target if name in shapes}}
+        descriptions = header.get("optimizers", []) if optimizer_list else []
+
+        def allocate() -> None:
+            self._check_count(optimizer_list, descriptions)
+            for number, (optimizer, description) in enumerate(zip(optimizer_list, descriptions, strict=True)):
+                prefix = f"optimizer_{number}.state."
+                sizes = {split_key(n.removeprefix(prefix)): e for n, e in index.items() if n.startswith(prefix)}
+                tensors = optimizers.allocate(optimizer, module, description, sizes)
+                state[f"optimizer_{number}"] = {"state": tensors}
+
+        self._alone(allocate)
+        read_shards(state, self.path, self._ranks.group)
+        for number, (optimizer, description) in enumerate(zip(optimizer_list, descriptions, strict=True)):
+            optimizers.load(optimizer, module, description, state[f"optimizer_{number}"]["state"])
+        return header.get("extra_state", {})
+
+    def _read_file(
+        self, module: LightningModule, target: dict[str, Tensor], optimizer_list: list[Optimizer]
+    ) -> dict[str, Any]:
+        saved: Mapping[str, Any] = self.metadata["state_dict"]
+        tensors = {clean(name): value for name, value in saved.items() if isinstance(value, Tensor)}
+        _compare(target, {n: t.shape for n, t in tensors.items()}, module.strict_loading, self.path)
+        for name, tensor in target.items():
+            if name in tensors:
+                single_file.fill(tensor, tensors[name])
+        if optimizer_list:
+            self._check_count(optimizer_list, self.metadata["optimizer_states"])
+            for optimizer, state in zip(optimizer_list, self.metadata["optimizer_states"], strict=True):
+                single_file.load_optimizer(optimizer, state)
+        return {clean(name): value for name, value in saved.items() if not isinstance(value, Tensor)}
+
+    def _check_count(self, optimizer_list: list[Optimizer], saved: list[Any]) -> None:
+        if len(optimizer_list) != len(saved):
+            raise CheckpointError(
+                f"this run has {len(optimizer_list)} optimizers and {self.path} {len(saved)}. Return the same from "
+                "configure_optimizers."
+            )
+
+
+def _reader(name: str, number: int) -> int:
+    """The rank that reads a file for its checksum: by torch's naming the one that wrote it."""
+    parts = name.removeprefix("__").split("_")
+    return int(parts[0]) if name.startswith("__") and parts[0].isdigit() else number
+
+
+def split_key(name: str) -> tuple[str, str]:
+    """Parameter name and key of an optimizer's tensor."""
+    parameter, _, key = name.rpartition(".")
+    return parameter, key
+
+
+def _compare(target: Mapping[str, Tensor], saved: Mapping[str, torch.Size], strict: bool, path: Path) -> None:
+    missing, unexpected = target.keys() - saved.keys(), saved.keys() - target.keys()
+    shapes = [
+        f"{name} {tuple(saved[name])} instead of {tuple(target[name].shape)}"
+        for name in target.keys() & saved.keys()
+        if saved[name] != target[name].shape
+    ]
+    problems = [f"of another shape: {listed(shapes)}"] if shapes else []
+    if strict and missing:
+        problems.append(f"missing: {listed(missing)}")
+    if strict and unexpected:
+        problems.append(f"not in the module: {listed(unexpected)}")
+    if problems:
+        raise CheckpointError(
+            f"{path} does not fit the module. Weights {'; '.join(problems)}. Build the module of the run that saved "
+            "it, or set `strict_loading = False` on the LightningModule to load what fits by name."
+        )

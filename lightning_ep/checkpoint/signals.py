@@ -1,0 +1,145 @@
+"""SIGTERM and SLURM's requeue signal: a flag on one rank, an agreement of all, a checkpoint, and the end."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from datetime import timedelta
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.trainer.connectors.signal_connector import _HandlersCompose, _SignalConnector
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+from typing_extensions import override
+
+LAST = "last-sigterm.ckpt"
+"""Name of the checkpoint that SIGTERM leaves: ``fit(ckpt_path="last")`` takes the newest that begins with "last"."""
+
+_NOTHING, _TERMINATE, _REQUEUE = 0, 1, 2
+
+
+class SignalFlags(_SignalConnector):
+    """In place of Lightning's handlers, which broadcast or save inside the handler and so can meet any collective.
+
+    Attributes:
+        flag: The strongest signal that this rank got since the training began.
+    """
+
+    def __init__(self, trainer: Trainer) -> None:
+        super().__init__(trainer)
+        self.flag = _NOTHING
+
+    @override
+    def register_signal_handlers(self) -> None:
+        self.flag = _NOTHING
+        self.received_sigterm = False
+        self._original_handlers = self._get_current_signal_handlers()
+        if self.trainer.state.fn != TrainerFn.FITTING:
+            return  # nothing to save: signals do what they do without us
+        handlers: list[Any] = [self._note_sigterm]
+        if self._has_already_handler(signal.SIGTERM):
+            handlers.append(signal.getsignal(signal.SIGTERM))
+        self._register_signal(signal.SIGTERM, _HandlersCompose(handlers))
+        environment = self.trainer._accelerator_connector.cluster_environment
+        if isinstance(environment, SLURMEnvironment) and environment.auto_requeue:
+            assert environment.requeue_signal is not None
+            if not self._has_already_handler(environment.requeue_signal):
+                self._register_signal(environment.requeue_signal, self._note_requeue)
+
+    def _note_sigterm(self, signum: int, frame: FrameType | None) -> None:
+        self.flag = max(self.flag, _TERMINATE)
+
+    def _note_requeue(self, signum: int, frame: FrameType | None) -> None:
+        self.flag = _REQUEUE
+
+    def save_and_requeue(self) -> None:
+        """What Lightning does on SLURM: saves ``hpc_ckpt_N.ckpt``, from which the next start resumes, and requeues."""
+        self._slurm_sigusr_handler_fn(signal.SIGUSR1, None)  # type: ignore[arg-type]
+
+
+class AgreeOnSignals(Callback):
+    """Once per optimizer step all ranks learn whether any of them was signalled; then they save and stop together.
+
+    The exchange is a CPU all-reduce of one number that runs behind the next step, so nothing waits for it: ranks act
+    one step after the signal.
+
+    Args:
+        timeout: Of the exchange.
+        at_once: Inside this context a checkpoint is on the disk when saving returns.
+    """
+
+    def __init__(self, timeout: timedelta, at_once: Callable[[], AbstractContextManager[None]]) -> None:
+        self._at_once = at_once
+        self._flags: SignalFlags | None = None
+        self._group = dist.new_group(backend="gloo", timeout=timeout)
+        self._value = torch.zeros(1, dtype=torch.int32)
+        self._exchange: Any = None
+        self._step = 0
+
+    def watch(self, trainer: Trainer) -> None:
+        """Takes part in the fit that is about to start."""
+        if not isinstance(trainer._signal_connector, SignalFlags):
+            trainer._signal_connector = SignalFlags(trainer)
+        self._flags = trainer._signal_connector
+        # Lightning's own exchange, a broadcast and a host sync in every batch, has nothing to tell any more.
+        trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = _nothing  # type: ignore[method-assign]
+        if self not in trainer.callbacks:  # type: ignore[attr-defined]
+            trainer.callbacks.append(self)  # type: ignore[attr-defined]
+
+    @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._step = trainer.global_step
+        self._exchange = None
+
+    @override
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
+        if trainer.global_step == self._step:
+            return  # inside an accumulation window
+        self._step = trainer.global_step
+        assert self._flags is not None
+        agreed = self._finish_exchange()
+        if agreed == _NOTHING:
+            self._value = torch.tensor([self._flags.flag], dtype=torch.int32)
+            self._exchange = dist.all_reduce(self._value, dist.ReduceOp.MAX, group=self._group, async_op=True)
+            return
+        with self._at_once():
+            if agreed == _REQUEUE:
+                self._flags.save_and_requeue()
+            else:
+                self._save(trainer)
+        self._flags.received_sigterm = True
+        raise SIGTERMException
+
+    @override
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._finish_exchange()
+
+    def _finish_exchange(self) -> int:
+        if self._exchange is None:
+            return _NOTHING
+        self._exchange.wait()
+        self._exchange = None
+        return int(self._value)
+
+    def _save(self, trainer: Trainer) -> None:
+        """Saves where `ckpt_path="last"` looks; nowhere, if the user has no ModelCheckpoint."""
+        directory = next((c.dirpath for c in trainer.callbacks if isinstance(c, ModelCheckpoint)), None)  # type: ignore[attr-defined]
+        if directory is None:
+            rank_zero_info("SIGTERM: stopping without a checkpoint, since there is no ModelCheckpoint callback.")
+            return
+        path = Path(directory) / LAST
+        trainer.save_checkpoint(path)
+        rank_zero_info(f"SIGTERM: saved {path}; resume with fit(ckpt_path='last').")
+
+
+def _nothing() -> None:
+    pass
