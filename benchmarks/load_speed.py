@@ -31,9 +31,9 @@ from transformers import AutoModelForCausalLM
 from transformers.models.qwen3_moe import Qwen3MoeConfig
 
 from lightning_ep import ParallelLayout, expert_plan, from_pretrained
-from lightning_ep.checkpoint.export import plan_files, plan_groups
-from lightning_ep.checkpoint.load import stream_pretrained
-from lightning_ep.checkpoint.safetensors_file import INDEX_NAME, SafetensorsWriter
+from lightning_ep.checkpoint.hub.export import plan_files, plan_groups
+from lightning_ep.checkpoint.hub.load import stream_pretrained
+from lightning_ep.checkpoint.hub.safetensors_file import INDEX_NAME, SafetensorsWriter
 from lightning_ep.initialize import materialize
 from lightning_ep.parallelize import shard
 

@@ -2,7 +2,7 @@
 
 from lightning.pytorch.strategies import StrategyRegistry
 
-from lightning_ep.checkpoint.pretrained import from_pretrained
+from lightning_ep.checkpoint.hub.pretrained import from_pretrained
 from lightning_ep.layout import ParallelLayout
 from lightning_ep.module import CausalLM, from_config
 from lightning_ep.parallelize import parallelize

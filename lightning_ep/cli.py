@@ -20,8 +20,8 @@ import lightning_ep
 PROG = "lightning-ep"
 
 COMMANDS: dict[str, str] = {
-    "consolidate": "lightning_ep.checkpoint.consolidate:consolidate",
-    "export": "lightning_ep.checkpoint.export_checkpoint:export",
+    "consolidate": "lightning_ep.checkpoint.training.consolidate:consolidate",
+    "export": "lightning_ep.checkpoint.hub.export_checkpoint:export",
 }
 """Commands that run without a Trainer: the name, and ``module:function`` to call. The function's signature and
 docstring become the command's options and help; its module is imported only when the command is called."""

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from typing_extensions import override
 
-from lightning_ep.checkpoint.pretrained import from_pretrained
+from lightning_ep.checkpoint.hub.pretrained import from_pretrained
 from lightning_ep.loss import IGNORE, shifted, summed_loss, token_losses
 from lightning_ep.strategy import ExpertParallelStrategy
 

@@ -29,9 +29,9 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_ep import transformers_adapter as adapter
-from lightning_ep.checkpoint.files import local_path
-from lightning_ep.checkpoint.load import stream_pretrained
-from lightning_ep.checkpoint.run import RunCheckpoints
+from lightning_ep.checkpoint.hub.load import stream_pretrained
+from lightning_ep.checkpoint.training.files import local_path
+from lightning_ep.checkpoint.training.run import RunCheckpoints
 from lightning_ep.dispatch import Progress
 from lightning_ep.initialize import has_meta_tensors, materialize
 from lightning_ep.layout import Meshes, ParallelLayout

@@ -29,12 +29,12 @@ from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 from transformers.core_model_loading import WeightConverter
 
 from lightning_ep import CausalLM, expert_plan, from_pretrained, parallelize, strategy
-from lightning_ep.checkpoint import reader
 from lightning_ep.checkpoint.errors import CheckpointError
-from lightning_ep.checkpoint.export_sharded import export_sharded
-from lightning_ep.checkpoint.load import LoadStatistics, stream_pretrained
-from lightning_ep.checkpoint.safetensors_file import read_header
-from lightning_ep.checkpoint.trace import Traced
+from lightning_ep.checkpoint.hub import reader
+from lightning_ep.checkpoint.hub.export_sharded import export_sharded
+from lightning_ep.checkpoint.hub.load import LoadStatistics, stream_pretrained
+from lightning_ep.checkpoint.hub.safetensors_file import read_header
+from lightning_ep.checkpoint.hub.trace import Traced
 from lightning_ep.initialize import materialize
 from lightning_ep.parallelize import shard
 from tests.distributed import device, run_ranks

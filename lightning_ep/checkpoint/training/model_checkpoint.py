@@ -8,7 +8,7 @@ from typing import Any
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from lightning_ep.checkpoint.saver import Checkpoints
+from lightning_ep.checkpoint.training.saver import Checkpoints
 
 
 def adopt(trainer: Trainer, checkpoints: Checkpoints) -> None:

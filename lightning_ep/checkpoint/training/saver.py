@@ -16,13 +16,13 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from lightning_ep.checkpoint import files
-from lightning_ep.checkpoint.background import JobQueue
 from lightning_ep.checkpoint.errors import CheckpointError
-from lightning_ep.checkpoint.files import FileRecord
-from lightning_ep.checkpoint.ranks import Ranks
-from lightning_ep.checkpoint.shards import State, flatten, local_part, write_shards
-from lightning_ep.checkpoint.staging import HostBuffer
+from lightning_ep.checkpoint.training import files
+from lightning_ep.checkpoint.training.background import JobQueue
+from lightning_ep.checkpoint.training.files import FileRecord
+from lightning_ep.checkpoint.training.ranks import Ranks
+from lightning_ep.checkpoint.training.shards import State, flatten, local_part, write_shards
+from lightning_ep.checkpoint.training.staging import HostBuffer
 
 _MAX_THREADS = 4
 

@@ -11,11 +11,11 @@ from transformers import AutoConfig, GenerationConfig, PreTrainedModel
 
 from lightning_ep import transformers_adapter as adapter
 from lightning_ep.checkpoint.errors import CheckpointError
-from lightning_ep.checkpoint.export import Group, Part, plan_files, plan_groups, write_files
-from lightning_ep.checkpoint.hub_directory import ExportDtype, HubDirectory, meta_model
-from lightning_ep.checkpoint.pretrained import small_files
-from lightning_ep.checkpoint.problems import Problems
-from lightning_ep.checkpoint.training_checkpoint import TrainingCheckpoint
+from lightning_ep.checkpoint.hub.directory import ExportDtype, HubDirectory, meta_model
+from lightning_ep.checkpoint.hub.export import Group, Part, plan_files, plan_groups, write_files
+from lightning_ep.checkpoint.hub.pretrained import small_files
+from lightning_ep.checkpoint.hub.problems import Problems
+from lightning_ep.checkpoint.hub.training_checkpoint import TrainingCheckpoint
 
 
 def export(

@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor
 
 from lightning_ep import transformers_adapter as adapter
 from lightning_ep.checkpoint.errors import CheckpointError
-from lightning_ep.checkpoint.files import FORMAT
+from lightning_ep.checkpoint.training.files import FORMAT
 from lightning_ep.layout import ParallelLayout
 
 HEADER = "lightning_ep"

@@ -14,15 +14,15 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from lightning_ep import transformers_adapter as adapter
-from lightning_ep.checkpoint.problems import Problems
-from lightning_ep.checkpoint.safetensors_file import (
+from lightning_ep.checkpoint.hub.problems import Problems
+from lightning_ep.checkpoint.hub.safetensors_file import (
     INDEX_NAME,
     SINGLE_NAME,
     BrokenFileError,
     StoredTensor,
     read_header,
 )
-from lightning_ep.checkpoint.trace import NotTraceableError, Piece, Traced
+from lightning_ep.checkpoint.hub.trace import NotTraceableError, Piece, Traced
 
 _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 

@@ -12,12 +12,12 @@ from torch import Tensor
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.optim import Optimizer
 
-from lightning_ep.checkpoint import files, optimizers, single_file
 from lightning_ep.checkpoint.errors import CheckpointError
-from lightning_ep.checkpoint.optimizers import clean, listed
-from lightning_ep.checkpoint.ranks import Ranks
-from lightning_ep.checkpoint.shards import read_index, read_shards
-from lightning_ep.checkpoint.state import HEADER, RANKS, check_header, deserialize, place_ranks
+from lightning_ep.checkpoint.training import files, optimizers, single_file
+from lightning_ep.checkpoint.training.optimizers import clean, listed
+from lightning_ep.checkpoint.training.ranks import Ranks
+from lightning_ep.checkpoint.training.shards import read_index, read_shards
+from lightning_ep.checkpoint.training.state import HEADER, RANKS, check_header, deserialize, place_ranks
 from lightning_ep.layout import ParallelLayout
 
 T = TypeVar("T")

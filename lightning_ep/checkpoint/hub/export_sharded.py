@@ -9,10 +9,10 @@ import torch
 from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
-from lightning_ep.checkpoint.export import ShardedTensors, plan_files, plan_groups, write_files
-from lightning_ep.checkpoint.hub_directory import HubDirectory, meta_model
-from lightning_ep.checkpoint.load import source_directory
-from lightning_ep.checkpoint.problems import Problems
+from lightning_ep.checkpoint.hub.directory import HubDirectory, meta_model
+from lightning_ep.checkpoint.hub.export import ShardedTensors, plan_files, plan_groups, write_files
+from lightning_ep.checkpoint.hub.load import source_directory
+from lightning_ep.checkpoint.hub.problems import Problems
 
 
 def export_sharded(

@@ -14,9 +14,9 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from lightning_ep.checkpoint.export import OutputFile
-from lightning_ep.checkpoint.problems import Problems
-from lightning_ep.checkpoint.safetensors_file import INDEX_NAME, SINGLE_NAME
+from lightning_ep.checkpoint.hub.export import OutputFile
+from lightning_ep.checkpoint.hub.problems import Problems
+from lightning_ep.checkpoint.hub.safetensors_file import INDEX_NAME, SINGLE_NAME
 
 ExportDtype = Literal["float32", "bfloat16", "float16"]
 

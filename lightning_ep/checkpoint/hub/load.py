@@ -14,10 +14,10 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from lightning_ep import transformers_adapter as adapter
-from lightning_ep.checkpoint.matching import Match, Source
-from lightning_ep.checkpoint.reader import Read, ReadError, batches_of, read_all, reads_of
-from lightning_ep.checkpoint.region import Region, local_region
-from lightning_ep.checkpoint.trace import Piece, Traced
+from lightning_ep.checkpoint.hub.matching import Match, Source
+from lightning_ep.checkpoint.hub.reader import Read, ReadError, batches_of, read_all, reads_of
+from lightning_ep.checkpoint.hub.region import Region, local_region
+from lightning_ep.checkpoint.hub.trace import Piece, Traced
 from lightning_ep.initialize import with_storage
 
 _SOURCE = "_lightning_ep_source"

@@ -14,9 +14,9 @@ from huggingface_hub import snapshot_download
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from lightning_ep.checkpoint.errors import CheckpointError
-from lightning_ep.checkpoint.load import remember_source
-from lightning_ep.checkpoint.problems import Problems
-from lightning_ep.checkpoint.safetensors_file import INDEX_NAME, SINGLE_NAME
+from lightning_ep.checkpoint.hub.load import remember_source
+from lightning_ep.checkpoint.hub.problems import Problems
+from lightning_ep.checkpoint.hub.safetensors_file import INDEX_NAME, SINGLE_NAME
 
 _T = TypeVar("_T")
 _SMALL_FILES = ("*.json", "*.txt", "*.model", "*.jinja")

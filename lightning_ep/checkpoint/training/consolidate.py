@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 
-from lightning_ep.checkpoint import files
 from lightning_ep.checkpoint.errors import CheckpointError
-from lightning_ep.checkpoint.loader import split_key
-from lightning_ep.checkpoint.shards import read_index, read_shards
-from lightning_ep.checkpoint.state import HEADER, RANKS, deserialize
+from lightning_ep.checkpoint.training import files
+from lightning_ep.checkpoint.training.loader import split_key
+from lightning_ep.checkpoint.training.shards import read_index, read_shards
+from lightning_ep.checkpoint.training.state import HEADER, RANKS, deserialize
 
 
 def consolidate(checkpoint: str, output: str, weights_only: bool = True) -> None:

@@ -1,0 +1,1 @@
+"""Hugging Face checkpoints: streamed into shards, and exported from them."""
