@@ -152,7 +152,8 @@ class CausalLM(LightningModule):
         self.log("train/grad_norm", norm)
         if self._train_loss is not None:
             self.log("train/loss", self._train_loss, prog_bar=True)
-        self.log("lr", optimizer.param_groups[0]["lr"])
+        # A tensor, on the CPU: of a number Lightning would make one on the GPU, for which the host waits.
+        self.log("lr", torch.tensor(optimizer.param_groups[0]["lr"]))
 
     def _evaluation_step(self, batch: dict[str, Tensor]) -> None:
         loss, tokens, _ = self._summed_loss(batch)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from typing import Any
 
 import numpy as np
 import pytest
@@ -153,8 +154,38 @@ def test_grouped_mm(counts: list[int], width: int, transposed: bool) -> None:
     stored = torch.randn(shape, device=DEVICE).to(dtype)
     weight = stored.transpose(1, 2) if transposed else stored
     expected = grouped_mm.grouped_mm_twin(x.double(), weight.double(), offsets)
-    assert not ON_GPU or kernel.serves(x, weight)
+    assert not ON_GPU or kernel.serves(x, weight)  # at these sizes the tile fits
     for programs in (3, 100):
         _poison(sum(counts), width, dtype=dtype)
         found = kernel.grouped_mm(x, weight, offsets, programs=programs)
         assert relative_error(found, expected) < 4e-3
+
+
+def test_a_grouped_mm_that_does_not_compile_is_left_to_torch(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from triton.runtime.errors import OutOfResources
+
+    from lightning_ep.ops.kernels import grouped_mm as kernel
+
+    def launch(*args: Any) -> Tensor:
+        raise OutOfResources(245784, 232448, "shared memory")
+
+    monkeypatch.setattr(kernel, "_COMPILED", {})
+    monkeypatch.setattr(kernel, "grouped_mm", launch)
+    x, weight = torch.zeros(3, 64, device=DEVICE), torch.zeros(2, 64, 8, device=DEVICE)
+    assert [kernel._compiles(x, weight) for _ in range(2)] == [False, False]
+    assert len(caplog.records) == 1
+    assert "(2, 64, 8), torch's instead: out of resource: shared memory" in caplog.text
+
+
+@pytest.mark.skipif(not ON_GPU, reason="needs a GPU")
+@pytest.mark.parametrize("sizes", [(64, 128), (128, 64), (64, 64), (192, 64), (704, 2048)])
+def test_grouped_mm_of_any_sizes(sizes: tuple[int, int]) -> None:
+    """Whichever kernel takes them: a tile that does not fit must not end the run."""
+    offsets = torch.tensor([5, 5, 300], device=DEVICE, dtype=torch.int32)
+    x = torch.randn(300, sizes[0], device=DEVICE).bfloat16()
+    weight = torch.randn(3, *sizes, device=DEVICE).bfloat16()
+    for operand in (weight, weight.transpose(1, 2).contiguous().transpose(1, 2)):
+        expected = grouped_mm.grouped_mm_twin(x.double(), operand.double(), offsets)
+        assert relative_error(grouped_mm.grouped_mm(x, operand, offsets), expected) < 4e-3

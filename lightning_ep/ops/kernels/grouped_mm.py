@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 from functools import cache
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.runtime.errors import OutOfResources
 from triton.tools.tensor_descriptor import TensorDescriptor
+
+_log = logging.getLogger(__name__)
+_COMPILED: dict[tuple[object, ...], bool] = {}
 
 _ROWS, _COLS, _DEPTH = 128, 256, 64  # of a tile; one per multiprocessor fits with three stages
 
@@ -52,16 +57,35 @@ def _grouped_mm_kernel(
 
 
 def serves(x_PA: Tensor, weight_EAB: Tensor) -> bool:
-    """Whether the kernel takes these operands: bf16 on Hopper, sizes that its loads can address."""
+    """Whether the kernel takes these operands: bf16 on Hopper, sizes that its loads can address, a tile that fits."""
     _, a, b = weight_EAB.shape
     stored = weight_EAB.is_contiguous() or weight_EAB.transpose(1, 2).is_contiguous()
-    fits = a % _DEPTH == 0 and b % 8 == 0 and x_PA.is_contiguous() and stored and x_PA.shape[0] > 0
-    return fits and x_PA.dtype == weight_EAB.dtype == torch.bfloat16 and x_PA.is_cuda and _is_hopper(x_PA.device)
+    addressable = a % _DEPTH == 0 and b % 8 == 0 and x_PA.is_contiguous() and stored and x_PA.shape[0] > 0
+    bf16 = x_PA.dtype == weight_EAB.dtype == torch.bfloat16
+    return addressable and bf16 and x_PA.is_cuda and _is_hopper(x_PA.device) and _compiles(x_PA, weight_EAB)
 
 
 @cache
 def _is_hopper(device: torch.device) -> bool:
     return torch.cuda.get_device_capability(device) == (9, 0)
+
+
+def _compiles(x_PA: Tensor, weight_EAB: Tensor) -> bool:
+    """Whether Triton makes a kernel for these sizes that fits the chip: 3.6 does not for a tile of a single step."""
+    key = (*weight_EAB.shape, weight_EAB.is_contiguous(), x_PA.device)
+    if key not in _COMPILED:
+        try:
+            # No expert has a row, so that nothing is computed.
+            nothing_E = torch.zeros(weight_EAB.shape[0], dtype=torch.int32, device=x_PA.device)
+            grouped_mm(x_PA, weight_EAB, nothing_E)
+            _COMPILED[key] = True
+        except torch.OutOfMemoryError:
+            raise  # says nothing of the kernel
+        except (OutOfResources, RuntimeError) as error:
+            reason = str(error).partition("\n")[0]
+            _log.warning(f"No grouped GEMM of lightning_ep for weights {key[:3]}, torch's instead: {reason}")
+            _COMPILED[key] = False
+    return _COMPILED[key]
 
 
 @cache
