@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from lightning_ep.dispatch import AllToAllDispatcher, Dispatcher, LocalDispatcher, Progress
 from lightning_ep.moe import moe_forward
@@ -171,3 +173,25 @@ def _count_rows() -> tuple[int, int]:
 def test_a_token_travels_once_to_each_rank() -> None:
     # Experts 0..3 on rank 0: the first token goes to it once for three experts, the second to both ranks.
     assert run_ranks(2, _count_rows) == [(3, 8), (3, 4)]
+
+
+def _received_rows_are_freed() -> list[bool]:
+    progress = Progress()
+    dispatcher = AllToAllDispatcher(EXPERTS, dist.group.WORLD, "experts", progress)
+    ids = torch.tensor([[0, 5], [1, 6]], device=device())
+    plan = dispatcher.plan(ids, torch.ones(2, 2, device=device()))
+    rows = torch.ones(2, HIDDEN, device=device())
+    first, second = (dispatcher.dispatch(plan, rows, f"hop {i}") for i in range(2))
+    freed = []
+    for pending in (second, first):
+        storage = StorageWeakRef(pending.wait().untyped_storage())
+        del pending._finish
+        deadline = time.monotonic() + 5
+        while not storage.expired() and time.monotonic() < deadline:
+            time.sleep(0.01)  # gloo's own thread lets go a little later
+        freed.append(storage.expired())
+    return freed
+
+
+def test_nothing_keeps_received_rows_alive() -> None:
+    assert run_ranks(2, _received_rows_are_freed) == [[True, True]] * 2
