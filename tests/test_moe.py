@@ -163,6 +163,24 @@ def test_second_backward_is_refused(implementation: str) -> None:
         out.backward()
 
 
+class _Frozen(FusedExperts):
+    def backward_params(self, saved: Any, dtypes: Any) -> Any:
+        raise AssertionError("gradients of frozen experts")
+
+
+def test_frozen_experts_cost_no_weight_gradients() -> None:
+    experts = tiny_model(num_hidden_layers=1).model.layers[0].mlp.experts
+    ids = torch.tensor([[0, 1]] * 3)
+    inputs, found = (torch.randn(3, HIDDEN), torch.rand(3, 2)), []
+    for runner, trained in ((FusedExperts(EXPERTS), True), (_Frozen(EXPERTS), False)):
+        params = [p.detach().clone().requires_grad_(trained) for p in (experts.gate_up_proj, experts.down_proj)]
+        leaves = [t.clone().requires_grad_() for t in inputs]
+        moe_forward(LocalDispatcher(EXPERTS), runner, leaves[0], ids, leaves[1], params).square().sum().backward()
+        found.append([leaf.grad for leaf in leaves])
+        assert all((param.grad is not None) == trained for param in params)
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
 def _count_rows() -> tuple[int, int]:
     dispatcher = AllToAllDispatcher(EXPERTS, dist.group.WORLD, "experts", Progress())
     ids = torch.tensor([[0, 1, 2], [4, 5, 0]], device=device())
