@@ -25,7 +25,7 @@ class LockstepLoader:
         loader: The rank's own loader; its attributes show through.
         gather: Collects one integer per rank, in rank order.
         lengths: Batches of every rank's loader, if all are known.
-        limit: At most this many batches.
+        limit: The loop leaves the loader after this many batches.
         join: Runs a step on a batch and discards the result, or None for *stop*.
     """
 
@@ -40,9 +40,10 @@ class LockstepLoader:
         self._loader = loader
         self._gather = gather
         self._join = join
+        self._limit = limit
         self._num_steps: int | None = None
         if lengths is not None:
-            self._num_steps = int(min(max(lengths) if join is not None else min(lengths), limit))
+            self._num_steps = max(lengths) if join is not None else min(lengths)
 
     def __getattr__(self, name: str) -> Any:
         if name == "_loader":  # not yet set while unpickling
@@ -62,28 +63,30 @@ class LockstepLoader:
     def __len__(self) -> int:
         if self._num_steps is None:
             raise TypeError("the number of batches is not known on every rank")
-        return self._num_steps
+        return self._num_steps  # without the limit, of which Lightning takes its share from this
 
     def __iter__(self) -> Iterator[Any]:
         return self._iterate_counted() if self._num_steps is not None else self._iterate_agreeing()
 
     def _iterate_counted(self) -> Iterator[Any]:
         assert self._num_steps is not None
+        num_steps = int(min(self._num_steps, self._limit))
         batches = iter(self._loader)
         taken, last = 0, None
-        while taken < self._num_steps and (batch := next(batches, None)) is not None:
+        while taken < num_steps and (batch := next(batches, None)) is not None:
             last = batch
             taken += 1
             yield batch
-        if self._join is not None and taken < self._num_steps:
+        if self._join is not None and taken < num_steps:
             last = self._any_batch() if last is None else last
-            for _ in range(self._num_steps - taken):
+            for _ in range(num_steps - taken):
                 self._join(last)
 
     def _iterate_agreeing(self) -> Iterator[Any]:
         batches = iter(self._loader)
-        last = None
-        while True:
+        taken, last = 0, None
+        while taken < self._limit:
+            taken += 1
             batch = next(batches, None)
             going = self._gather(int(batch is not None))
             if not any(going):
@@ -136,7 +139,8 @@ def lockstep(
         length = -1
     lengths = gather(length)
     if min(lengths) < 0:
-        return LockstepLoader(loader, gather, None, join=join)
+        # Lightning takes no share of a length that it does not know.
+        return LockstepLoader(loader, gather, None, limit if isinstance(limit, int) else float("inf"), join)
     if len(set(lengths)) == 1:
         return loader
     steps = max(lengths) if join is not None else min(lengths)

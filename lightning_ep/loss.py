@@ -19,14 +19,6 @@ IGNORE = -100
 _METHOD = "_lightning_ep_summed_loss"
 
 
-class _Head(nn.Module):
-    """Stands in for the output head while the model runs, and hands on the hidden states."""
-
-    def forward(self, hidden_BSH: Tensor) -> Tensor:
-        self.hidden_BSH = hidden_BSH
-        return hidden_BSH
-
-
 def shifted(labels_BS: Tensor) -> Tensor:
     """The target of every position: the next label, and none for the last position."""
     return F.pad(labels_BS[:, 1:], (0, 1), value=IGNORE)
@@ -79,23 +71,28 @@ def summed_loss(model: PreTrainedModel, targets_BS: Tensor, inputs: dict[str, An
 
 def _has_plain_head(model: PreTrainedModel) -> bool:
     head = model.get_output_embeddings()
-    return type(head) is nn.Linear and head.bias is None
+    return type(head) is nn.Linear and head.bias is None and "forward" not in vars(head)
 
 
 def _fused(model: PreTrainedModel, targets_BS: Tensor, inputs: dict[str, Any]) -> tuple[Tensor, Tensor] | None:
     """One forward of the model with its head held back; None if the model does more to logits than its head does."""
-    head, stand_in = model.get_output_embeddings(), _Head()
-    model.set_output_embeddings(stand_in)
+    head, held = model.get_output_embeddings(), list[Tensor]()
+
+    def hold(hidden_BSH: Tensor) -> Tensor:
+        held.append(hidden_BSH)
+        return hidden_BSH
+
+    # On the module itself, so that the model still finds the head's weight, and hooks, where it looks for them.
+    head.forward = hold
     try:
         # Not `model(...)`: the hooks around a forward of the root run around this function already.
         output = model.forward(**inputs, use_cache=False)
     finally:
-        model.set_output_embeddings(head)
-    hidden_BSH = stand_in.hidden_BSH
-    if output.logits is not hidden_BSH:
+        del head.forward
+    if len(held) != 1 or output.logits is not held[0]:
         return None
     assert isinstance(head, nn.Linear)
-    loss = linear_cross_entropy(hidden_BSH.flatten(0, 1), head.weight, targets_BS.flatten(), IGNORE)
+    loss = linear_cross_entropy(held[0].flatten(0, 1), head.weight, targets_BS.flatten(), IGNORE)
     return loss, _auxiliary(output, loss)
 
 

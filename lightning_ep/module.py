@@ -170,6 +170,14 @@ class CausalLM(LightningModule):
         self.log(f"{stage}/perplexity", mean.exp(), sync_dist=True)
 
     @override
+    def on_validation_epoch_start(self) -> None:
+        self._evaluation = None  # what an evaluation left that did not reach its end
+
+    @override
+    def on_test_epoch_start(self) -> None:
+        self._evaluation = None
+
+    @override
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
         self._evaluation_step(batch)
 

@@ -90,7 +90,10 @@ class _MoE(torch.autograd.Function):
         # Gradients of rows travel home under the weight-gradient GEMMs.
         grad_hidden = dispatcher.combine(plan, grad_rows_NH, "dispatch, backward")
         grad_weights = dispatcher.combine_slots(plan, grad_weights_NK, "dispatch of routing weights, backward")
-        if plan.num_pairs > 0:
+        grad_params: tuple[Tensor | None, ...]
+        if not any(ctx.needs_input_grad[-len(params) :]):
+            grad_params = (None,) * len(params)  # frozen experts: a third of the GEMMs, and memory of a whole layer
+        elif plan.num_pairs > 0:
             grad_params = experts.backward_params(saved, [param.dtype for param in params])
         else:
             # No token came: the experts' gradients are zero, not missing, so that FSDP reduces on every rank.

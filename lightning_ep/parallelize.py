@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -127,6 +128,8 @@ def _shard_experts(experts: nn.Module, meshes: Meshes, mp_policy: MixedPrecision
     even = all(param.shape[1] % mesh.size() == 0 for param in experts.parameters())
     placement = Shard(1 if even else 0)
     if mesh.size() > 1:
+        # Its inputs come as the layer made them: many routers give weights in fp32, which FSDP would round.
+        mp_policy = replace(mp_policy, cast_forward_inputs=False)
         fully_shard(experts, mesh=mesh, mp_policy=mp_policy, shard_placement_fn=lambda _: placement)
         return
     # A group of one rank has nothing to gather or reduce, and FSDP's copies around that nothing cost more than the

@@ -19,10 +19,10 @@ def handle_replay(experts: nn.Module) -> None:
     if torch._C._current_graph_task_id() == -1:
         return
     rank_zero_warn(
-        "Activation checkpointing replays the experts in backward, so that every exchange of tokens between ranks is "
-        "repeated. The activation checkpointing of transformers does so with use_reentrant=True, and in families with "
-        "shared experts. Where memory allows, leave it off, with smaller batches and "
-        "Trainer(accumulate_grad_batches=...)."
+        "Activation checkpointing replays the experts in backward, so that their forward and (with ep > 1) every "
+        "exchange of tokens between ranks is repeated. The activation checkpointing of transformers does so with "
+        "use_reentrant=True, and in families with shared experts. Where memory allows, leave it off, with smaller "
+        "batches and Trainer(accumulate_grad_batches=...)."
     )
     if isinstance(experts, FSDPModule):
         Variable._execution_engine.queue_callback(experts.reshard)

@@ -144,6 +144,20 @@ def test_one_process_trains_in_a_notebook_by_name(tmp_path: Path, name: str, mon
     assert torch.isfinite(trainer.callback_metrics["train/loss"])
 
 
+class _Interrupted(L.Callback):
+    def on_validation_batch_end(self, *_: Any) -> None:
+        raise KeyError("interrupted")
+
+
+def test_an_interrupted_evaluation_leaves_nothing_for_the_next(tmp_path: Path) -> None:
+    module = CausalLM(tiny_config(), pretrained=False)
+    first, second = DataLoader(Samples(2)), DataLoader(Samples(2, first=50))
+    with pytest.raises(KeyError):
+        _trainer(tmp_path, strategy="ep", callbacks=[_Interrupted()]).validate(module, first, verbose=False)
+    losses = [_trainer(tmp_path, strategy="ep").validate(module, second, verbose=False)[0] for _ in range(2)]
+    assert losses[0] == losses[1]
+
+
 @pytest.mark.parametrize("distributed", [True, False])
 def test_every_feature_on_one_process(tmp_path: Path, distributed: bool) -> None:
     def run(**arguments: Any) -> tuple[L.Trainer, TinyModule]:

@@ -45,3 +45,9 @@ def test_a_frozen_head_has_no_gradient() -> None:
     F.cross_entropy(F.linear(expected, weight), targets, reduction="sum").backward()
     assert weight.grad is None
     assert relative_error(hidden.grad, expected.grad) < 1e-6
+
+
+@pytest.mark.parametrize("target", [-1, 10])
+def test_a_target_that_does_not_exist_is_an_error(target: int) -> None:
+    with pytest.raises(RuntimeError, match="out of bounds"):
+        linear_cross_entropy(torch.randn(2, 8), torch.randn(10, 8), torch.tensor([1, target]))

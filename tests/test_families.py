@@ -8,9 +8,13 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.fsdp import MixedPrecisionPolicy
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from lightning_ep import ParallelLayout, expert_plan, parallelize
+from lightning_ep.dispatch import LocalDispatcher
+from lightning_ep.moe import moe_forward
+from lightning_ep.ops.fused_experts import FusedExperts
 from lightning_ep.plan import ExpertParallel
 from lightning_ep.transformers_adapter import experts_modules, why_not_fused
 from tests.distributed import device, run_ranks
@@ -86,3 +90,28 @@ def _gradients(family: str, ep: int) -> list[str]:
 def test_gradients_equal_one_process(family: str, world: int, ep: int) -> None:
     for wrong in run_ranks(world, _gradients, family, ep):
         assert not wrong, "\n".join(wrong)
+
+
+def _rounding(ep: int) -> float:
+    """How far the experts' output is from that of the same bf16 experts with fp32 routing weights, on one process."""
+    world = dist.get_world_size()
+    reference = next(iter(experts_modules(_model("qwen3_moe")).values())).to(device(), torch.bfloat16)
+    model = _model("qwen3_moe")
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    parallelize(model, ParallelLayout.resolve(ep, "auto", world, world), device(), mp_policy=policy)
+    torch.manual_seed(dist.get_rank())
+    hidden = torch.randn(16, 32, device=device()).bfloat16()
+    # All but one: as bf16 it would be 1.
+    ids, weights = torch.randint(0, 8, (16, 1), device=device()), torch.full((16, 1), 1 - 2**-9, device=device())
+    with torch.no_grad():
+        found = next(iter(experts_modules(model).values()))(hidden, ids, weights)
+        expected = moe_forward(
+            LocalDispatcher(8), FusedExperts(8), hidden, ids, weights, [reference.gate_up_proj, reference.down_proj]
+        )
+    return relative_error(found, expected)
+
+
+@pytest.mark.parametrize("ep", [1, 2])
+def test_routing_weights_in_fp32_stay_so_on_every_layout(ep: int) -> None:
+    # Routers of the DeepSeek kind compute in fp32, under FSDP with bf16 too.
+    assert max(run_ranks(2, _rounding, ep)) < 1e-3

@@ -83,7 +83,7 @@ def test_swiglu(tokens: int, top_k: int, experts: int, width: int, dtype: torch.
     slots = permute.expert_order_twin(ids, experts, pairs).slot_P
     h = torch.randn(pairs, 2 * width, device=DEVICE).mul_(3).to(dtype)
     grad = torch.randn(pairs, width, device=DEVICE).to(dtype)
-    weights = torch.rand(tokens, top_k, device=DEVICE)
+    weights = torch.rand(tokens, top_k + 1, device=DEVICE)[:, :top_k]  # with gaps between its rows
     tolerance = 1e-6 if dtype == torch.float32 else 1e-4 if EXACT else 8e-3
     exact = activation.swiglu_twin(h.double(), weights.double(), slots)
     rounded = relative_error(activation.swiglu_twin(h, weights, slots), exact)
@@ -135,6 +135,15 @@ def test_cross_entropy(vocabulary: int, gradient: bool, dtype: torch.dtype) -> N
         assert relative_error(copies[0], copies[2]) <= limit
     else:
         assert torch.equal(copies[0], logits)
+
+
+@pytest.mark.parametrize("target", [-1, 50])
+def test_a_target_that_does_not_exist_shows(target: int) -> None:
+    from lightning_ep.ops.kernels import cross_entropy as kernel
+
+    logits, losses = torch.randn(3, 50, device=DEVICE), torch.zeros(3, device=DEVICE)
+    kernel.cross_entropy_(logits, torch.tensor([1, target, -100], device=DEVICE), losses, -100, True)
+    assert losses.isnan().tolist() == logits.isnan().all(1).tolist() == [False, True, False]
 
 
 @pytest.mark.skipif(

@@ -139,6 +139,39 @@ def test_predict_with_fewer_samples_than_ranks(ep: int, samples: int, tmp_path: 
     assert sorted(i for rank in ranks for i in rank) == list(range(samples))
 
 
+def _predict_limited(root: Path) -> dict[str, Any]:
+    rank = _rank()
+    found: dict[str, Any] = {}
+    cases: dict[str, tuple[float, Any, bool]] = {
+        "half of the sampler's": (0.5, loader(5, 1), True),
+        "half of own shares": (0.5, DataLoader(Samples((8, 4)[rank], first=10 * rank), batch_size=1), False),
+        "half, one rank ends before": (0.5, DataLoader(Samples((8, 1)[rank], first=10 * rank), batch_size=1), False),
+        "two of a stream": (2, DataLoader(Stream((5, 1)[rank], first=10 * rank), batch_size=1), False),
+    }
+    for case, (limit, data, sampler) in cases.items():
+        trainer = _trainer(root, 2, limit_predict_batches=limit, use_distributed_sampler=sampler)
+        found[case] = [i for batch in trainer.predict(TinyModule(), data) for i in batch.tolist()]
+    return found
+
+
+def test_predict_with_limits_where_ranks_have_unequal_shares(tmp_path: Path) -> None:
+    # The share of the rank that has most: 5 samples on 2 ranks make 3 steps.
+    assert run_ranks(2, _predict_limited, tmp_path, init_process_group=False, timeout=60) == [
+        {
+            "half of the sampler's": [0],
+            "half of own shares": [0, 1, 2, 3],
+            "half, one rank ends before": [0, 1, 2, 3],
+            "two of a stream": [0, 1],
+        },
+        {
+            "half of the sampler's": [1],
+            "half of own shares": [10, 11, 12, 13],
+            "half, one rank ends before": [10],
+            "two of a stream": [10],
+        },
+    ]
+
+
 class _Hidden:
     """A batch sampler of the user's: Lightning passes it a sampler, which it keeps to itself."""
 

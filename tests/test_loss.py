@@ -63,6 +63,28 @@ def test_a_model_that_changes_its_logits_keeps_them() -> None:
     assert torch.nonzero(losses).numel() > 0
 
 
+class _Casting(Qwen3MoeForCausalLM):
+    """As HunYuan does: the forward asks the head for its dtype."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        assert self.lm_head.weight.dtype == torch.float32
+        return super().forward(*args, **kwargs)
+
+
+def test_the_head_keeps_its_weight_and_its_hooks() -> None:
+    model = _Casting(tiny_config())
+    targets, inputs = _batch()
+    losses, _ = token_losses(model, targets, inputs)
+    loss, _ = summed_loss(model, targets, inputs)
+    assert getattr(model, module._METHOD) is not None
+    assert relative_error(loss, losses.sum()) < 1e-6
+    # A hook that changes what the head gives takes the plain path, and is not lost.
+    model.lm_head.register_forward_hook(lambda head, args, logits: logits * 3)
+    losses, _ = token_losses(model, targets, inputs)
+    assert relative_error(summed_loss(model, targets, inputs)[0], losses.sum()) < 1e-6
+    assert relative_error(loss, losses.sum()) > 1e-3
+
+
 def test_a_head_with_a_bias_keeps_its_logits() -> None:
     model = tiny_model()
     model.lm_head = torch.nn.Linear(32, 128)

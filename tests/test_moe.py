@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from lightning_ep.dispatch import AllToAllDispatcher, Dispatcher, LocalDispatcher, Progress
 from lightning_ep.moe import moe_forward
@@ -161,6 +163,24 @@ def test_second_backward_is_refused(implementation: str) -> None:
         out.backward()
 
 
+class _Frozen(FusedExperts):
+    def backward_params(self, saved: Any, dtypes: Any) -> Any:
+        raise AssertionError("gradients of frozen experts")
+
+
+def test_frozen_experts_cost_no_weight_gradients() -> None:
+    experts = tiny_model(num_hidden_layers=1).model.layers[0].mlp.experts
+    ids = torch.tensor([[0, 1]] * 3)
+    inputs, found = (torch.randn(3, HIDDEN), torch.rand(3, 2)), []
+    for runner, trained in ((FusedExperts(EXPERTS), True), (_Frozen(EXPERTS), False)):
+        params = [p.detach().clone().requires_grad_(trained) for p in (experts.gate_up_proj, experts.down_proj)]
+        leaves = [t.clone().requires_grad_() for t in inputs]
+        moe_forward(LocalDispatcher(EXPERTS), runner, leaves[0], ids, leaves[1], params).square().sum().backward()
+        found.append([leaf.grad for leaf in leaves])
+        assert all((param.grad is not None) == trained for param in params)
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
 def _count_rows() -> tuple[int, int]:
     dispatcher = AllToAllDispatcher(EXPERTS, dist.group.WORLD, "experts", Progress())
     ids = torch.tensor([[0, 1, 2], [4, 5, 0]], device=device())
@@ -171,3 +191,25 @@ def _count_rows() -> tuple[int, int]:
 def test_a_token_travels_once_to_each_rank() -> None:
     # Experts 0..3 on rank 0: the first token goes to it once for three experts, the second to both ranks.
     assert run_ranks(2, _count_rows) == [(3, 8), (3, 4)]
+
+
+def _received_rows_are_freed() -> list[bool]:
+    progress = Progress()
+    dispatcher = AllToAllDispatcher(EXPERTS, dist.group.WORLD, "experts", progress)
+    ids = torch.tensor([[0, 5], [1, 6]], device=device())
+    plan = dispatcher.plan(ids, torch.ones(2, 2, device=device()))
+    rows = torch.ones(2, HIDDEN, device=device())
+    first, second = (dispatcher.dispatch(plan, rows, f"hop {i}") for i in range(2))
+    freed = []
+    for pending in (second, first):
+        storage = StorageWeakRef(pending.wait().untyped_storage())
+        del pending._finish
+        deadline = time.monotonic() + 5
+        while not storage.expired() and time.monotonic() < deadline:
+            time.sleep(0.01)  # gloo's own thread lets go a little later
+        freed.append(storage.expired())
+    return freed
+
+
+def test_nothing_keeps_received_rows_alive() -> None:
+    assert run_ranks(2, _received_rows_are_freed) == [[True, True]] * 2

@@ -79,11 +79,12 @@ class AllToAllDispatcher(Dispatcher[AllToAllPlan]):
         work = dist.all_to_all_single(
             received, rows.contiguous(), list(out_splits), list(in_splits), group=self._group, async_op=True
         )
-        self._progress.started(self._layer, hop, work)
+        exchange = self._progress.started(self._layer, hop, work)
 
         def finish() -> Tensor:
             with self._progress.blocking(self._layer, hop):
                 work.wait()
+            exchange.waited(received.is_cuda)
             return received
 
         return Pending(finish)

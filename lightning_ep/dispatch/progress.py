@@ -10,16 +10,36 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
+import torch
 import torch.distributed as dist
 
 
 @dataclass
-class _Started:
+class Exchange:
+    """An exchange that was started; `Progress` keeps it until it is over."""
+
     layer: str
     hop: str
     step: str
-    work: dist.Work
+    work: dist.Work | torch.cuda.Event | None
     since: float = field(default_factory=time.monotonic)
+
+    def waited(self, on_gpu: bool) -> None:
+        """To be called after ``work.wait()``: lets go of the work, which keeps the received rows alive.
+
+        The host may be whole layers ahead of a GPU, whose memory is reused in the order of its stream: rows kept until
+        the GPU gets there would add up. An event tells as well when it does.
+        """
+        event = torch.cuda.Event() if on_gpu else None
+        if event is not None:
+            event.record()
+        self.work = event
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the rows have arrived."""
+        work = self.work  # once: the watching thread asks, too
+        return work is None or (work.query() if isinstance(work, torch.cuda.Event) else work.is_completed())
 
     def __str__(self) -> str:
         return f"{self.hop} of layer {self.layer}, {self.step}"
@@ -37,18 +57,20 @@ class Progress:
 
     def __init__(self) -> None:
         self.step = "before the first step"
-        self._started: deque[_Started] = deque()
+        self._started: deque[Exchange] = deque()
         self._waiting: str | None = None
         self._last: str | None = None
         self._lock = threading.Lock()
         self._watch: threading.Thread | None = None
         self._stop = threading.Event()
 
-    def started(self, layer: str, hop: str, work: dist.Work) -> None:
+    def started(self, layer: str, hop: str, work: dist.Work) -> Exchange:
         """Notes an exchange that is in flight."""
+        exchange = Exchange(layer, hop, self.step, work)
         with self._lock:
             self._drop_finished()
-            self._started.append(_Started(layer, hop, self.step, work))
+            self._started.append(exchange)
+        return exchange
 
     @contextmanager
     def blocking(self, layer: str, hop: str) -> Iterator[None]:
@@ -59,7 +81,7 @@ class Progress:
         self._waiting, self._last = None, self._waiting
 
     def _drop_finished(self) -> None:
-        while self._started and self._started[0].work.is_completed():
+        while self._started and self._started[0].is_over:
             self._last = str(self._started.popleft())
 
     def describe(self) -> str | None:
@@ -91,7 +113,7 @@ class Progress:
         limit = 0.9 * timeout_s
 
         def run() -> None:
-            reported: _Started | None = None
+            reported: Exchange | None = None
             while not self._stop.wait(min(5.0, limit / 4)):
                 with self._lock:
                     self._drop_finished()

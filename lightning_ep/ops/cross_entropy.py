@@ -23,7 +23,8 @@ def linear_cross_entropy(hidden_TH: Tensor, weight_VH: Tensor, targets_T: Tensor
     Args:
         hidden_TH: ``[T, H]``.
         weight_VH: ``[V, H]``, in the dtype of ``hidden_TH``.
-        targets_T: int64 ``[T]``, class of each token, or ``ignore_index``.
+        targets_T: int64 ``[T]``, class of each token, or ``ignore_index``. Any other number raises RuntimeError on a
+            CPU and makes the loss and the gradients NaN on a GPU.
         ignore_index: Tokens with this target add nothing.
 
     Returns:

@@ -65,6 +65,7 @@ def swiglu(h_PF: Tensor, weights_NK: Tensor, slot_P: Tensor) -> Tensor:
     """See `lightning_ep.ops.activation.swiglu`."""
     num_pairs, width = h_PF.shape[0], h_PF.shape[1] // 2
     out_PI = h_PF.new_empty(num_pairs, width)
+    weights_NK = weights_NK.contiguous()  # slots number them row by row
     rows, block = _tile(width)
     grid = (triton.cdiv(num_pairs, rows), triton.cdiv(width, block))
     _swiglu_kernel[grid](h_PF, weights_NK, slot_P, out_PI, num_pairs, width, rows, block)
@@ -74,6 +75,7 @@ def swiglu(h_PF: Tensor, weights_NK: Tensor, slot_P: Tensor) -> Tensor:
 def swiglu_backward(grad_PI: Tensor, h_PF: Tensor, weights_NK: Tensor, slot_P: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """See `lightning_ep.ops.activation.swiglu_backward`."""
     num_pairs, width = grad_PI.shape
+    weights_NK = weights_NK.contiguous()
     grad_h_PF, out_PI = torch.empty_like(h_PF), torch.empty_like(grad_PI)
     grad_weights_NK = torch.zeros_like(weights_NK)
     rows, block = _tile(width)

@@ -29,13 +29,16 @@ def _cross_entropy_kernel(
         before = largest
         largest = tl.maximum(before, tl.max(x, axis=0))
         total = total * tl.exp(before - largest) + tl.sum(tl.exp(x - largest), axis=0)
-    chosen = tl.load(logits + target).to(tl.float32)
+    # Nothing can be raised here, and another row's memory must not pass for a logit.
+    exists = (target >= 0) & (target < V)
+    chosen = tl.load(logits + target, mask=exists, other=float("nan")).to(tl.float32)
     tl.store(losses + row, tl.log(total) + largest - chosen)
     if GRADIENT:
         for start in range(0, V, BLOCK):
             mask = start + cols < V
             x = tl.load(logits + start + cols, mask=mask).to(tl.float32)
             gradient = tl.exp(x - largest) / total - tl.where(start + cols == target, 1.0, 0.0)
+            gradient = tl.where(exists, gradient, float("nan"))
             tl.store(logits + start + cols, gradient.to(logits.dtype.element_ty), mask=mask)
 
 
