@@ -256,6 +256,7 @@ class ExpertParallelStrategy(ModelParallelStrategy):
         self._shard_model()
         if not is_parallelized(module):
             expert_plan(module)  # raises: there is no transformers model
+        self._run.allocate(module)
         if has_meta_tensors(module):
             stream_pretrained(module, self.root_device)
             materialize(module, self.root_device, self._common_seed())

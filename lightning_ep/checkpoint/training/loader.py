@@ -9,15 +9,16 @@ from typing import Any, TypeVar
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.optim import Optimizer
 
 from lightning_ep.checkpoint.errors import CheckpointError
+from lightning_ep.checkpoint.region import local_tensor
 from lightning_ep.checkpoint.training import files, optimizers, single_file
 from lightning_ep.checkpoint.training.optimizers import clean, listed
 from lightning_ep.checkpoint.training.ranks import Ranks
-from lightning_ep.checkpoint.training.shards import read_index, read_shards
+from lightning_ep.checkpoint.training.shards import SafeReader, read_shards
 from lightning_ep.checkpoint.training.state import HEADER, RANKS, check_header, deserialize, place_ranks
+from lightning_ep.initialize import assign
 from lightning_ep.layout import ParallelLayout
 
 T = TypeVar("T")
@@ -46,6 +47,7 @@ class Resume:
         self.random: dict[str, Any] | None = None
         if self.is_directory:
             self._verify()
+            self._reader = SafeReader(self.path)
             name = self.path / files.META
         else:
             ranks.on_first("loading", lambda: single_file.check_file(self.path))
@@ -97,11 +99,36 @@ class Resume:
 
     # ------------------------------------------------------------------ tensors
 
-    def restore(self, module: LightningModule, optimizer_list: list[Optimizer]) -> None:
-        """Fills module and optimizers, whatever their layout.
+    def allocate(self, module: LightningModule, device: torch.device) -> None:
+        """Allocates what is on meta and will be filled by `restore`, so that nobody reads or draws it before.
 
         Raises:
             CheckpointError: On every rank, if names or shapes differ from the checkpoint's.
+        """
+        state = module.state_dict(keep_vars=True)
+        target = {clean(name): value for name, value in state.items() if isinstance(value, Tensor)}
+
+        def compare() -> set[str]:
+            shapes = self._saved_shapes()
+            check_fit(target, shapes, module.strict_loading, self.path)
+            return target.keys() & shapes.keys()
+
+        filled = [target[name] for name in self._alone(compare)]
+        assign(module, {id(t): torch.empty_like(local_tensor(t), device=device) for t in filled if t.is_meta})
+
+    def _saved_shapes(self) -> dict[str, torch.Size]:
+        if self.is_directory:
+            prefix = "state_dict."
+            index = self._reader.index()
+            return {n.removeprefix(prefix): entry.size for n, entry in index.items() if n.startswith(prefix)}
+        saved = self.metadata["state_dict"]
+        return {clean(name): value.shape for name, value in saved.items() if isinstance(value, Tensor)}
+
+    def restore(self, module: LightningModule, optimizer_list: list[Optimizer]) -> None:
+        """Fills module and optimizers, whatever their layout, after `allocate`.
+
+        Raises:
+            CheckpointError: On every rank, if the optimizers differ from the checkpoint's.
         """
         raw = module.state_dict()
         target = {clean(name): value for name, value in raw.items() if isinstance(value, Tensor)}
@@ -117,9 +144,7 @@ class Resume:
         self, module: LightningModule, target: dict[str, Tensor], optimizer_list: list[Optimizer]
     ) -> dict[str, Any]:
         header = self.metadata[HEADER]
-        index: dict[str, TensorStorageMetadata] = self._alone(lambda: read_index(self.path))
-        shapes = {n.removeprefix("state_dict."): e.size for n, e in index.items() if n.startswith("state_dict.")}
-        self._alone(lambda: _compare(target, shapes, module.strict_loading, self.path))
+        index, shapes = self._reader.index(), self._saved_shapes()
         state: dict[str, Any] = {"state_dict": {name: target[name] for name in target if name in shapes}}
         descriptions = header.get("optimizers", []) if optimizer_list else []
 
@@ -132,7 +157,7 @@ class Resume:
                 state[f"optimizer_{number}"] = {"state": tensors}
 
         self._alone(allocate)
-        read_shards(state, self.path, self._ranks.group)
+        read_shards(state, self._reader, self._ranks.group)
         for number, (optimizer, description) in enumerate(zip(optimizer_list, descriptions, strict=True)):
             optimizers.load(optimizer, module, description, state[f"optimizer_{number}"]["state"])
         return header.get("extra_state", {})
@@ -142,7 +167,6 @@ class Resume:
     ) -> dict[str, Any]:
         saved: Mapping[str, Any] = self.metadata["state_dict"]
         tensors = {clean(name): value for name, value in saved.items() if isinstance(value, Tensor)}
-        _compare(target, {n: t.shape for n, t in tensors.items()}, module.strict_loading, self.path)
         for name, tensor in target.items():
             if name in tensors:
                 single_file.fill(tensor, tensors[name])
@@ -172,7 +196,8 @@ def split_key(name: str) -> tuple[str, str]:
     return parameter, key
 
 
-def _compare(target: Mapping[str, Tensor], saved: Mapping[str, torch.Size], strict: bool, path: Path) -> None:
+def check_fit(target: Mapping[str, Tensor], saved: Mapping[str, torch.Size], strict: bool, path: Path) -> None:
+    """Raises CheckpointError, listing all, if saved weights have other shapes or, if ``strict``, other names."""
     missing, unexpected = target.keys() - saved.keys(), saved.keys() - target.keys()
     shapes = [
         f"{name} {tuple(saved[name])} instead of {tuple(target[name].shape)}"
