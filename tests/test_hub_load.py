@@ -28,7 +28,7 @@ from transformers import (
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 from transformers.core_model_loading import WeightConverter
 
-from lightning_ep import CausalLM, expert_plan, from_pretrained, parallelize, strategy
+from lightning_ep import CausalLM, advice, expert_plan, from_pretrained, parallelize
 from lightning_ep.checkpoint.errors import CheckpointError
 from lightning_ep.checkpoint.hub import reader
 from lightning_ep.checkpoint.hub.export_sharded import export_sharded
@@ -164,7 +164,7 @@ def _fit(root: Path, checkpoint: str) -> tuple[list[str], dict[str, Tensor]]:
 
 
 def _in_memory(root: Path) -> list[str]:
-    strategy._LARGE_MODEL_BYTES = 1
+    advice._LARGE_MODEL_BYTES = 1
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         quiet(root, max_steps=1).fit(TinyModule(), loader())
