@@ -10,7 +10,7 @@ import torch
 from lightning_ep.checkpoint.errors import CheckpointError
 from lightning_ep.checkpoint.training import files
 from lightning_ep.checkpoint.training.loader import split_key
-from lightning_ep.checkpoint.training.shards import SafeReader, read_shards
+from lightning_ep.checkpoint.training.shards import WEIGHTS, SafeReader, read_shards
 from lightning_ep.checkpoint.training.state import HEADER, RANKS, deserialize
 from lightning_ep.checkpoint.training.weights import open_verified
 
@@ -36,7 +36,7 @@ def consolidate(checkpoint: str, output: str, weights_only: bool = True) -> None
     reader = SafeReader(directory)
     flat = {name: torch.empty(entry.size, dtype=entry.properties.dtype) for name, entry in reader.index().items()}
     read_shards(flat, reader, no_dist=True)
-    weights = {n.removeprefix("state_dict."): value for n, value in flat.items() if n.startswith("state_dict.")}
+    weights = {n.removeprefix(WEIGHTS): value for n, value in flat.items() if n.startswith(WEIGHTS)}
     content["state_dict"] = {**weights, **head.pop("extra_state")}
     if "optimizers" in head:
         descriptions = head.pop("optimizers")

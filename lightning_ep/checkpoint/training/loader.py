@@ -16,7 +16,7 @@ from lightning_ep.checkpoint.region import local_tensor
 from lightning_ep.checkpoint.training import files, optimizers, single_file
 from lightning_ep.checkpoint.training.optimizers import clean, listed
 from lightning_ep.checkpoint.training.ranks import Ranks
-from lightning_ep.checkpoint.training.shards import SafeReader, read_shards
+from lightning_ep.checkpoint.training.shards import SafeReader, Saved, read_shards
 from lightning_ep.checkpoint.training.state import HEADER, RANKS, check_header, deserialize, place_ranks
 from lightning_ep.initialize import assign
 from lightning_ep.layout import ParallelLayout
@@ -109,20 +109,18 @@ class Resume:
         target = {clean(name): value for name, value in state.items() if isinstance(value, Tensor)}
 
         def compare() -> set[str]:
-            shapes = self._saved_shapes()
-            check_fit(target, shapes, module.strict_loading, self.path)
-            return target.keys() & shapes.keys()
+            saved = self._saved()
+            check_fit(target, saved, module.strict_loading, self.path)
+            return target.keys() & saved.keys()
 
         filled = [target[name] for name in self._alone(compare)]
         assign(module, {id(t): torch.empty_like(local_tensor(t), device=device) for t in filled if t.is_meta})
 
-    def _saved_shapes(self) -> dict[str, torch.Size]:
+    def _saved(self) -> dict[str, Saved]:
         if self.is_directory:
-            prefix = "state_dict."
-            index = self._reader.index()
-            return {n.removeprefix(prefix): entry.size for n, entry in index.items() if n.startswith(prefix)}
+            return self._reader.weights()
         saved = self.metadata["state_dict"]
-        return {clean(name): value.shape for name, value in saved.items() if isinstance(value, Tensor)}
+        return {clean(n): (value.shape, value.dtype) for n, value in saved.items() if isinstance(value, Tensor)}
 
     def restore(self, module: LightningModule, optimizer_list: list[Optimizer]) -> None:
         """Fills module and optimizers, whatever their layout, after `allocate`.
@@ -144,8 +142,8 @@ class Resume:
         self, module: LightningModule, target: dict[str, Tensor], optimizer_list: list[Optimizer]
     ) -> dict[str, Any]:
         header = self.metadata[HEADER]
-        index, shapes = self._reader.index(), self._saved_shapes()
-        state: dict[str, Any] = {"state_dict": {name: target[name] for name in target if name in shapes}}
+        index, saved = self._reader.index(), self._saved()
+        state: dict[str, Any] = {"state_dict": {name: target[name] for name in target if name in saved}}
         descriptions = header.get("optimizers", []) if optimizer_list else []
 
         def allocate() -> None:
@@ -196,19 +194,29 @@ def split_key(name: str) -> tuple[str, str]:
     return parameter, key
 
 
-def check_fit(target: Mapping[str, Tensor], saved: Mapping[str, torch.Size], strict: bool, path: Path) -> None:
-    """Raises CheckpointError, listing all, if saved weights have other shapes or, if ``strict``, other names."""
+def check_fit(target: Mapping[str, Tensor], saved: Mapping[str, Saved], strict: bool, path: Path) -> None:
+    """Raises CheckpointError, listing all, if saved weights have other shapes or, if ``strict``, other names.
+
+    Floating-point weights are cast to the dtype that this run's precision gives them; other dtypes must be equal.
+    """
     missing, unexpected = target.keys() - saved.keys(), saved.keys() - target.keys()
-    shapes = [
-        f"{name} {tuple(saved[name])} instead of {tuple(target[name].shape)}"
-        for name in target.keys() & saved.keys()
-        if saved[name] != target[name].shape
+    shapes, dtypes = [], []
+    for name in target.keys() & saved.keys():
+        tensor, (shape, dtype) = target[name], saved[name]
+        if shape != tensor.shape:
+            shapes.append(f"{name} {tuple(shape)} instead of {tuple(tensor.shape)}")
+        if dtype != tensor.dtype and not (dtype.is_floating_point and tensor.is_floating_point()):
+            dtypes.append(f"{name} {dtype} instead of {tensor.dtype}")
+    problems = [
+        f"{what}: {listed(names)}"
+        for what, names in (
+            ("of another shape", shapes),
+            ("of another dtype", dtypes),
+            ("missing", missing if strict else ()),
+            ("not in the module", unexpected if strict else ()),
+        )
+        if names
     ]
-    problems = [f"of another shape: {listed(shapes)}"] if shapes else []
-    if strict and missing:
-        problems.append(f"missing: {listed(missing)}")
-    if strict and unexpected:
-        problems.append(f"not in the module: {listed(unexpected)}")
     if problems:
         raise CheckpointError(
             f"{path} does not fit the module. Weights {'; '.join(problems)}. Build the module of the run that saved "

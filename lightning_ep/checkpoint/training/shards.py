@@ -36,7 +36,13 @@ from lightning_ep.checkpoint.training.ranks import join
 State = dict[str, Any]
 """Nested dicts whose leaves are tensors; keys of a leaf are joined by dots in the files."""
 
+Saved = tuple[torch.Size, torch.dtype]
+"""Shape and dtype of a saved tensor."""
+
 INDEX = ".metadata"
+WEIGHTS = "state_dict."
+"""What the names of the module's tensors in the files begin with."""
+
 _SAFE = {
     "torch.distributed.checkpoint.metadata": (
         *("BytesStorageMetadata", "ChunkStorageMetadata", "Metadata", "MetadataIndex", "StorageMeta"),
@@ -190,6 +196,11 @@ class SafeReader(FileSystemReader):
         """Sizes and dtypes of the tensors in the files, by flat name."""
         entries = self.read_metadata().state_dict_metadata
         return {name: entry for name, entry in entries.items() if isinstance(entry, TensorStorageMetadata)}
+
+    def weights(self) -> dict[str, Saved]:
+        """What is saved of the module, by name there."""
+        weights = {n.removeprefix(WEIGHTS): entry for n, entry in self.index().items() if n.startswith(WEIGHTS)}
+        return {name: (entry.size, entry.properties.dtype) for name, entry in weights.items()}
 
 
 class _SafeUnpickler(pickle.Unpickler):

@@ -12,11 +12,9 @@ from torch import Tensor
 from lightning_ep.checkpoint.errors import CheckpointError
 from lightning_ep.checkpoint.training import files, single_file
 from lightning_ep.checkpoint.training.loader import check_fit
-from lightning_ep.checkpoint.training.shards import SafeReader, read_shards
+from lightning_ep.checkpoint.training.shards import WEIGHTS, SafeReader, Saved, read_shards
 from lightning_ep.checkpoint.training.state import HEADER, check_header, deserialize
 from lightning_ep.initialize import assign
-
-_PREFIX = "state_dict."
 
 
 def open_verified(path: Path) -> Path:
@@ -54,7 +52,7 @@ class SavedWeights:
         CheckpointError: If there is none, if it is damaged, or if it is a file with other objects.
     """
 
-    tensors: dict[str, tuple[torch.Size, torch.dtype]]
+    tensors: dict[str, Saved]
     configs: dict[str, dict[str, Any]]
 
     def __init__(self, path: Path, weights_only: bool = True) -> None:
@@ -73,7 +71,7 @@ class SavedWeights:
         shape, dtype = self.tensors[name]
         tensor = torch.empty(shape, dtype=dtype)
         assert self._reader is not None
-        read_shards({f"{_PREFIX}{name}": tensor}, self._reader, no_dist=True)
+        read_shards({f"{WEIGHTS}{name}": tensor}, self._reader, no_dist=True)
         return tensor
 
     def fill(self, module: LightningModule, strict: bool = True) -> None:
@@ -83,16 +81,12 @@ class SavedWeights:
             CheckpointError: If names (unless not ``strict``) or shapes differ.
         """
         target = module.state_dict(keep_vars=True)
-        check_fit(target, {name: shape for name, (shape, _) in self.tensors.items()}, strict, self._path)
+        check_fit(target, self.tensors, strict, self._path)
         assign(module, {id(target[name]): self.read(name) for name in target if name in self.tensors})
 
     def _open_directory(self, weights_only: bool) -> None:
         self._reader = SafeReader(self._path)
-        self.tensors = {
-            name.removeprefix(_PREFIX): (entry.size, entry.properties.dtype)
-            for name, entry in self._reader.index().items()
-            if name.startswith(_PREFIX)
-        }
+        self.tensors = self._reader.weights()
         try:
             content = deserialize(self._path / files.META, weights_only)
         except CheckpointError:
