@@ -30,8 +30,8 @@ from torch.futures import Future
 from typing_extensions import override
 
 from lightning_ep.checkpoint.errors import CheckpointError
+from lightning_ep.checkpoint.ranks import join
 from lightning_ep.checkpoint.training.files import ChecksumFile, FileRecord, checksum
-from lightning_ep.checkpoint.training.ranks import join
 
 State = dict[str, Any]
 """Nested dicts whose leaves are tensors; keys of a leaf are joined by dots in the files."""
