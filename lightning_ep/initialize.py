@@ -168,3 +168,18 @@ def with_storage(param: nn.Parameter, shard: Tensor) -> nn.Parameter:
             stride=param.stride(),
         )
     return nn.Parameter(data, requires_grad=param.requires_grad)
+
+
+def assign(module: nn.Module, shards: dict[int, Tensor]) -> None:
+    """Puts shards into the places of the parameters and buffers on meta with these ids."""
+    done: dict[int, nn.Parameter] = {}
+    for child in module.modules():
+        for name, param in list(child._parameters.items()):
+            if param is None or id(param) not in shards:
+                continue
+            if id(param) not in done:
+                done[id(param)] = with_storage(param, shards[id(param)])
+            child._parameters[name] = done[id(param)]  # one object for tied parameters
+        for name, buffer in list(child._buffers.items()):
+            if buffer is not None and id(buffer) in shards:
+                child._buffers[name] = shards[id(buffer)]

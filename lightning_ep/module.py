@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from pathlib import Path
+from typing import Any, Self
 
 import torch
 import torch.distributed as dist
@@ -14,7 +15,11 @@ from torch.optim import Optimizer
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from typing_extensions import override
 
+from lightning_ep.checkpoint.errors import CheckpointError
+from lightning_ep.checkpoint.hub.directory import meta_model
 from lightning_ep.checkpoint.hub.pretrained import from_pretrained
+from lightning_ep.checkpoint.training.weights import SavedWeights
+from lightning_ep.initialize import materialize
 from lightning_ep.loss import IGNORE, shifted, summed_loss, token_losses
 from lightning_ep.strategy import ExpertParallelStrategy
 
@@ -83,12 +88,47 @@ class CausalLM(LightningModule):
             assert isinstance(self._source, str)
             self.model = from_pretrained(self._source)
             return
-        config = self._source
-        if isinstance(config, str):
-            config = AutoConfig.from_pretrained(config)
-        elif isinstance(config, dict):
-            config = AutoConfig.for_model(**config)
-        self.model = from_config(config)
+        self.model = from_config(_config(self._source))
+
+    @classmethod
+    @override
+    def load_from_checkpoint(
+        cls,
+        checkpoint_path: Any,
+        map_location: Any = None,
+        hparams_file: Any = None,
+        strict: bool | None = None,
+        weights_only: bool | None = None,
+        **kwargs: Any,
+    ) -> Self:
+        """The module with its whole model in memory, in this process alone, for use without a Trainer.
+
+        To go on in a Trainer, pass ``ckpt_path`` to its methods instead, which loads shards only.
+
+        Args:
+            checkpoint_path: A directory or a file that ExpertParallelStrategy has saved.
+            map_location: The device that the model goes to. Default: the CPU.
+            hparams_file: Not supported: arguments of CausalLM are no hyperparameters of Lightning.
+            strict: Refuse a checkpoint with other weights than the model's. Default: yes.
+            weights_only: Build no objects from the checkpoint but tensors and plain values. Default: yes.
+            **kwargs: Arguments of CausalLM. ``model`` is what the checkpoint says unless given.
+
+        Raises:
+            CheckpointError: If the checkpoint is damaged, does not say what model it is of, or does not fit it.
+        """
+        if hparams_file is not None:
+            raise ValueError("CausalLM has no hyperparameters file: pass its arguments to load_from_checkpoint.")
+        saved = SavedWeights(Path(checkpoint_path), weights_only is not False)
+        source = kwargs.pop("model", None) or saved.configs.get("model")
+        if source is None:
+            raise CheckpointError(
+                f"{checkpoint_path} does not contain the config of its model: pass `model=` (hub id, path or config)."
+            )
+        module = cls(**{"pretrained": False, **kwargs, "model": source})
+        module.model = meta_model(_config(source))
+        saved.fill(module, strict is not False)
+        materialize(module, torch.device("cpu"), seed=0)  # buffers that are not saved
+        return module.to(map_location) if map_location is not None else module
 
     @override
     def forward(self, **inputs: Any) -> Any:
@@ -207,6 +247,12 @@ class CausalLM(LightningModule):
             return optimizer
         scheduler = self._lr_scheduler(optimizer)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+
+def _config(source: str | dict[str, Any] | PreTrainedConfig) -> PreTrainedConfig:
+    if isinstance(source, str):
+        return AutoConfig.from_pretrained(source)
+    return AutoConfig.for_model(**source) if isinstance(source, dict) else source
 
 
 def _summed_over_ranks(sums: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from lightning.fabric.plugins import ClusterEnvironment
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.optim import Optimizer
@@ -25,6 +26,17 @@ _CALLBACKS = {
     "OnExceptionCheckpoint": "every rank takes part in saving, and after an exception one is missing. Use "
     "ModelCheckpoint(every_n_train_steps=...) instead.",
 }
+
+
+def refuse_other_processes(environment: ClusterEnvironment, per_node: int, num_nodes: int) -> None:
+    """Raises ValueError unless a launcher has started as many processes as the Trainer was told."""
+    expected, found = num_nodes * per_node, environment.world_size()
+    if expected != found:
+        raise ValueError(
+            f"Trainer(devices={per_node}, num_nodes={num_nodes}) makes {expected} processes, but "
+            f"{type(environment).__name__} started {found}. Set devices to the processes per node and num_nodes to the "
+            "nodes that the launcher (torchrun, srun) was given."
+        )
 
 
 def refuse_unsupported(trainer: Trainer, layer_sync: object | None) -> None:

@@ -29,6 +29,7 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_ep import transformers_adapter as adapter
+from lightning_ep.advice import warn_if_ep_crosses_nodes, warn_if_large_in_memory
 from lightning_ep.checkpoint.hub.load import stream_pretrained
 from lightning_ep.checkpoint.training.files import local_path
 from lightning_ep.checkpoint.training.run import RunCheckpoints
@@ -39,9 +40,8 @@ from lightning_ep.lockstep import lockstep, share_samples
 from lightning_ep.parallelize import is_parallelized, set_gradient_sync, shard
 from lightning_ep.plan import DispatcherName, expert_plan
 from lightning_ep.precision import ShardedPrecision, clip_grad_norm_
-from lightning_ep.refusals import refuse_optimizers, refuse_unsupported
+from lightning_ep.refusals import refuse_optimizers, refuse_other_processes, refuse_unsupported
 
-_LARGE_MODEL_BYTES = 2**30
 _TIMEOUT = timedelta(minutes=30)  # Lightning's default
 
 
@@ -148,13 +148,8 @@ class ExpertParallelStrategy(ModelParallelStrategy):
     def _configure_launcher(self) -> None:
         # The earliest place that knows the number of processes: before any of them is launched.
         assert self.cluster_environment is not None
-        expected, found = self.num_nodes * self.num_processes, self.cluster_environment.world_size()
-        if expected != found:
-            raise ValueError(
-                f"Trainer(devices={self.num_processes}, num_nodes={self.num_nodes}) makes {expected} processes, but "
-                f"{type(self.cluster_environment).__name__} started {found}. Set devices to the processes per node and "
-                "num_nodes to the nodes that the launcher (torchrun, srun) was given."
-            )
+        expected = self.num_nodes * self.num_processes
+        refuse_other_processes(self.cluster_environment, self.num_processes, self.num_nodes)
         self._layout = ParallelLayout.resolve(self._ep, self._fsdp, expected, self.num_processes)
         if expected > 1:
             # A single process needs no launcher, so that notebooks can use the strategy.
@@ -175,7 +170,7 @@ class ExpertParallelStrategy(ModelParallelStrategy):
             self._setup_distributed()
             self._meshes = self.layout.build_meshes(self.root_device.type)
             self._device_mesh = self._meshes.expert
-            self._warn_if_ep_crosses_nodes()
+            warn_if_ep_crosses_nodes(self.layout, self.num_processes)
             if self.root_device.type == "cuda" and self._timeout is not None:
                 self._progress.watch(self.global_rank, self._timeout.total_seconds())
             self._checkpoints = RunCheckpoints(
@@ -188,15 +183,6 @@ class ExpertParallelStrategy(ModelParallelStrategy):
             )
         self._run.begin(self.lightning_module.trainer)
         self.lightning_module._device_mesh = self._device_mesh
-
-    def _warn_if_ep_crosses_nodes(self) -> None:
-        crossing = [g for g in self.layout.expert_groups() if len({r // self.num_processes for r in g}) > 1]
-        if crossing:
-            rank_zero_warn(
-                f"EP groups such as ranks {crossing[0]} cross nodes of {self.num_processes} processes: every MoE layer "
-                "sends its tokens over the network, 4 times per step (hidden_size * 2 bytes in bf16 per token and rank "
-                f"that serves it). ep='auto' (here {self.num_processes}) keeps them inside a node."
-            )
 
     @override
     def on_exception(self, exception: BaseException) -> None:
@@ -225,7 +211,7 @@ class ExpertParallelStrategy(ModelParallelStrategy):
         assert self._meshes is not None
         if is_parallelized(module) or not adapter.pretrained_models(module):
             return  # a second run; or the model comes later, at the latest in `setup`
-        self._warn_if_large_in_memory(module)
+        warn_if_large_in_memory(module, self.layout, self.num_processes)
         self.precision_plugin.convert_module(module)
         plan = self._plan or expert_plan(module, self._dispatcher, self._experts_implementation, self._progress)
         policy = self._sharded_precision.mp_policy
@@ -237,16 +223,6 @@ class ExpertParallelStrategy(ModelParallelStrategy):
         assert isinstance(plugin, ShardedPrecision)
         return plugin
 
-    def _warn_if_large_in_memory(self, module: torch.nn.Module) -> None:
-        size = sum(p.numel() * p.element_size() for p in module.parameters() if not p.is_meta)
-        if size > _LARGE_MODEL_BYTES and self.layout.world_size > 1:
-            rank_zero_warn(
-                f"The model was built in memory: {size / 2**30:.1f} GiB on each of {self.num_processes} ranks of a "
-                f"node, {size * self.num_processes / 2**30:.1f} GiB in all, before it is sharded. "
-                "`lightning_ep.from_pretrained(path)` reads every rank's shards only; to train from scratch, "
-                "`lightning_ep.from_config(config)` allocates shards only."
-            )
-
     @override
     def setup(self, trainer: Trainer) -> None:
         module = self.lightning_module
@@ -256,6 +232,7 @@ class ExpertParallelStrategy(ModelParallelStrategy):
         self._shard_model()
         if not is_parallelized(module):
             expert_plan(module)  # raises: there is no transformers model
+        self._run.allocate(module)
         if has_meta_tensors(module):
             stream_pretrained(module, self.root_device)
             materialize(module, self.root_device, self._common_seed())

@@ -12,9 +12,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lightning_ep.checkpoint.hub import reader
-from lightning_ep.checkpoint.hub.region import Region
 from lightning_ep.checkpoint.hub.safetensors_file import read_header
 from lightning_ep.checkpoint.hub.trace import NotTraceableError, Traced
+from lightning_ep.checkpoint.region import Region
 
 Chain = Callable[[list[Tensor]], Tensor]
 

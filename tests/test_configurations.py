@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from lightning_ep import CausalLM, ExpertParallelStrategy, ParallelLayout, expert_plan, from_config
+from lightning_ep.advice import warn_if_ep_crosses_nodes
 from lightning_ep.parallelize import shard
 from tests.distributed import run_ranks
 from tests.reference import tiny_config, tiny_model
@@ -189,14 +190,8 @@ def test_the_other_lightning_package_gets_a_warning(monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.parametrize(("ep", "crosses"), [(4, True), (2, False)])
-def test_ep_groups_across_nodes_get_a_warning(
-    ep: int, crosses: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
-) -> None:
-    for name, value in {"RANK": "0", "LOCAL_RANK": "0", "GROUP_RANK": "0", "LOCAL_WORLD_SIZE": "2", "WORLD_SIZE": "4",
-                        "TORCHELASTIC_RUN_ID": "test"}.items():  # fmt: skip
-        monkeypatch.setenv(name, value)
-    trainer = _trainer(tmp_path, devices=2, num_nodes=2, strategy=ExpertParallelStrategy(ep=ep))
-    trainer.strategy._warn_if_ep_crosses_nodes()
+def test_ep_groups_across_nodes_get_a_warning(ep: int, crosses: bool, recwarn: pytest.WarningsRecorder) -> None:
+    warn_if_ep_crosses_nodes(ParallelLayout(4, ep, 4 // ep), ranks_per_node=2)
     found = [str(w.message) for w in recwarn if "cross nodes" in str(w.message)]
     assert bool(found) is crosses
     assert all(

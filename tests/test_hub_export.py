@@ -26,6 +26,7 @@ from lightning_ep.callbacks import HuggingFaceExport
 from lightning_ep.checkpoint.errors import CheckpointError
 from lightning_ep.checkpoint.hub import export as export_module
 from lightning_ep.checkpoint.hub.export_sharded import export_sharded
+from lightning_ep.checkpoint.training import files
 from tests.distributed import device, run_ranks
 from tests.hub import FAMILIES, family_model, full_state, layout, write_checkpoint
 from tests.reference import VOCAB
@@ -56,12 +57,12 @@ class _Batches(Samples):
         return {"input_ids": sample["input_ids"], "labels": sample["labels"]}
 
 
-def _train(root: Path, checkpoint: str, ep: int, distributed: bool) -> tuple[dict[str, Tensor], Tensor]:
+def _train(root: Path, checkpoint: str, ep: int, options: dict[str, bool]) -> tuple[dict[str, Tensor], Tensor]:
     callbacks = [
         HuggingFaceExport(str(root / "exported")),
         ModelCheckpoint(root, filename="saved", every_n_train_steps=2),
     ]
-    strategy = ExpertParallelStrategy(ep=ep, save_distributed_checkpoint=distributed)
+    strategy = ExpertParallelStrategy(ep=ep, **options)
     trainer = quiet(root, strategy=strategy, callbacks=callbacks, max_steps=2)
     module = CausalLM(checkpoint, optimizer=lambda params: torch.optim.AdamW(params, lr=1e-2))
     trainer.fit(module, DataLoader(_Batches(16), batch_size=2))
@@ -72,21 +73,23 @@ def _train(root: Path, checkpoint: str, ep: int, distributed: bool) -> tuple[dic
 
 
 @pytest.mark.parametrize(
-    ("world", "ep", "distributed", "checkpoint"),
+    ("world", "ep", "options", "checkpoint"),
     [
-        (1, 1, True, {}),
-        (2, 2, False, {"sharded": False}),
-        (4, 2, True, {"tie_word_embeddings": True}),
-        (4, 4, True, {"fused": True}),
+        (1, 1, {}, {}),
+        (2, 2, {"save_distributed_checkpoint": False, "async_save": True}, {"sharded": False}),
+        (4, 2, {"async_save": True}, {"tie_word_embeddings": True}),
+        (4, 4, {"save_distributed_checkpoint": False}, {"fused": True}),
     ],
 )
-def test_round_trip(tmp_path: Path, world: int, ep: int, distributed: bool, checkpoint: dict[str, Any]) -> None:
+def test_round_trip(tmp_path: Path, world: int, ep: int, options: dict[str, bool], checkpoint: dict[str, Any]) -> None:
     original = write_checkpoint(tmp_path / "hub", **checkpoint).state_dict()
-    run = run_ranks(world, _train, tmp_path, str(tmp_path / "hub"), ep, distributed, init_process_group=False)
+    run = run_ranks(world, _train, tmp_path, str(tmp_path / "hub"), ep, options, init_process_group=False)
     trained, logits = run[0]
     assert not torch.equal(trained["lm_head.weight"], original["lm_head.weight"])
-    cli.main(["export", str(tmp_path / "saved.ckpt"), str(tmp_path / "converted"), "--model", str(tmp_path / "hub")])
-    for directory in (tmp_path / "exported", tmp_path / "converted"):
+    saved = str(tmp_path / "saved.ckpt")
+    cli.main(["export", saved, str(tmp_path / "converted")])
+    cli.main(["export", saved, str(tmp_path / "with tokenizer"), "--model", str(tmp_path / "hub")])
+    for directory in (tmp_path / "exported", tmp_path / "converted", tmp_path / "with tokenizer"):
         assert "model.layers.0.mlp.experts.3.gate_proj.weight" in _read(directory)
         model, info = AutoModelForCausalLM.from_pretrained(directory, output_loading_info=True)
         assert not any(info.values()), info
@@ -227,29 +230,46 @@ def test_checkpoints_are_read_by_their_own_config_and_without_running_code(
     run_ranks(2, _save, tmp_path, str(tmp_path / "hub"), init_process_group=False)
     saved = tmp_path / "saved.ckpt"
     meta = torch.load(saved / "meta.pt", weights_only=True)
-    meta.pop("lightning_ep", None)
-    torch.save(meta, saved / "meta.pt")
+    assert meta["lightning_ep"].pop("configs").keys() == {"model"}
+    _rewrite(saved, meta)
     with pytest.raises(CheckpointError, match="name the model with --model"):
         cli.main(["export", str(saved), str(tmp_path / "out")])
-    meta["lightning_ep"] = {"format": 1, "configs": {"model": expected.config.to_dict()}}
-    torch.save(meta, saved / "meta.pt")
+    cli.main(["export", str(saved), str(tmp_path / "named"), "--model", str(tmp_path / "hub")])
+    meta["lightning_ep"]["configs"] = {"model": expected.config.to_dict()}
+    _rewrite(saved, meta)
     cli.main(["export", str(saved), str(tmp_path / "out"), "--dtype", "bfloat16"])
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").dtype == torch.bfloat16
     other = expected.config.to_dict() | {"num_hidden_layers": 3, "vocab_size": VOCAB + 8}
-    torch.save({**meta, "lightning_ep": {"format": 1, "configs": {"model": other}}}, saved / "meta.pt")
+    _rewrite(saved, {**meta, "lightning_ep": {"format": 1, "configs": {"model": other}}})
     with pytest.raises(CheckpointError, match=r"missing \(11\)") as info:
         cli.main(["export", str(saved), str(tmp_path / "misfit")])
     assert "    model.model.layers.2.mlp.experts.down_proj" in str(info.value)
     assert f"[{VOCAB}, 32], the config makes it [{VOCAB + 8}, 32]" in str(info.value)
     monkeypatch.setenv("HARM", str(tmp_path / "harm"))
+    _rewrite(saved, {**meta, "extra": _Harmful()})
+    with pytest.raises(CheckpointError, match="only among objects that may run code"):
+        cli.main(["export", str(saved), str(tmp_path / "harmed")])
+    cli.main(["export", str(saved), str(tmp_path / "harmless"), "--model", str(tmp_path / "hub")])
     (saved / ".metadata").write_bytes(pickle.dumps(_Harmful()))
+    _rewrite(saved, meta)
     with pytest.raises(CheckpointError, match=r"names posix\.mkdir"):
         cli.main(["export", str(saved), str(tmp_path / "harmed")])
     torch.save({"state_dict": {}, "extra": _Harmful()}, tmp_path / "one.ckpt")
-    with pytest.raises(CheckpointError, match="can run any code"):
+    with pytest.raises(CheckpointError, match="They may run code when loaded"):
         cli.main(["export", str(tmp_path / "one.ckpt"), str(tmp_path / "harmed")])
     assert not (tmp_path / "harm").exists()
     assert not (tmp_path / "harmed").exists()
+
+
+def _rewrite(checkpoint: Path, meta: dict[str, Any]) -> None:
+    """Changes what is no tensor, as whoever made the checkpoint could."""
+    torch.save(meta, checkpoint / "meta.pt")
+    _sign(checkpoint)
+
+
+def _sign(checkpoint: Path) -> None:
+    files.delete(checkpoint / files.MANIFEST)
+    files.write_manifest(checkpoint, {path.name: files.checksum(path) for path in checkpoint.iterdir()})
 
 
 # ---------------------------------------------------------------------- memory
@@ -265,6 +285,7 @@ def _growth(path: str, root: Path) -> tuple[int, int, int]:
     dcp.save({"state_dict": {f"model.{k}": v for k, v in model.state_dict().items()}}, checkpoint_id=root / "saved")
     if dist.get_rank() == 0:
         torch.save({"lightning_ep": {"configs": {"model": model.config.to_dict()}}}, root / "saved" / "meta.pt")
+        _sign(root / "saved")
     largest = max(p.numel() * p.element_size() for p in model.parameters())
     held = sum(p.to_local().numel() * p.element_size() for p in model.parameters() if isinstance(p, DTensor))
     return after - before, largest, held
@@ -275,6 +296,7 @@ def _command_growth(root: Path) -> int:
     state = {f"model.{key}": value for key, value in tiny.state_dict().items()}
     dcp.save({"state_dict": state}, checkpoint_id=root / "warm", no_dist=True)
     torch.save({"lightning_ep": {"configs": {"model": tiny.config.to_dict()}}}, root / "warm" / "meta.pt")
+    _sign(root / "warm")
     cli.main(["export", str(root / "warm"), str(root / "warmed")])  # code that is used for the first time takes memory
     before = _peak()
     cli.main(["export", str(root / "saved"), str(root / "converted")])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import resource
 import warnings
 from pathlib import Path
@@ -28,7 +29,7 @@ from transformers import (
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 from transformers.core_model_loading import WeightConverter
 
-from lightning_ep import CausalLM, expert_plan, from_pretrained, parallelize, strategy
+from lightning_ep import CausalLM, advice, expert_plan, from_pretrained, parallelize
 from lightning_ep.checkpoint.errors import CheckpointError
 from lightning_ep.checkpoint.hub import reader
 from lightning_ep.checkpoint.hub.export_sharded import export_sharded
@@ -164,7 +165,7 @@ def _fit(root: Path, checkpoint: str) -> tuple[list[str], dict[str, Tensor]]:
 
 
 def _in_memory(root: Path) -> list[str]:
-    strategy._LARGE_MODEL_BYTES = 1
+    advice._LARGE_MODEL_BYTES = 1
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         quiet(root, max_steps=1).fit(TinyModule(), loader())
@@ -208,6 +209,17 @@ def test_placements_are_all_that_counts(tmp_path: Path) -> None:
     assert all(torch.equal(exported[name], value) for name, value in expected.items())
     sizes = [file.stat().st_size for file in (tmp_path / "out").glob("*.safetensors")]
     assert max(sizes) < 1.2 * min(sizes), "copies share the writing"
+
+
+def test_rank_0_shows_how_fast_it_reads_and_writes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_checkpoint(tmp_path / "hub")
+    model = from_pretrained(tmp_path / "hub")
+    capsys.readouterr()
+    stream_pretrained(model, torch.device("cpu"))
+    export_sharded(model, tmp_path / "out")
+    shown = capsys.readouterr().err
+    for title in ("Loading weights (rank 0)", "Writing weights (rank 0)"):
+        assert re.search(rf"{re.escape(title)}: [^\r]*/158k [^\r]*B/s\]", shown), shown
 
 
 def test_hub_ids_are_found_in_the_cache_when_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,7 +25,7 @@ from transformers import (
     Qwen3MoeForCausalLM,
 )
 
-from lightning_ep import CausalLM, ExpertParallelStrategy, from_config, strategy
+from lightning_ep import CausalLM, ExpertParallelStrategy, advice, from_config
 from lightning_ep.callbacks import GenerateSamples
 from tests.reference import VOCAB, relative_error, tiny_config, tiny_model
 from tests.rows import RowFailures, Rows, agreed, fit, refused, whole
@@ -104,7 +104,7 @@ def random_weights_on_the_meta_device(root: Path) -> None:
 
 @row()
 def a_large_model_in_memory_gets_a_warning(root: Path) -> None:
-    limit, strategy._LARGE_MODEL_BYTES = strategy._LARGE_MODEL_BYTES, 1000
+    limit, advice._LARGE_MODEL_BYTES = advice._LARGE_MODEL_BYTES, 1000
     try:
         for module, expected in ((TinyModule(), 1), (Built(lambda: from_config(tiny_config(**SMALL))), 0)):
             with warnings.catch_warnings(record=True) as caught:
@@ -114,7 +114,7 @@ def a_large_model_in_memory_gets_a_warning(root: Path) -> None:
             assert len(found) == (expected if dist.get_rank() == 0 else 0), found
             assert all("each of 2 ranks" in text and "from_config" in text for text in found)
     finally:
-        strategy._LARGE_MODEL_BYTES = limit
+        advice._LARGE_MODEL_BYTES = limit
 
 
 # -------------------------------------------------------------------------------- models that do not fit

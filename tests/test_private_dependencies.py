@@ -90,7 +90,6 @@ UNDOCUMENTED = [
     "torch.distributed.checkpoint.default_planner:DefaultSavePlanner.lookup_object",
     "torch.distributed.checkpoint.filesystem:FileSystemReader.read_metadata",
     "torch.distributed.checkpoint.filesystem:FileSystemWriter.write_data",
-    "torch.distributed.tensor:DTensor.__create_chunk_list__",
     "torch.serialization:get_unsafe_globals_in_checkpoint",
     "torch.distributed.fsdp:FSDPModule.set_force_sum_reduction_for_comms",
     "torch.distributed.fsdp:FSDPModule.set_gradient_divide_factor",

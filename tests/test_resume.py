@@ -11,10 +11,12 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lightning_ep import CausalLM, ExpertParallelStrategy
+from lightning_ep.checkpoint.errors import CheckpointError
+from lightning_ep.checkpoint.training import files
 from lightning_ep.data import TextDataModule
 from tests.distributed import run_ranks
 from tests.reference import tiny_config
-from tests.tiny import quiet
+from tests.tiny import TinyModule, loader, quiet
 
 STEPS = 7
 
@@ -108,3 +110,99 @@ def test_losses_on_another_number_of_data_ranks(tmp_path: Path) -> None:
 
 def _resume_scaled(root: Path, path: str, ep: int, batch_size: int) -> list[float]:
     return _fit(root, STEPS, path, None, ep, batch_size=batch_size)
+
+
+class _Counter(L.Callback):
+    """A callback with a state."""
+
+    def __init__(self) -> None:
+        self.steps, self.seen = 0, torch.zeros(2)
+
+    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+        self.steps += 1
+        self.seen += trainer.global_step
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"steps": self.steps, "seen": self.seen}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.steps, self.seen = state["steps"], state["seen"]
+
+
+class _WithExtraState(TinyModule):
+    """State that is no parameter: a buffer of integers, an object's, and what hooks add."""
+
+    def __init__(self, dtype: torch.dtype = torch.int64) -> None:
+        super().__init__()
+        self.register_buffer("count", torch.zeros(3, dtype=dtype))
+        self.extra: dict[str, Any] = {}
+        self.hook = ""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        self.count += 1
+        self.extra["last"] = batch_idx
+        return super().training_step(batch, batch_idx)
+
+    def get_extra_state(self) -> dict[str, Any]:
+        return dict(self.extra)
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        self.extra = state
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["mine"] = f"step {self.trainer.global_step}"
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.hook = checkpoint["mine"]
+
+
+def _extra_state(root: Path, distributed: bool) -> tuple[Any, ...]:
+    def trainer(*callbacks: L.Callback) -> L.Trainer:
+        strategy = ExpertParallelStrategy(ep=2, save_distributed_checkpoint=distributed)
+        return quiet(root, strategy=strategy, callbacks=list(callbacks), max_steps=3)
+
+    def best() -> ModelCheckpoint:
+        return ModelCheckpoint(root, monitor="train_loss", filename="{step}", save_top_k=2, every_n_train_steps=1)
+
+    keep, path = best(), root / "again.ckpt"
+    first = trainer(_Counter(), keep)
+    first.fit(_WithExtraState(), loader())
+    first.save_checkpoint(path)
+    counter, kept, module = _Counter(), best(), _WithExtraState()
+    trainer(counter, kept).fit(module, loader(), ckpt_path=path)
+    assert kept.best_model_path == keep.best_model_path
+    if first.is_global_zero:  # whose callbacks are saved
+        assert kept.best_k_models == keep.best_k_models
+    with pytest.raises(CheckpointError, match=r"of another dtype: count torch\.int64 instead of torch\.float32"):
+        trainer().validate(_WithExtraState(torch.float32), loader(2), ckpt_path=path, verbose=False)
+    return counter.steps, counter.seen.tolist(), module.count.tolist(), module.extra, module.hook
+
+
+@pytest.mark.parametrize("distributed", [True, False])
+def test_state_that_is_no_weight_comes_back(tmp_path: Path, distributed: bool) -> None:
+    for found in run_ranks(2, _extra_state, tmp_path, distributed, init_process_group=False):
+        assert found == (3, [6.0, 6.0], [3, 3, 3], {"last": 2}, "step 3")
+
+
+def _newer(root: Path) -> None:
+    for distributed in (True, False):
+        strategy = ExpertParallelStrategy(ep=2, save_distributed_checkpoint=distributed)
+        trainer = quiet(root, strategy=strategy, max_steps=1)
+        trainer.fit(TinyModule(), loader())
+        path = root / f"{distributed}.ckpt"
+        trainer.save_checkpoint(path)
+        if trainer.is_global_zero:
+            meta = path / files.META if distributed else path
+            content = torch.load(meta, weights_only=True)
+            content["lightning_ep"]["format"] = files.FORMAT + 1
+            torch.save(content, meta)
+            if distributed:
+                files.delete(path / files.MANIFEST)
+                files.write_manifest(path, {file.name: files.checksum(file) for file in path.iterdir()})
+        torch.distributed.barrier()
+        with pytest.raises(CheckpointError, match=f"format {files.FORMAT + 1}.*upgrade"):
+            quiet(root).validate(TinyModule(), loader(2), ckpt_path=path, verbose=False)
+
+
+def test_a_newer_format_is_refused(tmp_path: Path) -> None:
+    run_ranks(2, _newer, tmp_path, init_process_group=False)

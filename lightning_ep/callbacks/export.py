@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_warn
 from transformers import PreTrainedModel
 from typing_extensions import override
 
@@ -35,14 +36,17 @@ class HuggingFaceExport(Callback):
     def __init__(self, path: str, dtype: ExportDtype | None = None) -> None:
         self.path = path
         self.dtype = dtype
+        self._ended = False
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         refuse_existing(Path(self.path))
         _model(pl_module)
+        self._ended = False
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._ended = True
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         tokenizer = getattr(getattr(trainer, "datamodule", None), "tokenizer", None)
@@ -51,6 +55,15 @@ class HuggingFaceExport(Callback):
         dtype = getattr(torch, self.dtype) if self.dtype is not None else None
         export_sharded(_model(pl_module), Path(self.path), dtype, tokenizer)
         print_once(trainer, f"exported to {self.path}")
+
+    @override
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not self._ended:
+            # Lightning has no hook here while the model is still on its device.
+            rank_zero_warn(
+                f"{self.path} was not written: the checkpoint of this run has no training step left to do. Run "
+                f"`lightning-ep export {trainer.ckpt_path} {self.path}` instead."
+            )
 
 
 def _model(module: LightningModule) -> PreTrainedModel:

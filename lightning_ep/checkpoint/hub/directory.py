@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Sequence
 from copy import deepcopy
@@ -17,6 +16,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from lightning_ep.checkpoint.hub.export import OutputFile
 from lightning_ep.checkpoint.hub.problems import Problems
 from lightning_ep.checkpoint.hub.safetensors_file import INDEX_NAME, SINGLE_NAME
+from lightning_ep.checkpoint.training.files import sync
 
 ExportDtype = Literal["float32", "bfloat16", "float16"]
 
@@ -118,25 +118,17 @@ class HubDirectory:
             index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))}
             (self.temporary / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n")
         for path in (*self.temporary.iterdir(), self.temporary):
-            _sync(path)
+            sync(path)
         if self.path.exists():
             self.path.rmdir()  # empty, as `refuse_existing` has seen
         self.temporary.rename(self.path)
-        _sync(self.path.parent)
+        sync(self.path.parent)
 
 
 def refuse_existing(path: Path) -> None:
     """Raises FileExistsError unless ``path`` is free or an empty directory."""
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise FileExistsError(f"{path} exists already and is not replaced; remove it, or export to another path.")
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _readme(name: str, model_class: str, dtype: torch.dtype) -> str:

@@ -20,9 +20,10 @@ from transformers import PreTrainedModel
 
 from lightning_ep import transformers_adapter as adapter
 from lightning_ep.checkpoint.hub.problems import Problems
-from lightning_ep.checkpoint.hub.region import Region, local_region, local_tensor
 from lightning_ep.checkpoint.hub.safetensors_file import SINGLE_NAME, SafetensorsWriter, TensorSpec
 from lightning_ep.checkpoint.hub.trace import NotTraceableError, Piece, Traced
+from lightning_ep.checkpoint.ranks import from_all_ranks
+from lightning_ep.checkpoint.region import Region, local_region, local_tensor
 
 MAX_FILE_BYTES = 5 * 10**9
 """Files are closed before they become larger, as on the hub; a larger tensor has a file to itself."""
@@ -150,14 +151,10 @@ class ShardedTensors:
         self.tensors: dict[str, Tensor] = dict(model.state_dict(keep_vars=True))
         self.rank = dist.get_rank() if dist.is_initialized() else 0
         self.num_ranks = dist.get_world_size() if dist.is_initialized() else 1
-        mine = {name: local_region(tensor) for name, tensor in self.tensors.items()}
-        by_rank: list[dict[str, Region] | None] = [mine]
-        if self.num_ranks > 1:
-            by_rank = [None] * self.num_ranks
-            dist.all_gather_object(by_rank, mine)
-        self._holders: dict[str, dict[Region, list[int]]] = {name: {} for name in mine}
-        for rank, regions in enumerate(by_rank):
-            for name, region in (regions or {}).items():
+        self._holders: dict[str, dict[Region, list[int]]] = {name: {} for name in self.tensors}
+        regions_of_all = from_all_ranks({name: local_region(tensor) for name, tensor in self.tensors.items()})
+        for rank, regions in enumerate(regions_of_all):
+            for name, region in regions.items():
                 if region.numel > 0:
                     self._holders[name].setdefault(region, []).append(rank)
 

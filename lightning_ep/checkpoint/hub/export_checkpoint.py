@@ -15,7 +15,7 @@ from lightning_ep.checkpoint.hub.directory import ExportDtype, HubDirectory, met
 from lightning_ep.checkpoint.hub.export import Group, Part, plan_files, plan_groups, write_files
 from lightning_ep.checkpoint.hub.pretrained import small_files
 from lightning_ep.checkpoint.hub.problems import Problems
-from lightning_ep.checkpoint.hub.training_checkpoint import TrainingCheckpoint
+from lightning_ep.checkpoint.training.weights import SavedWeights
 
 
 def export(
@@ -23,6 +23,7 @@ def export(
     output: str,
     model: str | None = None,
     dtype: ExportDtype | None = None,
+    weights_only: bool = True,
 ) -> None:
     """Writes a training checkpoint as a directory that transformers and vLLM read.
 
@@ -34,13 +35,14 @@ def export(
         model: Directory or hub id of the model that was trained: where its tokenizer and generation config are, and its
             config for checkpoints that do not contain it.
         dtype: What parameters are in the files. Default: what they are in the checkpoint.
+        weights_only: Build no objects from the checkpoint but tensors and plain values: others may run code.
 
     Raises:
-        CheckpointError: If the checkpoint cannot be read, does not say what model it is of, or does not fit its config.
+        CheckpointError: If the checkpoint is damaged, does not say what model it is of, or does not fit its config.
         FileExistsError: If ``output`` is there already and not empty.
     """
     directory = HubDirectory(Path(output))
-    source = TrainingCheckpoint(Path(checkpoint))
+    source = SavedWeights(Path(checkpoint), weights_only)
     origin = small_files(model) if model is not None else None
     name, plain = _model(source, origin)
     prefix = f"{name}." if name else ""
@@ -74,7 +76,7 @@ def _assemble(part: Part, tensors: Mapping[str, Tensor]) -> Tensor:
     return tensor
 
 
-def _model(source: TrainingCheckpoint, origin: Path | None) -> tuple[str, PreTrainedModel]:
+def _model(source: SavedWeights, origin: Path | None) -> tuple[str, PreTrainedModel]:
     """The name of the transformers model in the LightningModule, and the model on meta."""
     if len(source.configs) == 1:
         ((name, values),) = source.configs.items()
@@ -82,7 +84,10 @@ def _model(source: TrainingCheckpoint, origin: Path | None) -> tuple[str, PreTra
     elif source.configs:
         raise CheckpointError(f"the checkpoint contains {len(source.configs)} models; exactly one can be exported.")
     elif origin is None:
-        raise CheckpointError("the checkpoint does not contain the config of its model; name the model with --model.")
+        raise CheckpointError(
+            "the checkpoint does not contain the config of its model, or only among objects that may run code when "
+            "loaded; name the model with --model."
+        )
     else:
         model = meta_model(AutoConfig.from_pretrained(origin))
         name = _name_in(source, model)
@@ -91,7 +96,7 @@ def _model(source: TrainingCheckpoint, origin: Path | None) -> tuple[str, PreTra
     return name, model
 
 
-def _name_in(source: TrainingCheckpoint, model: PreTrainedModel) -> str:
+def _name_in(source: SavedWeights, model: PreTrainedModel) -> str:
     """The attribute of the LightningModule that holds the model: what is in front of the names."""
     first = next(name for name, _ in model.named_parameters())
     names = [key.removesuffix(first).removesuffix(".") for key in source.tensors if f".{key}".endswith(f".{first}")]
@@ -103,7 +108,7 @@ def _name_in(source: TrainingCheckpoint, model: PreTrainedModel) -> str:
     return names[0]
 
 
-def _match(source: TrainingCheckpoint, model: PreTrainedModel, prefix: str, checkpoint: str) -> dict[str, torch.dtype]:
+def _match(source: SavedWeights, model: PreTrainedModel, prefix: str, checkpoint: str) -> dict[str, torch.dtype]:
     """Dtypes of the checkpoint by name in the model, if the two fit."""
     problems = Problems(f"{checkpoint} does not fit the {type(model).__name__} of its config:")
     state = model.state_dict(keep_vars=True)

@@ -16,9 +16,9 @@ from transformers import PreTrainedModel
 from lightning_ep import transformers_adapter as adapter
 from lightning_ep.checkpoint.hub.matching import Match, Source
 from lightning_ep.checkpoint.hub.reader import Read, ReadError, batches_of, read_all, reads_of
-from lightning_ep.checkpoint.hub.region import Region, local_region
 from lightning_ep.checkpoint.hub.trace import Piece, Traced
-from lightning_ep.initialize import with_storage
+from lightning_ep.checkpoint.region import Region, local_region
+from lightning_ep.initialize import assign
 
 _SOURCE = "_lightning_ep_source"
 
@@ -102,7 +102,7 @@ def _fill(model: PreTrainedModel, match: Match, device: torch.device) -> tuple[i
     except (ReadError, OSError) as error:
         match.problems.add("files", str(error))
         return bytes_read, needed
-    _assign(model, {id(filled[name].tensor): shard for name, (_, shard) in shards.items()})
+    assign(model, {id(filled[name].tensor): shard for name, (_, shard) in shards.items()})
     return bytes_read, needed
 
 
@@ -142,18 +142,3 @@ def _convert(
             region, shard = shards[name]
             shard.copy_(region.of(tensor))
     return bytes_read
-
-
-def _assign(model: nn.Module, shards: dict[int, Tensor]) -> None:
-    """Puts shards into the places of the tensors on meta with these ids."""
-    done: dict[int, nn.Parameter] = {}
-    for module in model.modules():
-        for name, param in list(module._parameters.items()):
-            if param is None or id(param) not in shards:
-                continue
-            if id(param) not in done:
-                done[id(param)] = with_storage(param, shards[id(param)])
-            module._parameters[name] = done[id(param)]  # one object for tied parameters
-        for name, buffer in list(module._buffers.items()):
-            if buffer is not None and id(buffer) in shards:
-                module._buffers[name] = shards[id(buffer)]

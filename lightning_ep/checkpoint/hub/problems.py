@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
-
-import torch.distributed as dist
 
 from lightning_ep.checkpoint.errors import CheckpointError
+from lightning_ep.checkpoint.ranks import from_all_ranks
 
 _LISTED = 40
 
@@ -35,20 +33,12 @@ class Problems:
     def raise_on_all_ranks(self) -> None:
         """Raises `CheckpointError` on every rank if any rank has found something. Every rank must call it."""
         merged: dict[str, dict[str, None]] = {}
-        for found in _from_all_ranks(self._found):
+        for found in from_all_ranks(self._found):
             for kind, findings in found.items():
                 merged.setdefault(kind, {}).update(dict.fromkeys(findings))
         lines = [line for kind, findings in merged.items() if findings for line in _section(kind, list(findings))]
         if lines:
             raise CheckpointError("\n".join([self.headline, *lines]))
-
-
-def _from_all_ranks(found: dict[str, list[str]]) -> Iterable[dict[str, list[str]]]:
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        return [found]
-    gathered: list[dict[str, list[str]] | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(gathered, found)
-    return [other for other in gathered if other is not None]
 
 
 def _section(kind: str, findings: list[str]) -> list[str]:

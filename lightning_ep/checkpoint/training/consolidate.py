@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +10,9 @@ import torch
 from lightning_ep.checkpoint.errors import CheckpointError
 from lightning_ep.checkpoint.training import files
 from lightning_ep.checkpoint.training.loader import split_key
-from lightning_ep.checkpoint.training.shards import read_index, read_shards
+from lightning_ep.checkpoint.training.shards import WEIGHTS, SafeReader, read_shards
 from lightning_ep.checkpoint.training.state import HEADER, RANKS, deserialize
+from lightning_ep.checkpoint.training.weights import open_verified
 
 
 def consolidate(checkpoint: str, output: str, weights_only: bool = True) -> None:
@@ -26,24 +26,17 @@ def consolidate(checkpoint: str, output: str, weights_only: bool = True) -> None
         weights_only: Refuse a checkpoint that holds objects other than tensors and plain values, which may run code.
 
     Raises:
-        CheckpointError: If the checkpoint is damaged.
-        FileNotFoundError: If there is none.
+        CheckpointError: If there is none, or if it is damaged.
     """
-    directory = files.find(Path(checkpoint))
+    directory = open_verified(Path(checkpoint))
     if not directory.is_dir():
         raise CheckpointError(f"{checkpoint} is one file already.")
-    problems = files.damage(directory, files.read_manifest(directory))
-    if problems:
-        raise CheckpointError(f"The checkpoint is damaged: {'; '.join(problems)}. Use another checkpoint.")
     content: dict[str, Any] = deserialize(directory / files.META, weights_only)
     head = content[HEADER]
-    flat = {
-        name: torch.empty(entry.size, dtype=entry.properties.dtype) for name, entry in read_index(directory).items()
-    }
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", ".*torch.distributed is disabled.*")  # as it should be
-        read_shards(flat, directory, no_dist=True)
-    weights = {n.removeprefix("state_dict."): value for n, value in flat.items() if n.startswith("state_dict.")}
+    reader = SafeReader(directory)
+    flat = {name: torch.empty(entry.size, dtype=entry.properties.dtype) for name, entry in reader.index().items()}
+    read_shards(flat, reader, no_dist=True)
+    weights = {n.removeprefix(WEIGHTS): value for n, value in flat.items() if n.startswith(WEIGHTS)}
     content["state_dict"] = {**weights, **head.pop("extra_state")}
     if "optimizers" in head:
         descriptions = head.pop("optimizers")

@@ -122,7 +122,7 @@ def write_manifest(directory: Path, records: Mapping[str, FileRecord]) -> None:
     files = {name: asdict(record) for name, record in sorted(records.items())}
     manifest = {"format": FORMAT, "crc32": _crc32_of(files), "files": files}
     write_file(directory / MANIFEST, json.dumps(manifest, indent=1).encode())
-    sync_directory(directory)
+    sync(directory)
 
 
 def read_manifest(directory: Path) -> dict[str, FileRecord]:
@@ -231,9 +231,9 @@ def refuse_foreign_directory(path: Path) -> None:
         )
 
 
-def sync_directory(directory: Path) -> None:
-    """Makes names in a directory durable, where the file system knows of such a thing."""
-    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+def sync(path: Path) -> None:
+    """Makes a file, or the names in a directory, durable, where the file system knows of such a thing."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     except OSError as error:
@@ -254,16 +254,16 @@ def publish(staged: Path, final: Path, exchange: bool = True) -> None:
     """
     if not os.path.lexists(final) or not (staged.is_dir() or (final.is_dir() and not final.is_symlink())):
         os.replace(staged, final)
-        sync_directory(final.parent)
+        sync(final.parent)
         return
     if exchange and _exchange(staged, final):
-        sync_directory(final.parent)
+        sync(final.parent)
         delete(staged)
         return
     replaced = final.with_name(f"{final.stem}.replaced-{uuid.uuid4().hex[:12]}{final.suffix}")
     os.rename(final, replaced)
     os.rename(staged, final)
-    sync_directory(final.parent)
+    sync(final.parent)
     withdraw(replaced)
 
 
@@ -287,7 +287,7 @@ def withdraw(path: Path) -> None:
     elif path.exists():
         doomed = hidden(path)
         os.rename(path, doomed)
-        sync_directory(path.parent)
+        sync(path.parent)
         delete(doomed)
 
 

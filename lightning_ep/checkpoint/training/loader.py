@@ -9,15 +9,16 @@ from typing import Any, TypeVar
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.optim import Optimizer
 
 from lightning_ep.checkpoint.errors import CheckpointError
+from lightning_ep.checkpoint.ranks import Ranks
+from lightning_ep.checkpoint.region import local_tensor
 from lightning_ep.checkpoint.training import files, optimizers, single_file
 from lightning_ep.checkpoint.training.optimizers import clean, listed
-from lightning_ep.checkpoint.training.ranks import Ranks
-from lightning_ep.checkpoint.training.shards import read_index, read_shards
+from lightning_ep.checkpoint.training.shards import SafeReader, Saved, read_shards
 from lightning_ep.checkpoint.training.state import HEADER, RANKS, check_header, deserialize, place_ranks
+from lightning_ep.initialize import assign
 from lightning_ep.layout import ParallelLayout
 
 T = TypeVar("T")
@@ -46,6 +47,7 @@ class Resume:
         self.random: dict[str, Any] | None = None
         if self.is_directory:
             self._verify()
+            self._reader = SafeReader(self.path)
             name = self.path / files.META
         else:
             ranks.on_first("loading", lambda: single_file.check_file(self.path))
@@ -97,11 +99,34 @@ class Resume:
 
     # ------------------------------------------------------------------ tensors
 
-    def restore(self, module: LightningModule, optimizer_list: list[Optimizer]) -> None:
-        """Fills module and optimizers, whatever their layout.
+    def allocate(self, module: LightningModule, device: torch.device) -> None:
+        """Allocates what is on meta and will be filled by `restore`, so that nobody reads or draws it before.
 
         Raises:
             CheckpointError: On every rank, if names or shapes differ from the checkpoint's.
+        """
+        state = module.state_dict(keep_vars=True)
+        target = {clean(name): value for name, value in state.items() if isinstance(value, Tensor)}
+
+        def compare() -> set[str]:
+            saved = self._saved()
+            check_fit(target, saved, module.strict_loading, self.path)
+            return target.keys() & saved.keys()
+
+        filled = [target[name] for name in self._alone(compare)]
+        assign(module, {id(t): torch.empty_like(local_tensor(t), device=device) for t in filled if t.is_meta})
+
+    def _saved(self) -> dict[str, Saved]:
+        if self.is_directory:
+            return self._reader.weights()
+        saved = self.metadata["state_dict"]
+        return {clean(n): (value.shape, value.dtype) for n, value in saved.items() if isinstance(value, Tensor)}
+
+    def restore(self, module: LightningModule, optimizer_list: list[Optimizer]) -> None:
+        """Fills module and optimizers, whatever their layout, after `allocate`.
+
+        Raises:
+            CheckpointError: On every rank, if the optimizers differ from the checkpoint's.
         """
         raw = module.state_dict()
         target = {clean(name): value for name, value in raw.items() if isinstance(value, Tensor)}
@@ -117,10 +142,8 @@ class Resume:
         self, module: LightningModule, target: dict[str, Tensor], optimizer_list: list[Optimizer]
     ) -> dict[str, Any]:
         header = self.metadata[HEADER]
-        index: dict[str, TensorStorageMetadata] = self._alone(lambda: read_index(self.path))
-        shapes = {n.removeprefix("state_dict."): e.size for n, e in index.items() if n.startswith("state_dict.")}
-        self._alone(lambda: _compare(target, shapes, module.strict_loading, self.path))
-        state: dict[str, Any] = {"state_dict": {name: target[name] for name in target if name in shapes}}
+        index, saved = self._reader.index(), self._saved()
+        state: dict[str, Any] = {"state_dict": {name: target[name] for name in target if name in saved}}
         descriptions = header.get("optimizers", []) if optimizer_list else []
 
         def allocate() -> None:
@@ -132,7 +155,7 @@ class Resume:
                 state[f"optimizer_{number}"] = {"state": tensors}
 
         self._alone(allocate)
-        read_shards(state, self.path, self._ranks.group)
+        read_shards(state, self._reader, self._ranks.group)
         for number, (optimizer, description) in enumerate(zip(optimizer_list, descriptions, strict=True)):
             optimizers.load(optimizer, module, description, state[f"optimizer_{number}"]["state"])
         return header.get("extra_state", {})
@@ -142,7 +165,6 @@ class Resume:
     ) -> dict[str, Any]:
         saved: Mapping[str, Any] = self.metadata["state_dict"]
         tensors = {clean(name): value for name, value in saved.items() if isinstance(value, Tensor)}
-        _compare(target, {n: t.shape for n, t in tensors.items()}, module.strict_loading, self.path)
         for name, tensor in target.items():
             if name in tensors:
                 single_file.fill(tensor, tensors[name])
@@ -172,18 +194,29 @@ def split_key(name: str) -> tuple[str, str]:
     return parameter, key
 
 
-def _compare(target: Mapping[str, Tensor], saved: Mapping[str, torch.Size], strict: bool, path: Path) -> None:
+def check_fit(target: Mapping[str, Tensor], saved: Mapping[str, Saved], strict: bool, path: Path) -> None:
+    """Raises CheckpointError, listing all, if saved weights have other shapes or, if ``strict``, other names.
+
+    Floating-point weights are cast to the dtype that this run's precision gives them; other dtypes must be equal.
+    """
     missing, unexpected = target.keys() - saved.keys(), saved.keys() - target.keys()
-    shapes = [
-        f"{name} {tuple(saved[name])} instead of {tuple(target[name].shape)}"
-        for name in target.keys() & saved.keys()
-        if saved[name] != target[name].shape
+    shapes, dtypes = [], []
+    for name in target.keys() & saved.keys():
+        tensor, (shape, dtype) = target[name], saved[name]
+        if shape != tensor.shape:
+            shapes.append(f"{name} {tuple(shape)} instead of {tuple(tensor.shape)}")
+        if dtype != tensor.dtype and not (dtype.is_floating_point and tensor.is_floating_point()):
+            dtypes.append(f"{name} {dtype} instead of {tensor.dtype}")
+    problems = [
+        f"{what}: {listed(names)}"
+        for what, names in (
+            ("of another shape", shapes),
+            ("of another dtype", dtypes),
+            ("missing", missing if strict else ()),
+            ("not in the module", unexpected if strict else ()),
+        )
+        if names
     ]
-    problems = [f"of another shape: {listed(shapes)}"] if shapes else []
-    if strict and missing:
-        problems.append(f"missing: {listed(missing)}")
-    if strict and unexpected:
-        problems.append(f"not in the module: {listed(unexpected)}")
     if problems:
         raise CheckpointError(
             f"{path} does not fit the module. Weights {'; '.join(problems)}. Build the module of the run that saved "

@@ -130,6 +130,15 @@ class RunCheckpoints:
             self._resume.prepare_fit(module.trainer, self._layout)
         return self._resume.metadata
 
+    def allocate(self, module: LightningModule) -> None:
+        """Allocates what the checkpoint that was opened, if any, fills, so that it is not read or drawn before.
+
+        Raises:
+            CheckpointError: On every rank, if the checkpoint does not fit the module.
+        """
+        if self._resume is not None:
+            self._resume.allocate(module, self._device)
+
     def restore(self, module: LightningModule, optimizers: list[Optimizer]) -> None:
         """Fills module and optimizers from the checkpoint that was opened, if any."""
         if self._resume is not None:

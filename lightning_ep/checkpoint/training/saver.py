@@ -17,11 +17,12 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from lightning_ep.checkpoint.errors import CheckpointError
+from lightning_ep.checkpoint.ranks import Ranks
+from lightning_ep.checkpoint.region import local_tensor
 from lightning_ep.checkpoint.training import files
 from lightning_ep.checkpoint.training.background import JobQueue
 from lightning_ep.checkpoint.training.files import FileRecord
-from lightning_ep.checkpoint.training.ranks import Ranks
-from lightning_ep.checkpoint.training.shards import State, flatten, local_part, write_shards
+from lightning_ep.checkpoint.training.shards import State, flatten, write_shards
 from lightning_ep.checkpoint.training.staging import HostBuffer
 
 _MAX_THREADS = 4
@@ -94,7 +95,7 @@ class Checkpoints:
         Raises:
             CheckpointError: On every rank, if it cannot be written; if it is written behind, from the next call.
         """
-        local = {name: local_part(tensor) for name, tensor in flatten(state).items()}
+        local = {name: local_tensor(tensor) for name, tensor in flatten(state).items()}
         target = self._begin(path, sum(tensor.nbytes for tensor in local.values()), directory=True)
         if behind:
             local = self._buffer.copy(local)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import pickle
+import warnings
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -25,18 +26,23 @@ from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteIte
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 from torch.distributed.checkpoint.storage import WriteResult
-from torch.distributed.tensor import DTensor
 from torch.futures import Future
 from typing_extensions import override
 
 from lightning_ep.checkpoint.errors import CheckpointError
+from lightning_ep.checkpoint.ranks import join
 from lightning_ep.checkpoint.training.files import ChecksumFile, FileRecord, checksum
-from lightning_ep.checkpoint.training.ranks import join
 
 State = dict[str, Any]
 """Nested dicts whose leaves are tensors; keys of a leaf are joined by dots in the files."""
 
+Saved = tuple[torch.Size, torch.dtype]
+"""Shape and dtype of a saved tensor."""
+
 INDEX = ".metadata"
+WEIGHTS = "state_dict."
+"""What the names of the module's tensors in the files begin with."""
+
 _SAFE = {
     "torch.distributed.checkpoint.metadata": (
         *("BytesStorageMetadata", "ChunkStorageMetadata", "Metadata", "MetadataIndex", "StorageMeta"),
@@ -45,7 +51,9 @@ _SAFE = {
     "torch.distributed.checkpoint.filesystem": ("_StorageInfo",),
     "torch.serialization": ("_get_layout",),
     "torch": ("Size",),
+    "collections": ("OrderedDict",),
     "pathlib": ("Path", "PosixPath"),
+    "pathlib._local": ("Path", "PosixPath"),  # their place in Python 3.13
 }
 
 
@@ -56,11 +64,6 @@ def flatten(state: State, prefix: str = "") -> dict[str, Tensor]:
         name = f"{prefix}{key}"
         flat.update(flatten(value, f"{name}.") if isinstance(value, dict) else {name: value})
     return flat
-
-
-def local_part(tensor: Tensor) -> Tensor:
-    """The elements on this rank."""
-    return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach()
 
 
 def write_shards(
@@ -93,29 +96,26 @@ def write_shards(
     return records
 
 
-def read_shards(state: State, directory: Path, group: dist.ProcessGroup | None = None, no_dist: bool = False) -> None:
-    """Fills the tensors of a state in place, whatever layout wrote the files; every rank must call it.
+def read_shards(
+    state: State, reader: SafeReader, group: dist.ProcessGroup | None = None, no_dist: bool = False
+) -> None:
+    """Fills the tensors of a state in place, whatever layout wrote the files.
+
+    Args:
+        state: Tensors in nested dicts.
+        reader: What reads the directory.
+        group: A group with a CPU backend, of which every rank must call this.
+        no_dist: There is no group: this process reads for itself.
 
     Raises:
         CheckpointError: On all ranks, if any failed.
     """
     try:
-        with torch.no_grad():
-            load(
-                state,
-                storage_reader=SafeReader(directory),
-                planner=DefaultLoadPlanner(),
-                process_group=group,
-                no_dist=no_dist,
-            )
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".*torch.distributed is disabled")  # said although asked for
+            load(state, storage_reader=reader, planner=DefaultLoadPlanner(), process_group=group, no_dist=no_dist)
     except CheckpointException as exception:
         raise _unwrap(exception, 1 if no_dist else dist.get_world_size(group)) from exception
-
-
-def read_index(directory: Path) -> dict[str, TensorStorageMetadata]:
-    """Sizes and dtypes of the tensors in the files, by flat name."""
-    entries = SafeReader(directory).read_metadata().state_dict_metadata
-    return {name: entry for name, entry in entries.items() if isinstance(entry, TensorStorageMetadata)}
 
 
 def _unwrap(exception: CheckpointException, num_ranks: int) -> CheckpointError:
@@ -178,13 +178,29 @@ class _Writer(FileSystemWriter):
 
 
 class SafeReader(FileSystemReader):
-    """Reads the index without running code that somebody put into it; tensors are weights-only loads anyway."""
+    """Reads the index, once, without running code that somebody put into it; tensors are weights-only loads anyway."""
+
+    def __init__(self, directory: Path) -> None:
+        super().__init__(directory)
+        self._metadata: Metadata | None = None
 
     @override
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        path = Path(self.path) / INDEX
-        metadata: Metadata = _SafeUnpickler(io.BytesIO(path.read_bytes())).load()
-        return metadata
+        if self._metadata is None:
+            data = (Path(self.path) / INDEX).read_bytes()
+            self._metadata = _SafeUnpickler(io.BytesIO(data)).load()
+        assert self._metadata is not None
+        return self._metadata
+
+    def index(self) -> dict[str, TensorStorageMetadata]:
+        """Sizes and dtypes of the tensors in the files, by flat name."""
+        entries = self.read_metadata().state_dict_metadata
+        return {name: entry for name, entry in entries.items() if isinstance(entry, TensorStorageMetadata)}
+
+    def weights(self) -> dict[str, Saved]:
+        """What is saved of the module, by name there."""
+        weights = {n.removeprefix(WEIGHTS): entry for n, entry in self.index().items() if n.startswith(WEIGHTS)}
+        return {name: (entry.size, entry.properties.dtype) for name, entry in weights.items()}
 
 
 class _SafeUnpickler(pickle.Unpickler):

@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from lightning_ep.checkpoint.errors import CheckpointError
+from lightning_ep.checkpoint.region import local_region, local_tensor
 
 
 def gather(tensors: Mapping[str, Any], keep: bool) -> dict[str, Any]:
@@ -53,14 +54,7 @@ def check_file(path: Path) -> None:
 @torch.no_grad()
 def fill(target: Tensor, full: Tensor) -> None:
     """Copies this rank's part of a full tensor."""
-    if not isinstance(target, DTensor):
-        target.copy_(full)
-        return
-    (chunk,) = target.__create_chunk_list__()
-    part = full
-    for dim, (offset, size) in enumerate(zip(chunk.offsets, chunk.sizes, strict=True)):
-        part = part.narrow(dim, min(offset, full.shape[dim]), size)
-    target.to_local().copy_(part)
+    local_tensor(target).copy_(local_region(target).of(full))
 
 
 def load_optimizer(optimizer: Optimizer, saved: Mapping[str, Any]) -> None:

@@ -83,7 +83,7 @@ def deserialize(path: Path, weights_only: bool | None, mmap: bool = False) -> An
         names = ", ".join(torch.serialization.get_unsafe_globals_in_checkpoint(path)) or error
         raise CheckpointError(
             f"{path} holds objects other than tensors and plain values: {names}. They may run code when loaded: if you "
-            "trust whoever wrote the checkpoint, pass weights_only=False beside ckpt_path."
+            "trust whoever wrote the checkpoint, pass weights_only=False (beside ckpt_path, or to the command)."
         ) from error
     except (RuntimeError, EOFError) as error:
         raise CheckpointError(f"{path} is damaged or no checkpoint: {error}") from error

@@ -1,4 +1,4 @@
-"""Agreement between ranks on a CPU process group of their own: all ranks go on, or all raise the same error."""
+"""What all ranks know of one another: objects, and errors, so that all go on or all raise the same one."""
 
 from __future__ import annotations
 
@@ -11,6 +11,15 @@ import torch.distributed as dist
 from lightning_ep.checkpoint.errors import CheckpointError
 
 T = TypeVar("T")
+
+
+def from_all_ranks(value: T, group: dist.ProcessGroup | None = None) -> list[T]:
+    """The objects of all ranks, by rank; of this process alone where there is no process group."""
+    if not dist.is_initialized():
+        return [value]
+    gathered: list[T] = [value] * dist.get_world_size(group)
+    dist.all_gather_object(gathered, value, group=group)
+    return gathered
 
 
 class Ranks:
@@ -31,13 +40,13 @@ class Ranks:
         Raises:
             CheckpointError: On every rank, if the function raised on any; names those ranks and their errors.
         """
-        result, cause = None, None
+        result: Any = None
+        cause: Exception | None = None
         try:
             result = function()
         except Exception as exception:
             cause = exception
-        gathered: list[Any] = [None] * self.size
-        dist.all_gather_object(gathered, (_describe(cause), result), group=self.group)
+        gathered = from_all_ranks((_describe(cause), result), self.group)
         errors = {rank: error for rank, (error, _) in enumerate(gathered) if error is not None}
         if errors:
             raise CheckpointError(f"{what}: {join(errors, self.size)}") from cause
