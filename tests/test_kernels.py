@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from typing import Any
 
 import numpy as np
 import pytest
@@ -17,6 +16,7 @@ from tests.reference import relative_error
 ON_GPU = os.environ.get("LIGHTNING_EP_TEST_DEVICE") == "cuda"
 DEVICE = "cuda" if ON_GPU else "cpu"
 EXACT = ON_GPU
+NEW_NUMPY = np.lib.NumpyVersion(np.__version__) >= "2.4.0"
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None or not (ON_GPU or os.environ.get("TRITON_INTERPRET") == "1"),
@@ -146,9 +146,7 @@ def test_a_target_that_does_not_exist_shows(target: int) -> None:
     assert losses.isnan().tolist() == logits.isnan().all(1).tolist() == [False, True, False]
 
 
-@pytest.mark.skipif(
-    np.lib.NumpyVersion(np.__version__) >= "2.4.0" and not ON_GPU, reason="the interpreter needs an older numpy"
-)
+@pytest.mark.skipif(NEW_NUMPY and not ON_GPU, reason="the interpreter needs an older numpy")
 @pytest.mark.parametrize("transposed", [True, False])
 @pytest.mark.parametrize("width", [72, 256, 768])
 @pytest.mark.parametrize("counts", [[1], [130, 0, 1, 400, 0], [0, 0, 128, 256], [3] * 9])
@@ -170,22 +168,37 @@ def test_grouped_mm(counts: list[int], width: int, transposed: bool) -> None:
         assert relative_error(found, expected) < 4e-3
 
 
-def test_a_grouped_mm_that_does_not_compile_is_left_to_torch(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize("failure", ["out of resource: shared memory", "its results differ"])
+def test_a_grouped_mm_that_fails_is_left_to_torch(
+    failure: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     from triton.runtime.errors import OutOfResources
 
     from lightning_ep.ops.kernels import grouped_mm as kernel
 
-    def launch(*args: Any) -> Tensor:
-        raise OutOfResources(245784, 232448, "shared memory")
+    def launch(x_PA: Tensor, weight_EAB: Tensor, offsets_E: Tensor) -> Tensor:
+        if failure.startswith("out of"):
+            raise OutOfResources(245784, 232448, "shared memory")
+        return x_PA @ weight_EAB[1]
 
-    monkeypatch.setattr(kernel, "_COMPILED", {})
+    monkeypatch.setattr(kernel, "_WORKS", {})
     monkeypatch.setattr(kernel, "grouped_mm", launch)
-    x, weight = torch.zeros(3, 64, device=DEVICE), torch.zeros(2, 64, 8, device=DEVICE)
-    assert [kernel._compiles(x, weight) for _ in range(2)] == [False, False]
+    weight = torch.randn(2, 64, 8, device=DEVICE)
+    assert [kernel._works(weight) for _ in range(2)] == [False, False]
     assert len(caplog.records) == 1
-    assert "(2, 64, 8), torch's instead: out of resource: shared memory" in caplog.text
+    assert f"(2, 64, 8), torch's instead: {failure}" in caplog.text
+
+
+@pytest.mark.skipif(NEW_NUMPY and not ON_GPU, reason="the interpreter needs an older numpy")
+@pytest.mark.parametrize("transposed", [True, False])
+def test_a_grouped_mm_that_works_is_used(transposed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    from lightning_ep.ops.kernels import grouped_mm as kernel
+
+    monkeypatch.setattr(kernel, "_WORKS", {})
+    if not ON_GPU:
+        monkeypatch.setattr(kernel, "_multiprocessors", lambda device: 4)
+    stored = torch.randn(3, 128, 128, device=DEVICE).to(torch.bfloat16 if ON_GPU else torch.float16)
+    assert kernel._works(stored.transpose(1, 2) if transposed else stored)
 
 
 @pytest.mark.skipif(not ON_GPU, reason="needs a GPU")
