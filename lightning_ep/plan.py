@@ -100,7 +100,7 @@ class ExpertParallel(ParallelStyle):
         num_experts: int = module.num_experts  # type: ignore[assignment]
         dispatcher = self._build_dispatcher(num_experts, group)
         fused = self._is_fused(module)
-        names = tuple(name for name, _ in module.named_parameters(recurse=False))
+        names = adapter.FUSED_PARAMETERS if fused else tuple(name for name, _ in module.named_parameters(recurse=False))
         start = device_mesh.get_local_rank() * dispatcher.num_local_experts
         for name in names:
             param = module.get_parameter(name)
@@ -111,7 +111,6 @@ class ExpertParallel(ParallelStyle):
         module.num_experts = dispatcher.num_local_experts  # type: ignore[assignment]
         experts: LocalExperts
         if fused:
-            names = adapter.FUSED_PARAMETERS
             experts = FusedExperts(dispatcher.num_local_experts)
         else:
             function = adapter.local_experts_function(module, self.experts_implementation)

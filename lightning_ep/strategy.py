@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import torch.distributed as dist
 from lightning.fabric.utilities.distributed import _set_num_threads_if_needed
 from lightning.fabric.utilities.optimizer import _optimizers_to_device
 from lightning.pytorch import Trainer
@@ -31,6 +30,7 @@ from typing_extensions import override
 from lightning_ep import transformers_adapter as adapter
 from lightning_ep.advice import warn_if_ep_crosses_nodes, warn_if_large_in_memory
 from lightning_ep.checkpoint.hub.load import stream_pretrained
+from lightning_ep.checkpoint.ranks import from_all_ranks
 from lightning_ep.checkpoint.training.files import local_path
 from lightning_ep.checkpoint.training.run import RunCheckpoints
 from lightning_ep.dispatch import Progress
@@ -329,15 +329,10 @@ class ExpertParallelStrategy(ModelParallelStrategy):
         if self.data_world_size == 1:
             return dataloader
         if not trainer.predicting:
-            return lockstep(dataloader, self._gather_int)
+            return lockstep(dataloader, from_all_ranks)
         if trainer._accelerator_connector.use_distributed_sampler:
             share_samples(dataloader, self.data_world_size, self.data_rank)
-        return lockstep(dataloader, self._gather_int, trainer.limit_predict_batches, self._join_predict_step)
-
-    def _gather_int(self, value: int) -> list[int]:
-        values: list[int | None] = [None] * self.layout.world_size
-        dist.all_gather_object(values, value)
-        return [int(v) for v in values if v is not None]
+        return lockstep(dataloader, from_all_ranks, trainer.limit_predict_batches, self._join_predict_step)
 
     def _join_predict_step(self, batch: Any) -> None:
         module = self.lightning_module

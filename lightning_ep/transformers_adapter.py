@@ -106,6 +106,10 @@ def local_experts_function(module: nn.Module, name: str) -> ExpertsFunction:
         raise ValueError(
             f"experts_implementation={name!r} is not registered; choose 'auto', 'fused' or one of {names}."
         )
+    return _registered(module, name)
+
+
+def _registered(module: nn.Module, name: str) -> ExpertsFunction:
     # The decorator that lets a model pick its implementation wraps the model's own (eager) forward.
     eager: ExpertsFunction = type(module).forward.__wrapped__  # type: ignore[attr-defined]
     return ALL_EXPERTS_FUNCTIONS.get_interface(name, eager)
@@ -116,7 +120,7 @@ def _auto_experts(module: nn.Module, hidden_TH: Tensor, ids_TK: Tensor, weights_
     # experts skip those that received nothing.
     aligned = all(size % 8 == 0 for param in module.parameters(recurse=False) for size in param.shape[1:])
     fast = hidden_TH.is_cuda and hidden_TH.dtype == torch.bfloat16 and aligned
-    function = local_experts_function(module, "grouped_mm" if fast else "eager")
+    function = _registered(module, "grouped_mm" if fast else "eager")
     return function(module, hidden_TH, ids_TK, weights_TK)
 
 

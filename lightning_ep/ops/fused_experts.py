@@ -12,7 +12,7 @@ from typing_extensions import override
 from lightning_ep.ops.activation import swiglu, swiglu_backward
 from lightning_ep.ops.grouped_mm import grouped_mm, grouped_outer
 from lightning_ep.ops.local_experts import LocalExperts
-from lightning_ep.ops.permute import ExpertOrder, expert_order, gather_sum, permute
+from lightning_ep.ops.permute import ExpertOrder, expert_order, gather_sum
 
 
 class _Forward(NamedTuple):
@@ -57,7 +57,7 @@ class FusedExperts(LocalExperts):
     ) -> tuple[Tensor, _Forward | None]:
         up_EFH, down_EHI = params
         order = expert_order(ids_NK, self._num_experts, num_pairs)
-        h_PF = grouped_mm(_to_experts(rows_NH, order), up_EFH.transpose(1, 2), order.offsets_E)
+        h_PF = grouped_mm(order.permute(rows_NH), up_EFH.transpose(1, 2), order.offsets_E)
         act_PI = swiglu(h_PF, weights_NK, order.slot_P)
         out_PH = grouped_mm(act_PI, down_EHI.transpose(1, 2), order.offsets_E)
         out_NH = gather_sum(out_PH, order.pair_NK, rows_NH.dtype)
@@ -67,7 +67,7 @@ class FusedExperts(LocalExperts):
     def backward_rows(self, saved: _Forward, params: Sequence[Tensor], grad_NH: Tensor) -> tuple[Tensor, Tensor, _Rows]:
         up_EFH, down_EHI = params
         rows_NH, weights_NK, order, h_PF = saved
-        grad_out_PH = _to_experts(grad_NH, order)
+        grad_out_PH = order.permute(grad_NH)
         grad_act_PI = grouped_mm(grad_out_PH, down_EHI, order.offsets_E)
         grad_h_PF, act_PI, grad_weights_NK = swiglu_backward(grad_act_PI, h_PF, weights_NK, order.slot_P)
         grad_rows_PH = grouped_mm(grad_h_PF, up_EFH, order.offsets_E)
@@ -78,9 +78,5 @@ class FusedExperts(LocalExperts):
     def backward_params(self, saved: _Rows, dtypes: Sequence[torch.dtype]) -> tuple[Tensor, ...]:
         rows_NH, order, act_PI, grad_out_PH, grad_h_PF = saved
         grad_down_EHI = grouped_outer(grad_out_PH, act_PI, order.offsets_E, dtypes[1])
-        grad_up_EFH = grouped_outer(grad_h_PF, _to_experts(rows_NH, order), order.offsets_E, dtypes[0])
+        grad_up_EFH = grouped_outer(grad_h_PF, order.permute(rows_NH), order.offsets_E, dtypes[0])
         return grad_up_EFH, grad_down_EHI
-
-
-def _to_experts(rows_NH: Tensor, order: ExpertOrder) -> Tensor:
-    return permute(rows_NH, order.pair_NK, order.slot_P.shape[0])

@@ -25,6 +25,10 @@ class ExpertOrder(NamedTuple):
     pair_NK: Tensor
     offsets_E: Tensor
 
+    def permute(self, rows_NH: Tensor) -> Tensor:
+        """Rows in expert order, one for each pair: ``[N, H]`` -> ``[P, H]``."""
+        return permute(rows_NH, self.pair_NK, self.slot_P.shape[0])
+
 
 def expert_order(ids_NK: Tensor, num_experts: int, num_pairs: int) -> ExpertOrder:
     """Sorts the (row, expert) pairs by expert, then by row.

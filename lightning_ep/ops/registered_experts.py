@@ -11,7 +11,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from typing_extensions import override
 
 from lightning_ep.ops.local_experts import LocalExperts
-from lightning_ep.ops.permute import ExpertOrder, expert_order, gather_sum, permute
+from lightning_ep.ops.permute import ExpertOrder, expert_order, gather_sum
 
 ExpertsFunction = Callable[[nn.Module, Tensor, Tensor, Tensor], Tensor]
 
@@ -69,7 +69,7 @@ class RegisteredExperts(LocalExperts):
         needs_grad: bool,
     ) -> tuple[Tensor, _Forward | None]:
         order = expert_order(ids_NK, self._num_experts, num_pairs)
-        x_PH = permute(rows_NH, order.pair_NK, num_pairs)
+        x_PH = order.permute(rows_NH)
         weights_P = weights_NK.reshape(-1)[order.slot_P].to(rows_NH.dtype)
         expert_P = ids_NK.reshape(-1)[order.slot_P].long()
         # Outside of the caller's hooks: activation checkpointing would replay the whole layer a second time for this
@@ -87,7 +87,7 @@ class RegisteredExperts(LocalExperts):
         self, saved: _Forward, params: Sequence[Tensor], grad_NH: Tensor
     ) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
         order = saved.order
-        grad_PH = permute(grad_NH, order.pair_NK, order.slot_P.shape[0]).to(saved.out_PH.dtype)
+        grad_PH = order.permute(grad_NH).to(saved.out_PH.dtype)
         grads = torch.autograd.grad(saved.out_PH, saved.leaves, grad_PH, allow_unused=True, materialize_grads=True)
         grad_weights = grads[1].new_zeros(order.pair_NK.numel(), dtype=saved.weights_dtype)
         grad_weights[order.slot_P] = grads[1].to(saved.weights_dtype)

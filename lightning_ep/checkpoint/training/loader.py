@@ -70,8 +70,7 @@ class Resume:
         problems = [
             p for found in self._ranks.together("loading", lambda: files.damage(self.path, mine)) for p in found
         ]
-        if problems:
-            raise CheckpointError(f"The checkpoint is damaged: {'; '.join(problems)}. Use another checkpoint.")
+        refuse_damaged(problems)
 
     # ------------------------------------------------------------------ the run
 
@@ -180,6 +179,12 @@ class Resume:
                 f"this run has {len(optimizer_list)} optimizers and {self.path} {len(saved)}. Return the same from "
                 "configure_optimizers."
             )
+
+
+def refuse_damaged(problems: list[str]) -> None:
+    """Raises CheckpointError, listing all, if `files.damage` has found any."""
+    if problems:
+        raise CheckpointError(f"The checkpoint is damaged: {'; '.join(problems)}. Use another checkpoint.")
 
 
 def _reader(name: str, number: int) -> int:

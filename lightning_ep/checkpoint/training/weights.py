@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lightning_ep.checkpoint.errors import CheckpointError
 from lightning_ep.checkpoint.training import files, single_file
-from lightning_ep.checkpoint.training.loader import check_fit
+from lightning_ep.checkpoint.training.loader import check_fit, refuse_damaged
 from lightning_ep.checkpoint.training.shards import WEIGHTS, SafeReader, Saved, read_shards
 from lightning_ep.checkpoint.training.state import HEADER, check_header, deserialize
 from lightning_ep.initialize import assign
@@ -31,8 +31,7 @@ def open_verified(path: Path) -> Path:
         problems = files.damage(found, files.read_manifest(found))
     except (OSError, ValueError) as error:
         raise CheckpointError(str(error)) from error
-    if problems:
-        raise CheckpointError(f"The checkpoint is damaged: {'; '.join(problems)}. Use another checkpoint.")
+    refuse_damaged(problems)
     return found
 
 
