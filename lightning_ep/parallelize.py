@@ -33,7 +33,7 @@ def parallelize(
 ) -> Meshes:
     """Shards a model in place, without a Trainer: for your own loop or Lightning Fabric.
 
-    Gradients are *sums* over all data ranks: divide the loss by ``layout.data_world_size`` for the mean, and clip with
+    Gradients are *sums* over all data ranks: divide the loss by ``layout.loss_world_size`` for the mean, and clip with
     `lightning_ep.clip_grad_norm_`.
 
     Args:
@@ -105,7 +105,7 @@ def shard(
         _fully_shard_dense(model, meshes, mp_policy)
         adapter.use_expert_parallel_forward(model)
     for child in _outside(module, models.values()):
-        fully_shard(child, mesh=meshes.dense, mp_policy=mp_policy, reshard_after_forward=True)
+        fully_shard(child, mesh=meshes.dense_shards, mp_policy=mp_policy, reshard_after_forward=True)
     _sum_gradients(module)
 
 
@@ -123,9 +123,10 @@ def check(module: nn.Module, layout: ParallelLayout, plan: Mapping[str, Parallel
 
 
 def _shard_experts(experts: nn.Module, meshes: Meshes, mp_policy: MixedPrecisionPolicy, device: torch.device) -> None:
-    mesh = meshes.expert["fsdp"]
+    mesh = meshes.expert_shards
+    num_shards = meshes.expert["fsdp"].size()
     # Dim 1 keeps whole experts on every rank, so that checkpoints need no strided shards; FSDP refuses it if uneven.
-    even = all(param.shape[1] % mesh.size() == 0 for param in experts.parameters())
+    even = all(param.shape[1] % num_shards == 0 for param in experts.parameters())
     placement = Shard(1 if even else 0)
     if mesh.size() > 1:
         # Its inputs come as the layer made them: many routers give weights in fp32, which FSDP would round.
@@ -149,7 +150,8 @@ def _unmanaged_experts(model: nn.Module) -> set[nn.Parameter]:
 
 
 def _fully_shard_dense(model: nn.Module, meshes: Meshes, mp_policy: MixedPrecisionPolicy) -> None:
-    shard_dense = partial(fully_shard, mesh=meshes.dense, mp_policy=mp_policy, ignored_params=_unmanaged_experts(model))
+    mesh = meshes.dense_shards
+    shard_dense = partial(fully_shard, mesh=mesh, mp_policy=mp_policy, ignored_params=_unmanaged_experts(model))
     for layer in adapter.decoder_layers(model):  # type: ignore[arg-type]
         shard_dense(layer)
     embedding = model.get_input_embeddings()  # type: ignore[operator]
@@ -214,12 +216,14 @@ def set_gradient_sync(module: nn.Module, enabled: bool) -> None:
 
     The documented choice: while disabled, every group keeps unsharded gradients and reduces once at the end of the
     window, except experts that FSDP shards. Those reduce in every pass: their unsharded gradients would take the
-    memory of all experts of an FSDP group, which is most of the model, on every rank.
+    memory of all experts of an FSDP group, which is most of the model, on every rank. Copies of the model
+    (``replicate``) all-reduce once per window.
     """
     for child in module.modules():
         if isinstance(child, FSDPModule):
             keeps_reducing = adapter.is_parallel_experts(child) and _fsdp_size(child) > 1
             child.set_requires_gradient_sync(enabled or keeps_reducing, recurse=False)
+            child.set_requires_all_reduce(enabled, recurse=False)
 
 
 def _fsdp_size(experts: nn.Module) -> int:
