@@ -57,9 +57,12 @@ PRIVATE = [
     "torch:_foreach_mul_",
     "torch:_foreach_norm",
     "torch:_C._current_graph_task_id",
+    "torch:_C._distributed_c10d.Backend.Options._timeout",
     "torch:_is_any_true",
     "torch.autograd:Variable._execution_engine",
+    "torch.distributed:ProcessGroup._get_backend",
     "torch.distributed.checkpoint.filesystem:_StorageInfo",
+    "torch.distributed.distributed_c10d:_get_default_group",
     "torch.distributed.checkpoint.filesystem:_split_by_size_and_type",
     "torch.distributed.tensor.parallel:ParallelStyle._apply",
     "torch.nn:Module._apply",  # benchmarks
