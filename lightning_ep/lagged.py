@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
+
+from lightning_ep.dispatch.on_host import OnHost
 
 
 class Lagged:
@@ -14,15 +15,12 @@ class Lagged:
     """
 
     def __init__(self) -> None:
-        self._before: tuple[Tensor, torch.cuda.Event] | None = None
+        self._before: OnHost | None = None
 
     def swap(self, value: Tensor) -> Tensor:
         """Takes a value and returns the one before; the value itself if it is on the CPU, or the first."""
         if not value.is_cuda:
             return value
-        copy = torch.empty_like(value, device="cpu", pin_memory=True).copy_(value.detach(), non_blocking=True)
-        copied = torch.cuda.Event()
-        copied.record()
-        before, self._before = self._before or (copy, copied), (copy, copied)
-        before[1].synchronize()  # returns at once, unless the host is a whole step ahead
-        return before[0]
+        copy = OnHost(value.detach())
+        before, self._before = self._before or copy, copy
+        return before.wait()  # at once, unless the host is a whole step ahead
