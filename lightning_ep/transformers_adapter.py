@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -27,7 +27,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, ExpertsInterfac
 
 from lightning_ep.moe import moe_forward
 from lightning_ep.ops.registered_experts import ExpertsFunction
-from lightning_ep.recompute import handle_replay
+from lightning_ep.recompute import handle_replay, left_to_checkpoint
 
 if TYPE_CHECKING:
     from lightning_ep.plan import ExpertContext
@@ -59,6 +59,34 @@ def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
     """The repeated blocks that the model declares must not be split; the unit of FSDP."""
     names = set(model._no_split_modules or ())
     return [child for child in model.modules() if type(child).__name__ in names]
+
+
+def routers(model: nn.Module) -> list[nn.Module]:
+    """The modules that the families inside ``model`` declare as sources of router logits, experts not inside them."""
+    declared = [inner._can_record_outputs or {} for inner in model.modules() if isinstance(inner, PreTrainedModel)]
+    recorders = [outputs["router_logits"] for outputs in declared if "router_logits" in outputs]
+    classes = tuple({getattr(recorder, "target_class", recorder) for recorder in recorders})
+    return [child for child in model.modules() if isinstance(child, classes)]
+
+
+def own_checkpointing(model: PreTrainedModel) -> bool:
+    """Whether the activation checkpointing of transformers is on in any layer."""
+    return model.is_activation_checkpointing
+
+
+def on_own_checkpointing(model: PreTrainedModel, function: Callable[[], None]) -> None:
+    """Calls ``function`` in place of turning on the activation checkpointing of transformers."""
+
+    # Its parameters are read by transformers, as its old form had others.
+    def set_checkpointing(
+        enable: bool = True, gradient_checkpointing_func: object = None, every_n_layers: int = 1
+    ) -> None:
+        if enable:
+            function()
+
+    for inner in model.modules():
+        if isinstance(inner, PreTrainedModel):
+            inner._set_gradient_checkpointing = set_checkpointing  # type: ignore[method-assign,assignment]
 
 
 def tied(model: PreTrainedModel) -> bool:
@@ -148,7 +176,7 @@ def _experts_forward(module: nn.Module, hidden_TH: Tensor, ids_TK: Tensor, weigh
         return _auto_experts(module, hidden_TH, ids_TK, weights_TK)
     handle_replay(module)
     params = [context.local_param(getattr(module, name)) for name in context.param_names]
-    return moe_forward(context.dispatcher, context.experts, hidden_TH, ids_TK, weights_TK, params)
+    return moe_forward(context.dispatcher, context.experts, hidden_TH, ids_TK, weights_TK, params, left_to_checkpoint)
 
 
 ExpertsInterface.register(EXPERTS_IMPLEMENTATION, _experts_forward)
