@@ -12,6 +12,7 @@ from torch.distributed.tensor import DTensor
 
 from lightning_ep import transformers_adapter as adapter
 from lightning_ep.ops.registered_experts import stand_in
+from lightning_ep.region import Region, local_region
 
 Initializer = Callable[[nn.Module], None]
 
@@ -86,29 +87,13 @@ def _draw_shard(
             return _draw(module, name, tuple(param.shape), rule, seed, full_name)
         shape = tuple(param.shape)
         return torch.cat([_draw_expert(module, name, shape, rule, seed, full_name, e) for e in range(shape[0])])
-    mesh = param.device_mesh
-    names = mesh.mesh_dim_names or ()
+    region, shape = local_region(param), tuple(param.shape)
     if not is_experts:
-        full = _draw(module, name, tuple(param.shape), rule, seed, full_name)
-        placement = param.placements[names.index("dp")]
-        return _chunk(full, placement.dim, mesh.size(), mesh.get_local_rank())  # type: ignore[attr-defined]
-    ep_dim, fsdp_dim = names.index("ep"), names.index("fsdp")
-    experts = torch.arange(param.shape[0]).chunk(mesh.size(ep_dim))[mesh.get_local_rank("ep")]
-    fsdp_rank, fsdp_size = mesh.get_local_rank("fsdp"), mesh.size(fsdp_dim)
-    shard_dim: int = param.placements[fsdp_dim].dim  # type: ignore[attr-defined]
-    if shard_dim == 0:
-        experts = _chunk(experts, 0, fsdp_size, fsdp_rank)
-    shape = tuple(param.shape)
-    drawn = [_draw_expert(module, name, shape, rule, seed, full_name, int(e)) for e in experts]
-    if shard_dim != 0:
-        drawn = [_chunk(expert, shard_dim, fsdp_size, fsdp_rank) for expert in drawn]
-    return torch.cat(drawn) if drawn else torch.empty(0, *shape[1:])
-
-
-def _chunk(tensor: Tensor, dim: int, num_chunks: int, index: int) -> Tensor:
-    """The ``index``-th chunk as FSDP cuts them: equal sizes rounded up, the last ones short or empty."""
-    chunks = tensor.chunk(num_chunks, dim=dim)
-    return chunks[index] if index < len(chunks) else tensor.narrow(dim, 0, 0)
+        return region.of(_draw(module, name, shape, rule, seed, full_name))
+    experts = range(region.start[0], region.start[0] + region.size[0])
+    within = Region((0, *region.start[1:]), (1, *region.size[1:]))
+    drawn = [within.of(_draw_expert(module, name, shape, rule, seed, full_name, expert)) for expert in experts]
+    return torch.cat(drawn) if drawn else torch.empty(region.size)
 
 
 def _draw_expert(

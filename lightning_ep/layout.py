@@ -8,45 +8,69 @@ from typing import TYPE_CHECKING, Literal
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
+_SIZES = ("ep", "fsdp", "replicate", "tp", "cp")
+
 
 @dataclass(frozen=True)
 class ParallelLayout:
     """The sizes of the parallel dimensions, validated against the number of ranks.
 
-    Every rank is in two views. In the *expert* view the ranks form an (fsdp, ep) grid: whole experts are split over
-    ``ep``, each expert's matrices over ``fsdp``. In the *dense* view all ranks form one data-parallel dimension over
-    which everything else is sharded. ``ep`` is the inner dimension, so an EP group is a run of consecutive ranks and
-    stays inside a node whenever ``ep`` divides the processes of a node.
+    Every rank is in two views, each from the outer to the inner dimension:
+
+    - *expert*: (replicate, fsdp, ep). Whole experts are split over ``ep``, each expert's matrices over ``fsdp``, and
+      all of it is repeated ``replicate`` times. An EP group is a run of consecutive ranks and stays inside a node
+      whenever ``ep`` divides the processes of a node.
+    - *dense*: (replicate, dp, cp, tp), with dp * cp * tp = fsdp * ep. Everything else is sharded over dp * cp; ``tp``
+      ranks share the matrices of attention and of dense MLPs, ``cp`` ranks share sequences. Ranks that differ in
+      ``tp`` or ``cp`` only see the same batch.
 
     Args:
         world_size: Number of ranks.
         ep: Ranks that share one set of experts; each holds ``num_experts / ep`` of them.
         fsdp: Ranks over which each expert's matrices are sharded.
+        replicate: Copies of the whole model, whose gradients are all-reduced.
+        tp: Tensor-parallel size of attention and dense MLPs.
+        cp: Context-parallel size: ranks that share every sequence.
 
     Raises:
-        ValueError: If a size is not a positive integer or ``fsdp * ep`` is not ``world_size``.
+        ValueError: If a size is not a positive integer, ``replicate * fsdp * ep`` is not ``world_size``, or
+            ``tp * cp`` does not divide ``fsdp * ep``.
     """
 
     world_size: int
     ep: int = 1
     fsdp: int = 1
+    replicate: int = 1
+    tp: int = 1
+    cp: int = 1
 
     def __post_init__(self) -> None:
-        for name in ("world_size", "ep", "fsdp"):
+        for name in ("world_size", *_SIZES):
             size = getattr(self, name)
             if isinstance(size, bool) or not isinstance(size, int) or size < 1:
                 raise ValueError(f"{name}={size!r}: must be a positive integer.")
-        if self.ep * self.fsdp != self.world_size:
+        product = self.replicate * self.fsdp * self.ep
+        if product != self.world_size:
             raise ValueError(
-                f"ep={self.ep} times fsdp={self.fsdp} is {self.ep * self.fsdp}, but there are {self.world_size} "
-                f"processes. ep * fsdp must equal the number of processes; {self._suggestion()}"
+                f"replicate={self.replicate} times fsdp={self.fsdp} times ep={self.ep} is {product}, but there are "
+                f"{self.world_size} processes. replicate * fsdp * ep must equal the number of processes; "
+                f"{self._suggestion()}"
+            )
+        if self.shards % (self.tp * self.cp) != 0:
+            fitting = [tp * self.cp for tp in _divisors(self.tp) if self.shards % (tp * self.cp) == 0]
+            fix = f"tp={max(fitting) // self.cp}" if fitting else f"cp={_largest_divisor(self.shards, self.cp)}, tp=1"
+            raise ValueError(
+                f"tp={self.tp} times cp={self.cp} is {self.tp * self.cp}, which does not divide fsdp * ep = "
+                f"{self.fsdp} * {self.ep} = {self.shards}, the processes of one copy of the model. Use {fix}."
             )
 
     def _suggestion(self) -> str:
-        if self.world_size % self.ep == 0:
-            return f"with ep={self.ep} use fsdp={self.world_size // self.ep}, or leave fsdp='auto'."
-        choices = [ep for ep in range(1, self.world_size + 1) if self.world_size % ep == 0]
-        return f"ep must divide {self.world_size}: choose one of {choices} and leave fsdp='auto'."
+        if self.world_size % self.replicate != 0:
+            return f"replicate must divide {self.world_size}: choose one of {_divisors(self.world_size)}."
+        copy = self.world_size // self.replicate
+        if copy % self.ep == 0:
+            return f"with ep={self.ep} use fsdp={copy // self.ep}, or leave fsdp='auto'."
+        return f"ep must divide {copy}: choose one of {_divisors(copy)} and leave fsdp='auto'."
 
     @classmethod
     def resolve(
@@ -55,15 +79,21 @@ class ParallelLayout:
         fsdp: int | Literal["auto"],
         world_size: int,
         processes_per_node: int,
+        replicate: int = 1,
+        tp: int = 1,
+        cp: int = 1,
     ) -> ParallelLayout:
         """Fills in ``"auto"`` sizes: EP inside the node, FSDP of the experts across nodes.
 
         Args:
-            ep: Expert-parallel size, or ``"auto"`` for ``world_size // fsdp`` if ``fsdp`` is given and
-                ``processes_per_node`` otherwise.
-            fsdp: FSDP size of the experts, or ``"auto"`` for ``world_size // ep``.
+            ep: Expert-parallel size, or ``"auto"`` for all that ``fsdp`` and ``replicate`` leave if ``fsdp`` is given,
+                and for ``processes_per_node`` (or a whole copy of the model, if that is smaller) otherwise.
+            fsdp: FSDP size of the experts, or ``"auto"`` for all that ``ep`` and ``replicate`` leave.
             world_size: Number of ranks.
             processes_per_node: Ranks on one node.
+            replicate: As in the constructor.
+            tp: As in the constructor.
+            cp: As in the constructor.
 
         Raises:
             ValueError: As the constructor; also if a string other than ``"auto"`` is given.
@@ -71,21 +101,33 @@ class ParallelLayout:
         for name, size in (("ep", ep), ("fsdp", fsdp)):
             if isinstance(size, str) and size != "auto":
                 raise ValueError(f"{name}={size!r}: must be a positive integer or 'auto'.")
+        copies = isinstance(replicate, int) and replicate > 0 and world_size % replicate == 0
+        copy = world_size // replicate if copies else world_size  # ranks of one copy of the model
         if ep == "auto":
-            fits = isinstance(fsdp, int) and fsdp > 0 and world_size % fsdp == 0
-            ep = world_size // fsdp if fits and isinstance(fsdp, int) else min(processes_per_node, world_size)
+            fits = isinstance(fsdp, int) and fsdp > 0 and copy % fsdp == 0
+            ep = copy // fsdp if fits and isinstance(fsdp, int) else min(processes_per_node, copy)
         if fsdp == "auto":
-            fsdp = max(1, world_size // ep) if isinstance(ep, int) and ep > 0 else 1
-        return cls(world_size=world_size, ep=int(ep), fsdp=int(fsdp))
+            fsdp = max(1, copy // ep) if isinstance(ep, int) and ep > 0 else 1
+        return cls(world_size, int(ep), int(fsdp), replicate, tp, cp)
+
+    @property
+    def shards(self) -> int:
+        """Number of ranks that share one copy of the model."""
+        return self.fsdp * self.ep
 
     @property
     def data_world_size(self) -> int:
-        """Number of ranks that see different batches."""
-        return self.world_size
+        """Number of groups of ranks that see different batches: replicate * dp."""
+        return self.world_size // (self.tp * self.cp)
+
+    @property
+    def loss_world_size(self) -> int:
+        """Number of groups of ranks that compute losses of different tokens: replicate * dp * cp."""
+        return self.world_size // self.tp
 
     def data_rank(self, global_rank: int) -> int:
-        """Index of ``global_rank`` among the ranks that see different batches."""
-        return global_rank
+        """Index of ``global_rank``'s batch among those of a step; the same for ranks that share a batch."""
+        return global_rank // (self.tp * self.cp)
 
     def expert_groups(self) -> list[list[int]]:
         """Global ranks of every EP group, outer to inner."""
@@ -95,21 +137,40 @@ class ParallelLayout:
         """Creates the device meshes; every rank must call it, once, after the process group exists."""
         from torch.distributed.device_mesh import init_device_mesh
 
+        def mesh(sizes: dict[str, int], kept: tuple[str, ...]) -> DeviceMesh:
+            sizes = {name: size for name, size in sizes.items() if size > 1 or name in kept}
+            return init_device_mesh(device_type, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
+
+        dp_cp = self.shards // self.tp
+        dense = mesh({"replicate": self.replicate, "dp_cp": dp_cp, "tp": self.tp}, ("dp_cp",))
+        sequence = None
+        if self.cp > 1:
+            sequence = mesh({"data": self.data_world_size, "cp": self.cp, "tp": self.tp}, ("data", "cp"))["cp"]
         return Meshes(
-            expert=init_device_mesh(device_type, (self.fsdp, self.ep), mesh_dim_names=("fsdp", "ep")),
-            dense=init_device_mesh(device_type, (self.world_size,), mesh_dim_names=("dp",)),
+            expert=mesh({"replicate": self.replicate, "fsdp": self.fsdp, "ep": self.ep}, ("fsdp", "ep")),
+            dense=dense,
+            cp=sequence,
         )
 
     def check_num_experts(self, num_experts: int, where: str) -> None:
         """Raises ValueError if ``ep`` does not divide ``num_experts``, naming the largest layout that works."""
         if num_experts % self.ep == 0:
             return
-        best = max(ep for ep in range(1, self.ep + 1) if num_experts % ep == 0 and self.world_size % ep == 0)
+        best = max(ep for ep in range(1, self.ep + 1) if num_experts % ep == 0 and self.shards % ep == 0)
         raise ValueError(
             f"ep={self.ep} does not divide the {num_experts} experts of {where}. Each rank of an EP group holds "
-            f"num_experts / ep whole experts; use ep={best}, fsdp={self.world_size // best} on these "
+            f"num_experts / ep whole experts; use ep={best}, fsdp={self.shards // best} on these "
             f"{self.world_size} processes."
         )
+
+
+def _divisors(number: int) -> list[int]:
+    return [divisor for divisor in range(1, number + 1) if number % divisor == 0]
+
+
+def _largest_divisor(number: int, bound: int) -> int:
+    """The largest divisor of ``number`` that is at most ``bound``."""
+    return max(divisor for divisor in _divisors(number) if divisor <= bound)
 
 
 @dataclass(frozen=True)
@@ -117,9 +178,34 @@ class Meshes:
     """The two views of the ranks as device meshes; dimensions are addressed by name.
 
     Attributes:
-        expert: ``("fsdp", "ep")``.
-        dense: ``("dp",)``.
+        expert: ``("fsdp", "ep")``, with ``"replicate"`` in front where there is more than one copy of the model.
+        dense: ``("dp_cp",)``, with ``"replicate"`` in front and ``"tp"`` behind where they are larger than 1.
+        cp: 1-D, the ranks that share this rank's sequences; None if ``cp`` is 1.
     """
 
     expert: DeviceMesh
     dense: DeviceMesh
+    cp: DeviceMesh | None = None
+
+    @property
+    def expert_shards(self) -> DeviceMesh:
+        """What FSDP takes for experts: ``("fsdp",)``, or 2-D with ``"replicate"`` in front."""
+        return _with_replicas(self.expert, "fsdp")
+
+    @property
+    def dense_shards(self) -> DeviceMesh:
+        """What FSDP takes for everything else: ``("dp_cp",)``, or 2-D with ``"replicate"`` in front."""
+        return _with_replicas(self.dense, "dp_cp")
+
+    @property
+    def tp(self) -> DeviceMesh | None:
+        """1-D, the ranks that share matrices of attention and dense MLPs; None if ``tp`` is 1."""
+        return self.dense["tp"] if "tp" in _names(self.dense) else None
+
+
+def _names(mesh: DeviceMesh) -> tuple[str, ...]:
+    return mesh.mesh_dim_names or ()
+
+
+def _with_replicas(mesh: DeviceMesh, dim: str) -> DeviceMesh:
+    return mesh["replicate", dim] if "replicate" in _names(mesh) else mesh[dim]

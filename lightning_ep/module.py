@@ -158,7 +158,7 @@ class CausalLM(LightningModule):
 
     def _close_window(self, sums: Tensor) -> Tensor:
         """Global number of valid tokens of a window from this rank's sums of losses and tokens; keeps the mean loss."""
-        loss, tokens = _summed_over_ranks(sums)
+        loss, tokens = self._summed_over_ranks(sums)
         # A window without any valid token has zero gradients; dividing by one keeps them zero.
         tokens = tokens.clamp(min=1)
         self._train_loss = (loss / tokens).float()
@@ -174,6 +174,14 @@ class CausalLM(LightningModule):
         tokens = self._close_window(self._window)
         self._window = None
         return tokens
+
+    def _summed_over_ranks(self, sums: Tensor) -> Tensor:
+        # Not `strategy.reduce`: Lightning puts a barrier before it, for which the host would wait in every step.
+        if dist.is_initialized():
+            dist.all_reduce(sums)
+        strategy = self.trainer.strategy
+        assert isinstance(strategy, ExpertParallelStrategy)
+        return sums / strategy.layout.tp  # tensor-parallel peers have summed the same tokens
 
     @override
     def configure_gradient_clipping(
@@ -203,7 +211,7 @@ class CausalLM(LightningModule):
     def _log_evaluation(self, stage: str) -> None:
         sums = self._evaluation if self._evaluation is not None else torch.zeros(2, device=self.device).double()
         self._evaluation = None
-        loss, tokens = _summed_over_ranks(sums)
+        loss, tokens = self._summed_over_ranks(sums)
         mean = (loss / tokens).float()
         # Equal on all ranks already; sync_dist only tells Lightning so.
         self.log(f"{stage}/loss", mean, prog_bar=True, sync_dist=True)
@@ -253,13 +261,6 @@ def _config(source: str | dict[str, Any] | PreTrainedConfig) -> PreTrainedConfig
     if isinstance(source, str):
         return AutoConfig.from_pretrained(source)
     return AutoConfig.for_model(**source) if isinstance(source, dict) else source
-
-
-def _summed_over_ranks(sums: Tensor) -> Tensor:
-    # Not `strategy.reduce`: Lightning puts a barrier before it, for which the host would wait in every step.
-    if dist.is_initialized():
-        dist.all_reduce(sums)
-    return sums
 
 
 def _inputs(batch: dict[str, Tensor]) -> dict[str, Tensor]:

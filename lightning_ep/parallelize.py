@@ -12,6 +12,7 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor.parallel import ParallelStyle, parallelize_module
+from transformers import PreTrainedModel
 
 from lightning_ep import dtensor_rules as dtensor_rules  # registers them
 from lightning_ep import transformers_adapter as adapter
@@ -19,6 +20,13 @@ from lightning_ep.checkpoint.hub.load import stream_pretrained
 from lightning_ep.initialize import materialize
 from lightning_ep.layout import Meshes, ParallelLayout
 from lightning_ep.plan import expert_plan
+from lightning_ep.recompute import ActivationCheckpointing, check_mode, checkpoint_layer
+
+_NOT_TRANSFORMERS_OWN = (
+    "The activation checkpointing of transformers would route twice, and repeat exchanges between ranks. Leave it off "
+    "(`model.gradient_checkpointing_disable()`) and give activation_checkpointing='full' (least memory) or 'selective' "
+    "to ExpertParallelStrategy or parallelize instead."
+)
 
 
 def parallelize(
@@ -30,10 +38,11 @@ def parallelize(
     mp_policy: MixedPrecisionPolicy | None = None,
     seed: int = 0,
     compile: bool = False,
+    activation_checkpointing: ActivationCheckpointing = "none",
 ) -> Meshes:
     """Shards a model in place, without a Trainer: for your own loop or Lightning Fabric.
 
-    Gradients are *sums* over all data ranks: divide the loss by ``layout.data_world_size`` for the mean, and clip with
+    Gradients are *sums* over all data ranks: divide the loss by ``layout.loss_world_size`` for the mean, and clip with
     `lightning_ep.clip_grad_norm_`.
 
     Args:
@@ -46,6 +55,8 @@ def parallelize(
         mp_policy: FSDP2 mixed precision.
         seed: Seed of the weights, the same on every rank.
         compile: Compile every decoder layer, except its experts.
+        activation_checkpointing: ``"none"``, ``"selective"`` (decoder layers are recomputed in backward, without their
+            routing and experts) or ``"full"`` (the experts' rows are sent and computed again, too).
 
     Returns:
         The device meshes.
@@ -55,7 +66,9 @@ def parallelize(
         CheckpointError: If the checkpoint of a model from `from_pretrained` does not fit it.
     """
     meshes = layout.build_meshes(device.type)
-    shard(model, layout, meshes, device, plan or expert_plan(model), mp_policy or MixedPrecisionPolicy(), compile)
+    plan = plan or expert_plan(model)
+    policy = mp_policy or MixedPrecisionPolicy()
+    shard(model, layout, meshes, device, plan, policy, compile, activation_checkpointing)
     stream_pretrained(model, device)
     materialize(model, device, seed)
     return meshes
@@ -74,6 +87,7 @@ def shard(
     plan: Mapping[str, ParallelStyle],
     mp_policy: MixedPrecisionPolicy,
     compile: bool = False,
+    activation_checkpointing: ActivationCheckpointing = "none",
 ) -> None:
     """Applies the expert plan and FSDP2; weights on meta stay there.
 
@@ -85,12 +99,14 @@ def shard(
         plan: Style by module name.
         mp_policy: FSDP2 mixed precision.
         compile: Compile every decoder layer, except its experts.
+        activation_checkpointing: As in `parallelize`.
 
     Raises:
         ValueError: If the layout does not fit the model; nothing has been changed then.
     """
     models = adapter.pretrained_models(module)
     check(module, layout, plan)
+    _check_recompute(module, plan, activation_checkpointing)
     _broadcast_weights(module, device)
     for name, style in plan.items():
         experts = module.get_submodule(name)
@@ -98,14 +114,11 @@ def shard(
         # Directly after its own slicing: at most one layer's experts are unsharded on the device at a time.
         _shard_experts(experts, meshes, mp_policy, device)
     for model in models.values():
-        if compile:
-            # Layer by layer: one compilation serves all of them, and FSDP's hooks stay outside.
-            for layer in adapter.decoder_layers(model):
-                layer.compile()
+        _wrap_layers(model, activation_checkpointing, compile)
         _fully_shard_dense(model, meshes, mp_policy)
         adapter.use_expert_parallel_forward(model)
     for child in _outside(module, models.values()):
-        fully_shard(child, mesh=meshes.dense, mp_policy=mp_policy, reshard_after_forward=True)
+        fully_shard(child, mesh=meshes.dense_shards, mp_policy=mp_policy, reshard_after_forward=True)
     _sum_gradients(module)
 
 
@@ -122,10 +135,40 @@ def check(module: nn.Module, layout: ParallelLayout, plan: Mapping[str, Parallel
     list(_outside(module, adapter.pretrained_models(module).values()))
 
 
+def _check_recompute(module: nn.Module, plan: Iterable[str], mode: ActivationCheckpointing) -> None:
+    """Raises ValueError if the mode does not exist or does not fit the model."""
+    check_mode(mode)
+    models = adapter.pretrained_models(module).values()
+    if any(model.is_activation_checkpointing for model in models):
+        raise ValueError(f"gradient_checkpointing_enable() was called on the model. {_NOT_TRANSFORMERS_OWN}")
+    if mode == "none":
+        return
+    layers = [layer for model in models for layer in adapter.decoder_layers(model)]
+    routed = {child for layer in layers if adapter.routers(layer, models) for child in layer.modules()}
+    for name in plan:
+        if module.get_submodule(name) not in routed:
+            raise ValueError(
+                f"activation_checkpointing={mode!r} cannot serve {name}: its family declares no router module "
+                "(`_can_record_outputs`) in the decoder layer around it. Use activation_checkpointing='none'."
+            )
+
+
+def _wrap_layers(model: PreTrainedModel, mode: ActivationCheckpointing, compile: bool) -> None:
+    """Compiles and checkpoints decoder layers, one by one: one compilation serves all, FSDP's hooks stay outside."""
+    adapter.refuse_own_checkpointing(model, _NOT_TRANSFORMERS_OWN)
+    for layer in adapter.decoder_layers(model):
+        if mode != "none":
+            experts = [child for child in layer.modules() if adapter.is_parallel_experts(child)]
+            checkpoint_layer(layer, adapter.routers(layer, [model]), experts, mode, compile)
+        elif compile:
+            layer.compile()
+
+
 def _shard_experts(experts: nn.Module, meshes: Meshes, mp_policy: MixedPrecisionPolicy, device: torch.device) -> None:
-    mesh = meshes.expert["fsdp"]
+    mesh = meshes.expert_shards
+    num_shards = meshes.expert["fsdp"].size()
     # Dim 1 keeps whole experts on every rank, so that checkpoints need no strided shards; FSDP refuses it if uneven.
-    even = all(param.shape[1] % mesh.size() == 0 for param in experts.parameters())
+    even = all(param.shape[1] % num_shards == 0 for param in experts.parameters())
     placement = Shard(1 if even else 0)
     if mesh.size() > 1:
         # Its inputs come as the layer made them: many routers give weights in fp32, which FSDP would round.
@@ -149,7 +192,8 @@ def _unmanaged_experts(model: nn.Module) -> set[nn.Parameter]:
 
 
 def _fully_shard_dense(model: nn.Module, meshes: Meshes, mp_policy: MixedPrecisionPolicy) -> None:
-    shard_dense = partial(fully_shard, mesh=meshes.dense, mp_policy=mp_policy, ignored_params=_unmanaged_experts(model))
+    mesh = meshes.dense_shards
+    shard_dense = partial(fully_shard, mesh=mesh, mp_policy=mp_policy, ignored_params=_unmanaged_experts(model))
     for layer in adapter.decoder_layers(model):  # type: ignore[arg-type]
         shard_dense(layer)
     embedding = model.get_input_embeddings()  # type: ignore[operator]
@@ -214,12 +258,14 @@ def set_gradient_sync(module: nn.Module, enabled: bool) -> None:
 
     The documented choice: while disabled, every group keeps unsharded gradients and reduces once at the end of the
     window, except experts that FSDP shards. Those reduce in every pass: their unsharded gradients would take the
-    memory of all experts of an FSDP group, which is most of the model, on every rank.
+    memory of all experts of an FSDP group, which is most of the model, on every rank. Copies of the model
+    (``replicate``) all-reduce once per window.
     """
     for child in module.modules():
         if isinstance(child, FSDPModule):
             keeps_reducing = adapter.is_parallel_experts(child) and _fsdp_size(child) > 1
             child.set_requires_gradient_sync(enabled or keeps_reducing, recurse=False)
+            child.set_requires_all_reduce(enabled, recurse=False)
 
 
 def _fsdp_size(experts: nn.Module) -> int:

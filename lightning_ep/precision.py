@@ -88,7 +88,7 @@ class ShardedPrecision(Precision):
         # FSDP sums gradients over the data ranks; the mean of the losses enters backward here, once.
         strategy = model.trainer.strategy
         if gradient_denominator(model) is None:
-            tensor = tensor / strategy.data_world_size  # type: ignore[attr-defined]
+            tensor = tensor / strategy.layout.loss_world_size  # type: ignore[attr-defined]
         super().backward(tensor, model, optimizer, *args, **kwargs)
 
     @override
@@ -138,12 +138,14 @@ def scale_gradients(params: Iterable[Tensor], factor: Tensor | float) -> None:
 
 def _replicas(grad: Tensor) -> int:
     """How many ranks hold the same elements as this one."""
+    world = dist.get_world_size() if dist.is_initialized() else 1
     if not isinstance(grad, DTensor):
-        return dist.get_world_size() if dist.is_initialized() else 1
+        return world
     if any(isinstance(placement, Partial) for placement in grad.placements):
         raise RuntimeError(f"a gradient with placements {grad.placements} has not been reduced yet.")
     sizes = zip(grad.device_mesh.shape, grad.placements, strict=True)
-    return math.prod(size for size, placement in sizes if isinstance(placement, Replicate))
+    # Not the product over replicated dimensions: the mesh need not have all ranks (tensor-parallel peers of a norm).
+    return world // math.prod(size for size, placement in sizes if not isinstance(placement, Replicate))
 
 
 @torch.no_grad()

@@ -1,25 +1,25 @@
 """Activation checkpointing of decoder layers that never routes twice.
 
-Every decoder layer runs under `torch.utils.checkpoint` (non-reentrant), which keeps the layer's inputs and, at the first
-tensor that backward asks for, runs the layer again until every tensor that was saved in forward is there. The second
-run only supplies tensors: gradients flow through the graph of the first. So a module whose first graph keeps what it
-needs may be passed over in the second run, and two kinds are:
+Every decoder layer runs under `torch.utils.checkpoint` (non-reentrant), which keeps the layer's inputs and, at the
+first tensor that backward asks for, runs the layer again until it has every tensor that was saved in forward. The
+second run only supplies tensors: gradients flow through the graph of the first. So a module whose first graph keeps
+what it needs may be passed over in the second run, and two kinds are:
 
-- **routers**: the tensors that they save are small (``[T, E]``, ``[T, K]``) and stay, so that ids, weights and counts are
-  those of forward, whatever a second run would round. Only their input ``[T, H]`` is large; it is left to the checkpoint.
-- **experts**: the MoE body keeps its tensors on its own ctx. ``selective`` keeps them all. ``full`` keeps the dispatch plan
-  (ids, weights, split sizes); the checkpoint supplies the hidden states, and backward sends their rows again and repeats
-  the up projection.
+- **routers**: what they save is small (``[T, E]``, ``[T, K]``) and stays, so that ids, weights and counts are
+  those of forward, whatever a second run would round. Only their input ``[T, H]`` is large: left to the checkpoint.
+- **experts**: the MoE body keeps its tensors on its own ctx. ``selective`` keeps them all. ``full`` keeps the dispatch
+  plan (ids, weights, split sizes); the checkpoint supplies the hidden states, and backward sends their rows again and
+  repeats the up projection.
 
-A `_Recording` (forward) and a `_Replay` (second run), the two contexts of one checkpoint, agree on how often each such call
-left its input to the checkpoint, and on what it returned. Outputs are kept only where the layer saves something after
-the call (shared experts do so after the routed ones). Nothing is kept on modules; what a call leaves dies with its
-graph.
+A `_Recording` (first run) and a `_Replay` (second run), the two contexts of one checkpoint, share a note of every such
+call: how often it left its input to the checkpoint, and what it returned. Outputs are kept only where the layer saves
+something after the call (shared experts do so after the routed ones). Nothing is kept on modules; what a call leaves
+dies with its graph.
 
-Calls are intercepted before the hooks of a module (FSDP's, metrics'), so that a replay gathers no parameters and counts
-no token twice; the layer as a whole is intercepted behind its hooks, so that FSDP gathers it once per backward. Names of
-parameters and modules stay as they are. With ``compile`` the checkpoint lies around the compiled layer: inside, Dynamo would
-give the whole layer up at the first graph break.
+Calls are intercepted before the hooks of their module (FSDP's, metrics'), so that a second run gathers no parameters
+and counts no token twice; the layer is intercepted behind its hooks, so that FSDP gathers it once per backward. Names
+of parameters and modules stay as they are. With ``compile`` the checkpoint lies around the compiled layer: inside it,
+Dynamo would give the whole layer up at the first graph break.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ def checkpoint_layer(
         contexts = functools.partial(_contexts, mode)
         return checkpoint(function, *args, use_reentrant=False, context_fn=contexts)
 
-    layer.forward = checkpointed  # type: ignore[method-assign]
+    layer.forward = checkpointed
 
 
 def _without_cache(kwargs: Mapping[str, Any]) -> dict[str, Any]:
@@ -98,8 +98,8 @@ def _without_cache(kwargs: Mapping[str, Any]) -> dict[str, Any]:
     cache = kwargs.get("past_key_values")
     if cache is not None and cache.get_seq_length() > 0:
         raise ValueError(
-            "past_key_values that hold tokens cannot be combined with activation_checkpointing: recomputed layers would "
-            "add theirs a second time. Use activation_checkpointing='none', or no cache."
+            "past_key_values that hold tokens cannot be combined with activation_checkpointing: recomputed layers "
+            "would add theirs a second time. Use activation_checkpointing='none', or no cache."
         )
     return {**kwargs, **{name: None for name in ("past_key_values",) if name in kwargs}}
 
@@ -300,8 +300,8 @@ def handle_replay(experts: nn.Module) -> None:
     if torch._C._current_graph_task_id() == -1:
         return
     rank_zero_warn(
-        "Activation checkpointing that the strategy knows nothing of runs the experts again in backward, so that routing "
-        "and (with ep > 1) every exchange of tokens between ranks is repeated. Use "
+        "Activation checkpointing that the strategy knows nothing of runs the experts again in backward, so that "
+        "routing and (with ep > 1) every exchange of tokens between ranks is repeated. Use "
         "ExpertParallelStrategy(activation_checkpointing='full'), or 'selective', in its place."
     )
     if isinstance(experts, FSDPModule):

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, masking_utils
 from transformers.activations import SiLUActivation
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
@@ -61,32 +62,27 @@ def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
     return [child for child in model.modules() if type(child).__name__ in names]
 
 
-def routers(model: nn.Module) -> list[nn.Module]:
-    """The modules that the families inside ``model`` declare as sources of router logits, experts not inside them."""
-    declared = [inner._can_record_outputs or {} for inner in model.modules() if isinstance(inner, PreTrainedModel)]
-    recorders = [outputs["router_logits"] for outputs in declared if "router_logits" in outputs]
-    classes = tuple({getattr(recorder, "target_class", recorder) for recorder in recorders})
-    return [child for child in model.modules() if isinstance(child, classes)]
+def routers(layer: nn.Module, models: Iterable[PreTrainedModel]) -> list[nn.Module]:
+    """The routers in a decoder layer of ``models``: what they declare to give router logits, if it has no experts."""
+    models = list(models)
+    inner = [child for model in models for child in model.modules() if isinstance(child, PreTrainedModel)]
+    recorders = [(child._can_record_outputs or {}).get("router_logits") for child in inner]
+    classes = tuple({getattr(recorder, "target_class", recorder) for recorder in recorders if recorder is not None})
+    experts = {child for model in models for child in experts_modules(model).values()}
+    return [child for child in layer.modules() if isinstance(child, classes) and not experts & set(child.modules())]
 
 
-def own_checkpointing(model: PreTrainedModel) -> bool:
-    """Whether the activation checkpointing of transformers is on in any layer."""
-    return model.is_activation_checkpointing
+def refuse_own_checkpointing(model: PreTrainedModel, reason: str) -> None:
+    """Makes turning on the activation checkpointing of transformers a ValueError."""
 
-
-def on_own_checkpointing(model: PreTrainedModel, function: Callable[[], None]) -> None:
-    """Calls ``function`` in place of turning on the activation checkpointing of transformers."""
-
-    # Its parameters are read by transformers, as its old form had others.
-    def set_checkpointing(
-        enable: bool = True, gradient_checkpointing_func: object = None, every_n_layers: int = 1
-    ) -> None:
+    # transformers reads the names of its parameters.
+    def refuse(enable: bool = True, gradient_checkpointing_func: object = None, every_n_layers: int = 1) -> None:
         if enable:
-            function()
+            raise ValueError(reason)
 
-    for inner in model.modules():
-        if isinstance(inner, PreTrainedModel):
-            inner._set_gradient_checkpointing = set_checkpointing  # type: ignore[method-assign,assignment]
+    for child in model.modules():
+        if isinstance(child, PreTrainedModel):
+            child._set_gradient_checkpointing = refuse  # type: ignore[method-assign]
 
 
 def tied(model: PreTrainedModel) -> bool:
@@ -165,6 +161,21 @@ def is_parallel_experts(module: nn.Module) -> bool:
 def use_expert_parallel_forward(model: PreTrainedModel) -> None:
     """Selects our function in the experts interface for the whole model."""
     model.set_experts_implementation(EXPERTS_IMPLEMENTATION)
+
+
+@contextmanager
+def without_packing() -> Iterator[None]:
+    """For forwards of models that number the positions themselves: each row of the batch is one sequence.
+
+    transformers looks for packed sequences in the position ids that it has just made, and the host waits for the answer
+    of the GPU in every forward. It has no argument that says so.
+    """
+    found = masking_utils.find_packed_sequence_indices
+    masking_utils.find_packed_sequence_indices = lambda position_ids: None
+    try:
+        yield
+    finally:
+        masking_utils.find_packed_sequence_indices = found
 
 
 # Opaque to torch.compile: its sizes are not known before it runs, and its kernels are already fused.

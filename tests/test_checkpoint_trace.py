@@ -14,7 +14,7 @@ from torch import Tensor
 from lightning_ep.checkpoint.hub import reader
 from lightning_ep.checkpoint.hub.safetensors_file import read_header
 from lightning_ep.checkpoint.hub.trace import NotTraceableError, Traced
-from lightning_ep.checkpoint.region import Region
+from lightning_ep.region import Region
 
 Chain = Callable[[list[Tensor]], Tensor]
 

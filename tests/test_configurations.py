@@ -52,8 +52,8 @@ def test_auto_sizes(ep: Any, fsdp: Any, world: int, per_node: int, expected: tup
 @pytest.mark.parametrize(
     ("ep", "fsdp", "message"),
     [
-        (3, "auto", r"ep=3 times fsdp=2 is 6, but there are 8.*choose one of \[1, 2, 4, 8\]"),
-        (4, 4, r"ep=4 times fsdp=4 is 16, but there are 8.*use fsdp=2"),
+        (3, "auto", r"fsdp=2 times ep=3 is 6, but there are 8.*choose one of \[1, 2, 4, 8\]"),
+        (4, 4, r"fsdp=4 times ep=4 is 16, but there are 8.*use fsdp=2"),
         (0, "auto", "ep=0: must be a positive integer"),
         ("all", "auto", "ep='all': must be a positive integer or 'auto'"),
         (16, "auto", r"ep=16 .* there are 8 processes"),

@@ -47,7 +47,7 @@ def _count_syncs(ep: int) -> tuple[int, int]:
                 else:
                     out.sum().backward()
                 torch.cuda.set_sync_debug_mode("default")
-            counts.append(sum("synchroniz" in str(w.message) for w in caught))
+            counts.append(sum("called a synchronizing" in str(w.message) for w in caught))
     return counts[0], counts[1]
 
 
@@ -80,7 +80,7 @@ def _step_syncs() -> list[str]:
         warnings.simplefilter("always")
         trainer.fit(module, DataLoader(batches(6, 2), batch_size=None, pin_memory=True))
     for warning in caught:
-        if "synchroniz" in str(warning.message):
+        if "called a synchronizing" in str(warning.message):
             found.append(f"{warning.filename}:{warning.lineno}")
     return found
 

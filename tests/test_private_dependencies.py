@@ -66,6 +66,7 @@ PRIVATE = [
     "torch.distributed.tensor.placement_types:_StridedShard",
     "torch.nn:Module._buffers",
     "torch.nn:Module._parameters",
+    "transformers.masking_utils:find_packed_sequence_indices",
     "transformers:PreTrainedModel._init_weights",
     "transformers:PreTrainedModel._keys_to_ignore_on_load_missing",
     "transformers:PreTrainedModel._keys_to_ignore_on_load_unexpected",

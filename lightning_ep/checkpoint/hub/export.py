@@ -23,7 +23,7 @@ from lightning_ep.checkpoint.hub.problems import Problems
 from lightning_ep.checkpoint.hub.safetensors_file import SINGLE_NAME, SafetensorsWriter, TensorSpec
 from lightning_ep.checkpoint.hub.trace import NotTraceableError, Piece, Traced
 from lightning_ep.checkpoint.ranks import from_all_ranks
-from lightning_ep.checkpoint.region import Region, local_region, local_tensor
+from lightning_ep.region import Region, local_region, local_tensor
 
 MAX_FILE_BYTES = 5 * 10**9
 """Files are closed before they become larger, as on the hub; a larger tensor has a file to itself."""

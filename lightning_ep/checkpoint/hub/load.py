@@ -17,8 +17,8 @@ from lightning_ep import transformers_adapter as adapter
 from lightning_ep.checkpoint.hub.matching import Match, Source
 from lightning_ep.checkpoint.hub.reader import Read, ReadError, batches_of, read_all, reads_of
 from lightning_ep.checkpoint.hub.trace import Piece, Traced
-from lightning_ep.checkpoint.region import Region, local_region
 from lightning_ep.initialize import assign
+from lightning_ep.region import Region, local_region
 
 _SOURCE = "_lightning_ep_source"
 

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from lightning_ep.checkpoint.hub.safetensors_file import StoredTensor
 from lightning_ep.checkpoint.hub.trace import Piece
-from lightning_ep.checkpoint.region import Region, as_bytes
+from lightning_ep.region import Region, as_bytes
 
 CHUNK_BYTES = 32 * 2**20
 """Largest single read: large enough for full disk speed, small enough that all buffers are a fraction of a GiB."""

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_ep.checkpoint.region import Region
+from lightning_ep.region import Region
 
 
 class NotTraceableError(Exception):

@@ -13,13 +13,13 @@ from torch.optim import Optimizer
 
 from lightning_ep.checkpoint.errors import CheckpointError
 from lightning_ep.checkpoint.ranks import Ranks
-from lightning_ep.checkpoint.region import local_tensor
 from lightning_ep.checkpoint.training import files, optimizers, single_file
 from lightning_ep.checkpoint.training.optimizers import clean, listed
 from lightning_ep.checkpoint.training.shards import SafeReader, Saved, read_shards
 from lightning_ep.checkpoint.training.state import HEADER, RANKS, check_header, deserialize, place_ranks
 from lightning_ep.initialize import assign
 from lightning_ep.layout import ParallelLayout
+from lightning_ep.region import local_tensor
 
 T = TypeVar("T")
 

@@ -18,12 +18,12 @@ from torch import Tensor
 
 from lightning_ep.checkpoint.errors import CheckpointError
 from lightning_ep.checkpoint.ranks import Ranks
-from lightning_ep.checkpoint.region import local_tensor
 from lightning_ep.checkpoint.training import files
 from lightning_ep.checkpoint.training.background import JobQueue
 from lightning_ep.checkpoint.training.files import FileRecord
 from lightning_ep.checkpoint.training.shards import State, flatten, write_shards
 from lightning_ep.checkpoint.training.staging import HostBuffer
+from lightning_ep.region import local_tensor
 
 _MAX_THREADS = 4
 

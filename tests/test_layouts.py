@@ -1,0 +1,57 @@
+"""Every layout trains like one process, and layouts that cannot be are refused with one that can."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from lightning_ep import ParallelLayout
+from tests.distributed import run_ranks
+from tests.parity import compare_with_one_process
+
+CASES = [
+    {"causal": False, "accumulate": 3, "clip": 0.2},
+    {"causal": True, "accumulate": 1, "clip": 0.2},
+]
+
+
+@pytest.mark.parametrize(
+    ("world", "layout"),
+    [
+        (2, {"ep": 1, "replicate": 2}),
+        (4, {"ep": 2, "replicate": 2}),
+        (4, {"ep": 1, "fsdp": 2, "replicate": 2}),
+        (8, {"ep": 2, "fsdp": 2, "replicate": 2}),
+    ],
+)
+def test_training_equals_one_process(world: int, layout: dict[str, int]) -> None:
+    for wrong in run_ranks(world, compare_with_one_process, layout, CASES, init_process_group=False):
+        assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ({"replicate": 3}, r"replicate=3 times .* there are 8 processes.*replicate must divide 8: .*\[1, 2, 4, 8\]"),
+        ({"replicate": 2, "ep": 8}, r"replicate=2 times fsdp=1 times ep=8 is 16, .*ep must divide 4: .*\[1, 2, 4\]"),
+        ({"replicate": 2, "ep": 2, "fsdp": 4}, r"is 16, but there are 8.* with ep=2 use fsdp=2"),
+        ({"tp": 3}, r"tp=3 times cp=1 is 3, which does not divide fsdp \* ep = 1 \* 8 = 8.*Use tp=1\."),
+        ({"tp": 4, "cp": 4}, r"tp=4 times cp=4 is 16, which does not divide .* = 8, .*Use tp=2\."),
+        ({"cp": 6}, r"cp=6 is 6, which does not divide .*Use cp=4, tp=1\."),
+        ({"replicate": 4, "tp": 4}, r"tp=4 times cp=1 is 4, which does not divide fsdp \* ep = 1 \* 2 = 2"),
+        ({"cp": 0}, "cp=0: must be a positive integer"),
+    ],
+)
+def test_sizes_that_do_not_fit(sizes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ParallelLayout.resolve(sizes.pop("ep", "auto"), sizes.pop("fsdp", "auto"), 8, 8, **sizes)
+
+
+def test_both_views_of_the_ranks() -> None:
+    layout = ParallelLayout.resolve(4, "auto", 16, 8, replicate=2, tp=2, cp=2)
+    assert (layout.fsdp, layout.shards, layout.data_world_size, layout.loss_world_size) == (2, 8, 4, 8)
+    assert [layout.data_rank(rank) for rank in range(16)] == [0] * 4 + [1] * 4 + [2] * 4 + [3] * 4
+    assert ParallelLayout.resolve("auto", "auto", 16, 16, replicate=2).ep == 8
+    assert ParallelLayout.resolve("auto", "auto", 16, 8, replicate=2).ep == 8
+    assert ParallelLayout.resolve("auto", 2, 16, 8, replicate=2).ep == 4
