@@ -200,16 +200,17 @@ class _Recording:
     def call(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
         call = _Call(module)
         self._calls.append(call)
-        hidden = _first_tensor(args, kwargs)
+        source = [_first_tensor(args, kwargs)]
 
         def pack(tensor: Tensor) -> Any:
-            if not _is_copy(tensor, hidden):
+            if not _is_copy(tensor, source[0]):
                 return tensor
-            later, shape, dtype = self.leave(hidden), tensor.shape, tensor.dtype
+            later, shape, dtype = self.leave(source[0]), tensor.shape, tensor.dtype
             return lambda: later().to(dtype).reshape(shape)
 
         with saved_tensors_hooks(pack, _unpack):
             outputs = module._call_impl(*args, **kwargs)
+        source.clear()  # the graph keeps its hooks, and they would keep the tensor
         call.outputs = tree_map_only(Tensor, _Output.of, outputs)
         call.saved_before = self._num_saved
         return outputs
