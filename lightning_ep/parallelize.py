@@ -106,7 +106,7 @@ def shard(
     """
     models = adapter.pretrained_models(module)
     check(module, layout, plan)
-    _check_recompute(module, plan, activation_checkpointing)
+    check_recompute(module, plan, activation_checkpointing)
     _broadcast_weights(module, device)
     for name, style in plan.items():
         experts = module.get_submodule(name)
@@ -135,7 +135,7 @@ def check(module: nn.Module, layout: ParallelLayout, plan: Mapping[str, Parallel
     list(_outside(module, adapter.pretrained_models(module).values()))
 
 
-def _check_recompute(module: nn.Module, plan: Iterable[str], mode: ActivationCheckpointing) -> None:
+def check_recompute(module: nn.Module, plan: Iterable[str], mode: ActivationCheckpointing) -> None:
     """Raises ValueError if the mode does not exist or does not fit the model."""
     check_mode(mode)
     models = adapter.pretrained_models(module).values()
