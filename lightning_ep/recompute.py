@@ -27,7 +27,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar, Token
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 import torch
@@ -36,7 +36,6 @@ from torch import Tensor, nn
 from torch.autograd import Variable
 from torch.autograd.graph import saved_tensors_hooks
 from torch.distributed.fsdp import FSDPModule
-from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.checkpoint import checkpoint
 
 ActivationCheckpointing = Literal["none", "selective", "full"]
@@ -155,13 +154,19 @@ class _Call:
         module: What was called.
         left: How often it left its input to the checkpoint.
         outputs: What it returned, with `_Output` in place of tensors.
+        noted: All of these.
         saved_before: Tensors that the layer had saved when it returned.
     """
 
     module: nn.Module
     left: int = 0
     outputs: Any = None
+    noted: list[_Output] = field(default_factory=list)
     saved_before: int = 0
+
+    def note(self, tensor: Tensor) -> _Output:
+        self.noted.append(_Output.of(tensor))
+        return self.noted[-1]
 
 
 class _Recording:
@@ -183,9 +188,8 @@ class _Recording:
         self._hooks.__exit__()
         for call in self._calls:
             if call.saved_before == self._num_saved:
-                for output in tree_leaves(call.outputs):
-                    if isinstance(output, _Output):
-                        output.tensor = None
+                for output in call.noted:
+                    output.tensor = None
 
     def _pack(self, tensor: Tensor) -> Any:
         self._num_saved += 1
@@ -211,7 +215,7 @@ class _Recording:
         with saved_tensors_hooks(pack, _unpack):
             outputs = module._call_impl(*args, **kwargs)
         source.clear()  # the graph keeps its hooks, and they would keep the tensor
-        call.outputs = tree_map_only(Tensor, _Output.of, outputs)
+        call.outputs = _map(call.note, Tensor, outputs)
         call.saved_before = self._num_saved
         return outputs
 
@@ -240,7 +244,7 @@ class _Replay:
         hidden = _first_tensor(args, kwargs)
         for _ in range(call.left):
             self._checkpoint_pack(hidden)  # ends the second run when it was the last tensor asked for
-        return tree_map_only(_Output, _Output.again, call.outputs)
+        return _map(_Output.again, _Output, call.outputs)
 
 
 _active: ContextVar[_Recording | _Replay | None] = ContextVar("lightning_ep_checkpoint", default=None)
@@ -268,6 +272,13 @@ def _top_hooks() -> tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]]:
 
 def _unpack(packed: Tensor | Later) -> Tensor:
     return packed if isinstance(packed, Tensor) else packed()
+
+
+def _map(function: Callable[[Any], Any], kind: type, value: Any) -> Any:
+    """``value`` with every ``kind`` in it, or in its tuples, mapped."""
+    if isinstance(value, tuple):
+        return tuple(_map(function, kind, part) for part in value)
+    return function(value) if isinstance(value, kind) else value
 
 
 def _first_tensor(args: Any, kwargs: Mapping[str, Any]) -> Tensor:

@@ -56,8 +56,10 @@ PRIVATE = [
     "torch:_foreach_copy_",
     "torch:_foreach_mul_",
     "torch:_foreach_norm",
+    "torch:_C._autograd._top_saved_tensors_default_hooks",
     "torch:_C._current_graph_task_id",
     "torch:_is_any_true",
+    "torch:Tensor._version",
     "torch.autograd:Variable._execution_engine",
     "torch.distributed.checkpoint.filesystem:_StorageInfo",
     "torch.distributed.checkpoint.filesystem:_split_by_size_and_type",
@@ -65,13 +67,17 @@ PRIVATE = [
     "torch.nn:Module._apply",  # benchmarks
     "torch.distributed.tensor.placement_types:_StridedShard",
     "torch.nn:Module._buffers",
+    "torch.nn:Module._call_impl",
+    "torch.nn:Module._compiled_call_impl",
     "torch.nn:Module._parameters",
     "transformers.masking_utils:find_packed_sequence_indices",
+    "transformers:PreTrainedModel._can_record_outputs",
     "transformers:PreTrainedModel._init_weights",
     "transformers:PreTrainedModel._keys_to_ignore_on_load_missing",
     "transformers:PreTrainedModel._keys_to_ignore_on_load_unexpected",
     "transformers:PreTrainedModel._keys_to_ignore_on_save",
     "transformers:PreTrainedModel._no_split_modules",
+    "transformers:PreTrainedModel._set_gradient_checkpointing",
     "transformers.integrations.moe:_default_apply_gate",
     "transformers.models.qwen3_moe.modeling_qwen3_moe:Qwen3MoeExperts._apply_gate",
 ]
@@ -99,6 +105,7 @@ UNDOCUMENTED = [
     "torch.nn.functional:grouped_mm",
     "torch.distributed.tensor.experimental:register_sharding",
     "transformers:PreTrainedModel.ep_plan",
+    "transformers:PreTrainedModel.is_activation_checkpointing",
     "transformers:PreTrainedModel.maybe_distribute_model",  # benchmarks
     "transformers:PreTrainedModel.prepare_distribute_model",  # benchmarks
     "transformers:PreTrainedModel.set_experts_implementation",
