@@ -22,7 +22,7 @@ Written by `python -m benchmarks.report` from the files of the runs named below;
 - *tokens/s* are distinct tokens per second and GPU: the median over measured steps, with the 10th and 90th percentile.
   A step lasts from the end of one optimizer step to the end of the next, on the slowest rank, data loading included.
 - *vs peer* is the ratio to the fastest peer of the same case, whatever its layout; nothing if none ran.
-- *+compile*, *+full* and *+selective* behind a trainer: decoder layers compiled; layers recomputed in backward (a case of
+- *+compile*, *+full* and *+selective* behind a trainer: decoder layers compiled; layers recomputed (a case of
   its own: transformers' and torchtitan's activation checkpointing beside ours).
 - *MFU* counts causal attention and active experts, no recompute, against 989 TFLOP/s.
 - *estimate* is the budget of the design's section 7 scaled to the case (`benchmarks/costs.py`): compute and memory
