@@ -9,6 +9,7 @@ from typing import Any
 OURS = "lightning_ep/ep="
 TRANSFORMERS = ("transformers/fsdp2", "transformers/ep", "transformers/single")
 TORCHTITAN = "torchtitan/ep"
+SELECTIVE, FULL = "+selective", "+full"
 COMPILE = "+compile"
 
 
@@ -37,7 +38,8 @@ class Cell:
     """Everything that identifies a measurement.
 
     Attributes:
-        trainer: ``lightning_ep/ep=N``, one of `TRANSFORMERS` (either with `COMPILE`), or `TORCHTITAN`.
+        trainer: ``lightning_ep/ep=N``, one of `TRANSFORMERS` or `TORCHTITAN`; then how it recomputes (`SELECTIVE`, ours
+            only, or `FULL`) and `COMPILE` (not for torchtitan, which always does).
         batch: Sequences per rank and step.
         sequence: Tokens per sequence.
         ranks: Processes, one per GPU.
@@ -65,17 +67,28 @@ class Cell:
     device: str = "cuda"
 
     def __post_init__(self) -> None:
-        known = self.base in (*TRANSFORMERS, TORCHTITAN)
-        if not known and not (self.base.startswith(OURS) and self.base.removeprefix(OURS).isdigit()):
-            choices = ", ".join((f"{OURS}N[{COMPILE}]", *(f"{t}[{COMPILE}]" for t in TRANSFORMERS), TORCHTITAN))
-            raise ValueError(f"trainer={self.trainer!r} does not exist; choose one of {choices}.")
+        ours = self.base.startswith(OURS) and self.base.removeprefix(OURS).isdigit()
+        recompute = (SELECTIVE, FULL) if ours else (FULL,)
+        known = ours or self.base in (*TRANSFORMERS, TORCHTITAN)
+        compiled = ("",) if self.base == TORCHTITAN else ("", COMPILE)
+        suffixes = {first + second for first in ("", *recompute) for second in compiled}
+        if not known or self.trainer.removeprefix(self.base) not in suffixes:
+            choices = [f"{OURS}N[{SELECTIVE}|{FULL}][{COMPILE}]", *(f"{t}[{FULL}][{COMPILE}]" for t in TRANSFORMERS)]
+            raise ValueError(
+                f"trainer={self.trainer!r} does not exist; choose one of {', '.join(choices)}, {TORCHTITAN}[{FULL}]."
+            )
         if self.warmup < 1 or self.steps < 1:
             raise ValueError(f"warmup={self.warmup} and steps={self.steps} must both be at least 1.")
 
     @property
     def base(self) -> str:
-        """The trainer without its suffix."""
-        return self.trainer.removesuffix(COMPILE)
+        """The trainer without its suffixes."""
+        return self.trainer.partition("+")[0]
+
+    @property
+    def recompute(self) -> str:
+        """``none``, ``selective`` or ``full``: what backward computes again."""
+        return self.trainer.removesuffix(COMPILE).partition("+")[2] or "none"
 
     @property
     def compile(self) -> bool:
@@ -106,8 +119,9 @@ class Cell:
 
     @property
     def case(self) -> dict[str, Any]:
-        """All but the trainer: cells of one case are compared with each other."""
-        return {key: value for key, value in dataclasses.asdict(self).items() if key != "trainer"}
+        """All but the trainer: cells of one case are compared with each other, so with recompute or without."""
+        settings = {key: value for key, value in dataclasses.asdict(self).items() if key != "trainer"}
+        return {**settings, "recompute": self.recompute != "none"}
 
     def config(self) -> Any:
         """The transformers configuration."""

@@ -65,10 +65,11 @@ def estimate_ms(cell: Cell, device_name: str) -> dict[str, float] | None:
     no launch overhead, no exposed gathers of FSDP and no skew: what a run takes beyond it is to be explained.
 
     Returns:
-        None for peers, other widths and unknown devices.
+        None for peers, recompute, other widths and unknown devices.
     """
     kind = device_kind(device_name)
-    if kind is None or cell.sizes != "qwen3-30b-a3b" or not cell.trainer.startswith("lightning_ep"):
+    ours = cell.trainer.startswith("lightning_ep") and cell.recompute == "none"
+    if kind is None or cell.sizes != "qwen3-30b-a3b" or not ours:
         return None
     tokens, slower = cell.tokens / _TOKENS, BANDWIDTH["H200"] / BANDWIDTH[kind]
     share = num_parameters(cell.widths, cell.layers) / cell.ranks

@@ -65,12 +65,12 @@ def run(cell: Cell, meter: Meter) -> None:
 
 
 def _job(cell: Cell) -> Any:
-    """Its configuration: everything compiled, no recompute, the rest as it comes."""
+    """Its configuration: everything compiled, the rest as it comes."""
     from torchtitan.config import JobConfig
 
     job = JobConfig()
     job.compile.enable = True
-    job.activation_checkpoint.mode = "none"
+    job.activation_checkpoint.mode = cell.recompute
     job.training.seq_len = cell.sequence
     job.training.dtype = "bfloat16" if cell.precision == "bf16-true" else "float32"
     job.optimizer.lr = 1e-5

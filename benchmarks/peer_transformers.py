@@ -56,6 +56,8 @@ def _build(cell: Cell, device: torch.device) -> Any:
     model.set_experts_implementation("grouped_mm" if device.type == "cuda" else "eager")  # its fast path on each
     with torch.device(device):  # its buffers are no weights: computed on the device, never cast
         model.model.rotary_emb = type(model.model.rotary_emb)(model.config)
+    if cell.recompute == "full":
+        model.activation_checkpointing_enable()
     if cell.compile:
         for layer in model.model.layers:
             layer.compile()

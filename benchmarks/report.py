@@ -22,6 +22,8 @@ Written by `python -m benchmarks.report` from the files of the runs named below;
 - *tokens/s* are distinct tokens per second and GPU: the median over measured steps, with the 10th and 90th percentile.
   A step lasts from the end of one optimizer step to the end of the next, on the slowest rank, data loading included.
 - *vs peer* is the ratio to the fastest peer of the same case, whatever its layout; nothing if none ran.
+- *+compile*, *+full* and *+selective* behind a trainer: decoder layers compiled; layers recomputed (a case of
+  its own: transformers' and torchtitan's activation checkpointing beside ours).
 - *MFU* counts causal attention and active experts, no recompute, against 989 TFLOP/s.
 - *estimate* is the budget of the design's section 7 scaled to the case (`benchmarks/costs.py`): compute and memory
   traffic at the rates seen on an H200, without launch overhead and exposed gathers. It was written down before the run.
@@ -99,10 +101,11 @@ def title(group: list[dict[str, Any]]) -> str:
     """What a case is."""
     cell = Cell(**group[0]["cell"])
     cap = "" if cell.memory_cap_gib is None else f", memory capped to {cell.memory_cap_gib:g} GiB"
+    recompute = ", recompute" if cell.recompute != "none" else ""
     gpus = f"{cell.ranks} process{'es' if cell.ranks > 1 else ''}"
     return (
         f"{cell.batch} x {cell.sequence:,} tokens per GPU, {gpus}, {cell.layers} layers of {cell.sizes}, "
-        f"{cell.precision}, {cell.router} router, {cell.steps} steps{cap}"
+        f"{cell.precision}, {cell.router} router, {cell.steps} steps{cap}{recompute}"
     )
 
 

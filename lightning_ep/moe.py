@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ def moe_forward(
     ids_TK: Tensor,
     weights_TK: Tensor,
     params: Sequence[Tensor],
+    leave: Callable[[Tensor], Callable[[], Tensor] | None] | None = None,
 ) -> Tensor:
     """Sends tokens to the ranks of their experts, runs the experts and brings the weighted sums back.
 
@@ -33,12 +34,16 @@ def moe_forward(
         weights_TK: ``[T, K]``, routing weights.
         params: Local parameters of the experts; their gradients sum over the tokens of all ranks of the EP group.
             Computed with in the dtype of ``hidden_TH``.
+        leave: Called with ``hidden_TH`` if there will be a backward. Where it returns a function, no received row is
+            kept: backward gets the hidden states from that function, sends the rows again and repeats the experts'
+            forward as far as needed.
 
     Returns:
         ``[T, H]`` in the dtype of ``hidden_TH``. Sums over a token's experts run in fp32 and in a fixed order.
     """
     needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in (hidden_TH, weights_TK, *params))
-    return _MoE.apply(dispatcher, experts, needs_grad, hidden_TH, ids_TK, weights_TK, *params)
+    later = leave(hidden_TH) if needs_grad and leave is not None else None
+    return _MoE.apply(dispatcher, experts, needs_grad, later, hidden_TH, ids_TK, weights_TK, *params)
 
 
 class _MoE(torch.autograd.Function):
@@ -48,6 +53,7 @@ class _MoE(torch.autograd.Function):
         dispatcher: Dispatcher[Any],
         experts: LocalExperts,
         needs_grad: bool,
+        later: Callable[[], Tensor] | None,
         hidden_TH: Tensor,
         ids_TK: Tensor,
         weights_TK: Tensor,
@@ -58,14 +64,15 @@ class _MoE(torch.autograd.Function):
         out_NH, saved = rows_NH, None
         if plan.num_pairs > 0:
             computed = _in_dtype(params, hidden_TH.dtype)
-            out_NH, saved = experts.forward(rows_NH, plan.ids_NK, plan.weights_NK, plan.num_pairs, computed, needs_grad)
+            keep = needs_grad and later is None
+            out_NH, saved = experts.forward(rows_NH, plan.ids_NK, plan.weights_NK, plan.num_pairs, computed, keep)
         out = dispatcher.combine(plan, out_NH, "combine, forward")
         if needs_grad:
             # Plain attributes, outside saved-tensor hooks: under activation checkpointing the routing and the
             # exchanges of this call must not be repeated (DESIGN, Recompute). Of parameters in another dtype than the
             # rows only these are kept; casting twice is cheaper than the memory of every layer's copy.
             ctx.dispatcher, ctx.experts, ctx.plan, ctx.saved, ctx.params = dispatcher, experts, plan, saved, params
-            ctx.weights_dtype = weights_TK.dtype
+            ctx.later, ctx.weights_dtype = later, weights_TK.dtype
         return out.wait()
 
     @staticmethod
@@ -78,9 +85,17 @@ class _MoE(torch.autograd.Function):
             )
         dispatcher: Dispatcher[Any] = ctx.dispatcher
         experts: LocalExperts = ctx.experts
-        plan, saved, params = ctx.plan, ctx.saved, ctx.params
-        ctx.plan = ctx.saved = ctx.params = None
-        grad_NH = dispatcher.dispatch(plan, grad_TH, "combine, backward").wait()
+        plan, saved, params, later = ctx.plan, ctx.saved, ctx.params, ctx.later
+        ctx.plan = ctx.saved = ctx.params = ctx.later = None
+        grad_rows = dispatcher.dispatch(plan, grad_TH, "combine, backward")
+        if later is not None:
+            # The layer is recomputed up to here, and its rows travel, under the exchange of their gradients.
+            rows_NH = dispatcher.dispatch(plan, later(), "dispatch, recomputed").wait()
+            if plan.num_pairs > 0:
+                in_dtype = _in_dtype(params, grad_TH.dtype)
+                saved = experts.recompute(rows_NH, plan.ids_NK, plan.weights_NK, plan.num_pairs, in_dtype)
+            del rows_NH
+        grad_NH = grad_rows.wait()
         if plan.num_pairs > 0:
             in_dtype = _in_dtype(params, grad_TH.dtype)
             grad_rows_NH, grad_weights_NK, saved = experts.backward_rows(saved, in_dtype, grad_NH)
@@ -99,7 +114,7 @@ class _MoE(torch.autograd.Function):
             # No token came: the experts' gradients are zero, not missing, so that FSDP reduces on every rank.
             grad_params = tuple(torch.zeros_like(param) for param in params)
         weights_grad = grad_weights.wait().to(ctx.weights_dtype)
-        return (None, None, None, grad_hidden.wait(), None, weights_grad, *grad_params)
+        return (None, None, None, None, grad_hidden.wait(), None, weights_grad, *grad_params)
 
 
 def _in_dtype(params: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:

@@ -12,6 +12,7 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor.parallel import ParallelStyle, parallelize_module
+from transformers import PreTrainedModel
 
 from lightning_ep import dtensor_rules as dtensor_rules  # registers them
 from lightning_ep import transformers_adapter as adapter
@@ -20,6 +21,13 @@ from lightning_ep.initialize import materialize
 from lightning_ep.layout import Meshes, ParallelLayout
 from lightning_ep.plan import expert_plan
 from lightning_ep.prefetch import chain_prefetches
+from lightning_ep.recompute import ActivationCheckpointing, check_mode, checkpoint_layer
+
+_NOT_TRANSFORMERS_OWN = (
+    "The activation checkpointing of transformers would route twice, and repeat exchanges between ranks. Leave it off "
+    "(`model.gradient_checkpointing_disable()`) and give activation_checkpointing='full' (least memory) or 'selective' "
+    "to ExpertParallelStrategy or parallelize instead."
+)
 
 
 def parallelize(
@@ -31,6 +39,7 @@ def parallelize(
     mp_policy: MixedPrecisionPolicy | None = None,
     seed: int = 0,
     compile: bool = False,
+    activation_checkpointing: ActivationCheckpointing = "none",
 ) -> Meshes:
     """Shards a model in place, without a Trainer: for your own loop or Lightning Fabric.
 
@@ -47,6 +56,8 @@ def parallelize(
         mp_policy: FSDP2 mixed precision.
         seed: Seed of the weights, the same on every rank.
         compile: Compile every decoder layer, except its experts.
+        activation_checkpointing: ``"none"``, ``"selective"`` (decoder layers are recomputed in backward, without their
+            routing and experts) or ``"full"`` (the experts' rows are sent and computed again, too).
 
     Returns:
         The device meshes.
@@ -56,7 +67,9 @@ def parallelize(
         CheckpointError: If the checkpoint of a model from `from_pretrained` does not fit it.
     """
     meshes = layout.build_meshes(device.type)
-    shard(model, layout, meshes, device, plan or expert_plan(model), mp_policy or MixedPrecisionPolicy(), compile)
+    plan = plan or expert_plan(model)
+    policy = mp_policy or MixedPrecisionPolicy()
+    shard(model, layout, meshes, device, plan, policy, compile, activation_checkpointing)
     stream_pretrained(model, device)
     materialize(model, device, seed)
     return meshes
@@ -75,6 +88,7 @@ def shard(
     plan: Mapping[str, ParallelStyle],
     mp_policy: MixedPrecisionPolicy,
     compile: bool = False,
+    activation_checkpointing: ActivationCheckpointing = "none",
 ) -> None:
     """Applies the expert plan and FSDP2; weights on meta stay there.
 
@@ -86,12 +100,14 @@ def shard(
         plan: Style by module name.
         mp_policy: FSDP2 mixed precision.
         compile: Compile every decoder layer, except its experts.
+        activation_checkpointing: As in `parallelize`.
 
     Raises:
         ValueError: If the layout does not fit the model; nothing has been changed then.
     """
     models = adapter.pretrained_models(module)
     check(module, layout, plan)
+    check_recompute(module, plan, activation_checkpointing)
     _broadcast_weights(module, device)
     for name, style in plan.items():
         experts = module.get_submodule(name)
@@ -99,10 +115,7 @@ def shard(
         # Directly after its own slicing: at most one layer's experts are unsharded on the device at a time.
         _shard_experts(experts, meshes, mp_policy, device)
     for model in models.values():
-        if compile:
-            # Layer by layer: one compilation serves all of them, and FSDP's hooks stay outside.
-            for layer in adapter.decoder_layers(model):
-                layer.compile()
+        _wrap_layers(model, activation_checkpointing, compile)
         _fully_shard_dense(model, meshes, mp_policy)
         adapter.use_expert_parallel_forward(model)
     for child in _outside(module, models.values()):
@@ -121,6 +134,35 @@ def check(module: nn.Module, layout: ParallelLayout, plan: Mapping[str, Parallel
         if validate is not None:
             validate(experts, layout.ep)
     list(_outside(module, adapter.pretrained_models(module).values()))
+
+
+def check_recompute(module: nn.Module, plan: Iterable[str], mode: ActivationCheckpointing) -> None:
+    """Raises ValueError if the mode does not exist or does not fit the model."""
+    check_mode(mode)
+    models = adapter.pretrained_models(module).values()
+    if any(model.is_activation_checkpointing for model in models):
+        raise ValueError(f"gradient_checkpointing_enable() was called on the model. {_NOT_TRANSFORMERS_OWN}")
+    if mode == "none":
+        return
+    layers = [layer for model in models for layer in adapter.decoder_layers(model)]
+    routed = {child for layer in layers if adapter.routers(layer, models) for child in layer.modules()}
+    for name in plan:
+        if module.get_submodule(name) not in routed:
+            raise ValueError(
+                f"activation_checkpointing={mode!r} cannot serve {name}: its family declares no router module "
+                "(`_can_record_outputs`) in the decoder layer around it. Use activation_checkpointing='none'."
+            )
+
+
+def _wrap_layers(model: PreTrainedModel, mode: ActivationCheckpointing, compile: bool) -> None:
+    """Compiles and checkpoints decoder layers, one by one: one compilation serves all, FSDP's hooks stay outside."""
+    adapter.refuse_own_checkpointing(model, _NOT_TRANSFORMERS_OWN)
+    for layer in adapter.decoder_layers(model):
+        if mode != "none":
+            experts = [child for child in layer.modules() if adapter.is_parallel_experts(child)]
+            checkpoint_layer(layer, adapter.routers(layer, [model]), experts, mode, compile)
+        elif compile:
+            layer.compile()
 
 
 def _shard_experts(experts: nn.Module, meshes: Meshes, mp_policy: MixedPrecisionPolicy, device: torch.device) -> None:

@@ -40,6 +40,7 @@ from lightning_ep.lockstep import lockstep, share_samples
 from lightning_ep.parallelize import is_parallelized, set_gradient_sync, shard
 from lightning_ep.plan import DispatcherName, expert_plan
 from lightning_ep.precision import ShardedPrecision, clip_grad_norm_
+from lightning_ep.recompute import ActivationCheckpointing, check_mode
 from lightning_ep.refusals import refuse_optimizers, refuse_other_processes, refuse_unsupported
 
 _TIMEOUT = timedelta(minutes=30)  # Lightning's default
@@ -60,6 +61,9 @@ class ExpertParallelStrategy(ModelParallelStrategy):
         dispatcher: How rows travel to their experts.
         experts_implementation: Kernel for the experts of one rank: ``"fused"`` (ours), ``"eager"`` or any name
             registered in transformers' ``ExpertsInterface``. ``"auto"``: the fused one where it can serve the experts.
+        activation_checkpointing: What backward computes again to save memory. ``"none"``: nothing. ``"selective"``: the
+            decoder layers, but neither their routing nor their experts, whose received rows are kept. ``"full"``: only
+            each layer's input and routing are kept; rows travel once more and the experts' up projection is repeated.
         compile: Compile every decoder layer with `torch.compile`; its experts and collectives run as they are.
         save_distributed_checkpoint: Save a directory to which every rank writes its shards, or (False) one file that
             rank 0 assembles.
@@ -77,6 +81,7 @@ class ExpertParallelStrategy(ModelParallelStrategy):
         plan: dict[str, ParallelStyle] | None = None,
         dispatcher: DispatcherName = "all_to_all",
         experts_implementation: str = "auto",
+        activation_checkpointing: ActivationCheckpointing = "none",
         compile: bool = False,
         save_distributed_checkpoint: bool = True,
         async_save: bool = False,
@@ -94,6 +99,7 @@ class ExpertParallelStrategy(ModelParallelStrategy):
         self._plan = plan
         self._dispatcher = dispatcher
         self._experts_implementation = experts_implementation
+        self._activation_checkpointing = activation_checkpointing
         self._compile = compile
         self._layout: ParallelLayout | None = None
         self._meshes: Meshes | None = None
@@ -152,6 +158,7 @@ class ExpertParallelStrategy(ModelParallelStrategy):
     def _configure_launcher(self) -> None:
         # The earliest place that knows the number of processes: before any of them is launched.
         assert self.cluster_environment is not None
+        check_mode(self._activation_checkpointing)
         expected = self.num_nodes * self.num_processes
         refuse_other_processes(self.cluster_environment, self.num_processes, self.num_nodes)
         self._layout = ParallelLayout.resolve(self._ep, self._fsdp, expected, self.num_processes, self._replicate)
@@ -224,7 +231,16 @@ class ExpertParallelStrategy(ModelParallelStrategy):
         self.precision_plugin.convert_module(module)
         plan = self._plan or expert_plan(module, self._dispatcher, self._experts_implementation, self._progress)
         policy = self._sharded_precision.mp_policy
-        shard(module, self.layout, self._meshes, self.root_device, plan, policy, self._compile)
+        shard(
+            module,
+            self.layout,
+            self._meshes,
+            self.root_device,
+            plan,
+            policy,
+            compile=self._compile,
+            activation_checkpointing=self._activation_checkpointing,
+        )
 
     @property
     def _sharded_precision(self) -> ShardedPrecision:

@@ -28,7 +28,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, ExpertsInterfac
 
 from lightning_ep.moe import moe_forward
 from lightning_ep.ops.registered_experts import ExpertsFunction
-from lightning_ep.recompute import handle_replay
+from lightning_ep.recompute import handle_replay, left_to_checkpoint
 
 if TYPE_CHECKING:
     from lightning_ep.plan import ExpertContext
@@ -60,6 +60,29 @@ def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
     """The repeated blocks that the model declares must not be split; the unit of FSDP."""
     names = set(model._no_split_modules or ())
     return [child for child in model.modules() if type(child).__name__ in names]
+
+
+def routers(layer: nn.Module, models: Iterable[PreTrainedModel]) -> list[nn.Module]:
+    """The routers in a decoder layer of ``models``: what they declare to give router logits, if it has no experts."""
+    models = list(models)
+    inner = [child for model in models for child in model.modules() if isinstance(child, PreTrainedModel)]
+    recorders = [(child._can_record_outputs or {}).get("router_logits") for child in inner]
+    classes = tuple({getattr(recorder, "target_class", recorder) for recorder in recorders if recorder is not None})
+    experts = {child for model in models for child in experts_modules(model).values()}
+    return [child for child in layer.modules() if isinstance(child, classes) and not experts & set(child.modules())]
+
+
+def refuse_own_checkpointing(model: PreTrainedModel, reason: str) -> None:
+    """Makes turning on the activation checkpointing of transformers a ValueError."""
+
+    # transformers reads the names of its parameters.
+    def refuse(enable: bool = True, gradient_checkpointing_func: object = None, every_n_layers: int = 1) -> None:
+        if enable:
+            raise ValueError(reason)
+
+    for child in model.modules():
+        if isinstance(child, PreTrainedModel):
+            child._set_gradient_checkpointing = refuse  # type: ignore[method-assign]
 
 
 def tied(model: PreTrainedModel) -> bool:
@@ -164,7 +187,7 @@ def _experts_forward(module: nn.Module, hidden_TH: Tensor, ids_TK: Tensor, weigh
         return _auto_experts(module, hidden_TH, ids_TK, weights_TK)
     handle_replay(module)
     params = [context.local_param(getattr(module, name)) for name in context.param_names]
-    return moe_forward(context.dispatcher, context.experts, hidden_TH, ids_TK, weights_TK, params)
+    return moe_forward(context.dispatcher, context.experts, hidden_TH, ids_TK, weights_TK, params, left_to_checkpoint)
 
 
 ExpertsInterface.register(EXPERTS_IMPLEMENTATION, _experts_forward)

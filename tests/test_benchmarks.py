@@ -160,6 +160,40 @@ def test_unknown_trainers_are_refused_with_the_choices() -> None:
         Cell("megatron", 1, 16, 1)
 
 
+@pytest.mark.parametrize(
+    ("trainer", "recompute", "compiled"),
+    [
+        ("lightning_ep/ep=2", "none", False),
+        ("lightning_ep/ep=2+full", "full", False),
+        ("lightning_ep/ep=2+selective+compile", "selective", True),
+        ("transformers/ep+full+compile", "full", True),
+        ("torchtitan/ep+full", "full", False),
+    ],
+)
+def test_suffixes_say_what_is_recomputed_and_compiled(trainer: str, recompute: str, compiled: bool) -> None:
+    cell = Cell(trainer, 1, 16, 2)
+    assert (cell.base, cell.recompute, cell.compile) == (trainer.partition("+")[0], recompute, compiled)
+    assert cell.ep == 2
+
+
+@pytest.mark.parametrize(
+    "trainer",
+    ["lightning_ep/ep=2+compile+full", "lightning_ep/ep=2+all", "transformers/ep+selective", "torchtitan/ep+compile"],
+)
+def test_unknown_suffixes_are_refused_with_the_choices(trainer: str) -> None:
+    with pytest.raises(ValueError, match=r"\+selective\|\+full"):
+        Cell(trainer, 1, 16, 2)
+
+
+def test_recompute_is_compared_with_recompute() -> None:
+    plain, ours, theirs = (
+        Cell(t, 1, 16, 2) for t in ("lightning_ep/ep=2", "lightning_ep/ep=2+full", "torchtitan/ep+full")
+    )
+    assert ours.case == theirs.case != plain.case
+    assert costs.estimate_ms(plain, "NVIDIA H200") is not None
+    assert costs.estimate_ms(ours, "NVIDIA H200") is None
+
+
 # ---------------------------------------------------------------------- routers
 
 
@@ -200,8 +234,8 @@ def test_fill_draws_every_parameter_and_no_buffer() -> None:
 @pytest.mark.parametrize(
     ("trainer", "ranks", "router_name"),
     [
-        ("lightning_ep/ep=2", 2, "skewed"),
-        ("transformers/ep", 2, "balanced"),
+        ("lightning_ep/ep=2+full", 2, "skewed"),
+        ("transformers/ep+full", 2, "balanced"),
         ("transformers/single", 1, "skewed"),
     ],
 )

@@ -56,9 +56,11 @@ PRIVATE = [
     "torch:_foreach_copy_",
     "torch:_foreach_mul_",
     "torch:_foreach_norm",
+    "torch:_C._autograd._top_saved_tensors_default_hooks",
     "torch:_C._current_graph_task_id",
     "torch:_C._distributed_c10d.Backend.Options._timeout",
     "torch:_is_any_true",
+    "torch:Tensor._version",
     "torch.autograd:Variable._execution_engine",
     "torch.distributed:ProcessGroup._get_backend",
     "torch.distributed.checkpoint.filesystem:_StorageInfo",
@@ -68,13 +70,17 @@ PRIVATE = [
     "torch.nn:Module._apply",  # benchmarks
     "torch.distributed.tensor.placement_types:_StridedShard",
     "torch.nn:Module._buffers",
+    "torch.nn:Module._call_impl",
+    "torch.nn:Module._compiled_call_impl",
     "torch.nn:Module._parameters",
     "transformers.masking_utils:find_packed_sequence_indices",
+    "transformers:PreTrainedModel._can_record_outputs",
     "transformers:PreTrainedModel._init_weights",
     "transformers:PreTrainedModel._keys_to_ignore_on_load_missing",
     "transformers:PreTrainedModel._keys_to_ignore_on_load_unexpected",
     "transformers:PreTrainedModel._keys_to_ignore_on_save",
     "transformers:PreTrainedModel._no_split_modules",
+    "transformers:PreTrainedModel._set_gradient_checkpointing",
     "transformers.integrations.moe:_default_apply_gate",
     "transformers.models.qwen3_moe.modeling_qwen3_moe:Qwen3MoeExperts._apply_gate",
 ]
@@ -102,6 +108,7 @@ UNDOCUMENTED = [
     "torch.nn.functional:grouped_mm",
     "torch.distributed.tensor.experimental:register_sharding",
     "transformers:PreTrainedModel.ep_plan",
+    "transformers:PreTrainedModel.is_activation_checkpointing",
     "transformers:PreTrainedModel.maybe_distribute_model",  # benchmarks
     "transformers:PreTrainedModel.prepare_distribute_model",  # benchmarks
     "transformers:PreTrainedModel.set_experts_implementation",

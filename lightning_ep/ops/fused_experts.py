@@ -55,13 +55,20 @@ class FusedExperts(LocalExperts):
         params: Sequence[Tensor],
         needs_grad: bool,
     ) -> tuple[Tensor, _Forward | None]:
-        up_EFH, down_EHI = params
-        order = expert_order(ids_NK, self._num_experts, num_pairs)
-        h_PF = grouped_mm(order.permute(rows_NH), up_EFH.transpose(1, 2), order.offsets_E)
+        saved = self.recompute(rows_NH, ids_NK, weights_NK, num_pairs, params)
+        _, _, order, h_PF = saved
         act_PI = swiglu(h_PF, weights_NK, order.slot_P)
-        out_PH = grouped_mm(act_PI, down_EHI.transpose(1, 2), order.offsets_E)
+        out_PH = grouped_mm(act_PI, params[1].transpose(1, 2), order.offsets_E)
         out_NH = gather_sum(out_PH, order.pair_NK, rows_NH.dtype)
-        return out_NH, _Forward(rows_NH, weights_NK, order, h_PF) if needs_grad else None
+        return out_NH, saved if needs_grad else None
+
+    @override
+    def recompute(
+        self, rows_NH: Tensor, ids_NK: Tensor, weights_NK: Tensor, num_pairs: int, params: Sequence[Tensor]
+    ) -> _Forward:
+        order = expert_order(ids_NK, self._num_experts, num_pairs)
+        h_PF = grouped_mm(order.permute(rows_NH), params[0].transpose(1, 2), order.offsets_E)
+        return _Forward(rows_NH, weights_NK, order, h_PF)
 
     @override
     def backward_rows(self, saved: _Forward, params: Sequence[Tensor], grad_NH: Tensor) -> tuple[Tensor, Tensor, _Rows]:

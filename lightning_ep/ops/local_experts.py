@@ -41,6 +41,23 @@ class LocalExperts(ABC):
         """
 
     @abstractmethod
+    def recompute(
+        self, rows_NH: Tensor, ids_NK: Tensor, weights_NK: Tensor, num_pairs: int, params: Sequence[Tensor]
+    ) -> Any:
+        """Repeats as much of a forward as its backward needs.
+
+        Args:
+            rows_NH: The rows, as `forward` got them, like the other arguments.
+            ids_NK: Local expert ids.
+            weights_NK: Routing weights.
+            num_pairs: Number of slots that are not empty.
+            params: The local parameters.
+
+        Returns:
+            What `backward_rows` needs, equal to what `forward` returned with ``needs_grad``.
+        """
+
+    @abstractmethod
     def backward_rows(self, saved: Any, params: Sequence[Tensor], grad_NH: Tensor) -> tuple[Tensor, Tensor, Any]:
         """Differentiates one forward with respect to what came with the rows.
 

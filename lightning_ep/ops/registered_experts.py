@@ -83,6 +83,13 @@ class RegisteredExperts(LocalExperts):
         return out_NH, _Forward(order, weights_NK.dtype, leaves, out_PH) if needs_grad else None
 
     @override
+    def recompute(
+        self, rows_NH: Tensor, ids_NK: Tensor, weights_NK: Tensor, num_pairs: int, params: Sequence[Tensor]
+    ) -> _Forward | None:
+        # Which of its tensors the function's own backward needs is not known, so all of it runs again.
+        return self.forward(rows_NH, ids_NK, weights_NK, num_pairs, params, needs_grad=True)[1]
+
+    @override
     def backward_rows(
         self, saved: _Forward, params: Sequence[Tensor], grad_NH: Tensor
     ) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
