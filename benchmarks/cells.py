@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from dataclasses import dataclass
 from typing import Any
 
 OURS = "lightning_ep/ep="
+_OURS = re.compile(r"lightning_ep/ep=(\d+)(?:,cp=(\d+))?")
 TRANSFORMERS = ("transformers/fsdp2", "transformers/ep", "transformers/single")
 TORCHTITAN = "torchtitan/ep"
 COMPILE = "+compile"
@@ -37,8 +39,9 @@ class Cell:
     """Everything that identifies a measurement.
 
     Attributes:
-        trainer: ``lightning_ep/ep=N``, one of `TRANSFORMERS` (either with `COMPILE`), or `TORCHTITAN`.
-        batch: Sequences per rank and step.
+        trainer: ``lightning_ep/ep=N`` or ``lightning_ep/ep=N,cp=M``, one of `TRANSFORMERS` (either with `COMPILE`), or
+            `TORCHTITAN`.
+        batch: Sequences per rank and step; with ``cp`` the ranks that split sequences share them.
         sequence: Tokens per sequence.
         ranks: Processes, one per GPU.
         sizes: Key into `SIZES`.
@@ -66,8 +69,8 @@ class Cell:
 
     def __post_init__(self) -> None:
         known = self.base in (*TRANSFORMERS, TORCHTITAN)
-        if not known and not (self.base.startswith(OURS) and self.base.removeprefix(OURS).isdigit()):
-            choices = ", ".join((f"{OURS}N[{COMPILE}]", *(f"{t}[{COMPILE}]" for t in TRANSFORMERS), TORCHTITAN))
+        if not known and _OURS.fullmatch(self.base) is None:
+            choices = ", ".join((f"{OURS}N[,cp=M][{COMPILE}]", *(f"{t}[{COMPILE}]" for t in TRANSFORMERS), TORCHTITAN))
             raise ValueError(f"trainer={self.trainer!r} does not exist; choose one of {choices}.")
         if self.warmup < 1 or self.steps < 1:
             raise ValueError(f"warmup={self.warmup} and steps={self.steps} must both be at least 1.")
@@ -85,14 +88,20 @@ class Cell:
     @property
     def ep(self) -> int:
         """Ranks over which the experts are split."""
-        if self.base.startswith(OURS):
-            return int(self.base.removeprefix(OURS))
+        if ours := _OURS.fullmatch(self.base):
+            return int(ours[1])
         return self.ranks if self.base in ("transformers/ep", TORCHTITAN) else 1
 
     @property
+    def cp(self) -> int:
+        """Ranks that share every sequence."""
+        ours = _OURS.fullmatch(self.base)
+        return int(ours[2] or 1) if ours else 1
+
+    @property
     def tokens(self) -> int:
-        """Tokens per rank and step."""
-        return self.batch * self.sequence
+        """Distinct tokens per rank and step."""
+        return self.batch * self.sequence // self.cp
 
     @property
     def shape(self) -> str:

@@ -130,7 +130,7 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--trainers",
         nargs="+",
-        help="lightning_ep/ep=N, transformers/fsdp2|ep|single (each also +compile), torchtitan/ep",
+        help="lightning_ep/ep=N[,cp=M], transformers/fsdp2|ep|single (each also +compile), torchtitan/ep",
     )
     add("--tokens", nargs="+", default=["4x4096", "1x16384", "1x4096"], help="sequences x tokens, per rank")
     add("--router", nargs="+", default=["balanced"], choices=["balanced", "skewed"])

@@ -6,7 +6,7 @@ import inspect
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from copy import deepcopy
+from copy import copy, deepcopy
 from dataclasses import dataclass, field
 from functools import cache
 from typing import TYPE_CHECKING, Any
@@ -180,6 +180,13 @@ def select_attention(model: PreTrainedModel, name: str, function: Callable[..., 
     if function is not None:
         AttentionInterface.register(name, function)
     model.config._attn_implementation = name
+
+
+def config_with_attention(config: Any, name: str) -> Any:
+    """A shallow copy of the config that names this attention implementation."""
+    config = copy(config)
+    config._attn_implementation = name
+    return config
 
 
 def attention_function(name: str, module: nn.Module) -> Callable[..., Any]:

@@ -201,6 +201,7 @@ def test_fill_draws_every_parameter_and_no_buffer() -> None:
     ("trainer", "ranks", "router_name"),
     [
         ("lightning_ep/ep=2", 2, "skewed"),
+        ("lightning_ep/ep=1,cp=2", 2, "balanced"),
         ("transformers/ep", 2, "balanced"),
         ("transformers/single", 1, "skewed"),
     ],
@@ -214,6 +215,14 @@ def test_a_cell_measures(trainer: str, ranks: int, router_name: str) -> None:
     assert 1 < record["max_over_mean_tokens_per_expert"] <= 2  # eight experts, top-4
     assert record["device_name"] == "CPU"
     assert json.loads(json.dumps(record)) == record
+
+
+def test_ranks_that_share_sequences_count_their_tokens_once() -> None:
+    shared, alone = (Cell(f"lightning_ep/ep=2{cp}+compile", 1, 65_536, 2) for cp in (",cp=2", ""))
+    assert (shared.ep, shared.cp, shared.compile, shared.tokens) == (2, 2, True, 32_768)
+    assert (alone.ep, alone.cp, alone.tokens) == (2, 1, 65_536)
+    with pytest.raises(ValueError, match="does not exist; choose one of lightning_ep/ep=N\\[,cp=M\\]"):
+        Cell("lightning_ep/ep=2,cp=", 1, 65_536, 2)
 
 
 def test_a_cell_that_raises_is_recorded_with_its_error() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -149,9 +148,7 @@ class _LocalHeads:
     @property
     def config(self) -> Any:
         """With the name of the implementation inside, by which it finds its kernels."""
-        config: Any = copy.copy(self._module.config)
-        config._attn_implementation = self._inner
-        return config
+        return adapter.config_with_attention(self._module.config, self._inner)
 
 
 def _attend(
