@@ -27,6 +27,7 @@ from lightning_ep.context_parallel import (
     use_context_parallel_attention,
 )
 from lightning_ep.context_parallel.exchange import kv_repeats
+from lightning_ep.parallelize import is_parallelized
 from tests.distributed import device, run_ranks
 from tests.documents import PACKED, PADDED, SHAPES, documents_error, varlen_by_loops
 from tests.parity import SeededCausalLM, compare_with_one_process
@@ -170,9 +171,9 @@ def test_bf16_and_replayed_layers() -> None:
 
 @pytest.mark.slow
 def test_compiled_layers_train_alike() -> None:
-    cases = [{"causal": causal, "accumulate": 1, "clip": 0.2, "compile": True} for causal in (True, False)]
+    case = {"causal": True, "accumulate": 1, "clip": 0.2, "compile": True}
     layout = {"ep": 2, "cp": 2}
-    for wrong in run_ranks(2, compare_with_one_process, layout, cases, init_process_group=False, timeout=110):
+    for wrong in run_ranks(2, compare_with_one_process, layout, [case], init_process_group=False, timeout=110):
         assert not wrong, "\n".join(wrong)
 
 
@@ -289,6 +290,10 @@ def test_batches_that_cannot_be_split(extra: dict[str, Tensor], message: str) ->
 def _refusals() -> dict[str, str]:
     """What a parallelised model says to calls that would compute something else."""
     layout = ParallelLayout.resolve(2, "auto", 2, 2, cp=2)
+    refused = tiny_model(num_attention_heads=3, num_key_value_heads=3)
+    with pytest.raises(ValueError, match="does not divide the 3 attention heads"):
+        parallelize(refused, layout, device())
+    assert not is_parallelized(refused)
     model = tiny_model()
     meshes = parallelize(model, layout, device())
     batch = {key: value.to(device()) for key, value in _batch("plain").items()}
