@@ -21,7 +21,7 @@ from lightning_ep.checkpoint.hub.pretrained import from_pretrained
 from lightning_ep.checkpoint.training.weights import SavedWeights
 from lightning_ep.initialize import materialize
 from lightning_ep.lagged import Lagged
-from lightning_ep.loss import IGNORE, shifted, summed_loss, token_losses
+from lightning_ep.loss import IGNORE, summed_loss, token_losses
 from lightning_ep.strategy import ExpertParallelStrategy
 
 
@@ -138,11 +138,20 @@ class CausalLM(LightningModule):
         assert self.model is not None
         return self.model(**inputs)
 
+    def _targets_and_inputs(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Any]]:
+        """Next tokens and the model's arguments, of this rank's piece of the sequences."""
+        strategy = self.trainer.strategy
+        assert isinstance(strategy, ExpertParallelStrategy)
+        inputs = strategy.shard_sequence(batch)
+        for key in ("labels", "num_items_in_batch"):
+            inputs.pop(key, None)
+        return inputs.pop("shift_labels"), inputs
+
     def _summed_loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """Sum of the token losses, number of valid tokens, and the auxiliary loss; 0-dim each."""
         assert self.model is not None
-        targets_BS = shifted(batch["labels"])
-        loss, auxiliary = summed_loss(self.model, targets_BS, _inputs(batch))
+        targets_BS, inputs = self._targets_and_inputs(batch)
+        loss, auxiliary = summed_loss(self.model, targets_BS, inputs)
         return loss, (targets_BS != IGNORE).sum(), auxiliary
 
     @override
@@ -249,9 +258,12 @@ class CausalLM(LightningModule):
     @override
     def predict_step(self, batch: dict[str, Tensor], batch_idx: int, dataloader_idx: int = 0) -> dict[str, Tensor]:
         assert self.model is not None
-        targets_BS = shifted(batch["labels"])
-        losses_BS, _ = token_losses(self.model, targets_BS, _inputs(batch))
-        return {"log_likelihood": -losses_BS.sum(1), "tokens": (targets_BS != IGNORE).sum(1)}
+        targets_BS, inputs = self._targets_and_inputs(batch)
+        losses_BS, _ = token_losses(self.model, targets_BS, inputs)
+        sums_2B = torch.stack([-losses_BS.double().sum(1), (targets_BS != IGNORE).sum(1)])
+        if (piece := inputs.get("sequence")) is not None:
+            sums_2B = piece.sum_over_ranks(sums_2B)
+        return {"log_likelihood": sums_2B[0].float(), "tokens": sums_2B[1].long()}
 
     @override
     def configure_optimizers(self) -> OptimizerLRScheduler:
@@ -266,7 +278,3 @@ def _config(source: str | dict[str, Any] | PreTrainedConfig) -> PreTrainedConfig
     if isinstance(source, str):
         return AutoConfig.from_pretrained(source)
     return AutoConfig.for_model(**source) if isinstance(source, dict) else source
-
-
-def _inputs(batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {key: value for key, value in batch.items() if key != "labels"}

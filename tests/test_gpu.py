@@ -9,12 +9,15 @@ import lightning as L
 import pytest
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
 from lightning_ep import CausalLM, ExpertParallelStrategy, ParallelLayout, parallelize
 from lightning_ep import loss as loss_module
 from lightning_ep.callbacks import Throughput
+from lightning_ep.context_parallel import SequencePiece, find_documents
+from lightning_ep.context_parallel.attention import _attend
 from lightning_ep.dispatch import LocalDispatcher
 from lightning_ep.moe import moe_forward
 from lightning_ep.ops.fused_experts import FusedExperts
@@ -22,6 +25,7 @@ from lightning_ep.ops.local_experts import LocalExperts
 from lightning_ep.ops.registered_experts import RegisteredExperts, stand_in
 from lightning_ep.transformers_adapter import FUSED_PARAMETERS, local_experts_function
 from tests.distributed import accelerator, device, run_ranks
+from tests.documents import PACKED, PADDED, SHAPES, documents_error
 from tests.reference import batches, relative_error, tiny_config, tiny_model
 
 pytestmark = pytest.mark.gpu
@@ -62,7 +66,7 @@ def test_the_host_waits_once_per_forward(world: int, ep: int, expected: tuple[in
     assert run_ranks(world, _count_syncs, ep) == [expected] * world
 
 
-def _step_syncs() -> list[str]:
+def _step_syncs(cp: int = 1, extra: dict[str, Tensor] | None = None) -> list[str]:
     """What synchronises with the GPU from one training step of the Trainer to the next, after a few of warm-up."""
     found: list[str] = []
 
@@ -74,13 +78,14 @@ def _step_syncs() -> list[str]:
         tiny_config(), pretrained=False, optimizer=lambda params: torch.optim.AdamW(params, lr=1e-3, fused=True)
     )
     trainer = L.Trainer(
-        strategy=ExpertParallelStrategy(), accelerator=accelerator(), devices=1, precision="bf16-mixed", max_steps=6,
-        gradient_clip_val=1.0, callbacks=[Count(), Throughput()], logger=False, enable_checkpointing=False,
+        strategy=ExpertParallelStrategy(ep=1, cp=cp), accelerator=accelerator(), devices=cp, precision="bf16-mixed",
+        max_steps=6, gradient_clip_val=1.0, callbacks=[Count(), Throughput()], logger=False, enable_checkpointing=False,
         enable_progress_bar=False, enable_model_summary=False, use_distributed_sampler=False,
     )  # fmt: skip
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        trainer.fit(module, DataLoader(batches(6, 2), batch_size=None, pin_memory=True))
+        data = [{**batch, **(extra or {})} for batch in batches(6, 2)]
+        trainer.fit(module, DataLoader(data, batch_size=None, pin_memory=True))
     for warning in caught:
         if "called a synchronizing" in str(warning.message):
             found.append(f"{warning.filename}:{warning.lineno}")
@@ -89,6 +94,40 @@ def _step_syncs() -> list[str]:
 
 def test_a_training_step_does_not_wait_for_the_gpu() -> None:
     assert run_ranks(1, _step_syncs, init_process_group=False) == [[]]
+
+
+_PACKED = torch.cat([torch.arange(length) for length in (5, 4, 3)]).repeat(2, 1)
+_LEFT_PADDED = (torch.arange(12) >= torch.tensor([[3], [0]])).long()
+
+
+@pytest.mark.parametrize("extra", [{}, {"position_ids": _PACKED}, {"attention_mask": _LEFT_PADDED}])
+def test_a_step_on_pieces_of_sequences_does_not_wait_for_the_gpu(extra: dict[str, Tensor]) -> None:
+    assert run_ranks(2, _step_syncs, 2, extra, init_process_group=False) == [[], []]
+
+
+@pytest.mark.parametrize(("kv_heads", "value_dim", "window"), SHAPES)
+@pytest.mark.parametrize(("positions", "mask"), [(PACKED, None), (None, PADDED)])
+def test_documents_without_a_mask_attend_as_with_one(
+    positions: Tensor | None, mask: Tensor | None, kv_heads: int, value_dim: int, window: int | None
+) -> None:
+    [error] = run_ranks(1, documents_error, positions, mask, kv_heads, value_dim, window)
+    assert error < 1e-2
+
+
+def _peak_of_documents() -> float:
+    """GiB that forward and backward take at 32k packed tokens, of which a mask alone would be 1."""
+    positions = torch.arange(8192).repeat(4)[None]
+    documents = find_documents(positions, None)
+    assert documents.bounds is not None
+    piece = SequencePiece(None, 1, 32_768, positions, None, documents, documents.bounds.to(device()))  # type: ignore[arg-type]
+    leaves = [torch.randn(1, 2, 32_768, 64, device=device(), dtype=torch.bfloat16) for _ in range(3)]
+    leaves = [leaf.requires_grad_() for leaf in leaves]
+    _attend(None, "sdpa", *leaves, piece).sum().backward()  # type: ignore[arg-type]
+    return torch.cuda.max_memory_allocated(device()) / 2**30
+
+
+def test_packed_documents_need_no_mask_of_all_pairs() -> None:
+    assert run_ranks(1, _peak_of_documents)[0] < 0.5
 
 
 def _bf16_errors(implementation: str, tokens: int, experts: int, used: int) -> list[float]:

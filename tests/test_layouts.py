@@ -25,6 +25,11 @@ CASES = [
         (4, {"ep": 2, "replicate": 2}),
         (4, {"ep": 1, "fsdp": 2, "replicate": 2}),
         (8, {"ep": 2, "fsdp": 2, "replicate": 2}),
+        (2, {"ep": 1, "cp": 2}),
+        (2, {"ep": 2, "cp": 2}),
+        (4, {"ep": 2, "fsdp": 2, "cp": 2}),
+        (4, {"ep": 4, "cp": 4}),  # more than the two KV heads
+        (8, {"ep": 2, "fsdp": 2, "replicate": 2, "cp": 2}),
     ],
 )
 def test_training_equals_one_process(world: int, layout: dict[str, int]) -> None:
