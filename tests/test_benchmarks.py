@@ -262,7 +262,7 @@ def test_ranks_that_share_sequences_count_their_tokens_once() -> None:
 def test_a_cell_that_raises_is_recorded_with_its_error() -> None:
     record = run_cell(_tiny("lightning_ep/ep=3", 1), timeout=60)
     assert record["status"] == "failed"
-    assert "ep=3" in record["error"] and record["error"].startswith("ValueError: replicate=1")
+    assert record["error"].startswith("ValueError: replicate=1 times fsdp=1 times ep=3")
 
 
 @pytest.mark.parametrize(
