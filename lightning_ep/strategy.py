@@ -196,7 +196,6 @@ class ExpertParallelStrategy(ModelParallelStrategy):
             self._setup_distributed()
             self._meshes = self.layout.build_meshes(self.root_device.type)
             self._device_mesh = self._meshes.expert
-            warn_if_ep_crosses_nodes(self.layout, self.num_processes)
             if self.root_device.type == "cuda" and self._timeout is not None:
                 self._progress.watch(self.global_rank, self._timeout.total_seconds())
             self._checkpoints = RunCheckpoints(
@@ -240,6 +239,7 @@ class ExpertParallelStrategy(ModelParallelStrategy):
         warn_if_large_in_memory(module, self.layout, self.num_processes)
         self.precision_plugin.convert_module(module)
         plan = self._plan or expert_plan(module, self._dispatcher, self._experts_implementation, self._progress)
+        warn_if_ep_crosses_nodes(module, self.layout, self.num_processes)
         policy = self._sharded_precision.mp_policy
         shard(
             module,

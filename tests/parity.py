@@ -125,7 +125,8 @@ def _fit(
         trainer = L.Trainer(
             strategy=strategy,
             accelerator=accelerator(),
-            devices=_world(),
+            devices=int(os.environ["LOCAL_WORLD_SIZE"]),
+            num_nodes=_world() // int(os.environ["LOCAL_WORLD_SIZE"]),
             precision=precision,
             max_steps=STEPS,
             accumulate_grad_batches=accumulate,
