@@ -49,16 +49,15 @@ class AllToAllDispatcher(Dispatcher[AllToAllPlan]):
     """
 
     def __init__(self, num_experts: int, group: dist.ProcessGroup, layer: str, progress: Progress) -> None:
-        super().__init__(num_experts, num_ranks=group.size())
+        super().__init__(num_experts, num_ranks=group.size(), layer=layer)
         self._group = group
-        self._layer = layer
         self._progress = progress
 
     @override
     def route(self, ids_TK: Tensor, weights_TK: Tensor, x_TH: Tensor, hop: str) -> tuple[AllToAllPlan, Pending]:
         to = destinations(ids_TK, weights_TK, self.num_local_experts, self.num_ranks)
         received_D2 = torch.empty_like(to.counts_D2)
-        with self._progress.blocking(self._layer, "exchange of counts"):
+        with self._progress.blocking(self.layer, "exchange of counts"):
             dist.all_to_all_single(received_D2, to.counts_D2, group=self._group)
             counts = OnHost(torch.stack([to.counts_D2, received_D2]))
             # The rows are put in order before the host knows how many there are, so that the GPU has work meanwhile.
@@ -70,12 +69,14 @@ class AllToAllDispatcher(Dispatcher[AllToAllPlan]):
         slots = self._exchange(
             to.slots_S2K[:num_rows], send_splits, recv_splits, "dispatch of expert ids and weights, forward"
         )
-        rows = self._exchange(rows_SH[:num_rows], send_splits, recv_splits, hop)
+        num_pairs = sum(pairs for _, pairs in received)
+        with self.explains_out_of_memory(lambda: _describe(num_rows, sum(recv_splits), num_pairs)):
+            rows = self._exchange(rows_SH[:num_rows], send_splits, recv_splits, hop)
         ids_NK, weights_NK = split_slots(slots.wait())
         plan = AllToAllPlan(
             ids_NK=ids_NK,
             weights_NK=weights_NK,
-            num_pairs=sum(pairs for _, pairs in received),
+            num_pairs=num_pairs,
             row_TK=to.row_TK,
             first_TK=to.first_TK,
             send_splits=send_splits,
@@ -88,10 +89,10 @@ class AllToAllDispatcher(Dispatcher[AllToAllPlan]):
         work = dist.all_to_all_single(
             received, rows.contiguous(), list(out_splits), list(in_splits), group=self._group, async_op=True
         )
-        exchange = self._progress.started(self._layer, hop, work)
+        exchange = self._progress.started(self.layer, hop, work)
 
         def finish() -> Tensor:
-            with self._progress.blocking(self._layer, hop):
+            with self._progress.blocking(self.layer, hop):
                 work.wait()
             exchange.waited(received.is_cuda)
             return received
@@ -112,3 +113,13 @@ class AllToAllDispatcher(Dispatcher[AllToAllPlan]):
     def combine_slots(self, plan: AllToAllPlan, values_NK: Tensor, hop: str) -> Pending:
         pending = self._exchange(values_NK, plan.recv_splits, plan.send_splits, hop)
         return Pending(lambda: pending.wait().gather(0, plan.row_TK))
+
+    @override
+    def describe(self, plan: AllToAllPlan) -> str:
+        return _describe(sum(plan.send_splits), sum(plan.recv_splits), plan.num_pairs)
+
+
+def _describe(sent: int, received: int, pairs: int) -> str:
+    return (
+        f"rank {dist.get_rank()} receives {received:,} rows with {pairs:,} (row, expert) pairs and sends {sent:,} rows"
+    )
