@@ -115,35 +115,40 @@ def left_to_checkpoint(hidden: Tensor) -> Later | None:
 
 @dataclass
 class _Output:
-    """A tensor that a call returned, by which later code of the layer is run again."""
+    """A tensor that a call returned, for the code of the layer after it.
+
+    Attributes:
+        tensor: The tensor; once the layer has returned, without its graph, or None if nobody will need it.
+        version: Its version when it was returned.
+        requires_grad: Whether it required a gradient.
+        like: Makes a tensor of its shape.
+    """
 
     tensor: Tensor | None
     version: int
-    shape: torch.Size
-    dtype: torch.dtype
-    device: torch.device
     requires_grad: bool
+    like: Callable[[], Tensor]
 
     @classmethod
     def of(cls, tensor: Tensor) -> _Output:
-        # Detached: a graph that its own checkpoint holds would never be freed.
-        held = tensor.detach()
-        return cls(held, held._version, held.shape, held.dtype, held.device, tensor.requires_grad)
+        like = functools.partial(torch.zeros, tensor.shape, dtype=tensor.dtype, device=tensor.device)
+        return cls(tensor, tensor._version, tensor.requires_grad, like)
 
-    def again(self) -> Tensor:
-        if self.tensor is None:
-            # Nothing was saved after the call, so that nothing that is computed from this is used.
-            value = torch.zeros(self.shape, dtype=self.dtype, device=self.device)
-        elif self.tensor._version != self.version:
+    def keep(self) -> None:
+        assert self.tensor is not None
+        if self.tensor._version != self.version:
             raise RuntimeError(
-                f"a tensor of shape {tuple(self.shape)} that a router or experts returned was modified in place "
+                f"a tensor of shape {tuple(self.tensor.shape)} that a router or experts returned was modified in place "
                 "afterwards, so that activation_checkpointing cannot return it again. Change the model to modify a "
                 "copy, or use activation_checkpointing='none'."
             )
-        else:
-            value = self.tensor
+        self.tensor = _without_graph(self.tensor)
+
+    def again(self) -> Tensor:
+        # Where nothing was saved after the call, nothing that is computed from it is used.
+        value = self.like() if self.tensor is None else self.tensor
         # Where it had a history it gets one, and is no leaf, which code may not modify.
-        return value.detach().requires_grad_().clone() if self.requires_grad else value
+        return value.detach().requires_grad_().clone() if self.requires_grad else value.clone()
 
 
 @dataclass
@@ -186,9 +191,12 @@ class _Recording:
     def __exit__(self, *exception: object) -> None:
         _active.reset(self._token)
         self._hooks.__exit__()
+        del self._hooks  # a circle of references would keep the layer's input until Python looks for circles
         for call in self._calls:
-            if call.saved_before == self._num_saved:
-                for output in call.noted:
+            for output in call.noted:
+                if call.saved_before < self._num_saved:
+                    output.keep()
+                else:
                     output.tensor = None
 
     def _pack(self, tensor: Tensor) -> Any:
@@ -208,7 +216,7 @@ class _Recording:
 
         def pack(tensor: Tensor) -> Any:
             if not _is_copy(tensor, source[0]):
-                return tensor
+                return _without_graph(tensor)
             later, shape, dtype = self.leave(source[0]), tensor.shape, tensor.dtype
             return lambda: later().to(dtype).reshape(shape)
 
@@ -268,6 +276,14 @@ def _top_hooks() -> tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]]:
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
     assert hooks is not None
     return hooks
+
+
+def _without_graph(tensor: Tensor) -> Tensor:
+    """The same memory for a graph to hold that ``tensor`` itself belongs to, and that would else hold itself for ever.
+
+    `detach` is not enough: as a view, its result refers to ``tensor``.
+    """
+    return tensor.data
 
 
 def _unpack(packed: Tensor | Later) -> Tensor:

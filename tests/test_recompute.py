@@ -26,7 +26,7 @@ from lightning_ep.ops import fused_experts
 from lightning_ep.parallelize import check_recompute
 from tests.distributed import device, run_ranks
 from tests.reference import batches, relative_error
-from tests.rows import whole
+from tests.rows import refused, whole
 from tests.test_families import FAMILIES, SIZES
 
 MODES = ("none", "selective", "full")
@@ -210,6 +210,17 @@ def _freeze(*words: str) -> Change:
     return change
 
 
+def _hook(function: Callable[[Tensor], Tensor]) -> Change:
+    """Lets every MoE block return a function of its output."""
+
+    def change(model: PreTrainedModel) -> None:
+        for name, module in model.named_modules():
+            if name.endswith("mlp") and hasattr(module, "experts"):
+                module.register_forward_hook(lambda module, args, out: function(out))
+
+    return change
+
+
 def _special_cases() -> list[str]:
     cases: dict[str, dict[str, Any]] = {
         "frozen experts": {"change": _freeze("experts")},
@@ -220,6 +231,7 @@ def _special_cases() -> list[str]:
         "dropout": {"attention_dropout": 0.3},
         "loss on router logits": {"output_router_logits": True},
         "bf16": {"policy": BF16},
+        "layers that save the experts' output": {"change": _hook(lambda out: out * out.sigmoid())},
         "no early stop": {},
     }
     wrong = []
@@ -237,6 +249,16 @@ def _special_cases() -> list[str]:
 def test_frozen_parts_dropout_router_losses_and_bf16() -> None:
     for wrong in run_ranks(2, _special_cases):
         assert not wrong, "\n".join(wrong)
+
+
+def _modified_in_place() -> None:
+    for mode in MODES[1:]:
+        with refused("modified in place", "'none'"):
+            _train("qwen3_moe", 1, mode, _hook(lambda out: out.mul_(2).sigmoid()))
+
+
+def test_outputs_that_were_modified_in_place_are_not_returned_again() -> None:
+    run_ranks(1, _modified_in_place)
 
 
 # ---------------------------------------------------------------------- memory
@@ -262,7 +284,6 @@ class Allocations(TorchDispatchMode):
         return out
 
     def held(self) -> list[tuple[int, tuple[int, ...]]]:
-        gc.collect()
         return [made[1:] for made in self.made if not made[0].expired()]
 
 
@@ -271,11 +292,15 @@ def _held(family: str, mode: str, layers: int) -> tuple[list[Any], list[Any]]:
     parallelize(model, ParallelLayout(1), device(), activation_checkpointing=mode)
     batch = {k: v.to(device()) for k, v in batches(1, 4, 16)[0].items()}
     model(**batch).loss.backward()  # what FSDP makes once is made
+    gc.collect()
+    gc.disable()  # a circle of references would keep activations until it runs
     with Allocations() as allocations:
         loss = model(**batch).loss
     between = allocations.held()
     loss.backward()
     del loss
+    with allocations:
+        model(**batch)  # a graph that nobody runs backward through
     return between, allocations.held()
 
 
@@ -286,7 +311,7 @@ def _bytes_per_token_and_layer(family: str) -> dict[str, tuple[float, list[Any]]
         one_layer = Counter(three)
         one_layer.subtract(two)
         large = [shape for (_, shape), count in (+one_layer).items() for _ in range(count) if len(shape) > 0]
-        assert not after, f"{mode}: held after backward: {after}"
+        assert not after, f"{mode}: held without a graph: {after}"
         found[mode] = (sum(size for size, _ in three) - sum(size for size, _ in two)) / 64, sorted(large)
     return found
 
@@ -303,6 +328,14 @@ def test_full_keeps_inputs_and_routing_until_backward_and_nothing_after(family: 
     # Besides, one row and 2 I numbers per expert of a token; selective recomputes the rest of the layer.
     assert found["selective"][0] - found["full"][0] >= 4 * (2 * 16 * top_k)
     assert found["none"][0] - found["selective"][0] >= 4 * (4 * hidden)
+
+
+def _leaks() -> dict[str, list[Any]]:
+    return {mode: _held("gpt_oss", mode, 1)[1] for mode in MODES}
+
+
+def test_graphs_of_experts_that_transformers_runs_are_freed_too() -> None:
+    assert run_ranks(1, _leaks) == [{mode: [] for mode in MODES}]
 
 
 def test_families_without_a_declared_router_are_refused_before_anything_is_sharded(

@@ -31,7 +31,12 @@ def stand_in(
     return other
 
 
-def _keep(tensor: Tensor) -> Tensor:
+def _pack(tensor: Tensor) -> Tensor:
+    # Not the tensor itself: a graph that holds an output of its own is never freed, unless a backward runs through it.
+    return tensor.data
+
+
+def _unpack(tensor: Tensor) -> Tensor:
     return tensor
 
 
@@ -74,7 +79,7 @@ class RegisteredExperts(LocalExperts):
         expert_P = ids_NK.reshape(-1)[order.slot_P].long()
         # Outside of the caller's hooks: activation checkpointing would replay the whole layer a second time for this
         # inner graph, after FSDP has reduced the experts' gradients, and leave them gathered with stale weights.
-        with torch.set_grad_enabled(needs_grad), saved_tensors_hooks(_keep, _keep):
+        with torch.set_grad_enabled(needs_grad), saved_tensors_hooks(_pack, _unpack):
             leaves = tuple(t.detach().requires_grad_(needs_grad) for t in (x_PH, weights_P, *params))
             # A stand-in per call: recompute or two models in flight must not see each other's parameters.
             module = stand_in(self._template, dict(zip(self._param_names, leaves[2:], strict=True)))
