@@ -1,4 +1,4 @@
-"""The order of things: experts over EP, everything under FSDP2, then the weights that were left on meta."""
+"""The order of things: TP, experts over EP, everything under FSDP2, then the weights that were left on meta."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from lightning_ep.checkpoint.hub.load import stream_pretrained
 from lightning_ep.initialize import materialize
 from lightning_ep.layout import Meshes, ParallelLayout
 from lightning_ep.plan import expert_plan
+from lightning_ep.tensor_parallel import apply_tensor_plan, tensor_plan
 
 
 def parallelize(
@@ -33,7 +34,7 @@ def parallelize(
 ) -> Meshes:
     """Shards a model in place, without a Trainer: for your own loop or Lightning Fabric.
 
-    Gradients are *sums* over all data ranks: divide the loss by ``layout.loss_world_size`` for the mean, and clip with
+    Gradients are *sums* over all ranks: divide the loss by ``layout.loss_world_size`` for the mean, and clip with
     `lightning_ep.clip_grad_norm_`.
 
     Args:
@@ -92,6 +93,9 @@ def shard(
     models = adapter.pretrained_models(module)
     check(module, layout, plan)
     _broadcast_weights(module, device)
+    if meshes.tp is not None:
+        for model in models.values():
+            apply_tensor_plan(model, tensor_plan(model, layout), meshes.tp)
     for name, style in plan.items():
         experts = module.get_submodule(name)
         parallelize_module(experts, meshes.expert["ep"], style)
@@ -105,7 +109,7 @@ def shard(
         _fully_shard_dense(model, meshes, mp_policy)
         adapter.use_expert_parallel_forward(model)
     for child in _outside(module, models.values()):
-        fully_shard(child, mesh=meshes.dense_shards, mp_policy=mp_policy, reshard_after_forward=True)
+        fully_shard(child, mesh=meshes.all_shards, mp_policy=mp_policy, reshard_after_forward=True)
     _sum_gradients(module)
 
 
@@ -119,6 +123,9 @@ def check(module: nn.Module, layout: ParallelLayout, plan: Mapping[str, Parallel
         validate = getattr(style, "validate", None)
         if validate is not None:
             validate(experts, layout.ep)
+    if layout.tp > 1:
+        for model in adapter.pretrained_models(module).values():
+            tensor_plan(model, layout)
     list(_outside(module, adapter.pretrained_models(module).values()))
 
 

@@ -56,6 +56,8 @@ class ExpertParallelStrategy(ModelParallelStrategy):
         fsdp: Ranks over which each expert's matrices are sharded. ``"auto"``: all that ``ep`` and ``replicate`` leave.
         replicate: Copies of the sharded model, whose gradients are all-reduced: shards stay inside a copy, a node for
             example, and only gradients cross.
+        tp: Ranks that share the matrices of attention, dense MLPs and the vocabulary, and see the same batch. Bound by
+            the model's key/value heads, which ``ep`` is not.
         plan: Expert plan (module name to style), as `expert_plan` returns it. Default: the model's own.
         dispatcher: How rows travel to their experts.
         experts_implementation: Kernel for the experts of one rank: ``"fused"`` (ours), ``"eager"`` or any name
@@ -74,6 +76,7 @@ class ExpertParallelStrategy(ModelParallelStrategy):
         ep: int | Literal["auto"] = "auto",
         fsdp: int | Literal["auto"] = "auto",
         replicate: int = 1,
+        tp: int = 1,
         plan: dict[str, ParallelStyle] | None = None,
         dispatcher: DispatcherName = "all_to_all",
         experts_implementation: str = "auto",
@@ -91,6 +94,7 @@ class ExpertParallelStrategy(ModelParallelStrategy):
         self._ep = ep
         self._fsdp = fsdp
         self._replicate = replicate
+        self._tp = tp
         self._plan = plan
         self._dispatcher = dispatcher
         self._experts_implementation = experts_implementation
@@ -154,7 +158,9 @@ class ExpertParallelStrategy(ModelParallelStrategy):
         assert self.cluster_environment is not None
         expected = self.num_nodes * self.num_processes
         refuse_other_processes(self.cluster_environment, self.num_processes, self.num_nodes)
-        self._layout = ParallelLayout.resolve(self._ep, self._fsdp, expected, self.num_processes, self._replicate)
+        self._layout = ParallelLayout.resolve(
+            self._ep, self._fsdp, expected, self.num_processes, self._replicate, self._tp
+        )
         if expected > 1:
             # A single process needs no launcher, so that notebooks can use the strategy.
             super()._configure_launcher()
