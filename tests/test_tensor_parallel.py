@@ -28,7 +28,7 @@ from tests.tiny import TinyModule, loader, quiet
 
 MODELS = [
     {"causal": True, "accumulate": 1, "clip": 0.2, "overrides": {"mlp_only_layers": [0], "tie_word_embeddings": True}},
-    {"causal": False, "accumulate": 1, "clip": 0.2, "overrides": {"attention_bias": True, "pad_token_id": 100}},
+    {"causal": False, "accumulate": 1, "clip": 0.2, "overrides": {"attention_bias": True, "pad_token_id": 87}},
     {"causal": True, "accumulate": 2, "clip": 0.2, "overrides": {"mlp_only_layers": [1]}, "length": 11},
     {"causal": False, "accumulate": 3, "clip": 0.2, "precision": "bf16-mixed"},
     {"causal": True, "accumulate": 1, "clip": 0.2, "precision": "bf16-mixed"},
