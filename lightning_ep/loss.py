@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from types import MethodType
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import register_fsdp_forward_method
 from transformers import PreTrainedModel
 
+from lightning_ep import transformers_adapter as adapter
 from lightning_ep.tensor_parallel.vocabulary import head_cross_entropy, is_plain_head
 
 IGNORE = -100
@@ -35,7 +37,8 @@ def token_losses(model: PreTrainedModel, targets_BS: Tensor, inputs: dict[str, A
     Returns:
         ``[B, S]`` in fp32, zero where there is no target, and the model's auxiliary loss (0-dim, zero if it has none).
     """
-    output = model(**inputs, use_cache=False)
+    with _masks(inputs):
+        output = model(**inputs, use_cache=False)
     logits_TV = output.logits.float().flatten(0, 1)
     losses_T = F.cross_entropy(logits_TV, targets_BS.flatten(), ignore_index=IGNORE, reduction="none")
     return losses_T.view_as(targets_BS), _auxiliary(output, losses_T)
@@ -81,7 +84,8 @@ def _fused(model: PreTrainedModel, targets_BS: Tensor, inputs: dict[str, Any]) -
     head.forward = hold
     try:
         # Not `model(...)`: the hooks around a forward of the root run around this function already.
-        output = model.forward(**inputs, use_cache=False)
+        with _masks(inputs):
+            output = model.forward(**inputs, use_cache=False)
     finally:
         del head.forward
     if len(held) != 1 or output.logits is not held[0]:
@@ -89,6 +93,10 @@ def _fused(model: PreTrainedModel, targets_BS: Tensor, inputs: dict[str, Any]) -
     assert isinstance(head, nn.Linear)
     loss = head_cross_entropy(head, held[0].flatten(0, 1), targets_BS.flatten(), IGNORE)
     return loss, _auxiliary(output, loss)
+
+
+def _masks(inputs: dict[str, Any]) -> AbstractContextManager[None]:
+    return nullcontext() if "position_ids" in inputs else adapter.without_packing()
 
 
 def _auxiliary(output: Any, like: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ from lightning_ep.checkpoint.hub.directory import meta_model
 from lightning_ep.checkpoint.hub.pretrained import from_pretrained
 from lightning_ep.checkpoint.training.weights import SavedWeights
 from lightning_ep.initialize import materialize
+from lightning_ep.lagged import Lagged
 from lightning_ep.loss import IGNORE, shifted, summed_loss, token_losses
 from lightning_ep.strategy import ExpertParallelStrategy
 
@@ -42,7 +43,8 @@ class CausalLM(LightningModule):
     ``[batch, sequence]``, labels not shifted, -100 where there is no target), and anything else that the model's
     forward takes.
 
-    Logs ``train/loss``, ``train/grad_norm``, ``lr``, ``val/loss``, ``val/perplexity`` and the like for test.
+    Logs ``train/loss``, ``train/grad_norm``, ``lr``, ``val/loss``, ``val/perplexity`` and the like for test. The
+    progress bar shows ``loss``, on GPUs that of the step before, so that the host need not wait for the GPU.
     ``predict`` returns, per sequence, the ``log_likelihood`` (nats) and the number of ``tokens`` it sums over.
 
     Args:
@@ -73,6 +75,7 @@ class CausalLM(LightningModule):
         self._window: Tensor | None = None  # sums of loss and valid tokens since the last step
         self._evaluation: Tensor | None = None  # the same of an evaluation
         self._train_loss: Tensor | None = None
+        self._shown_loss = Lagged()
 
     @override
     def configure_model(self) -> None:
@@ -198,7 +201,9 @@ class CausalLM(LightningModule):
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
         self.log("train/grad_norm", norm)
         if self._train_loss is not None:
-            self.log("train/loss", self._train_loss, prog_bar=True)
+            self.log("train/loss", self._train_loss)
+            # Of what is in the progress bar, Lightning asks for the number after every step.
+            self.log("loss", self._shown_loss.swap(self._train_loss), prog_bar=True, logger=False)
         # A tensor, on the CPU: of a number Lightning would make one on the GPU, for which the host waits.
         self.log("lr", torch.tensor(optimizer.param_groups[0]["lr"]))
 

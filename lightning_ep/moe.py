@@ -53,8 +53,8 @@ class _MoE(torch.autograd.Function):
         weights_TK: Tensor,
         *params: Tensor,
     ) -> Tensor:
-        plan = dispatcher.plan(ids_TK, weights_TK)
-        rows_NH = dispatcher.dispatch(plan, hidden_TH, "dispatch, forward").wait()
+        plan, rows = dispatcher.route(ids_TK, weights_TK, hidden_TH, "dispatch, forward")
+        rows_NH = rows.wait()
         out_NH, saved = rows_NH, None
         if plan.num_pairs > 0:
             computed = _in_dtype(params, hidden_TH.dtype)

@@ -19,6 +19,7 @@ from lightning_ep.checkpoint.hub.load import stream_pretrained
 from lightning_ep.initialize import materialize
 from lightning_ep.layout import Meshes, ParallelLayout
 from lightning_ep.plan import expert_plan
+from lightning_ep.prefetch import chain_prefetches
 from lightning_ep.tensor_parallel import apply_tensor_plan, tensor_plan
 
 
@@ -159,15 +160,18 @@ def _unmanaged_experts(model: nn.Module) -> set[nn.Parameter]:
 def _fully_shard_dense(model: nn.Module, meshes: Meshes, mp_policy: MixedPrecisionPolicy) -> None:
     mesh = meshes.dense_shards
     shard_dense = partial(fully_shard, mesh=mesh, mp_policy=mp_policy, ignored_params=_unmanaged_experts(model))
-    for layer in adapter.decoder_layers(model):  # type: ignore[arg-type]
+    layers = adapter.decoder_layers(model)  # type: ignore[arg-type]
+    for layer in layers:
         shard_dense(layer)
     embedding = model.get_input_embeddings()  # type: ignore[operator]
     # A parameter that two modules share must be in the group of the module that contains both.
     if not adapter.tied(model):  # type: ignore[arg-type]
         shard_dense(embedding)
-    # Said explicitly: by default a root stays gathered after a forward without backward (validation), and an optimizer
-    # built then would get plain copies of its parameters and train nothing.
+    # Said explicitly: by default a root stays gathered until a backward comes to it. After validation none comes, and
+    # an optimizer built then would get plain copies of its parameters and train nothing; nor does it come in steps
+    # that freeze the model, and the next forward would use weights from before the optimizer step.
     shard_dense(model, reshard_after_forward=True)
+    chain_prefetches(model, embedding, layers)
 
 
 def _outside(module: nn.Module, models: Iterable[nn.Module], name: str = "") -> Iterable[nn.Module]:

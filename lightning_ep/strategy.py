@@ -168,11 +168,16 @@ class ExpertParallelStrategy(ModelParallelStrategy):
     @override
     def setup_environment(self) -> None:
         assert self.lightning_module is not None
+        trainer = self.lightning_module.trainer
         try:
-            refuse_unsupported(self.lightning_module.trainer, self._layer_sync)
+            refuse_unsupported(trainer, self._layer_sync)
         except ValueError as refusal:
             self._refusal = refusal
             raise
+        for loop in (trainer.validate_loop, trainer.test_loop, trainer.predict_loop):
+            # FSDP2 keeps the buffers of its first gather: as inference tensors they could not be written again, or
+            # saved for backward. Lightning does the same for its own FSDP strategy, and wherever gloo is used.
+            loop.inference_mode = False
         if self._meshes is None:
             # Lightning does it only in processes that it launches itself, which leaves ranks with unequal threads.
             _set_num_threads_if_needed(self.num_processes)
@@ -191,7 +196,7 @@ class ExpertParallelStrategy(ModelParallelStrategy):
                 self._save_distributed_checkpoint,
                 self._async_save,
             )
-        self._run.begin(self.lightning_module.trainer)
+        self._run.begin(trainer)
         self.lightning_module._device_mesh = self._device_mesh
 
     @override

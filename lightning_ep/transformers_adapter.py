@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, masking_utils
 from transformers.activations import SiLUActivation
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
@@ -160,6 +161,21 @@ def is_parallel_experts(module: nn.Module) -> bool:
 def use_expert_parallel_forward(model: PreTrainedModel) -> None:
     """Selects our function in the experts interface for the whole model."""
     model.set_experts_implementation(EXPERTS_IMPLEMENTATION)
+
+
+@contextmanager
+def without_packing() -> Iterator[None]:
+    """For forwards of models that number the positions themselves: each row of the batch is one sequence.
+
+    transformers looks for packed sequences in the position ids that it has just made, and the host waits for the answer
+    of the GPU in every forward. It has no argument that says so.
+    """
+    found = masking_utils.find_packed_sequence_indices
+    masking_utils.find_packed_sequence_indices = lambda position_ids: None
+    try:
+        yield
+    finally:
+        masking_utils.find_packed_sequence_indices = found
 
 
 # Opaque to torch.compile: its sizes are not known before it runs, and its kernels are already fused.

@@ -51,6 +51,20 @@ def test_the_loss_without_logits_is_that_of_the_logits(tied: bool, monkeypatch: 
         assert relative_error(summed_loss(model, targets, inputs)[0], losses.sum()) < 1e-6
 
 
+@pytest.mark.parametrize("loss_of", [summed_loss, token_losses])
+def test_only_rows_with_positions_are_searched_for_packed_sequences(loss_of: Any, monkeypatch: Any) -> None:
+    """The search makes the host wait for a GPU; without positions there is nothing to be found."""
+    model = tiny_model()
+    ids = batches(1, 2, length=6)[0]["input_ids"]
+    targets = shifted(ids)
+    apart = loss_of(model, targets, {"input_ids": ids})[0].sum()
+    positions = torch.arange(6).repeat(2)[None]
+    packed = loss_of(model, targets.view(1, 12), {"input_ids": ids.view(1, 12), "position_ids": positions})[0].sum()
+    assert relative_error(packed, apart) < 1e-6
+    monkeypatch.setattr("transformers.masking_utils.find_packed_sequence_indices", None)
+    assert relative_error(loss_of(model, targets, {"input_ids": ids})[0].sum(), apart) < 1e-6
+
+
 def test_a_model_that_changes_its_logits_keeps_them() -> None:
     model = _Capped(tiny_config())
     with torch.no_grad():

@@ -184,7 +184,8 @@ def test_frozen_experts_cost_no_weight_gradients() -> None:
 def _count_rows() -> tuple[int, int]:
     dispatcher = AllToAllDispatcher(EXPERTS, dist.group.WORLD, "experts", Progress())
     ids = torch.tensor([[0, 1, 2], [4, 5, 0]], device=device())
-    plan = dispatcher.plan(ids, torch.ones(2, 3, device=device()))
+    plan, rows = dispatcher.route(ids, torch.ones(2, 3, device=device()), torch.ones(2, HIDDEN, device=device()), "hop")
+    assert rows.wait().shape == (sum(plan.recv_splits), HIDDEN)
     return sum(plan.send_splits), plan.num_pairs
 
 
@@ -197,8 +198,9 @@ def _received_rows_are_freed() -> list[bool]:
     progress = Progress()
     dispatcher = AllToAllDispatcher(EXPERTS, dist.group.WORLD, "experts", progress)
     ids = torch.tensor([[0, 5], [1, 6]], device=device())
-    plan = dispatcher.plan(ids, torch.ones(2, 2, device=device()))
     rows = torch.ones(2, HIDDEN, device=device())
+    plan, routed = dispatcher.route(ids, torch.ones(2, 2, device=device()), rows, "hop")
+    routed.wait()
     first, second = (dispatcher.dispatch(plan, rows, f"hop {i}") for i in range(2))
     freed = []
     for pending in (second, first):

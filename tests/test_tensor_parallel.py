@@ -17,8 +17,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, BatchEncoding, PreTra
 
 from lightning_ep import ExpertParallelStrategy, ParallelLayout, parallelize
 from lightning_ep.callbacks import GenerateSamples
-from lightning_ep.dispatch import AllToAllDispatcher
 from lightning_ep.ops import cross_entropy
+from lightning_ep.ops.fused_experts import FusedExperts
 from lightning_ep.tensor_parallel import tensor_plan
 from lightning_ep.tensor_parallel.vocabulary import VocabularyHead, head_cross_entropy
 from tests.distributed import device, run_ranks
@@ -194,15 +194,14 @@ def test_the_loss_without_logits(tokens: int, ignored: int, dtype: torch.dtype, 
 
 def _memory_and_traffic() -> tuple[dict[str, int], int, list[int]]:
     received = 0
-    planned = AllToAllDispatcher.plan
+    computed = FusedExperts.forward
 
-    def counting(self: AllToAllDispatcher, *args: Any) -> Any:
+    def counting(self: FusedExperts, rows: Tensor, ids: Tensor, weights: Tensor, num_pairs: int, *args: Any) -> Any:
         nonlocal received
-        plan = planned(self, *args)
-        received += plan.num_pairs
-        return plan
+        received += num_pairs
+        return computed(self, rows, ids, weights, num_pairs, *args)
 
-    AllToAllDispatcher.plan = counting  # this process ends with the test
+    FusedExperts.forward = counting  # this process ends with the test
     model = tiny_model(mlp_only_layers=[0], num_hidden_layers=3)
     parallelize(model, _layout(2, 2), device())
     shapes: list[int] = []

@@ -42,17 +42,22 @@ class Dispatcher(ABC, Generic[Plan]):
         self.num_local_experts = num_experts // num_ranks
 
     @abstractmethod
-    def plan(self, ids_TK: Tensor, weights_TK: Tensor) -> Plan:
-        """Decides what goes where, tells the other ranks, and brings ids and weights to the ranks of their experts.
+    def route(self, ids_TK: Tensor, weights_TK: Tensor, x_TH: Tensor, hop: str) -> tuple[Plan, Pending]:
+        """Decides what goes where, brings ids and weights to the ranks of their experts, and dispatches a first time.
 
         Args:
             ids_TK: Integer ``[T, K]``, global expert ids.
             weights_TK: ``[T, K]``, routing weights.
+            x_TH: As in `dispatch`.
+            hop: As in `dispatch`.
+
+        Returns:
+            The plan of this layer call, and the rows on their way.
         """
 
     @abstractmethod
     def dispatch(self, plan: Plan, x_TH: Tensor, hop: str) -> Pending:
-        """Starts sending each token to every rank that serves it: ``[T, H]`` -> ``[N, H]``.
+        """Starts sending each token once more to every rank that serves it: ``[T, H]`` -> ``[N, H]``.
 
         Args:
             plan: The plan of this layer call.

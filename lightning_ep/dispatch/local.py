@@ -16,8 +16,9 @@ class LocalDispatcher(Dispatcher[DispatchPlan]):
         super().__init__(num_experts, num_ranks=1)
 
     @override
-    def plan(self, ids_TK: Tensor, weights_TK: Tensor) -> DispatchPlan:
-        return DispatchPlan(ids_TK, weights_TK, num_pairs=ids_TK.numel())
+    def route(self, ids_TK: Tensor, weights_TK: Tensor, x_TH: Tensor, hop: str) -> tuple[DispatchPlan, Pending]:
+        plan = DispatchPlan(ids_TK, weights_TK, num_pairs=ids_TK.numel())
+        return plan, self.dispatch(plan, x_TH, hop)
 
     @override
     def dispatch(self, plan: DispatchPlan, x_TH: Tensor, hop: str) -> Pending:

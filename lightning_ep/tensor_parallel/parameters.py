@@ -48,7 +48,7 @@ def replicate(module: nn.Module, mesh: DeviceMesh) -> None:
 def specialize(module: nn.Module, forward: type[nn.Module], group: Any) -> None:
     """Gives ``module`` the forward of another class and leaves it an instance of its own, under its own name."""
     module.__class__ = _with_forward(type(module), forward)  # type: ignore[arg-type]
-    module._tensor_group = group
+    module.tensor_group = group
 
 
 @cache

@@ -32,13 +32,13 @@ class _ColumnLinear(nn.Linear):
 
 class _GatheredColumnLinear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
-        return gather_features(F.linear(x, local(self.weight), local(self.bias)), self._tensor_group)  # type: ignore[arg-type]
+        return gather_features(F.linear(x, local(self.weight), local(self.bias)), self.tensor_group)  # type: ignore[arg-type]
 
 
 class _RowLinear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         group: TensorGroup
-        group, takes_whole_input, is_attention = self._tensor_group  # type: ignore[misc]
+        group, takes_whole_input, is_attention = self.tensor_group  # type: ignore[misc]
         out = F.linear(split_features(x, group) if takes_whole_input else x, local(self.weight))
         out = scatter_sequence(out, group) if is_attention else scatter_rows(out, group)
         return out if self.bias is None else out + local(self.bias)  # once, not once per rank

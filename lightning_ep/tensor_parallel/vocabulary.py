@@ -25,7 +25,7 @@ from lightning_ep.tensor_parallel.parameters import distribute, local, specializ
 
 class _VocabularyEmbedding(nn.Embedding):
     def forward(self, ids: Tensor) -> Tensor:
-        group: TensorGroup = self._tensor_group  # type: ignore[assignment]
+        group: TensorGroup = self.tensor_group  # type: ignore[assignment]
         weight_VH: Tensor = local(self.weight)
         share = weight_VH.shape[0]
         start = group.rank * share
@@ -40,7 +40,7 @@ class _VocabularyEmbedding(nn.Embedding):
 class _VocabularyHead(nn.Linear):
     def forward(self, hidden: Tensor) -> Tensor:
         # All logits on every rank: what a model does with them (its own loss, sampling) takes them whole.
-        return gather_features(F.linear(hidden, local(self.weight), local(self.bias)), self._tensor_group)  # type: ignore[arg-type]
+        return gather_features(F.linear(hidden, local(self.weight), local(self.bias)), self.tensor_group)  # type: ignore[arg-type]
 
 
 class VocabularyEmbedding(ParallelStyle):
@@ -78,8 +78,9 @@ class VocabularyHead(ParallelStyle):
 def is_plain_head(head: nn.Module | None) -> bool:
     """Whether ``head`` is a linear layer without bias that does nothing else, its vocabulary split or not."""
     forwards = (nn.Linear.forward, _VocabularyHead.forward)
-    plain = isinstance(head, nn.Linear) and type(head).forward in forwards
-    return plain and head.bias is None and "forward" not in vars(head)
+    if not isinstance(head, nn.Linear) or head.bias is not None:
+        return False
+    return type(head).forward in forwards and "forward" not in vars(head)
 
 
 def head_cross_entropy(head: nn.Linear, hidden_TH: Tensor, targets_T: Tensor, ignore_index: int) -> Tensor:
@@ -94,7 +95,7 @@ def head_cross_entropy(head: nn.Linear, hidden_TH: Tensor, targets_T: Tensor, ig
     Returns:
         0-dim fp32 tensor, the same on all ranks. The gradient of ``hidden_TH`` is this rank's part of the sum.
     """
-    group: TensorGroup | None = getattr(head, "_tensor_group", None)
+    group: TensorGroup | None = getattr(head, "tensor_group", None)
     if group is None:
         return linear_cross_entropy(hidden_TH, head.weight, targets_T, ignore_index)
     weight_VH: Tensor = local(head.weight)
