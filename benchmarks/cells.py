@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from dataclasses import dataclass
 from typing import Any
 
 OURS = "lightning_ep/ep="
+_OURS = re.compile(r"lightning_ep/ep=(\d+)(?:,cp=(\d+))?")
 TRANSFORMERS = ("transformers/fsdp2", "transformers/ep", "transformers/single")
 TORCHTITAN = "torchtitan/ep"
 SELECTIVE, FULL = "+selective", "+full"
@@ -38,9 +40,9 @@ class Cell:
     """Everything that identifies a measurement.
 
     Attributes:
-        trainer: ``lightning_ep/ep=N``, one of `TRANSFORMERS` or `TORCHTITAN`; then how it recomputes (`SELECTIVE`, ours
-            only, or `FULL`) and `COMPILE` (not for torchtitan, which always does).
-        batch: Sequences per rank and step.
+        trainer: ``lightning_ep/ep=N`` or ``lightning_ep/ep=N,cp=M``, one of `TRANSFORMERS` or `TORCHTITAN`; then how it
+            recomputes (`SELECTIVE`, ours only, or `FULL`) and `COMPILE` (not for torchtitan, which always does).
+        batch: Sequences per rank and step; with ``cp`` the ranks that split sequences share them.
         sequence: Tokens per sequence.
         ranks: Processes, one per GPU.
         sizes: Key into `SIZES`.
@@ -67,13 +69,16 @@ class Cell:
     device: str = "cuda"
 
     def __post_init__(self) -> None:
-        ours = self.base.startswith(OURS) and self.base.removeprefix(OURS).isdigit()
+        ours = _OURS.fullmatch(self.base) is not None
         recompute = (SELECTIVE, FULL) if ours else (FULL,)
         known = ours or self.base in (*TRANSFORMERS, TORCHTITAN)
         compiled = ("",) if self.base == TORCHTITAN else ("", COMPILE)
         suffixes = {first + second for first in ("", *recompute) for second in compiled}
         if not known or self.trainer.removeprefix(self.base) not in suffixes:
-            choices = [f"{OURS}N[{SELECTIVE}|{FULL}][{COMPILE}]", *(f"{t}[{FULL}][{COMPILE}]" for t in TRANSFORMERS)]
+            choices = [
+                f"{OURS}N[,cp=M][{SELECTIVE}|{FULL}][{COMPILE}]",
+                *(f"{t}[{FULL}][{COMPILE}]" for t in TRANSFORMERS),
+            ]
             raise ValueError(
                 f"trainer={self.trainer!r} does not exist; choose one of {', '.join(choices)}, {TORCHTITAN}[{FULL}]."
             )
@@ -98,14 +103,20 @@ class Cell:
     @property
     def ep(self) -> int:
         """Ranks over which the experts are split."""
-        if self.base.startswith(OURS):
-            return int(self.base.removeprefix(OURS))
+        if ours := _OURS.fullmatch(self.base):
+            return int(ours[1])
         return self.ranks if self.base in ("transformers/ep", TORCHTITAN) else 1
 
     @property
+    def cp(self) -> int:
+        """Ranks that share every sequence."""
+        ours = _OURS.fullmatch(self.base)
+        return int(ours[2] or 1) if ours else 1
+
+    @property
     def tokens(self) -> int:
-        """Tokens per rank and step."""
-        return self.batch * self.sequence
+        """Distinct tokens per rank and step."""
+        return self.batch * self.sequence // self.cp
 
     @property
     def shape(self) -> str:

@@ -66,7 +66,12 @@ def run(cell: Cell, meter: Meter) -> None:
     cuda = meter.device.type == "cuda"
     module = _Module(cell, meter, optimizer=functools.partial(torch.optim.AdamW, lr=1e-5, fused=cuda or None))
     trainer = Trainer(
-        strategy=_FastStart(ep=cell.ep, activation_checkpointing=cell.recompute, compile=cell.compile),  # type: ignore[arg-type]
+        strategy=_FastStart(
+            ep=cell.ep,
+            cp=cell.cp,
+            activation_checkpointing=cell.recompute,  # type: ignore[arg-type]
+            compile=cell.compile,
+        ),
         accelerator="cuda" if cuda else "cpu",
         devices=int(os.environ["LOCAL_WORLD_SIZE"]),
         precision=cell.precision,  # type: ignore[arg-type]

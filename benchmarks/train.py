@@ -130,7 +130,7 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--trainers",
         nargs="+",
-        help="lightning_ep/ep=N[+selective|+full], transformers/fsdp2|ep|single[+full] (each also +compile), "
+        help="lightning_ep/ep=N[,cp=M][+selective|+full], transformers/fsdp2|ep|single[+full] (each also +compile), "
         "torchtitan/ep[+full]; + names what is recomputed",
     )
     add("--tokens", nargs="+", default=["4x4096", "1x16384", "1x4096"], help="sequences x tokens, per rank")

@@ -3,6 +3,7 @@
 from lightning.pytorch.strategies import StrategyRegistry
 
 from lightning_ep.checkpoint.hub.pretrained import from_pretrained
+from lightning_ep.context_parallel import shard_sequence, whole_sequences
 from lightning_ep.layout import ParallelLayout
 from lightning_ep.module import CausalLM, from_config
 from lightning_ep.parallelize import parallelize
@@ -22,6 +23,8 @@ __all__ = [
     "from_config",
     "from_pretrained",
     "parallelize",
+    "shard_sequence",
+    "whole_sequences",
 ]
 
 for _name in ("expert_parallel", "ep"):

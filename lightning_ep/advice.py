@@ -5,20 +5,34 @@ from __future__ import annotations
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
+from lightning_ep import transformers_adapter as adapter
 from lightning_ep.layout import ParallelLayout
 
 _LARGE_MODEL_BYTES = 2**30
 
 
-def warn_if_ep_crosses_nodes(layout: ParallelLayout, ranks_per_node: int) -> None:
-    """Warns of EP groups whose ranks are on more than one node."""
-    crossing = [group for group in layout.expert_groups() if len({r // ranks_per_node for r in group}) > 1]
-    if crossing:
+def warn_if_ep_crosses_nodes(module: nn.Module, layout: ParallelLayout, ranks_per_node: int) -> None:
+    """Warns of EP groups whose ranks are on more than one node, with what the models in ``module`` send there."""
+    group = max(layout.expert_groups(), key=lambda group: _most_elsewhere(group, ranks_per_node))
+    elsewhere = _most_elsewhere(group, ranks_per_node)
+    if elsewhere == 0:
+        return
+    for model in adapter.pretrained_models(module).values():
+        config = model.config.get_text_config(decoder=True)
+        rows, row = min(getattr(config, "num_experts_per_tok", None) or elsewhere, elsewhere), 2 * config.hidden_size
         rank_zero_warn(
-            f"EP groups such as ranks {crossing[0]} cross nodes of {ranks_per_node} processes: every MoE layer "
-            "sends its tokens over the network, 4 times per step (hidden_size * 2 bytes in bf16 per token and rank "
-            f"that serves it). ep='auto' (here {ranks_per_node}) keeps them inside a node."
+            f"EP groups such as ranks {group[0]} to {group[-1]} cross nodes of {ranks_per_node} processes: in every "
+            f"MoE layer of {type(model).__name__} a token goes to other nodes in up to {rows} rows of {row / 1024:.3g} "
+            "KiB (bf16), 4 times per step (there and back, forward and backward): up to "
+            f"{4 * rows * row / 1024:.3g} KiB per token and layer. ep='auto' (here {ranks_per_node}) keeps tokens "
+            "inside a node."
         )
+
+
+def _most_elsewhere(group: list[int], ranks_per_node: int) -> int:
+    """The most ranks of ``group`` that are not on the node of one of its ranks."""
+    nodes = [rank // ranks_per_node for rank in group]
+    return len(nodes) - min(nodes.count(node) for node in nodes)
 
 
 def warn_if_large_in_memory(module: nn.Module, layout: ParallelLayout, ranks_per_node: int) -> None:

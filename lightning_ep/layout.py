@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -134,12 +134,22 @@ class ParallelLayout:
         return [list(range(start, start + self.ep)) for start in range(0, self.world_size, self.ep)]
 
     def build_meshes(self, device_type: str) -> Meshes:
-        """Creates the device meshes; every rank must call it, once, after the process group exists."""
+        """Creates the device meshes; every rank must call it, once, after the process group exists.
+
+        The EP groups have communicators of their own, also where one spans all ranks: in the one that FSDP uses, tokens
+        would queue behind parameters and gradients.
+        """
         from torch.distributed.device_mesh import init_device_mesh
 
         def mesh(sizes: dict[str, int], kept: tuple[str, ...]) -> DeviceMesh:
             sizes = {name: size for name, size in sizes.items() if size > 1 or name in kept}
-            return init_device_mesh(device_type, tuple(sizes.values()), mesh_dim_names=tuple(sizes))
+            own = [name for name, size in sizes.items() if name == "ep" or size != self.world_size]
+            options: Any = {
+                name: option for name in own if (option := _group_options(device_type, urgent=name == "ep"))
+            }
+            return init_device_mesh(
+                device_type, tuple(sizes.values()), mesh_dim_names=tuple(sizes), backend_override=options
+            )
 
         dp_cp = self.shards // self.tp
         dense = mesh({"replicate": self.replicate, "dp_cp": dp_cp, "tp": self.tp}, ("dp_cp",))
@@ -162,6 +172,27 @@ class ParallelLayout:
             f"num_experts / ep whole experts; use ep={best}, fsdp={self.shards // best} on these "
             f"{self.world_size} processes."
         )
+
+
+def _group_options(device_type: str, urgent: bool) -> tuple[str, Any] | None:
+    """Backend and options of a mesh dimension's groups; without them torch would give these its own time-out.
+
+    Args:
+        device_type: The mesh's.
+        urgent: Run its transfers before other work that the GPU has been given: somebody waits for them.
+    """
+    import torch
+    import torch.distributed as dist
+
+    backend = dist.get_backend()
+    if backend not in ("nccl", "gloo"):
+        return None
+    timeout = dist.distributed_c10d._get_default_group()._get_backend(torch.device(device_type)).options._timeout
+    if backend == "gloo":
+        return backend, torch._C._distributed_c10d.Backend.Options(backend, timeout)
+    options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=urgent)
+    options._timeout = timeout
+    return backend, options
 
 
 def _divisors(number: int) -> list[int]:

@@ -20,7 +20,8 @@ from lightning_ep.checkpoint.hub.directory import meta_model
 from lightning_ep.checkpoint.hub.pretrained import from_pretrained
 from lightning_ep.checkpoint.training.weights import SavedWeights
 from lightning_ep.initialize import materialize
-from lightning_ep.loss import IGNORE, shifted, summed_loss, token_losses
+from lightning_ep.lagged import Lagged
+from lightning_ep.loss import IGNORE, summed_loss, token_losses
 from lightning_ep.strategy import ExpertParallelStrategy
 
 
@@ -42,7 +43,8 @@ class CausalLM(LightningModule):
     ``[batch, sequence]``, labels not shifted, -100 where there is no target), and anything else that the model's
     forward takes.
 
-    Logs ``train/loss``, ``train/grad_norm``, ``lr``, ``val/loss``, ``val/perplexity`` and the like for test.
+    Logs ``train/loss``, ``train/grad_norm``, ``lr``, ``val/loss``, ``val/perplexity`` and the like for test. The
+    progress bar shows ``loss``, on GPUs that of the step before, so that the host need not wait for the GPU.
     ``predict`` returns, per sequence, the ``log_likelihood`` (nats) and the number of ``tokens`` it sums over.
 
     Args:
@@ -73,6 +75,7 @@ class CausalLM(LightningModule):
         self._window: Tensor | None = None  # sums of loss and valid tokens since the last step
         self._evaluation: Tensor | None = None  # the same of an evaluation
         self._train_loss: Tensor | None = None
+        self._shown_loss = Lagged()
 
     @override
     def configure_model(self) -> None:
@@ -135,11 +138,20 @@ class CausalLM(LightningModule):
         assert self.model is not None
         return self.model(**inputs)
 
+    def _targets_and_inputs(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Any]]:
+        """Next tokens and the model's arguments, of this rank's piece of the sequences."""
+        strategy = self.trainer.strategy
+        assert isinstance(strategy, ExpertParallelStrategy)
+        inputs = strategy.shard_sequence(batch)
+        for key in ("labels", "num_items_in_batch"):
+            inputs.pop(key, None)
+        return inputs.pop("shift_labels"), inputs
+
     def _summed_loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """Sum of the token losses, number of valid tokens, and the auxiliary loss; 0-dim each."""
         assert self.model is not None
-        targets_BS = shifted(batch["labels"])
-        loss, auxiliary = summed_loss(self.model, targets_BS, _inputs(batch))
+        targets_BS, inputs = self._targets_and_inputs(batch)
+        loss, auxiliary = summed_loss(self.model, targets_BS, inputs)
         return loss, (targets_BS != IGNORE).sum(), auxiliary
 
     @override
@@ -199,7 +211,9 @@ class CausalLM(LightningModule):
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
         self.log("train/grad_norm", norm)
         if self._train_loss is not None:
-            self.log("train/loss", self._train_loss, prog_bar=True)
+            self.log("train/loss", self._train_loss)
+            # Of what is in the progress bar, Lightning asks for the number after every step.
+            self.log("loss", self._shown_loss.swap(self._train_loss), prog_bar=True, logger=False)
         # A tensor, on the CPU: of a number Lightning would make one on the GPU, for which the host waits.
         self.log("lr", torch.tensor(optimizer.param_groups[0]["lr"]))
 
@@ -244,9 +258,12 @@ class CausalLM(LightningModule):
     @override
     def predict_step(self, batch: dict[str, Tensor], batch_idx: int, dataloader_idx: int = 0) -> dict[str, Tensor]:
         assert self.model is not None
-        targets_BS = shifted(batch["labels"])
-        losses_BS, _ = token_losses(self.model, targets_BS, _inputs(batch))
-        return {"log_likelihood": -losses_BS.sum(1), "tokens": (targets_BS != IGNORE).sum(1)}
+        targets_BS, inputs = self._targets_and_inputs(batch)
+        losses_BS, _ = token_losses(self.model, targets_BS, inputs)
+        sums_2B = torch.stack([-losses_BS.double().sum(1), (targets_BS != IGNORE).sum(1)])
+        if (piece := inputs.get("sequence")) is not None:
+            sums_2B = piece.sum_over_ranks(sums_2B)
+        return {"log_likelihood": sums_2B[0].float(), "tokens": sums_2B[1].long()}
 
     @override
     def configure_optimizers(self) -> OptimizerLRScheduler:
@@ -261,7 +278,3 @@ def _config(source: str | dict[str, Any] | PreTrainedConfig) -> PreTrainedConfig
     if isinstance(source, str):
         return AutoConfig.from_pretrained(source)
     return AutoConfig.for_model(**source) if isinstance(source, dict) else source
-
-
-def _inputs(batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {key: value for key, value in batch.items() if key != "labels"}

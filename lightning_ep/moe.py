@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lightning_ep.dispatch import Dispatcher
+from lightning_ep.dispatch import Dispatcher, DispatchPlan
 from lightning_ep.ops.local_experts import LocalExperts
 
 
@@ -59,14 +59,15 @@ class _MoE(torch.autograd.Function):
         weights_TK: Tensor,
         *params: Tensor,
     ) -> Tensor:
-        plan = dispatcher.plan(ids_TK, weights_TK)
-        rows_NH = dispatcher.dispatch(plan, hidden_TH, "dispatch, forward").wait()
+        plan, rows = dispatcher.route(ids_TK, weights_TK, hidden_TH, "dispatch, forward")
+        rows_NH = rows.wait()
         out_NH, saved = rows_NH, None
-        if plan.num_pairs > 0:
-            computed = _in_dtype(params, hidden_TH.dtype)
-            keep = needs_grad and later is None
-            out_NH, saved = experts.forward(rows_NH, plan.ids_NK, plan.weights_NK, plan.num_pairs, computed, keep)
-        out = dispatcher.combine(plan, out_NH, "combine, forward")
+        with dispatcher.explains_out_of_memory(lambda: dispatcher.describe(plan)):
+            if plan.num_pairs > 0:
+                computed = _in_dtype(params, hidden_TH.dtype)
+                keep = needs_grad and later is None
+                out_NH, saved = experts.forward(rows_NH, plan.ids_NK, plan.weights_NK, plan.num_pairs, computed, keep)
+            out = dispatcher.combine(plan, out_NH, "combine, forward")
         if needs_grad:
             # Plain attributes, outside saved-tensor hooks: under activation checkpointing the routing and the
             # exchanges of this call must not be repeated (DESIGN, Recompute). Of parameters in another dtype than the
@@ -83,38 +84,50 @@ class _MoE(torch.autograd.Function):
                 "Trying to run backward through a MoE layer a second time. Its tensors are freed by the first; "
                 "sum the losses before calling backward, or run the forward again."
             )
-        dispatcher: Dispatcher[Any] = ctx.dispatcher
-        experts: LocalExperts = ctx.experts
         plan, saved, params, later = ctx.plan, ctx.saved, ctx.params, ctx.later
         ctx.plan = ctx.saved = ctx.params = ctx.later = None
-        grad_rows = dispatcher.dispatch(plan, grad_TH, "combine, backward")
-        if later is not None:
-            # The layer is recomputed up to here, and its rows travel, under the exchange of their gradients.
-            rows_NH = dispatcher.dispatch(plan, later(), "dispatch, recomputed").wait()
-            if plan.num_pairs > 0:
-                in_dtype = _in_dtype(params, grad_TH.dtype)
-                saved = experts.recompute(rows_NH, plan.ids_NK, plan.weights_NK, plan.num_pairs, in_dtype)
-            del rows_NH
-        grad_NH = grad_rows.wait()
-        if plan.num_pairs > 0:
-            in_dtype = _in_dtype(params, grad_TH.dtype)
-            grad_rows_NH, grad_weights_NK, saved = experts.backward_rows(saved, in_dtype, grad_NH)
-            del in_dtype, grad_NH  # memory for the gradients of the parameters
-        else:
-            grad_rows_NH, grad_weights_NK = grad_NH, torch.zeros_like(plan.weights_NK)
-        # Gradients of rows travel home under the weight-gradient GEMMs.
-        grad_hidden = dispatcher.combine(plan, grad_rows_NH, "dispatch, backward")
-        grad_weights = dispatcher.combine_slots(plan, grad_weights_NK, "dispatch of routing weights, backward")
-        grad_params: tuple[Tensor | None, ...]
-        if not any(ctx.needs_input_grad[-len(params) :]):
-            grad_params = (None,) * len(params)  # frozen experts: a third of the GEMMs, and memory of a whole layer
-        elif plan.num_pairs > 0:
-            grad_params = experts.backward_params(saved, [param.dtype for param in params])
-        else:
-            # No token came: the experts' gradients are zero, not missing, so that FSDP reduces on every rank.
-            grad_params = tuple(torch.zeros_like(param) for param in params)
-        weights_grad = grad_weights.wait().to(ctx.weights_dtype)
-        return (None, None, None, None, grad_hidden.wait(), None, weights_grad, *grad_params)
+        trained = any(ctx.needs_input_grad[-len(params) :])
+        with ctx.dispatcher.explains_out_of_memory(lambda: ctx.dispatcher.describe(plan)):
+            grads = _backward(ctx.dispatcher, ctx.experts, plan, saved, params, later, trained, grad_TH)
+        grad_hidden_TH, grad_weights_TK, grad_params = grads
+        return None, None, None, None, grad_hidden_TH, None, grad_weights_TK.to(ctx.weights_dtype), *grad_params
+
+
+def _backward(
+    dispatcher: Dispatcher[Any],
+    experts: LocalExperts,
+    plan: DispatchPlan,
+    saved: Any,
+    params: Sequence[Tensor],
+    later: Callable[[], Tensor] | None,
+    trained: bool,
+    grad_TH: Tensor,
+) -> tuple[Tensor, Tensor, Sequence[Tensor | None]]:
+    """Gradients of the tokens, of their routing weights, and of the parameters if they are ``trained``."""
+    grad_rows = dispatcher.dispatch(plan, grad_TH, "combine, backward")
+    # The layer is recomputed up to here, and its rows travel, under the exchange of their gradients.
+    rows_NH = dispatcher.dispatch(plan, later(), "dispatch, recomputed").wait() if later is not None else None
+    grad_NH = grad_rows.wait()
+    if plan.num_pairs > 0:
+        in_dtype = _in_dtype(params, grad_TH.dtype)
+        if rows_NH is not None:
+            saved = experts.recompute(rows_NH, plan.ids_NK, plan.weights_NK, plan.num_pairs, in_dtype)
+        grad_rows_NH, grad_weights_NK, saved = experts.backward_rows(saved, in_dtype, grad_NH)
+        del in_dtype, rows_NH, grad_NH, grad_rows  # memory for the gradients of the parameters
+    else:
+        grad_rows_NH, grad_weights_NK = grad_NH, torch.zeros_like(plan.weights_NK)
+    # Gradients of rows travel home under the weight-gradient GEMMs.
+    grad_hidden = dispatcher.combine(plan, grad_rows_NH, "dispatch, backward")
+    grad_weights = dispatcher.combine_slots(plan, grad_weights_NK, "dispatch of routing weights, backward")
+    grad_params: Sequence[Tensor | None]
+    if not trained:
+        grad_params = [None] * len(params)  # frozen experts: a third of the GEMMs, and memory of a whole layer
+    elif plan.num_pairs > 0:
+        grad_params = experts.backward_params(saved, [param.dtype for param in params])
+    else:
+        # No token came: the experts' gradients are zero, not missing, so that FSDP reduces on every rank.
+        grad_params = [torch.zeros_like(param) for param in params]
+    return grad_hidden.wait(), grad_weights.wait(), grad_params
 
 
 def _in_dtype(params: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:

@@ -14,12 +14,14 @@ from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor.parallel import ParallelStyle, parallelize_module
 from transformers import PreTrainedModel
 
+from lightning_ep import context_parallel
 from lightning_ep import dtensor_rules as dtensor_rules  # registers them
 from lightning_ep import transformers_adapter as adapter
 from lightning_ep.checkpoint.hub.load import stream_pretrained
 from lightning_ep.initialize import materialize
 from lightning_ep.layout import Meshes, ParallelLayout
 from lightning_ep.plan import expert_plan
+from lightning_ep.prefetch import chain_prefetches
 from lightning_ep.recompute import ActivationCheckpointing, check_mode, checkpoint_layer
 
 _NOT_TRANSFORMERS_OWN = (
@@ -43,7 +45,8 @@ def parallelize(
     """Shards a model in place, without a Trainer: for your own loop or Lightning Fabric.
 
     Gradients are *sums* over all data ranks: divide the loss by ``layout.loss_world_size`` for the mean, and clip with
-    `lightning_ep.clip_grad_norm_`.
+    `lightning_ep.clip_grad_norm_`. With ``layout.cp`` larger than 1 the ranks that share a batch pass it to the model
+    through `lightning_ep.shard_sequence`, with the ``cp`` mesh of what this returns.
 
     Args:
         model: A transformers MoE, or a module that contains some. Weights that are on meta are streamed from the
@@ -117,6 +120,8 @@ def shard(
         _wrap_layers(model, activation_checkpointing, compile)
         _fully_shard_dense(model, meshes, mp_policy)
         adapter.use_expert_parallel_forward(model)
+        if layout.cp > 1:
+            context_parallel.use_context_parallel_attention(model)
     for child in _outside(module, models.values()):
         fully_shard(child, mesh=meshes.dense_shards, mp_policy=mp_policy, reshard_after_forward=True)
     _sum_gradients(module)
@@ -132,7 +137,11 @@ def check(module: nn.Module, layout: ParallelLayout, plan: Mapping[str, Parallel
         validate = getattr(style, "validate", None)
         if validate is not None:
             validate(experts, layout.ep)
-    list(_outside(module, adapter.pretrained_models(module).values()))
+    models = adapter.pretrained_models(module).values()
+    if layout.cp > 1:
+        for model in models:
+            context_parallel.check(model, layout)
+    list(_outside(module, models))
 
 
 def check_recompute(module: nn.Module, plan: Iterable[str], mode: ActivationCheckpointing) -> None:
@@ -194,15 +203,18 @@ def _unmanaged_experts(model: nn.Module) -> set[nn.Parameter]:
 def _fully_shard_dense(model: nn.Module, meshes: Meshes, mp_policy: MixedPrecisionPolicy) -> None:
     mesh = meshes.dense_shards
     shard_dense = partial(fully_shard, mesh=mesh, mp_policy=mp_policy, ignored_params=_unmanaged_experts(model))
-    for layer in adapter.decoder_layers(model):  # type: ignore[arg-type]
+    layers = adapter.decoder_layers(model)  # type: ignore[arg-type]
+    for layer in layers:
         shard_dense(layer)
     embedding = model.get_input_embeddings()  # type: ignore[operator]
     # A parameter that two modules share must be in the group of the module that contains both.
     if not adapter.tied(model):  # type: ignore[arg-type]
         shard_dense(embedding)
-    # Said explicitly: by default a root stays gathered after a forward without backward (validation), and an optimizer
-    # built then would get plain copies of its parameters and train nothing.
+    # Said explicitly: by default a root stays gathered until a backward comes to it. After validation none comes, and
+    # an optimizer built then would get plain copies of its parameters and train nothing; nor does it come in steps
+    # that freeze the model, and the next forward would use weights from before the optimizer step.
     shard_dense(model, reshard_after_forward=True)
+    chain_prefetches(model, embedding, layers)
 
 
 def _outside(module: nn.Module, models: Iterable[nn.Module], name: str = "") -> Iterable[nn.Module]:

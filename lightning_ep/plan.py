@@ -128,7 +128,7 @@ class ExpertParallel(ParallelStyle):
 
     def _build_dispatcher(self, num_experts: int, group: dist.ProcessGroup) -> Dispatcher[Any]:
         if group.size() == 1:
-            return LocalDispatcher(num_experts)
+            return LocalDispatcher(num_experts, self.layer)
         return AllToAllDispatcher(num_experts, group, self.layer, self.progress)
 
 

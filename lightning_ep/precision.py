@@ -20,6 +20,8 @@ from torch.distributed.tensor import DTensor, Partial, Replicate
 from torch.optim import Optimizer
 from typing_extensions import override
 
+from lightning_ep.ops.scale import scale_
+
 ShardedPrecisionName = Literal["32-true", "bf16-mixed", "bf16-true"]
 
 
@@ -129,11 +131,11 @@ def _local_gradients(params: Iterable[Tensor]) -> list[Tensor]:
 
 
 @torch.no_grad()
-def scale_gradients(params: Iterable[Tensor], factor: Tensor | float) -> None:
-    """Multiplies every gradient in place by a number (a 0-dim tensor avoids a host sync)."""
+def scale_gradients(params: Iterable[Tensor], factor: Tensor) -> None:
+    """Multiplies every gradient in place by a number, a 0-dim tensor on their device."""
     grads = _local_gradients(params)
     if grads:
-        torch._foreach_mul_(grads, factor)
+        scale_(grads, factor)
 
 
 def _replicas(grad: Tensor) -> int:

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import os
+
 import torch
 from lightning.fabric.plugins import ClusterEnvironment
+from lightning.fabric.plugins.environments.lightning import LightningEnvironment
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
+from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.optim import Optimizer
@@ -26,16 +31,52 @@ _CALLBACKS = {
     "OnExceptionCheckpoint": "every rank takes part in saving, and after an exception one is missing. Use "
     "ModelCheckpoint(every_n_train_steps=...) instead.",
 }
+_PROCESSES_PER_NODE = {TorchElasticEnvironment: "LOCAL_WORLD_SIZE", SLURMEnvironment: "SLURM_NTASKS_PER_NODE"}
 
 
 def refuse_other_processes(environment: ClusterEnvironment, per_node: int, num_nodes: int) -> None:
-    """Raises ValueError unless a launcher has started as many processes as the Trainer was told."""
-    expected, found = num_nodes * per_node, environment.world_size()
-    if expected != found:
+    """Raises ValueError unless the processes are those that the Trainer was told of, node by node in order of rank.
+
+    Args:
+        environment: What Lightning found to have started the processes, or will start them.
+        per_node: The Trainer's ``devices``.
+        num_nodes: The Trainer's.
+    """
+    if isinstance(environment, LightningEnvironment) and num_nodes > 1:
+        _refuse_lonely_node(per_node, num_nodes)
+    launcher = type(environment).__name__.removesuffix("Environment")
+    found, here = environment.world_size(), per_node
+    for kind, variable in _PROCESSES_PER_NODE.items():
+        if isinstance(environment, kind) and variable in os.environ:
+            here = int(os.environ[variable])
+    if (found, here) != (num_nodes * per_node, per_node):
+        fix = f"Use Trainer(devices={here}, num_nodes={found // here})"
+        if found % here != 0:
+            fix = "Start as many processes on every node"
         raise ValueError(
-            f"Trainer(devices={per_node}, num_nodes={num_nodes}) makes {expected} processes, but "
-            f"{type(environment).__name__} started {found}. Set devices to the processes per node and num_nodes to the "
-            "nodes that the launcher (torchrun, srun) was given."
+            f"Trainer(devices={per_node}, num_nodes={num_nodes}) means {num_nodes * per_node} processes, {per_node} on "
+            f"every node, but {launcher} started {found}, of which {here} on this node. {fix}: devices are the "
+            "processes per node (torchrun --nproc-per-node, sbatch --ntasks-per-node), num_nodes the nodes (--nnodes, "
+            "--nodes)."
+        )
+    node, local, rank = environment.node_rank(), environment.local_rank(), environment.global_rank()
+    if rank != node * per_node + local:
+        raise ValueError(
+            f"Rank {rank} is process {local} of node {node}, where rank {node * per_node + local} belongs "
+            f"(node * {per_node} + process): EP groups are runs of consecutive ranks, meant to lie inside a node. "
+            "Place ranks node by node (srun --distribution=block)."
+        )
+
+
+def _refuse_lonely_node(per_node: int, num_nodes: int) -> None:
+    variables = ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK")
+    missing = [name for name in variables if name not in os.environ]
+    if missing:
+        raise ValueError(
+            f"Trainer(num_nodes={num_nodes}) was started without torchrun or srun and without {', '.join(missing)} in "
+            "the environment, so that this process would wait for other nodes that cannot find it. Start it on every "
+            f"node with `torchrun --nnodes={num_nodes} --nproc-per-node={per_node} --rdzv-backend=c10d "
+            "--rdzv-endpoint=FIRST_NODE:29500 --rdzv-id=JOB ...` or with srun, or set all three."
         )
 
 

@@ -25,6 +25,7 @@ from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor
 from torch.distributed.tensor.parallel import ParallelStyle
 from torch.optim import Optimizer
+from torch.utils.weak import WeakTensorKeyDictionary
 from typing_extensions import override
 
 from lightning_ep import transformers_adapter as adapter
@@ -33,6 +34,7 @@ from lightning_ep.checkpoint.hub.load import stream_pretrained
 from lightning_ep.checkpoint.ranks import from_all_ranks
 from lightning_ep.checkpoint.training.files import local_path
 from lightning_ep.checkpoint.training.run import RunCheckpoints
+from lightning_ep.context_parallel import described_by, documents_of, shard_sequence
 from lightning_ep.dispatch import Progress
 from lightning_ep.initialize import has_meta_tensors, materialize
 from lightning_ep.layout import Meshes, ParallelLayout
@@ -57,6 +59,9 @@ class ExpertParallelStrategy(ModelParallelStrategy):
         fsdp: Ranks over which each expert's matrices are sharded. ``"auto"``: all that ``ep`` and ``replicate`` leave.
         replicate: Copies of the sharded model, whose gradients are all-reduced: shards stay inside a copy, a node for
             example, and only gradients cross.
+        cp: Ranks that share every sequence: each computes with a piece of the tokens and, in attention, with all tokens
+            of some heads. Must divide the attention heads and ``ep * fsdp``; the ranks get the same batch. `CausalLM`
+            splits it; a module of yours passes `shard_sequence` of it to its model.
         plan: Expert plan (module name to style), as `expert_plan` returns it. Default: the model's own.
         dispatcher: How rows travel to their experts.
         experts_implementation: Kernel for the experts of one rank: ``"fused"`` (ours), ``"eager"`` or any name
@@ -78,6 +83,7 @@ class ExpertParallelStrategy(ModelParallelStrategy):
         ep: int | Literal["auto"] = "auto",
         fsdp: int | Literal["auto"] = "auto",
         replicate: int = 1,
+        cp: int = 1,
         plan: dict[str, ParallelStyle] | None = None,
         dispatcher: DispatcherName = "all_to_all",
         experts_implementation: str = "auto",
@@ -96,6 +102,8 @@ class ExpertParallelStrategy(ModelParallelStrategy):
         self._ep = ep
         self._fsdp = fsdp
         self._replicate = replicate
+        self._cp = cp
+        self._documents = WeakTensorKeyDictionary()  # of batches in use, by the tensor that describes them
         self._plan = plan
         self._dispatcher = dispatcher
         self._experts_implementation = experts_implementation
@@ -161,7 +169,9 @@ class ExpertParallelStrategy(ModelParallelStrategy):
         check_mode(self._activation_checkpointing)
         expected = self.num_nodes * self.num_processes
         refuse_other_processes(self.cluster_environment, self.num_processes, self.num_nodes)
-        self._layout = ParallelLayout.resolve(self._ep, self._fsdp, expected, self.num_processes, self._replicate)
+        self._layout = ParallelLayout.resolve(
+            self._ep, self._fsdp, expected, self.num_processes, self._replicate, cp=self._cp
+        )
         if expected > 1:
             # A single process needs no launcher, so that notebooks can use the strategy.
             super()._configure_launcher()
@@ -169,11 +179,16 @@ class ExpertParallelStrategy(ModelParallelStrategy):
     @override
     def setup_environment(self) -> None:
         assert self.lightning_module is not None
+        trainer = self.lightning_module.trainer
         try:
-            refuse_unsupported(self.lightning_module.trainer, self._layer_sync)
+            refuse_unsupported(trainer, self._layer_sync)
         except ValueError as refusal:
             self._refusal = refusal
             raise
+        for loop in (trainer.validate_loop, trainer.test_loop, trainer.predict_loop):
+            # FSDP2 keeps the buffers of its first gather: as inference tensors they could not be written again, or
+            # saved for backward. Lightning does the same for its own FSDP strategy, and wherever gloo is used.
+            loop.inference_mode = False
         if self._meshes is None:
             # Lightning does it only in processes that it launches itself, which leaves ranks with unequal threads.
             _set_num_threads_if_needed(self.num_processes)
@@ -181,7 +196,6 @@ class ExpertParallelStrategy(ModelParallelStrategy):
             self._setup_distributed()
             self._meshes = self.layout.build_meshes(self.root_device.type)
             self._device_mesh = self._meshes.expert
-            warn_if_ep_crosses_nodes(self.layout, self.num_processes)
             if self.root_device.type == "cuda" and self._timeout is not None:
                 self._progress.watch(self.global_rank, self._timeout.total_seconds())
             self._checkpoints = RunCheckpoints(
@@ -192,7 +206,7 @@ class ExpertParallelStrategy(ModelParallelStrategy):
                 self._save_distributed_checkpoint,
                 self._async_save,
             )
-        self._run.begin(self.lightning_module.trainer)
+        self._run.begin(trainer)
         self.lightning_module._device_mesh = self._device_mesh
 
     @override
@@ -225,6 +239,7 @@ class ExpertParallelStrategy(ModelParallelStrategy):
         warn_if_large_in_memory(module, self.layout, self.num_processes)
         self.precision_plugin.convert_module(module)
         plan = self._plan or expert_plan(module, self._dispatcher, self._experts_implementation, self._progress)
+        warn_if_ep_crosses_nodes(module, self.layout, self.num_processes)
         policy = self._sharded_precision.mp_policy
         shard(
             module,
@@ -324,7 +339,10 @@ class ExpertParallelStrategy(ModelParallelStrategy):
     def batch_to_device(self, batch: Any, device: torch.device | None = None, dataloader_idx: int = 0) -> Any:
         assert self.lightning_module is not None
         self._run.before_batch(self.lightning_module.trainer)
-        return super().batch_to_device(batch, device, dataloader_idx)
+        moved = super().batch_to_device(batch, device, dataloader_idx)
+        if self.layout.cp > 1 and (found := documents_of(batch, self.layout.cp)) is not None:
+            self._documents[described_by(moved)] = found
+        return moved
 
     def wait_for_checkpoints(self) -> None:
         """Returns once every checkpoint that was saved before is on the disk; of use with ``async_save=True``.
@@ -362,6 +380,25 @@ class ExpertParallelStrategy(ModelParallelStrategy):
         loop = module.trainer.predict_loop
         arguments = loop._build_kwargs(batch, 0, 0 if loop.num_dataloaders > 1 else None)
         self.predict_step(*loop._build_step_args_from_hook_kwargs(arguments, "predict_step"))
+
+    def shard_sequence(self, batch: Mapping[str, Any]) -> dict[str, Any]:
+        """This rank's piece of a batch of whole sequences, for a transformers model under ``cp``.
+
+        In a step of a LightningModule: ``loss = self.model(**self.trainer.strategy.shard_sequence(batch)).loss``. The
+        mean of these losses over the ranks is that of the whole sequences, so they are returned and logged
+        (``sync_dist=True``) as they are. With ``cp=1`` nothing is cut, and the loss is the same.
+
+        Args:
+            batch: As for `lightning_ep.shard_sequence`, where all that comes back is described. Split it in the step,
+                not in a hook before: callbacks such as `Throughput` count the tokens of whole batches.
+
+        Returns:
+            Arguments for the model; all of them must reach it.
+        """
+        assert self._meshes is not None
+        description = described_by(batch)
+        known = self._documents.get(description) if description is not None else None
+        return shard_sequence(batch, self._meshes.cp, known, self._progress)
 
     # ------------------------------------------------------------------ steps
 

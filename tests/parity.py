@@ -24,7 +24,7 @@ STEPS, LR = 3, 0.5
 
 
 class UserModule(L.LightningModule):
-    """What a user has: a plain transformers model, the mean loss that it returns, no word of parallelism."""
+    """What a user has: a plain transformers model, the mean loss that it returns, one word on parallelism (for cp)."""
 
     def __init__(self, **overrides: Any) -> None:
         super().__init__()
@@ -38,6 +38,8 @@ class UserModule(L.LightningModule):
             self.model = tiny_model(seed=rank, **self.overrides)
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        if self.trainer.strategy.layout.cp > 1:
+            batch = self.trainer.strategy.shard_sequence(batch)
         return self.model(**batch).loss
 
     def configure_optimizers(self) -> Any:
@@ -123,7 +125,8 @@ def _fit(
         trainer = L.Trainer(
             strategy=strategy,
             accelerator=accelerator(),
-            devices=_world(),
+            devices=int(os.environ["LOCAL_WORLD_SIZE"]),
+            num_nodes=_world() // int(os.environ["LOCAL_WORLD_SIZE"]),
             precision=precision,
             max_steps=STEPS,
             accumulate_grad_batches=accumulate,

@@ -236,6 +236,7 @@ def test_fill_draws_every_parameter_and_no_buffer() -> None:
     [
         ("lightning_ep/ep=2+full", 2, "skewed"),
         ("transformers/ep+full", 2, "balanced"),
+        ("lightning_ep/ep=1,cp=2", 2, "balanced"),
         ("transformers/single", 1, "skewed"),
     ],
 )
@@ -250,10 +251,18 @@ def test_a_cell_measures(trainer: str, ranks: int, router_name: str) -> None:
     assert json.loads(json.dumps(record)) == record
 
 
+def test_ranks_that_share_sequences_count_their_tokens_once() -> None:
+    shared, alone = (Cell(f"lightning_ep/ep=2{cp}+compile", 1, 65_536, 2) for cp in (",cp=2", ""))
+    assert (shared.ep, shared.cp, shared.compile, shared.tokens) == (2, 2, True, 32_768)
+    assert (alone.ep, alone.cp, alone.tokens) == (2, 1, 65_536)
+    with pytest.raises(ValueError, match="does not exist; choose one of lightning_ep/ep=N\\[,cp=M\\]"):
+        Cell("lightning_ep/ep=2,cp=", 1, 65_536, 2)
+
+
 def test_a_cell_that_raises_is_recorded_with_its_error() -> None:
     record = run_cell(_tiny("lightning_ep/ep=3", 1), timeout=60)
     assert record["status"] == "failed"
-    assert record["error"].startswith("ValueError: ep=3")
+    assert record["error"].startswith("ValueError: replicate=1 times fsdp=1 times ep=3")
 
 
 @pytest.mark.parametrize(

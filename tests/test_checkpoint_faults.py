@@ -316,7 +316,7 @@ def test_a_terminated_job_saves_and_ends_as_a_whole(tmp_path: Path, launcher: li
     assert code == 0 or launcher, (tmp_path / "output").read_text()
 
 
-def _requeue(root: Path) -> tuple[int, int]:
+def _requeue(root: Path, resume: str | None) -> tuple[int, int]:
     rank = os.environ["RANK"]
     slurm = {"JOB_ID": "4711", "JOB_NAME": "train", "NTASKS": "2", "NTASKS_PER_NODE": "2", "PROCID": rank,
              "LOCALID": rank, "NODEID": "0"}  # fmt: skip
@@ -331,21 +331,25 @@ def _requeue(root: Path) -> tuple[int, int]:
     def trainer(**arguments: Any) -> L.Trainer:
         strategy = ExpertParallelStrategy(ep=2, async_save=True)
         plugin = SLURMEnvironment(auto_requeue=True)
-        return quiet(root / "job", strategy=strategy, plugins=[plugin], max_epochs=-1, **arguments)
+        keep = [ModelCheckpoint(root / "saved", every_n_train_steps=10000, save_last="link")] if resume else []
+        callbacks = [*arguments.pop("callbacks", []), *keep]
+        return quiet(root / "job", strategy=strategy, plugins=[plugin], max_epochs=-1, callbacks=callbacks, **arguments)
 
     first = trainer(callbacks=[_AfterSave(2, 0.05, signal_us)])
     with pytest.raises(SIGTERMException):
-        first.fit(_Module(), loader(64))
+        first.fit(_Module(), loader(64), ckpt_path=resume)
     second = trainer(max_steps=first.global_step + 1)
-    second.fit(_Module(), loader(64))
+    second.fit(_Module(), loader(64), ckpt_path=resume)
+    assert len(second.strategy.lightning_module.losses) == 1, "it began anew"
     return first.global_step, second.global_step
 
 
-def test_slurm_requeues_once_and_the_next_start_goes_on(tmp_path: Path) -> None:
+@pytest.mark.parametrize("resume", [None, "last"])
+def test_slurm_requeues_once_and_the_next_start_goes_on(tmp_path: Path, resume: str | None) -> None:
     scontrol = tmp_path / "scontrol"
     scontrol.write_text(f'#!/bin/sh\necho "$@" $(ls {tmp_path}/job) >> {tmp_path}/calls\n')
     scontrol.chmod(scontrol.stat().st_mode | stat.S_IEXEC)
-    (first, second), other = run_ranks(2, _requeue, tmp_path, init_process_group=False)
+    (first, second), other = run_ranks(2, _requeue, tmp_path, resume, init_process_group=False)
     assert (first, second) == other
     assert second == first + 1
     # Called after the checkpoint was there in full, by one rank.

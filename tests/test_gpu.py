@@ -9,11 +9,15 @@ import lightning as L
 import pytest
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
 from lightning_ep import CausalLM, ExpertParallelStrategy, ParallelLayout, parallelize
 from lightning_ep import loss as loss_module
+from lightning_ep.callbacks import Throughput
+from lightning_ep.context_parallel import SequencePiece, find_documents
+from lightning_ep.context_parallel.attention import _attend
 from lightning_ep.dispatch import LocalDispatcher
 from lightning_ep.moe import moe_forward
 from lightning_ep.ops.fused_experts import FusedExperts
@@ -21,6 +25,7 @@ from lightning_ep.ops.local_experts import LocalExperts
 from lightning_ep.ops.registered_experts import RegisteredExperts, stand_in
 from lightning_ep.transformers_adapter import FUSED_PARAMETERS, local_experts_function
 from tests.distributed import accelerator, device, run_ranks
+from tests.documents import PACKED, PADDED, SHAPES, documents_error
 from tests.reference import batches, relative_error, tiny_config, tiny_model
 
 pytestmark = pytest.mark.gpu
@@ -35,19 +40,24 @@ def _count_syncs(ep: int) -> tuple[int, int]:
     model.model.layers[0].unshard()
     hidden = torch.randn(4, 16, 32, device=device(), dtype=torch.bfloat16, requires_grad=True)
     counts = []
-    for _ in range(2):
-        counts = []
-        out = None
-        for run in ("forward", "backward"):
-            with warnings.catch_warnings(record=True) as caught:
-                warnings.simplefilter("always")
-                torch.cuda.set_sync_debug_mode("warn")
-                if run == "forward":
-                    out = block(hidden)
-                else:
-                    out.sum().backward()
-                torch.cuda.set_sync_debug_mode("default")
-            counts.append(sum("called a synchronizing" in str(w.message) for w in caught))
+    with pytest.MonkeyPatch.context() as patch:
+        waits: list[None] = []
+        synchronize = torch.cuda.Event.synchronize
+        patch.setattr(torch.cuda.Event, "synchronize", lambda event: (waits.append(None), synchronize(event)))
+        for _ in range(2):
+            counts = []
+            out = None
+            for run in ("forward", "backward"):
+                waits.clear()
+                with warnings.catch_warnings(record=True) as caught:
+                    warnings.simplefilter("always")
+                    torch.cuda.set_sync_debug_mode("warn")
+                    if run == "forward":
+                        out = block(hidden)
+                    else:
+                        out.sum().backward()
+                    torch.cuda.set_sync_debug_mode("default")
+                counts.append(len(waits) + sum("called a synchronizing" in str(w.message) for w in caught))
     return counts[0], counts[1]
 
 
@@ -56,29 +66,26 @@ def test_the_host_waits_once_per_forward(world: int, ep: int, expected: tuple[in
     assert run_ranks(world, _count_syncs, ep) == [expected] * world
 
 
-def _step_syncs() -> list[str]:
-    """What synchronises with the GPU in a training step of the Trainer, after a few of warm-up."""
+def _step_syncs(cp: int = 1, extra: dict[str, Tensor] | None = None) -> list[str]:
+    """What synchronises with the GPU from one training step of the Trainer to the next, after a few of warm-up."""
     found: list[str] = []
 
     class Count(L.Callback):
         def on_train_batch_start(self, trainer: L.Trainer, module: L.LightningModule, batch: Any, index: int) -> None:
-            if index == 4:
-                torch.cuda.set_sync_debug_mode("warn")
-
-        def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *args: Any) -> None:
-            torch.cuda.set_sync_debug_mode("default")
+            torch.cuda.set_sync_debug_mode("warn" if index == 4 else "default")
 
     module = CausalLM(
         tiny_config(), pretrained=False, optimizer=lambda params: torch.optim.AdamW(params, lr=1e-3, fused=True)
     )
     trainer = L.Trainer(
-        strategy=ExpertParallelStrategy(), accelerator=accelerator(), devices=1, precision="bf16-mixed", max_steps=6,
-        gradient_clip_val=1.0, callbacks=[Count()], logger=False, enable_checkpointing=False,
+        strategy=ExpertParallelStrategy(ep=1, cp=cp), accelerator=accelerator(), devices=cp, precision="bf16-mixed",
+        max_steps=6, gradient_clip_val=1.0, callbacks=[Count(), Throughput()], logger=False, enable_checkpointing=False,
         enable_progress_bar=False, enable_model_summary=False, use_distributed_sampler=False,
     )  # fmt: skip
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        trainer.fit(module, DataLoader(batches(6, 2), batch_size=None, pin_memory=True))
+        data = [{**batch, **(extra or {})} for batch in batches(6, 2)]
+        trainer.fit(module, DataLoader(data, batch_size=None, pin_memory=True))
     for warning in caught:
         if "called a synchronizing" in str(warning.message):
             found.append(f"{warning.filename}:{warning.lineno}")
@@ -87,6 +94,40 @@ def _step_syncs() -> list[str]:
 
 def test_a_training_step_does_not_wait_for_the_gpu() -> None:
     assert run_ranks(1, _step_syncs, init_process_group=False) == [[]]
+
+
+_PACKED = torch.cat([torch.arange(length) for length in (5, 4, 3)]).repeat(2, 1)
+_LEFT_PADDED = (torch.arange(12) >= torch.tensor([[3], [0]])).long()
+
+
+@pytest.mark.parametrize("extra", [{}, {"position_ids": _PACKED}, {"attention_mask": _LEFT_PADDED}])
+def test_a_step_on_pieces_of_sequences_does_not_wait_for_the_gpu(extra: dict[str, Tensor]) -> None:
+    assert run_ranks(2, _step_syncs, 2, extra, init_process_group=False) == [[], []]
+
+
+@pytest.mark.parametrize(("kv_heads", "value_dim", "window"), SHAPES)
+@pytest.mark.parametrize(("positions", "mask"), [(PACKED, None), (None, PADDED)])
+def test_documents_without_a_mask_attend_as_with_one(
+    positions: Tensor | None, mask: Tensor | None, kv_heads: int, value_dim: int, window: int | None
+) -> None:
+    [error] = run_ranks(1, documents_error, positions, mask, kv_heads, value_dim, window)
+    assert error < 1e-2
+
+
+def _peak_of_documents() -> float:
+    """GiB that forward and backward take at 32k packed tokens, of which a mask alone would be 1."""
+    positions = torch.arange(8192).repeat(4)[None]
+    documents = find_documents(positions, None)
+    assert documents.bounds is not None
+    piece = SequencePiece(None, 1, 32_768, positions, None, documents, documents.bounds.to(device()))  # type: ignore[arg-type]
+    leaves = [torch.randn(1, 2, 32_768, 64, device=device(), dtype=torch.bfloat16) for _ in range(3)]
+    leaves = [leaf.requires_grad_() for leaf in leaves]
+    _attend(None, "sdpa", *leaves, piece).sum().backward()  # type: ignore[arg-type]
+    return torch.cuda.max_memory_allocated(device()) / 2**30
+
+
+def test_packed_documents_need_no_mask_of_all_pairs() -> None:
+    assert run_ranks(1, _peak_of_documents)[0] < 0.5
 
 
 def _bf16_errors(implementation: str, tokens: int, experts: int, used: int) -> list[float]:
@@ -169,3 +210,50 @@ def test_fifty_steps_agree_with_the_plain_path() -> None:
     )
     # Rounding decides near-ties in the router, and training carries that on: two of transformers' kernels differ too.
     assert difference < max(3 * noise, 1e-2)
+
+
+def _deterministic_runs(ep: int) -> bool:
+    """Whether two runs of a model wide enough for several blocks of every kernel end with the same weights."""
+    config = tiny_config(hidden_size=256, moe_intermediate_size=128, num_experts=16, num_attention_heads=8, head_dim=64)
+    weights = []
+    for _ in range(2):
+        module = CausalLM(config, pretrained=False, optimizer=lambda params: torch.optim.AdamW(params, lr=1e-2))
+        torch.manual_seed(0)
+        trainer = L.Trainer(
+            strategy=ExpertParallelStrategy(ep=ep), accelerator=accelerator(), devices=ep, precision="bf16-mixed",
+            max_steps=5, deterministic=True, gradient_clip_val=1.0, logger=False, enable_checkpointing=False,
+            enable_progress_bar=False, enable_model_summary=False, use_distributed_sampler=False,
+        )  # fmt: skip
+        trainer.fit(module, DataLoader(batches(5, 4, length=300), batch_size=None))
+        weights.append([param.detach().full_tensor() for param in module.parameters()])
+    torch.use_deterministic_algorithms(False)
+    return all(torch.equal(a, b) for a, b in zip(*weights, strict=True))
+
+
+@pytest.mark.parametrize("ep", [1, 2])
+def test_deterministic_runs_are_equal_bit_for_bit(ep: int) -> None:
+    assert run_ranks(ep, _deterministic_runs, ep, init_process_group=False) == [True] * ep
+
+
+def _validate_then_fit() -> bool:
+    """Experts that FSDP shards, gathered first by an evaluation, then by a training step."""
+    module = CausalLM(tiny_config(), pretrained=False, optimizer=lambda params: torch.optim.SGD(params, lr=0.1))
+    arguments: dict[str, Any] = {
+        "strategy": ExpertParallelStrategy(ep=1), "accelerator": accelerator(), "devices": 2, "max_epochs": 1,
+        "precision": "bf16-mixed", "logger": False, "enable_checkpointing": False, "enable_progress_bar": False,
+        "enable_model_summary": False, "use_distributed_sampler": False,
+    }  # fmt: skip
+    trainer = L.Trainer(**arguments)
+    weights = []
+    for _ in range(2):
+        trainer.validate(module, DataLoader(batches(2, 2), batch_size=None), verbose=False)
+        trainer.fit(module, DataLoader(batches(2, 2), batch_size=None))
+        trainer.predict(module, DataLoader(batches(2, 2), batch_size=None))
+        trainer.fit_loop.max_epochs += 1
+        weights.append([param.detach().full_tensor() for param in module.parameters()])
+    moved = [not torch.equal(a, b) for a, b in zip(*weights, strict=True)]
+    return all(moved) and all(bool(weight.isfinite().all()) for weight in weights[1])
+
+
+def test_evaluation_and_training_take_turns() -> None:
+    assert run_ranks(2, _validate_then_fit, init_process_group=False) == [True, True]

@@ -211,3 +211,18 @@ def test_grouped_mm_of_any_sizes(sizes: tuple[int, int]) -> None:
     for operand in (weight, weight.transpose(1, 2).contiguous().transpose(1, 2)):
         expected = grouped_mm.grouped_mm_twin(x.double(), operand.double(), offsets)
         assert relative_error(grouped_mm.grouped_mm(x, operand, offsets), expected) < 4e-3
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("factor", [1.0, 0.37, float("nan")])
+@pytest.mark.parametrize("size", [1, 4096, 4096 * 9 + 5])
+def test_scale(size: int, factor: float, dtype: torch.dtype) -> None:
+    from lightning_ep.ops.kernels import scale as kernel
+
+    x = torch.randn(size, device=DEVICE).to(dtype)
+    by = torch.tensor(factor, device=DEVICE)
+    expected = (x.float() * by).to(dtype)
+    kernel.scale_(x, by)
+    assert torch.equal(x.isnan(), expected.isnan())
+    error = relative_error(x.nan_to_num(7.0), expected.nan_to_num(7.0))
+    assert error == 0 if EXACT or dtype == torch.float32 else error < 8e-3  # the interpreter cuts bits off

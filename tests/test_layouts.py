@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
 from typing import Any
 
 import pytest
+import torch.distributed as dist
 
 from lightning_ep import ParallelLayout
-from tests.distributed import run_ranks
+from tests.distributed import device, run_ranks
 from tests.parity import compare_with_one_process
 
 CASES = [
@@ -23,6 +25,11 @@ CASES = [
         (4, {"ep": 2, "replicate": 2}),
         (4, {"ep": 1, "fsdp": 2, "replicate": 2}),
         (8, {"ep": 2, "fsdp": 2, "replicate": 2}),
+        (2, {"ep": 1, "cp": 2}),
+        (2, {"ep": 2, "cp": 2}),
+        (4, {"ep": 2, "fsdp": 2, "cp": 2}),
+        (4, {"ep": 4, "cp": 4}),  # more than the two KV heads
+        (8, {"ep": 2, "fsdp": 2, "replicate": 2, "cp": 2}),
     ],
 )
 def test_training_equals_one_process(world: int, layout: dict[str, int]) -> None:
@@ -55,3 +62,21 @@ def test_both_views_of_the_ranks() -> None:
     assert ParallelLayout.resolve("auto", "auto", 16, 16, replicate=2).ep == 8
     assert ParallelLayout.resolve("auto", "auto", 16, 8, replicate=2).ep == 8
     assert ParallelLayout.resolve("auto", 2, 16, 8, replicate=2).ep == 4
+
+
+def _communicators() -> tuple[bool, bool, list[timedelta]]:
+    dist.init_process_group(dist.get_default_backend_for_device(device()), timeout=timedelta(seconds=77))
+    meshes = ParallelLayout.resolve(2, "auto", 2, 2).build_meshes(device().type)
+    groups: list[Any] = [
+        meshes.expert["ep"].get_group(),
+        meshes.dense["dp_cp"].get_group(),
+        meshes.expert["fsdp"].get_group(),
+    ]
+    timeouts = [group._get_backend(device()).options._timeout for group in groups]
+    return groups[0] is dist.group.WORLD, groups[1] is dist.group.WORLD, timeouts
+
+
+def test_tokens_do_not_queue_behind_parameters_and_every_group_has_the_time_out() -> None:
+    for ep_shares, dense_shares, timeouts in run_ranks(2, _communicators, init_process_group=False):
+        assert (ep_shares, dense_shares) == (False, True)
+        assert timeouts == [timedelta(seconds=77)] * 3

@@ -184,7 +184,8 @@ def test_frozen_experts_cost_no_weight_gradients() -> None:
 def _count_rows() -> tuple[int, int]:
     dispatcher = AllToAllDispatcher(EXPERTS, dist.group.WORLD, "experts", Progress())
     ids = torch.tensor([[0, 1, 2], [4, 5, 0]], device=device())
-    plan = dispatcher.plan(ids, torch.ones(2, 3, device=device()))
+    plan, rows = dispatcher.route(ids, torch.ones(2, 3, device=device()), torch.ones(2, HIDDEN, device=device()), "hop")
+    assert rows.wait().shape == (sum(plan.recv_splits), HIDDEN)
     return sum(plan.send_splits), plan.num_pairs
 
 
@@ -197,8 +198,9 @@ def _received_rows_are_freed() -> list[bool]:
     progress = Progress()
     dispatcher = AllToAllDispatcher(EXPERTS, dist.group.WORLD, "experts", progress)
     ids = torch.tensor([[0, 5], [1, 6]], device=device())
-    plan = dispatcher.plan(ids, torch.ones(2, 2, device=device()))
     rows = torch.ones(2, HIDDEN, device=device())
+    plan, routed = dispatcher.route(ids, torch.ones(2, 2, device=device()), rows, "hop")
+    routed.wait()
     first, second = (dispatcher.dispatch(plan, rows, f"hop {i}") for i in range(2))
     freed = []
     for pending in (second, first):
@@ -213,3 +215,29 @@ def _received_rows_are_freed() -> list[bool]:
 
 def test_nothing_keeps_received_rows_alive() -> None:
     assert run_ranks(2, _received_rows_are_freed) == [[True, True]] * 2
+
+
+class _TooLarge(FusedExperts):
+    def backward_rows(self, *args: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+
+def _out_of_memory() -> str:
+    dispatcher = AllToAllDispatcher(EXPERTS, dist.group.WORLD, "layers.3.mlp.experts", Progress())
+    hidden = torch.ones(5, HIDDEN, device=device(), requires_grad=True)
+    params = [torch.ones(EXPERTS // 2, *size, device=device()) for size in ((2 * HIDDEN, HIDDEN), (HIDDEN, HIDDEN))]
+    ids = torch.tensor([[0, 1, 5]] * 2 + [[0, 1, 2]] * 3, device=device())
+    out = moe_forward(dispatcher, _TooLarge(EXPERTS // 2), hidden, ids, torch.ones(5, 3, device=device()), params)
+    with pytest.raises(torch.OutOfMemoryError) as error:
+        out.sum().backward()
+    return str(error.value)
+
+
+def test_an_out_of_memory_error_names_rank_layer_and_rows() -> None:
+    first, second = run_ranks(2, _out_of_memory)
+    for message in (first, second):
+        assert "Out of memory in layers.3.mlp.experts: rank" in message
+        assert "activation_checkpointing='full'" in message
+        assert message.endswith("CUDA out of memory.")
+    assert "rank 0 receives 10 rows with 26 (row, expert) pairs and sends 7 rows" in first
+    assert "rank 1 receives 4 rows with 4 (row, expert) pairs and sends 7 rows" in second

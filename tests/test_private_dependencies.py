@@ -49,7 +49,9 @@ PRIVATE = [
     "lightning.pytorch.trainer.connectors.signal_connector:_SignalConnector._original_handlers",
     "lightning.pytorch.trainer.connectors.signal_connector:_SignalConnector._register_signal",
     "lightning.pytorch.trainer.connectors.signal_connector:_SignalConnector._slurm_sigusr_handler_fn",
+    "lightning.pytorch.trainer.connectors.checkpoint_connector:_CheckpointConnector.hpc_save_path",
     "lightning.pytorch:Trainer._accelerator_connector",
+    "lightning.pytorch:Trainer._checkpoint_connector",
     "lightning.pytorch:Trainer._signal_connector",
     "torch:_foreach_clamp_max_",
     "torch:_foreach_clamp_min_",
@@ -58,10 +60,13 @@ PRIVATE = [
     "torch:_foreach_norm",
     "torch:_C._autograd._top_saved_tensors_default_hooks",
     "torch:_C._current_graph_task_id",
+    "torch:_C._distributed_c10d.Backend.Options._timeout",
     "torch:_is_any_true",
     "torch:Tensor._version",
     "torch.autograd:Variable._execution_engine",
+    "torch.distributed:ProcessGroup._get_backend",
     "torch.distributed.checkpoint.filesystem:_StorageInfo",
+    "torch.distributed.distributed_c10d:_get_default_group",
     "torch.distributed.checkpoint.filesystem:_split_by_size_and_type",
     "torch.distributed.tensor.parallel:ParallelStyle._apply",
     "torch.nn:Module._apply",  # benchmarks
@@ -72,12 +77,14 @@ PRIVATE = [
     "torch.nn:Module._parameters",
     "transformers.masking_utils:find_packed_sequence_indices",
     "transformers:PreTrainedModel._can_record_outputs",
+    "transformers:PreTrainedConfig._attn_implementation",
     "transformers:PreTrainedModel._init_weights",
     "transformers:PreTrainedModel._keys_to_ignore_on_load_missing",
     "transformers:PreTrainedModel._keys_to_ignore_on_load_unexpected",
     "transformers:PreTrainedModel._keys_to_ignore_on_save",
     "transformers:PreTrainedModel._no_split_modules",
     "transformers:PreTrainedModel._set_gradient_checkpointing",
+    "transformers:PreTrainedModel._supports_attention_backend",
     "transformers.integrations.moe:_default_apply_gate",
     "transformers.models.qwen3_moe.modeling_qwen3_moe:Qwen3MoeExperts._apply_gate",
 ]
@@ -102,10 +109,13 @@ UNDOCUMENTED = [
     "torch.distributed.fsdp:FSDPModule.set_gradient_divide_factor",
     "torch.distributed.fsdp:FSDPModule.set_requires_gradient_sync",
     "torch.distributed.fsdp:register_fsdp_forward_method",
+    "torch.nn.attention.varlen:varlen_attn",
     "torch.nn.functional:grouped_mm",
+    "torch.utils.weak:WeakTensorKeyDictionary",
     "torch.distributed.tensor.experimental:register_sharding",
     "transformers:PreTrainedModel.ep_plan",
     "transformers:PreTrainedModel.is_activation_checkpointing",
+    "transformers:PreTrainedModel.loss_type",
     "transformers:PreTrainedModel.maybe_distribute_model",  # benchmarks
     "transformers:PreTrainedModel.prepare_distribute_model",  # benchmarks
     "transformers:PreTrainedModel.set_experts_implementation",
@@ -123,8 +133,17 @@ UNDOCUMENTED = [
     "transformers.core_model_loading:apply_renamings",
     "transformers.core_model_loading:dot_natural_key",
     "transformers.core_model_loading:rename_source_key",
+    "transformers.integrations.flash_attention:flash_attention_forward",
     "transformers.integrations.moe:ALL_EXPERTS_FUNCTIONS",
     "transformers.integrations.moe:ExpertsInterface.register",
+    "transformers.masking_utils:ALL_MASK_ATTENTION_FUNCTIONS",
+    "transformers.masking_utils:and_masks",
+    "transformers.masking_utils:causal_mask_function",
+    "transformers.masking_utils:packed_sequence_mask_function",
+    "transformers.masking_utils:padding_mask_function",
+    "transformers.masking_utils:sliding_window_causal_mask_function",
+    "transformers.modeling_utils:ALL_ATTENTION_FUNCTIONS",
+    "transformers.models.qwen3_moe.modeling_qwen3_moe:eager_attention_forward",
 ]
 
 # Marks on objects that transformers looks for (FSDP2 sets the first): no name to import, so the sources must mention
@@ -135,6 +154,7 @@ MARKS = {
     "transformers.generation.utils": ["is_fsdp_managed_module"],
     "transformers.initialization": ["_is_hf_initialized"],
     "transformers.integrations.moe": ["_experts_implementation"],  # benchmarks
+    "transformers.models.qwen3_moe.modeling_qwen3_moe": ["ALL_ATTENTION_FUNCTIONS", "sliding_window="],
 }
 
 PACKAGE = Path(lightning_ep.__file__).parent

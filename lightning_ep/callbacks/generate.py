@@ -10,6 +10,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from typing_extensions import override
 
 from lightning_ep.callbacks.console import print_once
+from lightning_ep.context_parallel import whole_sequences
 
 
 class GenerateSamples(Callback):
@@ -96,7 +97,8 @@ class GenerateSamples(Callback):
         model.eval()
         try:
             # Layers that are compiled for training would be compiled again for every length of the cache.
-            with isolate_rng(), trainer.precision_plugin.forward_context(), torch.compiler.set_stance("force_eager"):
+            stance = torch.compiler.set_stance("force_eager")
+            with isolate_rng(), trainer.precision_plugin.forward_context(), stance, whole_sequences(model):
                 torch.manual_seed(trainer.global_step)
                 ids = model.generate(
                     input_ids=inputs["input_ids"],

@@ -62,7 +62,9 @@ class Throughput(Callback):
         self._steps.append((batch["input_ids"].numel() * data_world_size, now - self._since))
         self._since = now
         rate = sum(tokens for tokens, _ in self._steps) / sum(seconds for _, seconds in self._steps)
-        pl_module.log("tokens/s", rate, prog_bar=True)
-        pl_module.log("tokens/s/device", rate / trainer.world_size)
+        numbers = {"tokens/s": rate, "tokens/s/device": rate / trainer.world_size}
         if pl_module.device.type == "cuda":
-            pl_module.log("memory/peak_gib", torch.cuda.max_memory_allocated(pl_module.device) / 2**30)
+            numbers["memory/peak_gib"] = torch.cuda.max_memory_allocated(pl_module.device) / 2**30
+        for name, number in numbers.items():
+            # On the CPU: of a number Lightning would make a tensor on the GPU, for which the host waits.
+            pl_module.log(name, torch.tensor(number), prog_bar=name == "tokens/s")

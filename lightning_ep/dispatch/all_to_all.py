@@ -10,6 +10,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_ep.dispatch.base import Dispatcher, Pending
+from lightning_ep.dispatch.on_host import OnHost
 from lightning_ep.dispatch.plan import DispatchPlan
 from lightning_ep.dispatch.progress import Progress
 from lightning_ep.ops.permute import gather_sum, permute
@@ -37,7 +38,8 @@ class AllToAllDispatcher(Dispatcher[AllToAllPlan]):
     """Sends one row per (token, destination rank) with `torch.distributed.all_to_all_single`.
 
     The design follows torchtitan's token dispatcher (a dispatch/combine pair with frozen metadata). Planning is the
-    one place where the host waits: counts of both directions come over in a single copy.
+    one place where the host waits: counts of both directions come over in a single copy, under the permutation of
+    the rows.
 
     Args:
         num_experts: Experts of the layer over all ranks.
@@ -47,42 +49,50 @@ class AllToAllDispatcher(Dispatcher[AllToAllPlan]):
     """
 
     def __init__(self, num_experts: int, group: dist.ProcessGroup, layer: str, progress: Progress) -> None:
-        super().__init__(num_experts, num_ranks=group.size())
+        super().__init__(num_experts, num_ranks=group.size(), layer=layer)
         self._group = group
-        self._layer = layer
         self._progress = progress
 
     @override
-    def plan(self, ids_TK: Tensor, weights_TK: Tensor) -> AllToAllPlan:
+    def route(self, ids_TK: Tensor, weights_TK: Tensor, x_TH: Tensor, hop: str) -> tuple[AllToAllPlan, Pending]:
         to = destinations(ids_TK, weights_TK, self.num_local_experts, self.num_ranks)
         received_D2 = torch.empty_like(to.counts_D2)
-        with self._progress.blocking(self._layer, "exchange of counts"):
+        with self._progress.blocking(self.layer, "exchange of counts"):
             dist.all_to_all_single(received_D2, to.counts_D2, group=self._group)
-            sent, received = torch.stack([to.counts_D2, received_D2]).tolist()
+            counts = OnHost(torch.stack([to.counts_D2, received_D2]))
+            # The rows are put in order before the host knows how many there are, so that the GPU has work meanwhile.
+            rows_SH = permute(x_TH, to.first_TK, to.slots_S2K.shape[0])
+            sent, received = counts.wait().tolist()
         send_splits = tuple(rows for rows, _ in sent)
         recv_splits = tuple(rows for rows, _ in received)
-        slots_S2K = to.slots_S2K[: sum(send_splits)]
-        hop = "dispatch of expert ids and weights, forward"
-        ids_NK, weights_NK = split_slots(self._exchange(slots_S2K, send_splits, recv_splits, hop).wait())
-        return AllToAllPlan(
+        num_rows = sum(send_splits)
+        slots = self._exchange(
+            to.slots_S2K[:num_rows], send_splits, recv_splits, "dispatch of expert ids and weights, forward"
+        )
+        num_pairs = sum(pairs for _, pairs in received)
+        with self.explains_out_of_memory(lambda: _describe(num_rows, sum(recv_splits), num_pairs)):
+            rows = self._exchange(rows_SH[:num_rows], send_splits, recv_splits, hop)
+        ids_NK, weights_NK = split_slots(slots.wait())
+        plan = AllToAllPlan(
             ids_NK=ids_NK,
             weights_NK=weights_NK,
-            num_pairs=sum(pairs for _, pairs in received),
+            num_pairs=num_pairs,
             row_TK=to.row_TK,
             first_TK=to.first_TK,
             send_splits=send_splits,
             recv_splits=recv_splits,
         )
+        return plan, rows
 
     def _exchange(self, rows: Tensor, in_splits: tuple[int, ...], out_splits: tuple[int, ...], hop: str) -> Pending:
         received = rows.new_empty(sum(out_splits), *rows.shape[1:])
         work = dist.all_to_all_single(
             received, rows.contiguous(), list(out_splits), list(in_splits), group=self._group, async_op=True
         )
-        exchange = self._progress.started(self._layer, hop, work)
+        exchange = self._progress.started(self.layer, hop, work)
 
         def finish() -> Tensor:
-            with self._progress.blocking(self._layer, hop):
+            with self._progress.blocking(self.layer, hop):
                 work.wait()
             exchange.waited(received.is_cuda)
             return received
@@ -103,3 +113,13 @@ class AllToAllDispatcher(Dispatcher[AllToAllPlan]):
     def combine_slots(self, plan: AllToAllPlan, values_NK: Tensor, hop: str) -> Pending:
         pending = self._exchange(values_NK, plan.recv_splits, plan.send_splits, hop)
         return Pending(lambda: pending.wait().gather(0, plan.row_TK))
+
+    @override
+    def describe(self, plan: AllToAllPlan) -> str:
+        return _describe(sum(plan.send_splits), sum(plan.recv_splits), plan.num_pairs)
+
+
+def _describe(sent: int, received: int, pairs: int) -> str:
+    return (
+        f"rank {dist.get_rank()} receives {received:,} rows with {pairs:,} (row, expert) pairs and sends {sent:,} rows"
+    )

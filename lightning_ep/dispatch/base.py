@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Generic, TypeVar
 
+import torch
 from torch import Tensor
 
 from lightning_ep.dispatch.plan import DispatchPlan
@@ -34,25 +36,32 @@ class Dispatcher(ABC, Generic[Plan]):
     Args:
         num_experts: Experts of the layer over all ranks.
         num_ranks: Ranks over which they are split evenly.
+        layer: Name of the layer, for messages.
     """
 
-    def __init__(self, num_experts: int, num_ranks: int) -> None:
+    def __init__(self, num_experts: int, num_ranks: int, layer: str) -> None:
         self.num_experts = num_experts
         self.num_ranks = num_ranks
+        self.layer = layer
         self.num_local_experts = num_experts // num_ranks
 
     @abstractmethod
-    def plan(self, ids_TK: Tensor, weights_TK: Tensor) -> Plan:
-        """Decides what goes where, tells the other ranks, and brings ids and weights to the ranks of their experts.
+    def route(self, ids_TK: Tensor, weights_TK: Tensor, x_TH: Tensor, hop: str) -> tuple[Plan, Pending]:
+        """Decides what goes where, brings ids and weights to the ranks of their experts, and dispatches a first time.
 
         Args:
             ids_TK: Integer ``[T, K]``, global expert ids.
             weights_TK: ``[T, K]``, routing weights.
+            x_TH: As in `dispatch`.
+            hop: As in `dispatch`.
+
+        Returns:
+            The plan of this layer call, and the rows on their way.
         """
 
     @abstractmethod
     def dispatch(self, plan: Plan, x_TH: Tensor, hop: str) -> Pending:
-        """Starts sending each token to every rank that serves it: ``[T, H]`` -> ``[N, H]``.
+        """Starts sending each token once more to every rank that serves it: ``[T, H]`` -> ``[N, H]``.
 
         Args:
             plan: The plan of this layer call.
@@ -67,3 +76,22 @@ class Dispatcher(ABC, Generic[Plan]):
     @abstractmethod
     def combine_slots(self, plan: Plan, values_NK: Tensor, hop: str) -> Pending:
         """Starts bringing one number per (row, slot) back to the slot it serves: ``[N, K]`` -> ``[T, K]``."""
+
+    @abstractmethod
+    def describe(self, plan: Plan) -> str:
+        """How much this rank has received in a layer call, against what it has sent; for messages."""
+
+    @contextmanager
+    def explains_out_of_memory(self, describe: Callable[[], str]) -> Iterator[None]:
+        """Says in out-of-memory errors how many rows a layer call has brought to this rank.
+
+        Args:
+            describe: Gives `describe` of the call's plan.
+        """
+        try:
+            yield
+        except torch.OutOfMemoryError as error:
+            raise torch.OutOfMemoryError(
+                f"Out of memory in {self.layer}: {describe()}. Use activation_checkpointing='full' or fewer tokens per "
+                f"batch; where a rank receives far more than its share, the router needs balancing. {error}"
+            ) from error

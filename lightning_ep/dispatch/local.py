@@ -12,12 +12,13 @@ from lightning_ep.dispatch.plan import DispatchPlan
 class LocalDispatcher(Dispatcher[DispatchPlan]):
     """The `Dispatcher` of an EP group of one rank: the received rows are the tokens, and no size needs the host."""
 
-    def __init__(self, num_experts: int) -> None:
-        super().__init__(num_experts, num_ranks=1)
+    def __init__(self, num_experts: int, layer: str = "experts") -> None:
+        super().__init__(num_experts, num_ranks=1, layer=layer)
 
     @override
-    def plan(self, ids_TK: Tensor, weights_TK: Tensor) -> DispatchPlan:
-        return DispatchPlan(ids_TK, weights_TK, num_pairs=ids_TK.numel())
+    def route(self, ids_TK: Tensor, weights_TK: Tensor, x_TH: Tensor, hop: str) -> tuple[DispatchPlan, Pending]:
+        plan = DispatchPlan(ids_TK, weights_TK, num_pairs=ids_TK.numel())
+        return plan, self.dispatch(plan, x_TH, hop)
 
     @override
     def dispatch(self, plan: DispatchPlan, x_TH: Tensor, hop: str) -> Pending:
@@ -30,3 +31,7 @@ class LocalDispatcher(Dispatcher[DispatchPlan]):
     @override
     def combine_slots(self, plan: DispatchPlan, values_NK: Tensor, hop: str) -> Pending:
         return Pending(lambda: values_NK)
+
+    @override
+    def describe(self, plan: DispatchPlan) -> str:
+        return f"{plan.num_pairs:,} (row, expert) pairs of {plan.ids_NK.shape[0]:,} tokens"

@@ -61,8 +61,8 @@ def permute(rows_NH: Tensor, place_NK: Tensor, num_places: int) -> Tensor:
 
     Args:
         rows_NH: Rows.
-        place_NK: Integer ``[N, K]``, where the copies of each row go; -1 for none. Each of ``0..P-1`` is in it once.
-        num_places: ``P``.
+        place_NK: Integer ``[N, K]``, where the copies of each row go; -1 for none. No place is in it twice.
+        num_places: ``P``. Places that are not in ``place_NK`` are left unset.
     """
     if kernels.runs_on(rows_NH):
         from lightning_ep.ops.kernels import permute as triton_permute
@@ -73,7 +73,7 @@ def permute(rows_NH: Tensor, place_NK: Tensor, num_places: int) -> Tensor:
 
 def permute_twin(rows_NH: Tensor, place_NK: Tensor, num_places: int) -> Tensor:
     """Defines `permute`, in PyTorch."""
-    slot_P = place_NK.new_empty(num_places + 1, dtype=torch.int64)
+    slot_P = place_NK.new_zeros(num_places + 1, dtype=torch.int64)
     place = place_NK.reshape(-1).long()
     slot_P[torch.where(place < 0, num_places, place)] = torch.arange(place.numel(), device=place.device)
     return rows_NH[slot_P[:num_places] // place_NK.shape[1]]

@@ -62,7 +62,18 @@ class SignalFlags(_SignalConnector):
         self.flag = _REQUEUE
 
     def save_and_requeue(self) -> None:
-        """What Lightning does on SLURM: saves ``hpc_ckpt_N.ckpt``, from which the next start resumes, and requeues."""
+        """What Lightning does on SLURM: saves ``hpc_ckpt_N.ckpt`` in ``default_root_dir``, and requeues.
+
+        Lightning resumes from there by itself only if no ``ckpt_path`` is given; a link lets ``"last"`` find it too.
+        """
+        directory = _checkpoint_directory(self.trainer)
+        if directory is not None and self.trainer.is_global_zero:
+            # Before it is saved: requeueing may end this process at once. A link to nothing is not found.
+            saved = Path(self.trainer._checkpoint_connector.hpc_save_path(self.trainer.default_root_dir)).absolute()
+            link = directory / f"last-{saved.name}"
+            link.unlink(missing_ok=True)
+            directory.mkdir(parents=True, exist_ok=True)
+            link.symlink_to(saved)
         self._slurm_sigusr_handler_fn(signal.SIGUSR1, None)  # type: ignore[arg-type]
 
 
@@ -132,13 +143,19 @@ class AgreeOnSignals(Callback):
 
     def _save(self, trainer: Trainer) -> None:
         """Saves where `ckpt_path="last"` looks; nowhere, if the user has no ModelCheckpoint."""
-        directory = next((c.dirpath for c in trainer.callbacks if isinstance(c, ModelCheckpoint)), None)  # type: ignore[attr-defined]
+        directory = _checkpoint_directory(trainer)
         if directory is None:
             rank_zero_info("SIGTERM: stopping without a checkpoint, since there is no ModelCheckpoint callback.")
             return
-        path = Path(directory) / LAST
+        path = directory / LAST
         trainer.save_checkpoint(path)
         rank_zero_info(f"SIGTERM: saved {path}; resume with fit(ckpt_path='last').")
+
+
+def _checkpoint_directory(trainer: Trainer) -> Path | None:
+    """Where ``ckpt_path="last"`` looks; None without a ModelCheckpoint."""
+    directory = next((c.dirpath for c in trainer.callbacks if isinstance(c, ModelCheckpoint)), None)  # type: ignore[attr-defined]
+    return None if directory is None else Path(directory)
 
 
 def _nothing() -> None:

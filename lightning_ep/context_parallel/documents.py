@@ -1,0 +1,59 @@
+"""Which tokens of a row may see each other beyond causality, found out on the host, where kernels need to know it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Documents:
+    """Runs of tokens that attend causally among themselves and to nothing else.
+
+    Attributes:
+        bounds: int32 ``[N + 1]``, where the N runs begin in the rows put one after the other, and their end; None where
+            every row is one run (as far as tokens that count are concerned), or if ``gaps``.
+        longest: Tokens of the longest run, 0 without ``bounds``.
+        gaps: Whether the tokens that count are no contiguous run in some row, so that only a mask can describe them.
+    """
+
+    bounds: Tensor | None = None
+    longest: int = 0
+    gaps: bool = False
+
+    @property
+    def plain(self) -> bool:
+        """Whether causal attention over whole rows is right."""
+        return self.bounds is None and not self.gaps
+
+
+def find_documents(position_ids: Tensor | None, attention_mask: Tensor | None) -> Documents:
+    """Reads packing and padding, as transformers does: positions that restart say nothing if there is a mask.
+
+    The host reads the values: of tensors on a GPU it waits for them.
+
+    Args:
+        position_ids: Integers ``[B, S]``; a document begins wherever they do not go on by one.
+        attention_mask: ``[B, S]``, zero where a token is padding.
+    """
+    if attention_mask is not None:
+        valid_BS = attention_mask.cpu().bool()
+        edges_BS = valid_BS[:, 1:] != valid_BS[:, :-1]
+        runs_B = valid_BS[:, 0].int() + (edges_BS & valid_BS[:, 1:]).sum(1)
+        if (runs_B > 1).any():
+            return Documents(gaps=True)
+        if (valid_BS[:, 0] | (runs_B == 0)).all():
+            return Documents()  # padding on the right: no token that counts sees it
+    elif position_ids is not None:
+        positions_BS = position_ids.cpu()
+        edges_BS = positions_BS[:, 1:] != positions_BS[:, :-1] + 1
+        if not edges_BS.any():
+            return Documents()
+    else:
+        return Documents()
+    starts_BS = torch.cat([torch.ones_like(edges_BS[:, :1]), edges_BS], dim=1)
+    starts_N = starts_BS.flatten().nonzero().flatten()
+    bounds = torch.cat([starts_N, starts_N.new_tensor([starts_BS.numel()])]).int()
+    return Documents(bounds, int(bounds.diff().max()))

@@ -1,0 +1,31 @@
+"""A tensor times a number that only the GPU knows. Twin: `torch.mul`."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+_BLOCK = 4096
+_PROGRAMS_PER_SM = 8
+
+
+@triton.jit
+def _scale_kernel(x, factor, num_elements, BLOCK: tl.constexpr):
+    by = tl.load(factor).to(tl.float32)
+    if by != 1.0:
+        step = tl.num_programs(0).to(tl.int64) * BLOCK
+        cols = tl.arange(0, BLOCK)
+        for start in range(tl.program_id(0).to(tl.int64) * BLOCK, num_elements, step):
+            mask = start + cols < num_elements
+            values = tl.load(x + start + cols, mask=mask)
+            tl.store(x + start + cols, (values.to(tl.float32) * by).to(values.dtype), mask=mask)
+
+
+def scale_(tensor: Tensor, factor: Tensor) -> None:
+    """See `lightning_ep.ops.scale.scale_`; for one contiguous tensor."""
+    sms = torch.cuda.get_device_properties(tensor.device).multi_processor_count if tensor.is_cuda else 1
+    # A few programs that walk through the tensor: there is little to launch where nothing is to be done.
+    grid = (min(triton.cdiv(tensor.numel(), _BLOCK), sms * _PROGRAMS_PER_SM),)
+    _scale_kernel[grid](tensor, factor, tensor.numel(), _BLOCK, num_warps=8)

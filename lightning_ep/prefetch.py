@@ -1,0 +1,38 @@
+"""What FSDP gathers ahead of its use: the chain of prefetches through a model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
+
+
+def chain_prefetches(model: nn.Module, embedding: nn.Module, layers: Iterable[nn.Module]) -> None:
+    """Has every group of parameters gather those of one layer further on before it computes, in both directions.
+
+    Left alone, FSDP gathers a group when the host gets to it. The host waits for the GPU in every MoE layer (for the
+    sizes of its exchange), so a gather would start late, with nothing to hide it. It costs the gathered parameters of
+    one more layer.
+
+    Args:
+        model: The root, with the output head.
+        embedding: The input embedding.
+        layers: The decoder layers in the order of forward, with or without groups for their experts.
+    """
+    # Experts come after their layer's own parameters in forward, and in backward too: a layer's hook fires with the
+    # gradient of its output.
+    groups = [[layer, *_inner_groups(layer)] for layer in layers]
+    _chain([[embedding], *groups], FSDPModule.set_modules_to_forward_prefetch)
+    _chain([[model], *groups[::-1]], FSDPModule.set_modules_to_backward_prefetch)
+
+
+def _inner_groups(layer: nn.Module) -> list[nn.Module]:
+    return [module for module in layer.modules() if module is not layer and isinstance(module, FSDPModule)]
+
+
+def _chain(groups: list[list[nn.Module]], prefetch: Callable[[FSDPModule, list[FSDPModule]], None]) -> None:
+    units = [(unit, len(group)) for group in groups for unit in group if isinstance(unit, FSDPModule)]
+    for index, (unit, _) in enumerate(units[:-1]):
+        ahead = units[index + 1][1]  # a whole layer: of this one what is left, of the next one what has come
+        prefetch(unit, [following for following, _ in units[index + 1 : index + 1 + ahead]])

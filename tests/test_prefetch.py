@@ -1,0 +1,75 @@
+"""Which parameters are gathered ahead of their use."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch.distributed.fsdp import FSDPModule
+
+from lightning_ep import ParallelLayout, parallelize
+from lightning_ep.loss import shifted, summed_loss
+from tests.distributed import device, run_ranks
+from tests.reference import batches, tiny_model
+
+
+def _events(ep: int) -> list[list[str]]:
+    """Groups in the order in which they are gathered, and (with a star) layers in which computation starts.
+
+    Of two steps, each forward then backward.
+    """
+    model = tiny_model(num_hidden_layers=3)
+    parallelize(model, ParallelLayout.resolve(ep, "auto", 4, 4), device())
+    events: list[str] = []
+    for name, module in model.named_modules():
+        name = name.removeprefix("model.") or "head"
+        if isinstance(module, FSDPModule):
+            group: Any = module._get_fsdp_state()._fsdp_param_group
+
+            def unshard(*args: Any, _name: str = name, _group: Any = group, **kwargs: Any) -> None:
+                if not _group.is_unsharded and _group._all_gather_result is None:
+                    events.append(_name)
+                type(_group).unshard(_group, *args, **kwargs)
+
+            group.unshard = unshard
+        if name.endswith("post_attention_layernorm"):
+            star = "*" + name.removesuffix(".post_attention_layernorm")
+            module.register_forward_pre_hook(lambda *_, star=star: events.append(star))
+            module.register_full_backward_pre_hook(lambda *_, star=star: events.append(star))
+    batch = batches(1, 2)[0]
+    targets, inputs = shifted(batch["labels"]).to(device()), {"input_ids": batch["input_ids"].to(device())}
+
+    def take() -> list[str]:
+        taken, events[:] = events.copy(), []
+        return taken
+
+    phases = []
+    for _ in range(2):
+        loss, _ = summed_loss(model, targets, inputs)
+        phases.append(take())
+        loss.backward()
+        phases.append(take())
+    return phases
+
+
+def _expect(phases: list[list[str]], forward: list[str], backward: list[str]) -> None:
+    assert phases == [forward, backward] * 2
+
+
+def test_a_layer_is_gathered_while_the_one_before_computes() -> None:
+    forward = "head embed_tokens layers.0 layers.1 *layers.0 layers.2 *layers.1 *layers.2"
+    backward = "head layers.2 layers.1 *layers.2 layers.0 *layers.1 embed_tokens *layers.0"
+    for phases in run_ranks(4, _events, 4):
+        _expect(phases, forward.split(), backward.split())
+
+
+def test_experts_that_are_sharded_are_gathered_a_layer_ahead_too() -> None:
+    forward = (
+        "head embed_tokens layers.0 layers.0.mlp.experts layers.1 *layers.0 layers.1.mlp.experts layers.2 *layers.1 "
+        "layers.2.mlp.experts *layers.2"
+    )
+    backward = (
+        "head layers.2 layers.2.mlp.experts layers.1 layers.1.mlp.experts *layers.2 layers.0 layers.0.mlp.experts "
+        "*layers.1 embed_tokens *layers.0"
+    )
+    for phases in run_ranks(4, _events, 2):
+        _expect(phases, forward.split(), backward.split())
