@@ -198,7 +198,7 @@ def test_compiled_layers_recompute_in_graphs_that_serve_any_number_of_tokens() -
 @pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v3"])
 @pytest.mark.parametrize(("world", "ep"), [(2, 2), (2, 1)])
 def test_layers_compiled_by_inductor_recompute(family: str, world: int, ep: int) -> None:
-    for wrong in run_ranks(world, _compiled, family, ep, MODES, 2, "inductor", timeout=300):
+    for wrong in run_ranks(world, _compiled, family, ep, MODES[1:], 2, "inductor", timeout=300):
         assert not wrong, "\n".join(wrong)
 
 
