@@ -111,11 +111,14 @@ def _fit(
     precision: str = "32-true",
     implementation: str = "fused",
     compile: bool = False,
+    recompute: Any = "none",
     overrides: dict[str, Any] | None = None,
     length: int = 12,
 ) -> Trace:
     torch.use_deterministic_algorithms(False)
-    strategy = ExpertParallelStrategy(**layout, experts_implementation=implementation, compile=compile)
+    strategy = ExpertParallelStrategy(
+        **layout, experts_implementation=implementation, compile=compile, activation_checkpointing=recompute
+    )
     overrides = overrides or {}
     module: Any = UserModule(**overrides)
     if causal:

@@ -43,6 +43,30 @@ def test_training_equals_one_process(world: int, layout: dict[str, int]) -> None
         assert not wrong, "\n".join(wrong)
 
 
+COMBINED = [
+    {"causal": True, "accumulate": 3, "clip": 0.2, "recompute": "full"},
+    {"causal": False, "accumulate": 1, "clip": 0.2, "recompute": "selective", "length": 11},
+    {"causal": True, "accumulate": 1, "clip": 0.2, "recompute": "full", "precision": "bf16-mixed"},
+]
+
+
+@pytest.mark.parametrize(
+    ("world", "layout"),
+    [(4, {"ep": 4, "tp": 2, "cp": 2}), (4, {"ep": 1, "fsdp": 2, "replicate": 2, "tp": 2}), (4, {"ep": 2, "cp": 2})],
+)
+def test_layouts_combine_with_recompute_accumulation_and_precision(world: int, layout: dict[str, int]) -> None:
+    for wrong in run_ranks(world, compare_with_one_process, layout, COMBINED, init_process_group=False):
+        assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.slow
+def test_layouts_combine_with_compiled_layers() -> None:
+    case = {"causal": True, "accumulate": 1, "clip": 0.2, "compile": True, "recompute": "full"}
+    layout = {"ep": 4, "tp": 2, "cp": 2}
+    for wrong in run_ranks(4, compare_with_one_process, layout, [case], init_process_group=False, timeout=110):
+        assert not wrong, "\n".join(wrong)
+
+
 @pytest.mark.parametrize(
     ("sizes", "message"),
     [
