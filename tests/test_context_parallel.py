@@ -121,11 +121,7 @@ def _compare(build: Any, arguments: tuple[Any, ...], kinds: list[str], tolerance
     world, wrong = dist.get_world_size(), []
     layout = ParallelLayout.resolve(world, "auto", world, world, cp=world)
     model, expected = build(*arguments), build(*arguments)
-    recompute = options.pop("recompute", False)
     meshes = parallelize(model, layout, device(), **options)
-    if recompute:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        model.train()
     for kind in kinds:
         batch = _batch(kind)
         expected.zero_grad()
@@ -163,7 +159,7 @@ def _compare_otherwise() -> list[str]:
     """In bf16, whose routers may send a token elsewhere, and with layers that are replayed in backward."""
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     wrong = _compare(_qwen, ("sdpa",), ["packed", "right"], 3e-2, mp_policy=policy)
-    return wrong + _compare(_qwen, ("sdpa",), ["odd", "packed"], 2e-6, recompute=True)
+    return wrong + _compare(_qwen, ("sdpa",), ["odd", "packed"], 2e-6, activation_checkpointing="full")
 
 
 def test_bf16_and_replayed_layers() -> None:
