@@ -122,8 +122,11 @@ class ParallelLayout:
 
     @property
     def loss_world_size(self) -> int:
-        """Number of groups of ranks that compute losses of different tokens: replicate * dp * cp."""
-        return self.world_size // self.tp
+        """Number of ranks whose losses gradients are summed over: all of them.
+
+        Tensor-parallel peers compute the same loss, and the gradients that each contributes are parts of one sum.
+        """
+        return self.world_size
 
     def data_rank(self, global_rank: int) -> int:
         """Index of ``global_rank``'s batch among those of a step; the same for ranks that share a batch."""
@@ -136,16 +139,17 @@ class ParallelLayout:
     def build_meshes(self, device_type: str) -> Meshes:
         """Creates the device meshes; every rank must call it, once, after the process group exists.
 
-        The EP groups have communicators of their own, also where one spans all ranks: in the one that FSDP uses, tokens
-        would queue behind parameters and gradients.
+        The EP and TP groups have communicators of their own, also where one spans all ranks: in the one that FSDP uses,
+        tokens would queue behind parameters and gradients.
         """
         from torch.distributed.device_mesh import init_device_mesh
 
         def mesh(sizes: dict[str, int], kept: tuple[str, ...]) -> DeviceMesh:
             sizes = {name: size for name, size in sizes.items() if size > 1 or name in kept}
-            own = [name for name, size in sizes.items() if name == "ep" or size != self.world_size]
+            urgent = ("ep", "tp")
+            own = [name for name, size in sizes.items() if name in urgent or size != self.world_size]
             options: Any = {
-                name: option for name in own if (option := _group_options(device_type, urgent=name == "ep"))
+                name: option for name in own if (option := _group_options(device_type, urgent=name in urgent))
             }
             return init_device_mesh(
                 device_type, tuple(sizes.values()), mesh_dim_names=tuple(sizes), backend_override=options
@@ -153,6 +157,7 @@ class ParallelLayout:
 
         dp_cp = self.shards // self.tp
         dense = mesh({"replicate": self.replicate, "dp_cp": dp_cp, "tp": self.tp}, ("dp_cp",))
+        whole = mesh({"replicate": self.replicate, "shards": self.shards}, ("shards",)) if self.tp > 1 else None
         sequence = None
         if self.cp > 1:
             sequence = mesh({"data": self.data_world_size, "cp": self.cp, "tp": self.tp}, ("data", "cp"))["cp"]
@@ -160,6 +165,7 @@ class ParallelLayout:
             expert=mesh({"replicate": self.replicate, "fsdp": self.fsdp, "ep": self.ep}, ("fsdp", "ep")),
             dense=dense,
             cp=sequence,
+            whole=whole,
         )
 
     def check_num_experts(self, num_experts: int, where: str) -> None:
@@ -171,6 +177,25 @@ class ParallelLayout:
             f"ep={self.ep} does not divide the {num_experts} experts of {where}. Each rank of an EP group holds "
             f"num_experts / ep whole experts; use ep={best}, fsdp={self.shards // best} on these "
             f"{self.world_size} processes."
+        )
+
+    def check_attention_heads(self, heads: int, key_value_heads: int, where: str) -> None:
+        """Raises ValueError if ``tp`` and ``cp`` do not divide the heads of attention, naming a layout that works."""
+        if key_value_heads % self.tp == 0 and heads % (self.tp * self.cp) == 0:
+            return
+        if key_value_heads % self.tp != 0:
+            problem = f"tp={self.tp} does not divide the {key_value_heads} key/value heads of {where}"
+        else:
+            problem = f"tp={self.tp} times cp={self.cp} does not divide the {heads} attention heads of {where}"
+        tp, cp = max(
+            (tp, cp)
+            for tp in range(1, self.tp + 1)
+            for cp in range(1, self.cp + 1)
+            if key_value_heads % tp == 0 and heads % (tp * cp) == 0 and self.shards % (tp * cp) == 0
+        )
+        raise ValueError(
+            f"{problem}. Only attention is bound by its heads, of which a rank needs whole ones; expert parallelism is "
+            f"not: keep ep={self.ep}, fsdp={self.fsdp} and use tp={tp}" + (f", cp={cp}." if self.cp > 1 else ".")
         )
 
 
@@ -212,11 +237,13 @@ class Meshes:
         expert: ``("fsdp", "ep")``, with ``"replicate"`` in front where there is more than one copy of the model.
         dense: ``("dp_cp",)``, with ``"replicate"`` in front and ``"tp"`` behind where they are larger than 1.
         cp: 1-D, the ranks that share this rank's sequences; None if ``cp`` is 1.
+        whole: As ``dense`` without splitting into dp_cp and tp: ``("shards",)``; None if ``tp`` is 1.
     """
 
     expert: DeviceMesh
     dense: DeviceMesh
     cp: DeviceMesh | None = None
+    whole: DeviceMesh | None = None
 
     @property
     def expert_shards(self) -> DeviceMesh:
@@ -227,6 +254,11 @@ class Meshes:
     def dense_shards(self) -> DeviceMesh:
         """What FSDP takes for everything else: ``("dp_cp",)``, or 2-D with ``"replicate"`` in front."""
         return _with_replicas(self.dense, "dp_cp")
+
+    @property
+    def all_shards(self) -> DeviceMesh:
+        """What FSDP takes for modules that know nothing of tensor parallelism: all ranks of a copy as one dimension."""
+        return self.dense_shards if self.whole is None else _with_replicas(self.whole, "shards")
 
     @property
     def tp(self) -> DeviceMesh | None:

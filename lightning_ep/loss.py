@@ -13,7 +13,7 @@ from torch.distributed.fsdp import register_fsdp_forward_method
 from transformers import PreTrainedModel
 
 from lightning_ep import transformers_adapter as adapter
-from lightning_ep.ops.cross_entropy import linear_cross_entropy
+from lightning_ep.tensor_parallel.vocabulary import head_cross_entropy, is_plain_head
 
 IGNORE = -100
 """Label of a token that is no target."""
@@ -58,7 +58,7 @@ def summed_loss(model: PreTrainedModel, targets_BS: Tensor, inputs: dict[str, An
         0-dim fp32 tensor, and the auxiliary loss as in `token_losses`.
     """
     if not hasattr(model, _METHOD):
-        setattr(model, _METHOD, MethodType(_fused, model) if _has_plain_head(model) else None)
+        setattr(model, _METHOD, MethodType(_fused, model) if is_plain_head(model.get_output_embeddings()) else None)
         if getattr(model, _METHOD) is not None:
             # The head's weight is gathered only inside a forward of the root, and this is one.
             register_fsdp_forward_method(model, _METHOD)
@@ -70,11 +70,6 @@ def summed_loss(model: PreTrainedModel, targets_BS: Tensor, inputs: dict[str, An
         setattr(model, _METHOD, None)
     losses_BS, auxiliary = token_losses(model, targets_BS, inputs)
     return losses_BS.sum(), auxiliary
-
-
-def _has_plain_head(model: PreTrainedModel) -> bool:
-    head = model.get_output_embeddings()
-    return type(head) is nn.Linear and head.bias is None and "forward" not in vars(head)
 
 
 def _fused(model: PreTrainedModel, targets_BS: Tensor, inputs: dict[str, Any]) -> tuple[Tensor, Tensor] | None:
@@ -96,7 +91,7 @@ def _fused(model: PreTrainedModel, targets_BS: Tensor, inputs: dict[str, Any]) -
     if len(held) != 1 or output.logits is not held[0]:
         return None
     assert isinstance(head, nn.Linear)
-    loss = linear_cross_entropy(held[0].flatten(0, 1), head.weight, targets_BS.flatten(), IGNORE)
+    loss = head_cross_entropy(head, held[0].flatten(0, 1), targets_BS.flatten(), IGNORE)
     return loss, _auxiliary(output, loss)
 
 

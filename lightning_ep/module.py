@@ -191,9 +191,8 @@ class CausalLM(LightningModule):
         # Not `strategy.reduce`: Lightning puts a barrier before it, for which the host would wait in every step.
         if dist.is_initialized():
             dist.all_reduce(sums)
-        strategy = self.trainer.strategy
-        assert isinstance(strategy, ExpertParallelStrategy)
-        return sums / strategy.layout.tp  # tensor-parallel peers have summed the same tokens
+        # Tensor-parallel peers have summed the same tokens: they count as often in the losses, gradients and tokens.
+        return sums
 
     @override
     def configure_gradient_clipping(

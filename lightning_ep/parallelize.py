@@ -1,4 +1,4 @@
-"""The order of things: experts over EP, everything under FSDP2, then the weights that were left on meta."""
+"""The order of things: TP, experts over EP, everything under FSDP2, then the weights that were left on meta."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ from lightning_ep.layout import Meshes, ParallelLayout
 from lightning_ep.plan import expert_plan
 from lightning_ep.prefetch import chain_prefetches
 from lightning_ep.recompute import ActivationCheckpointing, check_mode, checkpoint_layer
+from lightning_ep.tensor_parallel import apply_tensor_plan, tensor_plan
 
 _NOT_TRANSFORMERS_OWN = (
     "The activation checkpointing of transformers would route twice, and repeat exchanges between ranks. Leave it off "
@@ -44,7 +45,7 @@ def parallelize(
 ) -> Meshes:
     """Shards a model in place, without a Trainer: for your own loop or Lightning Fabric.
 
-    Gradients are *sums* over all data ranks: divide the loss by ``layout.loss_world_size`` for the mean, and clip with
+    Gradients are *sums* over all ranks: divide the loss by ``layout.loss_world_size`` for the mean, and clip with
     `lightning_ep.clip_grad_norm_`. With ``layout.cp`` larger than 1 the ranks that share a batch pass it to the model
     through `lightning_ep.shard_sequence`, with the ``cp`` mesh of what this returns.
 
@@ -111,6 +112,9 @@ def shard(
     check(module, layout, plan)
     check_recompute(module, plan, activation_checkpointing)
     _broadcast_weights(module, device)
+    if meshes.tp is not None:
+        for model in models.values():
+            apply_tensor_plan(model, tensor_plan(model, layout), meshes.tp)
     for name, style in plan.items():
         experts = module.get_submodule(name)
         parallelize_module(experts, meshes.expert["ep"], style)
@@ -123,7 +127,7 @@ def shard(
         if layout.cp > 1:
             context_parallel.use_context_parallel_attention(model)
     for child in _outside(module, models.values()):
-        fully_shard(child, mesh=meshes.dense_shards, mp_policy=mp_policy, reshard_after_forward=True)
+        fully_shard(child, mesh=meshes.all_shards, mp_policy=mp_policy, reshard_after_forward=True)
     _sum_gradients(module)
 
 
@@ -138,8 +142,10 @@ def check(module: nn.Module, layout: ParallelLayout, plan: Mapping[str, Parallel
         if validate is not None:
             validate(experts, layout.ep)
     models = adapter.pretrained_models(module).values()
-    if layout.cp > 1:
-        for model in models:
+    for model in models:
+        if layout.tp > 1:
+            tensor_plan(model, layout)
+        if layout.cp > 1:
             context_parallel.check(model, layout)
     list(_outside(module, models))
 

@@ -59,6 +59,8 @@ class ExpertParallelStrategy(ModelParallelStrategy):
         fsdp: Ranks over which each expert's matrices are sharded. ``"auto"``: all that ``ep`` and ``replicate`` leave.
         replicate: Copies of the sharded model, whose gradients are all-reduced: shards stay inside a copy, a node for
             example, and only gradients cross.
+        tp: Ranks that share the matrices of attention, dense MLPs and the vocabulary, and see the same batch. Bound by
+            the model's key/value heads, which ``ep`` is not.
         cp: Ranks that share every sequence: each computes with a piece of the tokens and, in attention, with all tokens
             of some heads. Must divide the attention heads and ``ep * fsdp``; the ranks get the same batch. `CausalLM`
             splits it; a module of yours passes `shard_sequence` of it to its model.
@@ -83,6 +85,7 @@ class ExpertParallelStrategy(ModelParallelStrategy):
         ep: int | Literal["auto"] = "auto",
         fsdp: int | Literal["auto"] = "auto",
         replicate: int = 1,
+        tp: int = 1,
         cp: int = 1,
         plan: dict[str, ParallelStyle] | None = None,
         dispatcher: DispatcherName = "all_to_all",
@@ -102,6 +105,7 @@ class ExpertParallelStrategy(ModelParallelStrategy):
         self._ep = ep
         self._fsdp = fsdp
         self._replicate = replicate
+        self._tp = tp
         self._cp = cp
         self._documents = WeakTensorKeyDictionary()  # of batches in use, by the tensor that describes them
         self._plan = plan
@@ -170,7 +174,7 @@ class ExpertParallelStrategy(ModelParallelStrategy):
         expected = self.num_nodes * self.num_processes
         refuse_other_processes(self.cluster_environment, self.num_processes, self.num_nodes)
         self._layout = ParallelLayout.resolve(
-            self._ep, self._fsdp, expected, self.num_processes, self._replicate, cp=self._cp
+            self._ep, self._fsdp, expected, self.num_processes, self._replicate, self._tp, self._cp
         )
         if expected > 1:
             # A single process needs no launcher, so that notebooks can use the strategy.

@@ -65,8 +65,31 @@ def pretrained_models(module: nn.Module) -> dict[str, PreTrainedModel]:
 def experts_modules(model: PreTrainedModel) -> dict[str, nn.Module]:
     """The experts modules that the model's own expert-parallel plan names, by their name inside ``model``."""
     patterns = [name for name, style in (model.ep_plan or {}).items() if style == _DISPATCHED_EXPERTS]
-    matches = [re.compile(re.escape(pattern).replace(r"\*", r"\d+")).fullmatch for pattern in patterns]
+    matches = [_matcher(pattern) for pattern in patterns]
     return {name: child for name, child in model.named_modules() if any(match(name) for match in matches)}
+
+
+def _matcher(pattern: str) -> Callable[[str], object]:
+    """Matches the names that a plan's pattern stands for."""
+    return re.compile(re.escape(pattern).replace(r"\*", r"\d+")).fullmatch
+
+
+def tensor_parallel_styles(model: PreTrainedModel) -> dict[str, str]:
+    """The styles of the model's own tensor-parallel plan, by the module or parameter they are for, without experts."""
+    experts = experts_modules(model)
+    names = [name for name, _ in (*model.named_modules(), *model.named_parameters())]
+    found: dict[str, str] = {}
+    for pattern, style in (model.tp_plan or {}).items():
+        match = _matcher(pattern)
+        found |= {name: style for name in names if match(name)}
+    return {k: v for k, v in found.items() if k not in experts and not any(k.startswith(f"{e}.") for e in experts)}
+
+
+def attention_heads(model: PreTrainedModel) -> tuple[int, int]:
+    """Numbers of query heads and of key/value heads."""
+    config = model.config.get_text_config()
+    heads: int = config.num_attention_heads
+    return heads, getattr(config, "num_key_value_heads", None) or heads
 
 
 def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:

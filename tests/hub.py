@@ -78,9 +78,9 @@ def write_checkpoint(path: Path, fused: bool = False, sharded: bool = True, **ov
     return model
 
 
-def layout(ep: int) -> ParallelLayout:
+def layout(ep: int, tp: int = 1) -> ParallelLayout:
     world = dist.get_world_size()
-    return ParallelLayout.resolve(ep, "auto", world, world)
+    return ParallelLayout.resolve(ep, "auto", world, world, tp=tp)
 
 
 def full_state(module: nn.Module) -> dict[str, Tensor]:

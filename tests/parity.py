@@ -97,8 +97,8 @@ class _Batches(Dataset):
         return self.items[index]
 
 
-def _windows(world: int, accumulate: int, padded: bool) -> list[list[dict[str, Tensor]]]:
-    flat = batches(STEPS * accumulate * world, size=2, padded=padded)
+def _windows(world: int, accumulate: int, padded: bool, length: int) -> list[list[dict[str, Tensor]]]:
+    flat = batches(STEPS * accumulate * world, size=2, length=length, padded=padded)
     size = accumulate * world
     return [flat[i * size : (i + 1) * size] for i in range(STEPS)]
 
@@ -112,6 +112,7 @@ def _fit(
     implementation: str = "fused",
     compile: bool = False,
     overrides: dict[str, Any] | None = None,
+    length: int = 12,
 ) -> Trace:
     torch.use_deterministic_algorithms(False)
     strategy = ExpertParallelStrategy(**layout, experts_implementation=implementation, compile=compile)
@@ -140,7 +141,7 @@ def _fit(
             default_root_dir=root,
         )
         world, rank = strategy.data_world_size, strategy.data_rank
-        mine = [w[i * world + rank] for w in _windows(world, accumulate, causal) for i in range(accumulate)]
+        mine = [w[i * world + rank] for w in _windows(world, accumulate, causal, length) for i in range(accumulate)]
         trainer.fit(module, DataLoader(_Batches(mine), batch_size=None))
     assert not causal or getattr(module.model, loss_module._METHOD) is not None, "the loss fell back to all logits"
     return recorder.trace
@@ -182,7 +183,7 @@ def compare_with_one_process(layout: dict[str, int], cases: list[dict[str, Any]]
         causal, accumulate, precision = case["causal"], case["accumulate"], case.get("precision", "32-true")
         expected = train(
             tiny_model(**overrides),
-            _windows(_world() // sharing, accumulate, causal),
+            _windows(_world() // sharing, accumulate, causal, case.get("length", 12)),
             LR,
             case["clip"],
             token_weighted=causal,

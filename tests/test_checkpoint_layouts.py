@@ -21,10 +21,20 @@ from tests.distributed import RankFailure, run_ranks
 from tests.reference import tiny_model
 from tests.tiny import TinyModule, loader, quiet
 
-# World size, ep, width of an expert. A width that fsdp does not divide makes FSDP shard whole experts: strided shards.
+# World size, ep, tp, width of an expert. A width that fsdp does not divide makes FSDP shard whole experts: strided
+# shards.
 EVEN, UNEVEN = 16, 15
-LAYOUTS = [(4, 4, EVEN), (4, 2, EVEN), (4, 2, UNEVEN), (2, 2, EVEN), (2, 1, UNEVEN), (1, 1, EVEN)]
-IN_ONE_FILE = [(4, 2, EVEN), (4, 2, UNEVEN), (1, 1, EVEN)]
+LAYOUTS = [
+    (4, 4, 1, EVEN),
+    (4, 2, 1, EVEN),
+    (4, 2, 1, UNEVEN),
+    (4, 2, 2, UNEVEN),
+    (2, 2, 1, EVEN),
+    (2, 2, 2, EVEN),
+    (2, 1, 1, UNEVEN),
+    (1, 1, 1, EVEN),
+]
+IN_ONE_FILE = [(4, 2, 1, EVEN), (4, 2, 1, UNEVEN), (2, 2, 2, EVEN), (1, 1, 1, EVEN)]
 State = dict[str, torch.Tensor]
 
 
@@ -46,8 +56,8 @@ class _Module(TinyModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
 
-def _name(world_size: int, ep: int, width: int, distributed: bool) -> str:
-    return f"{'dir' if distributed else 'file'}-{world_size}-{ep}-{width}.ckpt"
+def _name(world_size: int, ep: int, tp: int, width: int, distributed: bool) -> str:
+    return f"{'dir' if distributed else 'file'}-{world_size}-{ep}-{tp}-{width}.ckpt"
 
 
 def _strategy(ep: int, **arguments: Any) -> ExpertParallelStrategy:
@@ -56,14 +66,15 @@ def _strategy(ep: int, **arguments: Any) -> ExpertParallelStrategy:
 
 def _save(root: Path, world_size: int) -> dict[str, State]:
     expected = {}
-    for world, ep, width in LAYOUTS:
+    for world, ep, tp, width in LAYOUTS:
         if world != world_size:
             continue
-        for distributed in (True, False) if (world, ep, width) in IN_ONE_FILE else (True,):
+        for distributed in (True, False) if (world, ep, tp, width) in IN_ONE_FILE else (True,):
             module = _Module(width)
-            trainer = quiet(root, strategy=_strategy(ep, save_distributed_checkpoint=distributed), max_steps=2)
+            strategy = _strategy(ep, tp=tp, save_distributed_checkpoint=distributed)
+            trainer = quiet(root, strategy=strategy, max_steps=2)
             trainer.fit(module, loader(16))
-            name = _name(world, ep, width, distributed)
+            name = _name(world, ep, tp, width, distributed)
             trainer.save_checkpoint(root / name)
             expected[name] = _state(trainer, module)
     return expected
@@ -71,18 +82,18 @@ def _save(root: Path, world_size: int) -> dict[str, State]:
 
 def _load(root: Path, world_size: int, names: dict[str, int]) -> dict[str, State]:
     found = {}
-    for world, ep, width in LAYOUTS:
+    for world, ep, tp, width in LAYOUTS:
         if world != world_size:
             continue
         for name, saved_width in names.items():
             if saved_width == width:
                 module = _Module(width)
-                trainer = quiet(root, strategy=_strategy(ep), max_steps=2)
+                trainer = quiet(root, strategy=_strategy(ep, tp=tp), max_steps=2)
                 trainer.fit(module, loader(16), ckpt_path=root / name)
                 assert trainer.global_step == 2
                 assert trainer.optimizers[0].param_groups[1]["weight_decay"] == 0.0
                 assert trainer.lr_scheduler_configs[0].scheduler.last_epoch == 2
-                found[f"{name} with {world}, {ep}"] = _state(trainer, module)
+                found[f"{name} with {world}, {ep}, {tp}"] = _state(trainer, module)
     return found
 
 
@@ -127,7 +138,7 @@ def test_weights_and_moments_are_equal_bit_for_bit(saved: tuple[Path, dict[str, 
 
 def test_a_directory_becomes_one_file(saved: tuple[Path, dict[str, State]]) -> None:
     root, expected = saved
-    name = _name(4, 2, UNEVEN, True)
+    name = _name(4, 2, 1, UNEVEN, True)
     command = [sys.executable, "-m", "lightning_ep", "consolidate", str(root / name), str(root / "one" / "all.ckpt")]
     subprocess.run(command, check=True, timeout=100)
     module = TinyModule.load_from_checkpoint(
@@ -203,7 +214,7 @@ def _mismatches(root: Path, name: str) -> dict[str, str]:
 @pytest.mark.parametrize("distributed", [True, False])
 def test_what_does_not_fit_is_named(saved: tuple[Path, dict[str, State]], distributed: bool) -> None:
     root, _ = saved
-    one, other = run_ranks(2, _mismatches, root, _name(4, 2, EVEN, distributed), init_process_group=False)
+    one, other = run_ranks(2, _mismatches, root, _name(4, 2, 1, EVEN, distributed), init_process_group=False)
     assert one == other
     assert "model.model.layers.0.mlp.experts.down_proj (8, 32, 16) instead of (8, 32, 32)" in one["shape"]
     assert "missing: model.model.layers.1." in one["missing"]

@@ -57,7 +57,7 @@ class _Batches(Samples):
         return {"input_ids": sample["input_ids"], "labels": sample["labels"]}
 
 
-def _train(root: Path, checkpoint: str, ep: int, options: dict[str, bool]) -> tuple[dict[str, Tensor], Tensor]:
+def _train(root: Path, checkpoint: str, ep: int, options: dict[str, Any]) -> tuple[dict[str, Tensor], Tensor]:
     callbacks = [
         HuggingFaceExport(str(root / "exported")),
         ModelCheckpoint(root, filename="saved", every_n_train_steps=2),
@@ -79,9 +79,10 @@ def _train(root: Path, checkpoint: str, ep: int, options: dict[str, bool]) -> tu
         (2, 2, {"save_distributed_checkpoint": False, "async_save": True}, {"sharded": False}),
         (4, 2, {"async_save": True}, {"tie_word_embeddings": True}),
         (4, 4, {"save_distributed_checkpoint": False}, {"fused": True}),
+        (4, 2, {"tp": 2}, {"tie_word_embeddings": True}),
     ],
 )
-def test_round_trip(tmp_path: Path, world: int, ep: int, options: dict[str, bool], checkpoint: dict[str, Any]) -> None:
+def test_round_trip(tmp_path: Path, world: int, ep: int, options: dict[str, Any], checkpoint: dict[str, Any]) -> None:
     original = write_checkpoint(tmp_path / "hub", **checkpoint).state_dict()
     run = run_ranks(world, _train, tmp_path, str(tmp_path / "hub"), ep, options, init_process_group=False)
     trained, logits = run[0]

@@ -46,19 +46,19 @@ from tests.tiny import TinyModule, loader, quiet
 LAYOUTS = [(1, 1), (2, 2), (4, 2), (4, 4), (4, 1)]
 
 
-def _stream(path: str, ep: int, **overrides: Any) -> tuple[PreTrainedModel, LoadStatistics]:
+def _stream(path: str, ep: int, tp: int = 1, **overrides: Any) -> tuple[PreTrainedModel, LoadStatistics]:
     """What the strategy does, with the numbers of the reader."""
     model = from_pretrained(path, **overrides)
-    here = layout(ep)
+    here = layout(ep, tp)
     shard(model, here, here.build_meshes(device().type), device(), expert_plan(model), MixedPrecisionPolicy())
     statistics = stream_pretrained(model, device())
     materialize(model, device(), seed=1)
     return model, statistics
 
 
-def _states(paths: list[str], ep: int) -> list[tuple[dict[str, Tensor], LoadStatistics]]:
+def _states(paths: list[str], ep: int, tp: int = 1) -> list[tuple[dict[str, Tensor], LoadStatistics]]:
     reader.MIN_RUN_BYTES = 256  # in proportion to the tensors
-    loaded = [_stream(path, ep) for path in paths]
+    loaded = [_stream(path, ep, tp) for path in paths]
     return [(full_state(model) if dist.get_rank() == 0 else _join(model), numbers) for model, numbers in loaded]
 
 
@@ -104,6 +104,21 @@ def test_every_layout_gets_the_weights_and_reads_its_own_bytes(
             assert rank[index][1].bytes_read <= 1.1 * rank[index][1].bytes_needed, name
             # Persistent buffers are on every rank, and uneven shards differ.
             assert rank[index][1].bytes_needed <= 1.25 * size / world, name
+
+
+@pytest.mark.parametrize(("world", "ep"), [(2, 1), (4, 2)])
+def test_tensor_parallel_ranks_read_their_own_bytes(
+    checkpoints: dict[str, tuple[Path, dict[str, Tensor]]], world: int, ep: int
+) -> None:
+    names = ["per-expert, sharded", "tied", "mixtral", "olmoe", "glm4_moe"]
+    ranks = run_ranks(world, _states, [str(checkpoints[name][0]) for name in names], ep, 2)
+    for index, name in enumerate(names):
+        found, _ = ranks[0][index]
+        for key, value in checkpoints[name][1].items():
+            assert torch.equal(found[key], value), f"{name}: {key}"
+        for rank in ranks:
+            # Of row-wise layers a rank needs columns, which are narrower here than what is worth a read of its own.
+            assert rank[index][1].bytes_read <= 1.2 * rank[index][1].bytes_needed, name
 
 
 def test_the_families_that_must_read_more_are_those_that_the_documentation_lists() -> None:

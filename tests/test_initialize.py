@@ -15,10 +15,10 @@ from tests.distributed import device, run_ranks
 from tests.reference import tiny_config
 
 
-def _weights(ep: int, seed: int) -> dict[str, Tensor]:
+def _weights(ep: int, seed: int, tp: int = 1) -> dict[str, Tensor]:
     world = dist.get_world_size()
-    model = from_config(tiny_config(tie_word_embeddings=True))
-    parallelize(model, ParallelLayout.resolve(ep, "auto", world, world), device(), seed=seed)
+    model = from_config(tiny_config(tie_word_embeddings=True, mlp_only_layers=[0], pad_token_id=70))
+    parallelize(model, ParallelLayout.resolve(ep, "auto", world, world, tp=tp), device(), seed=seed)
     assert model.lm_head.weight is model.model.embed_tokens.weight
     assert all(isinstance(p, DTensor) for p in model.parameters())
     return {
@@ -29,11 +29,11 @@ def _weights(ep: int, seed: int) -> dict[str, Tensor]:
 
 def test_one_seed_gives_one_model_on_every_layout() -> None:
     reference = run_ranks(1, _weights, 1, 3)[0]
-    for world, ep in [(2, 2), (2, 1), (4, 2), (4, 1)]:
-        for found in run_ranks(world, _weights, ep, 3):
+    for world, ep, tp in [(2, 2, 1), (2, 1, 1), (4, 2, 1), (4, 1, 1), (2, 1, 2), (4, 4, 2)]:
+        for found in run_ranks(world, _weights, ep, 3, tp):
             assert found.keys() == reference.keys()
             for name, value in reference.items():
-                assert torch.equal(found[name], value), f"{name} at world={world}, ep={ep}"
+                assert torch.equal(found[name], value), f"{name} at world={world}, ep={ep}, tp={tp}"
     name = "model.embed_tokens.weight"
     assert not torch.equal(run_ranks(1, _weights, 1, 4)[0][name], reference[name]), "another seed, another model"
 
@@ -41,7 +41,7 @@ def test_one_seed_gives_one_model_on_every_layout() -> None:
 def test_the_models_own_rules_are_followed() -> None:
     found = run_ranks(1, _weights, 1, 3)[0]
     torch.manual_seed(0)
-    expected = Qwen3MoeForCausalLM(tiny_config(tie_word_embeddings=True))
+    expected = Qwen3MoeForCausalLM(tiny_config(tie_word_embeddings=True, mlp_only_layers=[0], pad_token_id=70))
     for name, param in expected.named_parameters():
         if name.endswith("norm.weight"):
             assert torch.equal(found[name], torch.ones_like(param)), name
@@ -50,7 +50,7 @@ def test_the_models_own_rules_are_followed() -> None:
             assert abs(found[name].mean().item()) < 0.005, name
     for name, buffer in expected.named_buffers():
         assert torch.equal(found[name], buffer), name
-    experts = found["model.layers.0.mlp.experts.gate_up_proj"].flatten(1)
+    experts = found["model.layers.1.mlp.experts.gate_up_proj"].flatten(1)
     similar = torch.corrcoef(experts).fill_diagonal_(0).abs().max().item()
     assert similar < 0.2, "two experts drew from one stream"
     layers = [found[f"model.layers.{i}.self_attn.q_proj.weight"].flatten() for i in range(2)]

@@ -146,6 +146,28 @@ def test_a_target_that_does_not_exist_shows(target: int) -> None:
     assert losses.isnan().tolist() == logits.isnan().all(1).tolist() == [False, True, False]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("vocabulary", [50, 8192, 20001])
+def test_cross_entropy_of_a_shard_of_the_vocabulary(vocabulary: int, dtype: torch.dtype) -> None:
+    from lightning_ep.ops.kernels import cross_entropy as kernel
+
+    logits = torch.randn(7, vocabulary, device=DEVICE).mul_(5).to(dtype)
+    targets = torch.randint(0, vocabulary, (7,), device=DEVICE)
+    targets[:3] = torch.tensor([-1, vocabulary, vocabulary + 5])  # classes of other shards
+    found = kernel.softmax_statistics(logits, targets)
+    expected = cross_entropy.softmax_statistics_twin(logits, targets, torch.float64)
+    assert torch.equal(found[2].double(), expected[2])
+    assert relative_error(found[:2], expected[:2]) < 1e-6
+    normalizers = (expected[0] + expected[1].log() + 0.5).float()
+    normalizers[3] = torch.inf
+    copies = [logits.clone(), logits.clone(), logits.double()]
+    kernel.softmax_gradient_(copies[0], targets, normalizers)
+    cross_entropy.softmax_gradient_twin_(copies[1], targets, normalizers)
+    cross_entropy.softmax_gradient_twin_(copies[2], targets, normalizers.double())
+    limit = relative_error(copies[1], copies[2]) * 1.01 + (1e-5 if dtype == torch.float32 else 0 if EXACT else 8e-3)
+    assert relative_error(copies[0], copies[2]) <= limit
+
+
 @pytest.mark.skipif(NEW_NUMPY and not ON_GPU, reason="the interpreter needs an older numpy")
 @pytest.mark.parametrize("transposed", [True, False])
 @pytest.mark.parametrize("width", [72, 256, 768])

@@ -30,6 +30,12 @@ CASES = [
         (4, {"ep": 2, "fsdp": 2, "cp": 2}),
         (4, {"ep": 4, "cp": 4}),  # more than the two KV heads
         (8, {"ep": 2, "fsdp": 2, "replicate": 2, "cp": 2}),
+        (2, {"ep": 1, "tp": 2}),
+        (2, {"ep": 2, "tp": 2}),
+        (4, {"ep": 4, "tp": 2}),
+        (4, {"ep": 2, "tp": 2}),
+        (4, {"ep": 4, "tp": 2, "cp": 2}),
+        (8, {"ep": 2, "fsdp": 2, "replicate": 2, "tp": 2}),
     ],
 )
 def test_training_equals_one_process(world: int, layout: dict[str, int]) -> None:
@@ -57,7 +63,7 @@ def test_sizes_that_do_not_fit(sizes: dict[str, Any], message: str) -> None:
 
 def test_both_views_of_the_ranks() -> None:
     layout = ParallelLayout.resolve(4, "auto", 16, 8, replicate=2, tp=2, cp=2)
-    assert (layout.fsdp, layout.shards, layout.data_world_size, layout.loss_world_size) == (2, 8, 4, 8)
+    assert (layout.fsdp, layout.shards, layout.data_world_size, layout.loss_world_size) == (2, 8, 4, 16)
     assert [layout.data_rank(rank) for rank in range(16)] == [0] * 4 + [1] * 4 + [2] * 4 + [3] * 4
     assert ParallelLayout.resolve("auto", "auto", 16, 16, replicate=2).ep == 8
     assert ParallelLayout.resolve("auto", "auto", 16, 8, replicate=2).ep == 8

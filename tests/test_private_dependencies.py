@@ -71,6 +71,7 @@ PRIVATE = [
     "torch.distributed.tensor.parallel:ParallelStyle._apply",
     "torch.nn:Module._apply",  # benchmarks
     "torch.distributed.tensor.placement_types:_StridedShard",
+    "torch.ops:_c10d_functional",
     "torch.nn:Module._buffers",
     "torch.nn:Module._call_impl",
     "torch.nn:Module._compiled_call_impl",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,7 +15,26 @@ from lightning_ep.ops import kernels
 _CHUNK = 4096  # tokens; 1.2 GiB of bf16 logits at a vocabulary of 152k, and GEMMs at full speed
 
 
-def linear_cross_entropy(hidden_TH: Tensor, weight_VH: Tensor, targets_T: Tensor, ignore_index: int = -100) -> Tensor:
+@dataclass(frozen=True)
+class VocabularyShard:
+    """Which classes a weight holds, where several share them (Megatron-LM, Shoeybi et al., 2019).
+
+    Attributes:
+        start: The first class of this shard.
+        gather: Stacks a tensor of every shard, ``[...]`` to ``[num_shards, ...]``, on all of them.
+    """
+
+    start: int
+    gather: Callable[[Tensor], Tensor]
+
+
+def linear_cross_entropy(
+    hidden_TH: Tensor,
+    weight_VH: Tensor,
+    targets_T: Tensor,
+    ignore_index: int = -100,
+    shard: VocabularyShard | None = None,
+) -> Tensor:
     """Sum over tokens of the cross entropy of ``hidden @ weight.T``, in fp32.
 
     Logits exist for one chunk of tokens at a time; their gradient takes their place in the forward already, and with
@@ -26,12 +47,15 @@ def linear_cross_entropy(hidden_TH: Tensor, weight_VH: Tensor, targets_T: Tensor
         targets_T: int64 ``[T]``, class of each token, or ``ignore_index``. Any other number raises RuntimeError on a
             CPU and makes the loss and the gradients NaN on a GPU.
         ignore_index: Tokens with this target add nothing.
+        shard: The weight is one of several shards of the classes, and all of them call this function with the same
+            tokens. Numbers that are no class make the loss NaN on every device then.
 
     Returns:
-        0-dim fp32 tensor (float64 for float64 inputs).
+        0-dim fp32 tensor (float64 for float64 inputs), the same from every shard. The gradient of ``hidden_TH`` is this
+        shard's part of a sum over the shards.
     """
     gradients = torch.is_grad_enabled() and (hidden_TH.requires_grad, weight_VH.requires_grad)
-    return _LinearCrossEntropy.apply(hidden_TH, weight_VH, targets_T, ignore_index, gradients or (False, False))
+    return _LinearCrossEntropy.apply(hidden_TH, weight_VH, targets_T, ignore_index, gradients or (False, False), shard)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -43,6 +67,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         targets_T: Tensor,
         ignore_index: int,
         gradients: tuple[bool, bool],
+        shard: VocabularyShard | None,
     ) -> Tensor:
         of_hidden, of_weight = gradients
         accumulate = torch.promote_types(hidden_TH.dtype, torch.float32)
@@ -54,7 +79,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
         for start in range(0, num_tokens, _CHUNK):
             part = slice(start, min(start + _CHUNK, num_tokens))
             logits_CV = torch.mm(hidden_TH[part], weight_VH.t(), out=buffer_CV[: part.stop - start])
-            cross_entropy_(logits_CV, targets_T[part], losses_T[part], ignore_index, gradient=of_hidden or of_weight)
+            if shard is None:
+                cross_entropy_(logits_CV, targets_T[part], losses_T[part], ignore_index, of_hidden or of_weight)
+            else:
+                _sharded(logits_CV, targets_T[part], losses_T[part], ignore_index, of_hidden or of_weight, shard)
             if grad_TH is not None:
                 torch.mm(logits_CV, weight_VH, out=grad_TH[part])
             if grad_VH is not None:
@@ -69,7 +97,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             raise RuntimeError("Trying to run backward through linear_cross_entropy a second time.")
         grads = [None if g is None else g.mul_(grad) for g in ctx.grads]
         ctx.grads = None
-        return (*grads, None, None, None)
+        return (*grads, None, None, None, None)
 
 
 def _accumulate_outer(out_VH: Tensor, x_CV: Tensor, y_CH: Tensor) -> None:
@@ -111,3 +139,72 @@ def cross_entropy_twin_(
     if gradient:
         one_hot_TV = torch.zeros_like(log_probs_TV).scatter_(1, index_T1, 1)
         logits_TV.copy_((log_probs_TV.exp() - one_hot_TV).masked_fill(ignored_T1, 0))
+
+
+def _sharded(
+    logits_TV: Tensor, targets_T: Tensor, losses_T: Tensor, ignore_index: int, gradient: bool, shard: VocabularyShard
+) -> None:
+    """`cross_entropy_` for the logits of one shard of the classes, with one exchange of three numbers per token."""
+    ignored_T, own_T = targets_T == ignore_index, targets_T - shard.start
+    own_T = own_T.masked_fill(ignored_T, -1)
+    largest_ST, total_ST, chosen_ST = shard.gather(softmax_statistics(logits_TV, own_T, losses_T.dtype)).unbind(1)
+    largest_T = largest_ST.amax(0)
+    normalizer_T = largest_T + (total_ST * (largest_ST - largest_T).exp()).sum(0).log()
+    chosen_T = chosen_ST.amax(0)
+    # A target that no shard has: nothing can be raised here without waiting for the device.
+    normalizer_T = normalizer_T.masked_fill(chosen_T.isneginf() & ~ignored_T, torch.nan)
+    losses_T.copy_((normalizer_T - chosen_T).masked_fill(ignored_T, 0))
+    if gradient:
+        softmax_gradient_(logits_TV, own_T, normalizer_T.masked_fill(ignored_T, torch.inf))
+
+
+def softmax_statistics(logits_TV: Tensor, targets_T: Tensor, dtype: torch.dtype) -> Tensor:
+    """What other shards of the classes need to know of these logits.
+
+    Args:
+        logits_TV: ``[T, V]``.
+        targets_T: int64 ``[T]``; numbers outside of 0 to V - 1 are classes of other shards, or none.
+        dtype: At least fp32, in which it is computed.
+
+    Returns:
+        ``[3, T]``: per row the largest logit, the sum of exp(logit - largest), and the target's logit, -inf if it is
+        not here.
+    """
+    if kernels.runs_on(logits_TV):
+        from lightning_ep.ops.kernels import cross_entropy as triton_cross_entropy
+
+        return triton_cross_entropy.softmax_statistics(logits_TV, targets_T)
+    return softmax_statistics_twin(logits_TV, targets_T, dtype)
+
+
+def softmax_statistics_twin(logits_TV: Tensor, targets_T: Tensor, dtype: torch.dtype) -> Tensor:
+    """Defines `softmax_statistics`, in PyTorch."""
+    x_TV = logits_TV.to(dtype)
+    largest_T = x_TV.amax(1)
+    here_T = (targets_T >= 0) & (targets_T < x_TV.shape[1])
+    chosen_T = x_TV.gather(1, targets_T.where(here_T, 0).unsqueeze(1)).squeeze(1).masked_fill(~here_T, -torch.inf)
+    return torch.stack([largest_T, (x_TV - largest_T.unsqueeze(1)).exp().sum(1), chosen_T])
+
+
+def softmax_gradient_(logits_TV: Tensor, targets_T: Tensor, normalizer_T: Tensor) -> None:
+    """Replaces logits by exp(logit - normalizer), minus one at the target.
+
+    Args:
+        logits_TV: ``[T, V]``, overwritten.
+        targets_T: As in `softmax_statistics`.
+        normalizer_T: ``[T]`` in at least fp32: the logarithm of the sum of exp(logit) over all classes; inf makes the
+            row zero.
+    """
+    if kernels.runs_on(logits_TV):
+        from lightning_ep.ops.kernels import cross_entropy as triton_cross_entropy
+
+        triton_cross_entropy.softmax_gradient_(logits_TV, targets_T, normalizer_T)
+    else:
+        softmax_gradient_twin_(logits_TV, targets_T, normalizer_T)
+
+
+def softmax_gradient_twin_(logits_TV: Tensor, targets_T: Tensor, normalizer_T: Tensor) -> None:
+    """Defines `softmax_gradient_`, in PyTorch."""
+    probs_TV = (logits_TV.to(normalizer_T.dtype) - normalizer_T.unsqueeze(1)).exp()
+    classes_V = torch.arange(logits_TV.shape[1], device=logits_TV.device)
+    logits_TV.copy_(probs_TV - (classes_V == targets_T.unsqueeze(1)).to(probs_TV.dtype))

@@ -1,0 +1,155 @@
+"""Reading a model's own tensor-parallel plan into styles, and refusing what it does not cover."""
+
+from __future__ import annotations
+
+import inspect
+from typing import NoReturn
+
+from torch import nn
+from torch.distributed.tensor.parallel import ParallelStyle
+from transformers import PreTrainedModel
+
+from lightning_ep import transformers_adapter as adapter
+from lightning_ep.layout import ParallelLayout
+from lightning_ep.tensor_parallel.styles import Colwise, GatherOutput, Rowwise, SplitInput, WholeRows, WholeSequence
+from lightning_ep.tensor_parallel.vocabulary import VocabularyEmbedding, VocabularyHead
+
+_COLWISE = {"colwise": False, "colwise_gather_output": True, "colwise_rep": True}  # whether the output is gathered
+_ROWWISE = {"rowwise": False, "rowwise_split_input": True, "rowwise_rep": True}  # whether the input is whole
+# Parameters that every rank keeps. How their gradients sum needs no style of its own: those of all such parameters do.
+_REPLICATED = {"replicate", "replicated_with_grad_allreduce", "mla_kv_a_proj"}
+_POSITIONS = {"position_embeddings", "position_ids"}
+_OF_SEQUENCES = {*_POSITIONS, "attention_mask", "cache_params"}
+
+
+def tensor_plan(model: PreTrainedModel, layout: ParallelLayout) -> dict[str, ParallelStyle]:
+    """The styles, by module name, that split a model over ``layout.tp`` ranks; what they leave out is replicated.
+
+    Attention, dense MLPs and shared experts follow the model's own plan (``base_model_tp_plan`` of its config);
+    embedding and head are split over the vocabulary; experts are left to expert parallelism.
+
+    Args:
+        model: A transformers model, not sharded yet.
+        layout: The layout.
+
+    Raises:
+        ValueError: If the model has no such plan for its attention, the plan has a style that is not known here, or a
+            size is not divisible by ``tp``.
+    """
+    return {**_Stack(model, layout).plan(), **_vocabulary_plan(model, layout)}
+
+
+class _Stack:
+    """The decoder layers of a model, and what its plan says about them."""
+
+    def __init__(self, model: PreTrainedModel, layout: ParallelLayout) -> None:
+        self.model = model
+        self.layout = layout
+        self.modules = dict(model.named_modules())
+        ends = {id(model.get_input_embeddings()), id(model.get_output_embeddings())}
+        styles = adapter.tensor_parallel_styles(model)
+        self.styles = {name: style for name, style in styles.items() if id(self.modules.get(name)) not in ends}
+        self.experts = adapter.experts_modules(model)
+        layers = {id(layer) for layer in adapter.decoder_layers(model)}
+        self.layers = [name for name, module in self.modules.items() if id(module) in layers]
+
+    def plan(self) -> dict[str, ParallelStyle]:
+        linears = {name: style for name, style in self.styles.items() if style not in _REPLICATED}
+        regions = self._regions(linears)
+        self._check_covered(regions)
+        owners = {name.rpartition(".")[0].rpartition(".")[0] for name in self.layers}
+        if len(owners) != 1:
+            self._refuse(f"it has decoder layers in several places ({sorted(owners)}), and only text models are served")
+        for name, style in linears.items():
+            self._check_linear(name, style)
+        heads_are_split = (regions[_parent(name)] and style == "colwise" for name, style in linears.items())
+        if any(heads_are_split):
+            self.layout.check_attention_heads(*adapter.attention_heads(self.model), type(self.model).__name__)
+        plan: dict[str, ParallelStyle] = {self.layers[0]: SplitInput(), owners.pop(): GatherOutput()}
+        for name, is_attention in regions.items():
+            plan[name] = WholeSequence() if is_attention else WholeRows()
+        for name, style in linears.items():
+            if style in _COLWISE:
+                plan[name] = Colwise(_COLWISE[style])
+            else:
+                plan[name] = Rowwise(_ROWWISE[style], regions[_parent(name)])
+        return plan
+
+    def _regions(self, linears: dict[str, str]) -> dict[str, bool]:
+        """The modules that see whole sequences, with whether they are attention: those around split linear layers."""
+        regions: dict[str, bool] = {}
+        for name, style in linears.items():
+            if style not in _COLWISE and style not in _ROWWISE:
+                self._refuse(f"its plan has the style {style!r} ({name}), which is not known here")
+            region = _parent(name)
+            arguments = _arguments(self.modules[region])
+            regions[region] = bool(arguments & _OF_SEQUENCES)
+            if regions[region] and not arguments & _POSITIONS:
+                self._refuse(f"{region} takes none of {sorted(_POSITIONS)}, by which the length of sequences is known")
+            if any(experts.startswith(f"{region}.") for experts in self.experts):
+                self._refuse(f"its plan splits {name} in a mixture-of-experts block, which has split sequences")
+        for region in regions:
+            if not any(_parent(name) == region and style in _ROWWISE for name, style in linears.items()):
+                self._refuse(f"its plan has no row-wise layer at the end of {region}")
+            if any(region.startswith(f"{outer}.") for outer in regions):
+                self._refuse(f"its plan splits {region} inside of another module that it splits")
+        return regions
+
+    def _check_covered(self, regions: dict[str, bool]) -> None:
+        if not any(regions.values()):
+            self._refuse(
+                "its config has no tensor-parallel plan for attention (`base_model_tp_plan`), so that every rank would "
+                "compute all of it"
+            )
+        for layer in self.layers:
+            for name, module in self.modules[layer].named_modules(prefix=layer):
+                inside = any(name == region or name.startswith(f"{region}.") for region in regions)
+                if name != layer and not inside and _arguments(module) & _OF_SEQUENCES:
+                    self._refuse(f"its plan does not cover {name}, so that every rank would compute all of it")
+
+    def _check_linear(self, name: str, style: str) -> None:
+        module = self.modules.get(name)
+        if type(module) is not nn.Linear:
+            kind = "a parameter" if module is None else type(module).__name__
+            self._refuse(f"its plan splits {name}, which is {kind} and not an nn.Linear")
+        size, what = (module.out_features, "out") if style in _COLWISE else (module.in_features, "in")
+        if size % self.layout.tp != 0:
+            self._refuse(f"it does not divide the {size} {what}put features of {name}")
+
+    def _refuse(self, reason: str) -> NoReturn:
+        _refuse(self.model, self.layout, reason)
+
+
+def _vocabulary_plan(model: PreTrainedModel, layout: ParallelLayout) -> dict[str, ParallelStyle]:
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    names = {id(module): name for name, module in model.named_modules()}
+    if not isinstance(embedding, nn.Embedding) or type(embedding).forward is not nn.Embedding.forward:
+        _refuse(model, layout, f"its embedding is {type(embedding).__name__} and not an nn.Embedding")
+    if embedding.max_norm is not None or embedding.scale_grad_by_freq or embedding.sparse:
+        _refuse(model, layout, "its embedding uses max_norm, scale_grad_by_freq or sparse gradients")
+    if head is not None and type(head) is not nn.Linear:
+        _refuse(model, layout, f"its head is {type(head).__name__} and not an nn.Linear")
+    for module in (embedding, head):
+        size = layout.tp if module is None else module.weight.shape[0]
+        if size % layout.tp != 0:
+            fix = f"`model.resize_token_embeddings(pad_to_multiple_of={layout.tp})` makes it so"
+            _refuse(model, layout, f"it does not divide the vocabulary of {size} of {names[id(module)]} ({fix})")
+    plan: dict[str, ParallelStyle] = {names[id(embedding)]: VocabularyEmbedding()}
+    if head is not None:
+        plan[names[id(head)]] = VocabularyHead(embedding if adapter.tied(model) else None)
+    return plan
+
+
+def _refuse(model: PreTrainedModel, layout: ParallelLayout, reason: str) -> NoReturn:
+    raise ValueError(
+        f"tp={layout.tp} does not fit {type(model).__name__} ({model.config.model_type!r}): {reason}. Expert "
+        f"parallelism needs no such plan: use tp=1 with the same ep={layout.ep}, fsdp={layout.fsdp}."
+    )
+
+
+def _parent(name: str) -> str:
+    return name.rpartition(".")[0]
+
+
+def _arguments(module: nn.Module) -> set[str]:
+    return set(inspect.signature(module.forward).parameters)

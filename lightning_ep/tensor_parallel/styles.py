@@ -1,0 +1,190 @@
+"""Parallel styles: linear layers that hold a part of their features, and where sequences are split and whole."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import Replicate, Shard
+from torch.distributed.tensor.parallel import ParallelStyle
+from typing_extensions import override
+
+from lightning_ep.tensor_parallel.collectives import (
+    TensorGroup,
+    gather_features,
+    gather_rows,
+    gather_sequence,
+    scatter_rows,
+    scatter_sequence,
+    split_features,
+    split_sequence,
+)
+from lightning_ep.tensor_parallel.parameters import distribute, local, specialize
+
+
+class _ColumnLinear(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, local(self.weight), local(self.bias))
+
+
+class _GatheredColumnLinear(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return gather_features(F.linear(x, local(self.weight), local(self.bias)), self.tensor_group)  # type: ignore[arg-type]
+
+
+class _RowLinear(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        group: TensorGroup
+        group, takes_whole_input, is_attention = self.tensor_group  # type: ignore[misc]
+        out = F.linear(split_features(x, group) if takes_whole_input else x, local(self.weight))
+        out = scatter_sequence(out, group) if is_attention else scatter_rows(out, group)
+        return out if self.bias is None else out + local(self.bias)  # once, not once per rank
+
+
+class Colwise(ParallelStyle):
+    """A linear layer whose output features are split; takes whole sequences.
+
+    Args:
+        gather_output: Every rank gets all output features.
+    """
+
+    def __init__(self, gather_output: bool = False) -> None:
+        super().__init__()
+        self.gather_output = gather_output
+
+    @override
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        distribute(module, "weight", device_mesh, Shard(0))
+        distribute(module, "bias", device_mesh, Shard(0))
+        specialize(module, _GatheredColumnLinear if self.gather_output else _ColumnLinear, TensorGroup.of(device_mesh))
+        return module
+
+
+class Rowwise(ParallelStyle):
+    """A linear layer whose input features are split; its summed output is split along the sequence.
+
+    Args:
+        takes_whole_input: Every rank is given all input features.
+        is_attention: Sequences are the second dimension; else the rows of the first one are split, in any order.
+    """
+
+    def __init__(self, takes_whole_input: bool, is_attention: bool) -> None:
+        super().__init__()
+        self.takes_whole_input = takes_whole_input
+        self.is_attention = is_attention
+
+    @override
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        distribute(module, "weight", device_mesh, Shard(1))
+        distribute(module, "bias", device_mesh, Replicate())
+        specialize(module, _RowLinear, (TensorGroup.of(device_mesh), self.takes_whole_input, self.is_attention))
+        return module
+
+
+class _Arguments:
+    """Reads and replaces arguments of a forward by name, however they were passed."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.names = list(inspect.signature(module.forward).parameters)
+        self.hidden = "hidden_states" if "hidden_states" in self.names else self.names[0]
+
+    def get(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if name in kwargs:
+            return kwargs[name]
+        index = self.names.index(name) if name in self.names else len(args)
+        return args[index] if index < len(args) else None
+
+    def with_hidden(
+        self, hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        if self.hidden in kwargs:
+            return args, {**kwargs, self.hidden: hidden}
+        index = self.names.index(self.hidden)
+        return (*args[:index], hidden, *args[index + 1 :]), kwargs
+
+
+class WholeSequence(ParallelStyle):
+    """Around attention: its input is gathered from the ranks' shares of every sequence; its `Rowwise` splits again."""
+
+    @override
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        group, arguments = TensorGroup.of(device_mesh), _Arguments(module)
+
+        def gather(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            # The length without padding comes from the positions, which are those of whole sequences: an argument, and
+            # nothing kept that the replay of an earlier call could find changed.
+            positions = arguments.get("position_embeddings", args, kwargs)
+            if positions is not None:
+                length = (positions if isinstance(positions, Tensor) else positions[0]).shape[-2]
+            else:
+                length = arguments.get("position_ids", args, kwargs).shape[-1]
+            hidden_BSH = gather_sequence(arguments.get(arguments.hidden, args, kwargs), group, length)
+            return arguments.with_hidden(hidden_BSH, args, kwargs)
+
+        module.register_forward_pre_hook(gather, with_kwargs=True)
+        return module
+
+
+class WholeRows(ParallelStyle):
+    """Around an MLP, to which tokens are rows: its input is gathered from all ranks; its `Rowwise` splits again."""
+
+    @override
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        group, arguments = TensorGroup.of(device_mesh), _Arguments(module)
+
+        def gather(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            return arguments.with_hidden(
+                gather_rows(arguments.get(arguments.hidden, args, kwargs), group), args, kwargs
+            )
+
+        module.register_forward_pre_hook(gather, with_kwargs=True)
+        return module
+
+
+class SplitInput(ParallelStyle):
+    """On the first decoder layer: from here on every rank holds its share of each sequence."""
+
+    @override
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        group, arguments = TensorGroup.of(device_mesh), _Arguments(module)
+
+        def split(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            return arguments.with_hidden(
+                split_sequence(arguments.get(arguments.hidden, args, kwargs), group), args, kwargs
+            )
+
+        module.register_forward_pre_hook(split, with_kwargs=True)
+        return module
+
+
+class GatherOutput(ParallelStyle):
+    """On the model around the decoder layers: what it returns are whole sequences again."""
+
+    @override
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        group, arguments = TensorGroup.of(device_mesh), _Arguments(module)
+
+        def gather(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+            if isinstance(output, tuple) or getattr(output, "attentions", None) is not None:
+                raise ValueError(
+                    f"{type(module).__name__} was asked for tuples (return_dict=False) or attention weights "
+                    "(output_attentions=True), which tensor parallelism does not gather. Leave them off, or use tp=1."
+                )
+            inputs = arguments.get("inputs_embeds", args, kwargs)
+            batch, length = (arguments.get("input_ids", args, kwargs) if inputs is None else inputs).shape[:2]
+            output.last_hidden_state = gather_sequence(output.last_hidden_state, group, length)
+            if getattr(output, "hidden_states", None) is not None:
+                whole = (x if x is None else gather_sequence(x, group, length) for x in output.hidden_states[:-1])
+                output.hidden_states = (*whole, output.last_hidden_state)
+            if getattr(output, "router_logits", None) is not None:
+                output.router_logits = tuple(
+                    gather_sequence(x.view(batch, -1, x.shape[-1]), group, length).flatten(0, 1)
+                    for x in output.router_logits
+                )
+            return output
+
+        module.register_forward_hook(gather, with_kwargs=True)
+        return module
