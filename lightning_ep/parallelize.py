@@ -176,7 +176,8 @@ def _wrap_layers(model: PreTrainedModel, mode: ActivationCheckpointing, compile:
             experts = [child for child in layer.modules() if adapter.is_parallel_experts(child)]
             checkpoint_layer(layer, adapter.routers(layer, [model]), experts, mode, compile)
         elif compile:
-            layer.compile()
+            # Its forward only: `layer.compile()` would compile around FSDP's hooks, in more pieces.
+            layer.forward = torch.compile(layer.forward)
 
 
 def _shard_experts(experts: nn.Module, meshes: Meshes, mp_policy: MixedPrecisionPolicy, device: torch.device) -> None:
