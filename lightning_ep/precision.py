@@ -87,7 +87,8 @@ class ShardedPrecision(Precision):
     def backward(  # type: ignore[override]
         self, tensor: Tensor, model: LightningModule, optimizer: Steppable | None, *args: Any, **kwargs: Any
     ) -> None:
-        # FSDP sums gradients over the data ranks; the mean of the losses enters backward here, once.
+        # Gradients are sums over all ranks, tensor-parallel peers included; the mean of the losses enters backward
+        # here, once.
         strategy = model.trainer.strategy
         if gradient_denominator(model) is None:
             tensor = tensor / strategy.layout.loss_world_size  # type: ignore[attr-defined]

@@ -79,7 +79,8 @@ def train(
     trace = Trace(losses=[], norms=[], grads={}, weights={})
     for step, window in enumerate(windows):
         optimizer.zero_grad()
-        total = sum(int((batch["labels"][:, 1:] != -100).sum()) for batch in window)
+        # A window without any valid token has a loss of zero.
+        total = max(1, sum(int((batch["labels"][:, 1:] != -100).sum()) for batch in window))
         step_loss = 0.0
         for batch in window:
             logits = model(input_ids=batch["input_ids"]).logits[:, :-1].flatten(0, 1)

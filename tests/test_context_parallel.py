@@ -132,7 +132,7 @@ def _compare(build: Any, arguments: tuple[Any, ...], kinds: list[str], tolerance
         loss = model(**piece).loss / layout.loss_world_size
         loss.backward()
         dist.all_reduce(loss.detach())
-        if abs(loss.item() - reference.item()) > tolerance * reference.item():
+        if not abs(loss.item() - reference.item()) <= tolerance * reference.item():
             wrong.append(f"{kind}: loss {loss.item()}, not {reference.item()}")
         for (name, param), other in zip(model.named_parameters(), expected.parameters(), strict=True):
             grad, wanted = param.grad.full_tensor(), grad_or_zero(other)

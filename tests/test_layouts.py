@@ -47,6 +47,7 @@ COMBINED = [
     {"causal": True, "accumulate": 3, "clip": 0.2, "recompute": "full"},
     {"causal": False, "accumulate": 1, "clip": 0.2, "recompute": "selective", "length": 11},
     {"causal": True, "accumulate": 1, "clip": 0.2, "recompute": "full", "precision": "bf16-mixed"},
+    {"causal": True, "accumulate": 1, "clip": 0.2, "precision": "bf16-true"},
 ]
 
 

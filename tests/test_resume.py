@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lightning as L
@@ -10,9 +11,10 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from lightning_ep import CausalLM, ExpertParallelStrategy
+from lightning_ep import CausalLM, ExpertParallelStrategy, ParallelLayout
 from lightning_ep.checkpoint.errors import CheckpointError
 from lightning_ep.checkpoint.training import files
+from lightning_ep.checkpoint.training.state import place_ranks
 from lightning_ep.data import TextDataModule
 from tests.distributed import run_ranks
 from tests.reference import tiny_config
@@ -206,3 +208,26 @@ def _newer(root: Path) -> None:
 
 def test_a_newer_format_is_refused(tmp_path: Path) -> None:
     run_ranks(2, _newer, tmp_path, init_process_group=False)
+
+
+def test_ranks_that_share_batches_take_the_position_of_their_data_rank() -> None:
+    trainer: Any = SimpleNamespace(datamodule=None)
+    ranks = [{"loops": {"sample": sample}, "datamodule": None, "random": sample} for sample in (3, 7)]
+
+    def placed(layout: ParallelLayout) -> list[tuple[Any, Any]]:
+        found = []
+        for rank in range(layout.world_size):
+            metadata: dict[str, Any] = {"lightning_ep": {"layout": {"data_world_size": 2}}}
+            random = place_ranks(metadata, ranks, trainer, rank, layout)
+            found.append((metadata["loops"]["sample"], random))
+        return found
+
+    assert placed(ParallelLayout(2, 2)) == [(3, 3), (7, 7)]
+    with pytest.warns(UserWarning, match=r"saved by 2 ranks.*resumed on 4, 2 with different data.*start anew\.$"):
+        assert placed(ParallelLayout(4, 4, tp=2)) == [(3, None), (3, None), (7, None), (7, None)]
+    with pytest.raises(CheckpointError, match="position of rank 1 differs"):
+        placed(ParallelLayout(4, 4))
+    ranks = [rank for rank in ranks for _ in range(2)]  # saved by two peers each
+    assert placed(ParallelLayout(4, 4, cp=2)) == [(3, 3), (3, 3), (7, 7), (7, 7)]
+    with pytest.warns(UserWarning, match="saved by 4 ranks"):
+        assert placed(ParallelLayout(2, 2)) == [(3, None), (7, None)]

@@ -71,7 +71,7 @@ def shard_sequence(
 
     ``model(**shard_sequence(batch, mesh)).loss`` is a loss whose mean over the ranks of the mesh is the loss of the
     whole batch. Of ``B`` sequences of ``S`` tokens, each of the ``cp`` ranks gets ``L = ceil(S / cp)`` consecutive
-    ones; the last ranks' pieces are padded, and what is added counts in no loss.
+    ones; the last ranks' pieces are padded, and what is added counts in no token loss.
 
     What comes back, beside what the batch holds:
 

@@ -161,8 +161,8 @@ class Checkpoints:
             if self.ranks.rank == 0:
                 files.delete(target.staged)
             raise CheckpointError(
-                f"The checkpoint {target.final} could not be saved: {error}. It takes {_size(target.needed)} and "
-                f"{_size(target.free)} were free in {target.final.parent}. The state of the training and earlier "
+                f"The checkpoint {target.final} could not be saved: {error}. It takes at most {_size(target.needed)} "
+                f"and {_size(target.free)} were free in {target.final.parent}. The state of the training and earlier "
                 "checkpoints are as they were: make room (fewer checkpoints, save_top_k), or save elsewhere."
             ) from error
         self._newest = target.final

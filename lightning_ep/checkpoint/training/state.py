@@ -136,17 +136,20 @@ def place_ranks(
 ) -> dict[str, Any] | None:
     """Puts this rank's position in the data into ``metadata``; returns its random state, if it has one here.
 
-    On the same number of data ranks each takes its own. On another number a position that is the same on every rank
-    counts samples of the whole job and is kept; Lightning's count of batches is scaled to this run's data ranks.
+    On the same number of data ranks each takes its own, and its random state if the ranks are as many, too. On another
+    number a position that is the same on every rank counts samples of the whole job and is kept; Lightning's count of
+    batches is scaled to this run's data ranks.
 
     Raises:
         CheckpointError: If the positions differ.
     """
     saved = metadata[HEADER]["layout"]
     key = datamodule_key(trainer)
-    same = saved["data_world_size"] == layout.data_world_size and len(ranks) == layout.world_size
-    entry = ranks[rank] if same else ranks[0]
-    if not same:
+    same_data = saved["data_world_size"] == layout.data_world_size
+    same = same_data and len(ranks) == layout.world_size
+    sharing = len(ranks) // saved["data_world_size"]  # ranks that saved the same batches
+    entry = ranks[rank] if same else ranks[layout.data_rank(rank) * sharing if same_data else 0]
+    if not same_data:
         for other, state in enumerate(ranks):
             if not equal(state["loops"], entry["loops"]) or not equal(state["datamodule"], entry["datamodule"]):
                 raise CheckpointError(
@@ -160,10 +163,11 @@ def place_ranks(
     if key is not None and entry["datamodule"] is not None:
         metadata[key] = entry["datamodule"]
     if not same:
+        batches = "" if same_data else ", and equal global batches need batch_size to be scaled"
         rank_zero_warn(
-            f"The checkpoint was saved by {saved['data_world_size']} data ranks and is resumed on "
-            f"{layout.data_world_size}: random generators (dropout) start anew, and equal global batches need "
-            "batch_size to be scaled."
+            f"The checkpoint was saved by {len(ranks)} ranks, {saved['data_world_size']} of them with different data, "
+            f"and is resumed on {layout.world_size}, {layout.data_world_size} with different data: random generators "
+            f"(dropout) start anew{batches}."
         )
     return entry["random"] if same else None
 
