@@ -209,10 +209,14 @@ def _group_options(device_type: str, urgent: bool) -> tuple[str, Any] | None:
     import torch
     import torch.distributed as dist
 
-    backend = dist.get_backend()
+    if dist.get_backend() == "fake":
+        return None
+    # The device's own: a group may have one for CPUs and one for GPUs.
+    default = dist.distributed_c10d._get_default_group()._get_backend(torch.device(device_type))
+    backend = default.name()
     if backend not in ("nccl", "gloo"):
         return None
-    timeout = dist.distributed_c10d._get_default_group()._get_backend(torch.device(device_type)).options._timeout
+    timeout = default.options._timeout
     if backend == "gloo":
         return backend, torch._C._distributed_c10d.Backend.Options(backend, timeout)
     options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=urgent)

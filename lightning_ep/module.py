@@ -231,6 +231,12 @@ class CausalLM(LightningModule):
         self.log(f"{stage}/perplexity", mean.exp(), sync_dist=True)
 
     @override
+    def on_train_start(self) -> None:
+        # What a fit left that ended inside an accumulation window.
+        self._window = None
+        self._shown_loss = Lagged()
+
+    @override
     def on_validation_epoch_start(self) -> None:
         self._evaluation = None  # what an evaluation left that did not reach its end
 

@@ -287,6 +287,18 @@ def set_gradient_sync(module: nn.Module, enabled: bool) -> None:
             child.set_requires_all_reduce(enabled, recurse=False)
 
 
+def forget_gradients(module: nn.Module) -> None:
+    """Drops what groups have kept of an accumulation window that never ended; ``zero_grad`` does not reach it."""
+    for child in module.modules():
+        group = child._get_fsdp_state()._fsdp_param_group if isinstance(child, FSDPModule) else None
+        if group is not None:
+            group._partial_reduce_output = None
+            for param in group.fsdp_params:
+                param.unsharded_accumulated_grad = None
+                if (unsharded := getattr(param, "_unsharded_param", None)) is not None:
+                    unsharded.grad = None
+
+
 def _fsdp_size(experts: nn.Module) -> int:
     param = next(experts.parameters())
     mesh = param.device_mesh if isinstance(param, DTensor) else None

@@ -161,6 +161,7 @@ class _Call:
         outputs: What it returned, with `_Output` in place of tensors.
         noted: All of these.
         saved_before: Tensors that the layer had saved when it returned.
+        random: State of the random generator after it, if it drew numbers.
     """
 
     module: nn.Module
@@ -168,6 +169,7 @@ class _Call:
     outputs: Any = None
     noted: list[_Output] = field(default_factory=list)
     saved_before: int = 0
+    random: Tensor | None = None
 
     def note(self, tensor: Tensor) -> _Output:
         self.noted.append(_Output.of(tensor))
@@ -192,6 +194,8 @@ class _Recording:
         _active.reset(self._token)
         self._hooks.__exit__()
         del self._hooks  # a circle of references would keep the layer's input until Python looks for circles
+        if exception[0] is not None:
+            return
         for call in self._calls:
             for output in call.noted:
                 if call.saved_before < self._num_saved:
@@ -213,6 +217,8 @@ class _Recording:
         call = _Call(module)
         self._calls.append(call)
         source = [_first_tensor(args, kwargs)]
+        version, generator = source[0]._version, _generator(source[0].device)
+        random = generator.get_state()
 
         def pack(tensor: Tensor) -> Any:
             if not _is_copy(tensor, source[0]):
@@ -222,6 +228,13 @@ class _Recording:
 
         with saved_tensors_hooks(pack, _unpack):
             outputs = module._call_impl(*args, **kwargs)
+        if source[0]._version != version:
+            raise RuntimeError(
+                f"{type(module).__name__} modified its input in place, which activation_checkpointing cannot do a "
+                "second time. Change the model to modify a copy, or use activation_checkpointing='none'."
+            )
+        if not torch.equal(now := generator.get_state(), random):
+            call.random = now
         source.clear()  # the graph keeps its hooks, and they would keep the tensor
         call.outputs = _map(call.note, Tensor, outputs)
         call.saved_before = self._num_saved
@@ -252,7 +265,13 @@ class _Replay:
         hidden = _first_tensor(args, kwargs)
         for _ in range(call.left):
             self._checkpoint_pack(hidden)  # ends the second run when it was the last tensor asked for
+        if call.random is not None:
+            _generator(hidden.device).set_state(call.random)
         return _map(_Output.again, _Output, call.outputs)
+
+
+def _generator(device: torch.device) -> torch.Generator:
+    return torch.cuda.default_generators[device.index] if device.type == "cuda" else torch.default_generator
 
 
 _active: ContextVar[_Recording | _Replay | None] = ContextVar("lightning_ep_checkpoint", default=None)

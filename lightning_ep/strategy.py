@@ -39,7 +39,7 @@ from lightning_ep.dispatch import Progress
 from lightning_ep.initialize import has_meta_tensors, materialize
 from lightning_ep.layout import Meshes, ParallelLayout
 from lightning_ep.lockstep import lockstep, share_samples
-from lightning_ep.parallelize import is_parallelized, set_gradient_sync, shard
+from lightning_ep.parallelize import forget_gradients, is_parallelized, set_gradient_sync, shard
 from lightning_ep.plan import DispatcherName, expert_plan
 from lightning_ep.precision import ShardedPrecision, clip_grad_norm_
 from lightning_ep.recompute import ActivationCheckpointing, check_mode
@@ -278,6 +278,7 @@ class ExpertParallelStrategy(ModelParallelStrategy):
         self.model_to_device()
         self.barrier()
         if trainer.state.fn == TrainerFn.FITTING:
+            forget_gradients(module)
             self.setup_optimizers(trainer)
             refuse_optimizers(self.optimizers)
         self.setup_precision_plugin()

@@ -259,6 +259,12 @@ def test_throughput_counts_distinct_tokens_of_all_data_ranks_per_second(monkeypa
     # the wait for data between two steps counts
     values = drive(callback, clock, trainer, 100, wait=1, compute=2)
     assert values["tokens/s"] == (pytest.approx(400 / 4), True)
+    # a step in which a callback before this one saves a checkpoint does not count
+    module: Any = Logged(values={}, device=torch.device("cpu"))
+    callback.on_train_batch_start(trainer, module, None, 0)
+    callback.on_save_checkpoint(trainer, module, {})
+    callback.on_train_batch_end(trainer, module, None, {}, 0)
+    assert module.values == {}
     assert values["tokens/s/device"] == (pytest.approx(400 / 4 / 4), False)
     # validation and checkpoints do not
     for interruption in (

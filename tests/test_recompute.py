@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -221,6 +221,18 @@ def _hook(function: Callable[[Tensor], Tensor]) -> Change:
     return change
 
 
+def _draw(*_: Any) -> None:
+    torch.rand(3, device=device())
+
+
+def _stochastic(model: PreTrainedModel) -> None:
+    """Routers that draw random numbers, and layers that draw more of them after their routing."""
+    for name, module in model.named_modules():
+        if name.endswith(".gate"):
+            module.register_forward_hook(_draw)
+    _hook(lambda out: torch.nn.functional.dropout(out, 0.3) * out.sigmoid())(model)
+
+
 def _special_cases() -> list[str]:
     cases: dict[str, dict[str, Any]] = {
         "frozen experts": {"change": _freeze("experts")},
@@ -229,6 +241,7 @@ def _special_cases() -> list[str]:
         "all frozen but the head": {"change": _freeze("embed_tokens", "layers", "norm")},
         "experts alone": {"change": _freeze("embed_tokens", "attn", "norm", "gate.", "lm_head")},
         "dropout": {"attention_dropout": 0.3},
+        "routers that draw": {"change": _stochastic},
         "loss on router logits": {"output_router_logits": True},
         "bf16": {"policy": BF16},
         "layers that save the experts' output": {"change": _hook(lambda out: out * out.sigmoid())},
@@ -255,9 +268,21 @@ def _modified_in_place() -> None:
     for mode in MODES[1:]:
         with refused("modified in place", "'none'"):
             _train("qwen3_moe", 1, mode, _hook(lambda out: out.mul_(2).sigmoid()))
+        with refused("modified its input in place", "'none'"):
+            _train("qwen3_moe", 1, mode, _jitter)
 
 
-def test_outputs_that_were_modified_in_place_are_not_returned_again() -> None:
+def _scale_input(module: nn.Module, args: Any) -> None:
+    args[0].mul_(1.01)
+
+
+def _jitter(model: PreTrainedModel) -> None:
+    for name, module in model.named_modules():
+        if name.endswith(".gate"):
+            module.register_forward_pre_hook(_scale_input)
+
+
+def test_what_was_modified_in_place_is_not_used_again() -> None:
     run_ranks(1, _modified_in_place)
 
 

@@ -13,8 +13,8 @@ from lightning.pytorch import callbacks as builtin
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 
-from lightning_ep import ExpertParallelStrategy
-from tests.reference import tiny_model
+from lightning_ep import CausalLM, ExpertParallelStrategy
+from tests.reference import batches, tiny_config, tiny_model
 from tests.rows import STEPS, RowFailures, Rows, agreed, check, fit, refused, whole
 from tests.tiny import SMALL, Samples, TinyModule, loader, mean_loss, quiet
 
@@ -61,6 +61,37 @@ def process_groups_do_not_leak(root: Path) -> None:
         trainer.validate(module, loader(4), verbose=False)
         trainer.fit(module, loader())
     assert len(dist.distributed_c10d._world.pg_map) == groups
+
+
+@row()
+def fit_after_a_fit_that_ended_inside_an_accumulation_window(root: Path) -> None:
+    class Stop(L.Callback):
+        def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+            trainer.should_stop = True
+
+    class Grab(L.Callback):
+        def on_before_optimizer_step(self, trainer: L.Trainer, module: Any, optimizer: Any) -> None:
+            self.grads = {name: whole(param.grad) for name, param in module.named_parameters()}
+
+    def causal() -> L.LightningModule:
+        config = tiny_config(**SMALL)
+        return CausalLM(config, pretrained=False, optimizer=lambda params: torch.optim.SGD(params, lr=0.0))
+
+    def gradients(module: L.LightningModule, accumulate: int) -> dict[str, Any]:
+        grab = Grab()
+        data = DataLoader(batches(4, 2, seed=5), batch_size=None)
+        quiet(root, max_steps=1, accumulate_grad_batches=accumulate, callbacks=[grab]).fit(module, data)
+        return grab.grads
+
+    for accumulate in (1, 2):
+        L.seed_everything(1, verbose=False)
+        expected = gradients(causal(), accumulate)
+        module = causal()
+        stopped = quiet(root, max_steps=9, accumulate_grad_batches=2, callbacks=[Stop()])
+        stopped.fit(module, DataLoader(batches(4, 2), batch_size=None))
+        assert stopped.global_step == 0
+        found = gradients(module, accumulate)
+        assert all(torch.equal(found[name], grad) for name, grad in expected.items()), accumulate
 
 
 @row()

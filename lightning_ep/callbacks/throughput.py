@@ -57,7 +57,8 @@ class Throughput(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         now = time.perf_counter()
-        assert self._since is not None
+        if self._since is None:
+            return  # a checkpoint was saved since the step began, by a callback before this one
         _, data_world_size = data_ranks(trainer)
         self._steps.append((batch["input_ids"].numel() * data_world_size, now - self._since))
         self._since = now
