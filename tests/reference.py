@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.models.qwen3_moe import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 VOCAB = 128
@@ -43,6 +44,19 @@ def tiny_model(seed: int = 0, **overrides: Any) -> Qwen3MoeForCausalLM:
                     param.normal_(std=1.0)
                 elif "norm" not in name:
                     param.mul_(5.0)
+    model.set_experts_implementation("eager")
+    return model
+
+
+def family_model(family: str, config: dict[str, Any], attention: str = "eager", std: float = 0.1) -> PreTrainedModel:
+    """A causal language model of any family, with equal random weights wherever it is built and eager experts."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **config), attn_implementation=attention)
+        with torch.no_grad():
+            for name, param in model.named_parameters():
+                if "norm" not in name:
+                    param.normal_(std=std)
     model.set_experts_implementation("eager")
     return model
 

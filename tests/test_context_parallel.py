@@ -31,7 +31,7 @@ from lightning_ep.parallelize import is_parallelized
 from tests.distributed import accelerator, device, run_ranks
 from tests.documents import PACKED, PADDED, SHAPES, documents_error, varlen_by_loops
 from tests.parity import SeededCausalLM, compare_with_one_process
-from tests.reference import VOCAB, grad_or_zero, relative_error, tiny_config, tiny_model
+from tests.reference import VOCAB, family_model, grad_or_zero, relative_error, tiny_config, tiny_model
 from tests.tiny import TinyModule, loader, quiet
 
 ON_GPU = accelerator() == "cuda"
@@ -53,16 +53,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
 
 
 def _family(name: str, attention: str, **overrides: Any) -> PreTrainedModel:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        config = AutoConfig.for_model(name, **{**SIZES, **FAMILIES.get(name, {}), **overrides})
-        model = AutoModelForCausalLM.from_config(config, attn_implementation=attention)
-        with torch.no_grad():
-            for param_name, param in model.named_parameters():
-                if "norm" not in param_name:
-                    param.normal_(std=0.3)
-    model.set_experts_implementation("eager")
-    return model
+    return family_model(name, {**SIZES, **FAMILIES.get(name, {}), **overrides}, attention, std=0.3)
 
 
 def _qwen(attention: str) -> PreTrainedModel:

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from lightning_ep import ParallelLayout, expert_plan, parallelize
 from lightning_ep.dispatch import LocalDispatcher
@@ -18,7 +18,7 @@ from lightning_ep.ops.fused_experts import FusedExperts
 from lightning_ep.plan import ExpertParallel
 from lightning_ep.transformers_adapter import experts_modules, why_not_fused
 from tests.distributed import device, run_ranks
-from tests.reference import batches, relative_error
+from tests.reference import batches, family_model, relative_error
 
 SIZES: dict[str, Any] = {
     "vocab_size": 128, "hidden_size": 32, "intermediate_size": 16, "moe_intermediate_size": 16, "num_hidden_layers": 2,
@@ -35,16 +35,7 @@ REASONS = {"gpt_oss": "its experts have biases"}
 
 
 def _model(family: str) -> PreTrainedModel:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        config = AutoConfig.for_model(family, **SIZES, **FAMILIES[family])
-        model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
-        with torch.no_grad():
-            for name, param in model.named_parameters():
-                if "norm" not in name:
-                    param.normal_(std=0.1)
-    model.set_experts_implementation("eager")
-    return model
+    return family_model(family, {**SIZES, **FAMILIES[family]})
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import parallelize_module
-from transformers import AutoConfig, AutoModelForCausalLM, BatchEncoding, PreTrainedModel
+from transformers import BatchEncoding, PreTrainedModel
 
 from lightning_ep import ExpertParallelStrategy, ParallelLayout, parallelize
 from lightning_ep.callbacks import GenerateSamples
@@ -23,7 +23,7 @@ from lightning_ep.tensor_parallel import tensor_plan
 from lightning_ep.tensor_parallel.vocabulary import VocabularyHead, head_cross_entropy
 from tests.distributed import device, run_ranks
 from tests.parity import compare_with_one_process
-from tests.reference import batches, relative_error, tiny_model
+from tests.reference import batches, family_model, relative_error, tiny_model
 from tests.tiny import TinyModule, loader, quiet
 
 MODELS = [
@@ -68,16 +68,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
 
 
 def _family(family: str, **overrides: Any) -> PreTrainedModel:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        config = AutoConfig.for_model(family, **{**SIZES, **FAMILIES.get(family, {}), **overrides})
-        model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
-        with torch.no_grad():
-            for name, param in model.named_parameters():
-                if "norm" not in name:
-                    param.normal_(std=0.1)
-    model.set_experts_implementation("eager")
-    return model
+    return family_model(family, {**SIZES, **FAMILIES.get(family, {}), **overrides})
 
 
 def _layout(ep: int, tp: int) -> ParallelLayout:

@@ -34,7 +34,7 @@ def check(model: PreTrainedModel, layout: ParallelLayout) -> None:
             f"cp={layout.cp} cannot serve {type(model).__name__} ({model.config.model_type!r}): {reason}. Use cp=1; "
             "ep, fsdp and replicate have no such rule."
         )
-    heads = model.config.num_attention_heads
+    heads, _ = adapter.attention_heads(model)
     if heads % (layout.tp * layout.cp) != 0:
         both = (layout.tp * cp for cp in range(1, layout.cp + 1))
         fits = [size // layout.tp for size in both if heads % size == 0 and layout.shards % size == 0]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch.nn.functional as F
@@ -106,6 +108,16 @@ class _Arguments:
         return (*args[:index], hidden, *args[index + 1 :]), kwargs
 
 
+def _replace_hidden(module: nn.Module, function: Callable[[Tensor], Tensor]) -> None:
+    """Lets ``module`` see a function of its hidden states."""
+    arguments = _Arguments(module)
+
+    def replace(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return arguments.with_hidden(function(arguments.get(arguments.hidden, args, kwargs)), args, kwargs)
+
+    module.register_forward_pre_hook(replace, with_kwargs=True)
+
+
 class WholeSequence(ParallelStyle):
     """Around attention: its input is gathered from the ranks' shares of every sequence; its `Rowwise` splits again."""
 
@@ -133,14 +145,7 @@ class WholeRows(ParallelStyle):
 
     @override
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
-        group, arguments = TensorGroup.of(device_mesh), _Arguments(module)
-
-        def gather(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            return arguments.with_hidden(
-                gather_rows(arguments.get(arguments.hidden, args, kwargs), group), args, kwargs
-            )
-
-        module.register_forward_pre_hook(gather, with_kwargs=True)
+        _replace_hidden(module, partial(gather_rows, group=TensorGroup.of(device_mesh)))
         return module
 
 
@@ -149,14 +154,7 @@ class SplitInput(ParallelStyle):
 
     @override
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
-        group, arguments = TensorGroup.of(device_mesh), _Arguments(module)
-
-        def split(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            return arguments.with_hidden(
-                split_sequence(arguments.get(arguments.hidden, args, kwargs), group), args, kwargs
-            )
-
-        module.register_forward_pre_hook(split, with_kwargs=True)
+        _replace_hidden(module, partial(split_sequence, group=TensorGroup.of(device_mesh)))
         return module
 
 
