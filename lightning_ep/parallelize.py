@@ -159,7 +159,8 @@ def check_recompute(module: nn.Module, plan: Iterable[str], mode: ActivationChec
     if mode == "none":
         return
     layers = [layer for model in models for layer in adapter.decoder_layers(model)]
-    routed = {child for layer in layers if adapter.routers(layer, models) for child in layer.modules()}
+    routers = adapter.routers(models)
+    routed = {child for layer in layers if routers & set(layer.modules()) for child in layer.modules()}
     for name in plan:
         if module.get_submodule(name) not in routed:
             raise ValueError(
@@ -171,10 +172,11 @@ def check_recompute(module: nn.Module, plan: Iterable[str], mode: ActivationChec
 def _wrap_layers(model: PreTrainedModel, mode: ActivationCheckpointing, compile: bool) -> None:
     """Compiles and checkpoints decoder layers, one by one: one compilation serves all, FSDP's hooks stay outside."""
     adapter.refuse_own_checkpointing(model, _NOT_TRANSFORMERS_OWN)
+    routers = adapter.routers([model]) if mode != "none" else set()
     for layer in adapter.decoder_layers(model):
         if mode != "none":
             experts = [child for child in layer.modules() if adapter.is_parallel_experts(child)]
-            checkpoint_layer(layer, adapter.routers(layer, [model]), experts, mode, compile)
+            checkpoint_layer(layer, [child for child in layer.modules() if child in routers], experts, mode, compile)
         elif compile:
             # Its forward only: `layer.compile()` would compile around FSDP's hooks, in more pieces.
             layer.forward = torch.compile(layer.forward)

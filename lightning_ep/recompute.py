@@ -100,7 +100,7 @@ def _without_cache(kwargs: Mapping[str, Any]) -> dict[str, Any]:
             "past_key_values that hold tokens cannot be combined with activation_checkpointing: recomputed layers "
             "would add theirs a second time. Use activation_checkpointing='none', or no cache."
         )
-    return {**kwargs, **{name: None for name in ("past_key_values",) if name in kwargs}}
+    return {name: None if name == "past_key_values" else value for name, value in kwargs.items()}
 
 
 def left_to_checkpoint(hidden: Tensor) -> Later | None:

@@ -98,14 +98,15 @@ def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
     return [child for child in model.modules() if type(child).__name__ in names]
 
 
-def routers(layer: nn.Module, models: Iterable[PreTrainedModel]) -> list[nn.Module]:
-    """The routers in a decoder layer of ``models``: what they declare to give router logits, if it has no experts."""
+def routers(models: Iterable[PreTrainedModel]) -> set[nn.Module]:
+    """The routers of ``models``: what they declare to give router logits, if it has no experts."""
     models = list(models)
     inner = [child for model in models for child in model.modules() if isinstance(child, PreTrainedModel)]
     recorders = [(child._can_record_outputs or {}).get("router_logits") for child in inner]
     classes = tuple({getattr(recorder, "target_class", recorder) for recorder in recorders if recorder is not None})
     experts = {child for model in models for child in experts_modules(model).values()}
-    return [child for child in layer.modules() if isinstance(child, classes) and not experts & set(child.modules())]
+    declared = {child for model in models for child in model.modules() if isinstance(child, classes)}
+    return {child for child in declared if not experts & set(child.modules())}
 
 
 def refuse_own_checkpointing(model: PreTrainedModel, reason: str) -> None:
