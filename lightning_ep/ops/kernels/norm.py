@@ -1,0 +1,31 @@
+"""The sum of squares of a tensor at the speed of memory, in a fixed order. Twin: `ops.norm.sum_of_squares_twin`."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+_BLOCK = 4096
+_PROGRAMS_PER_SM = 8
+
+
+@triton.jit
+def _sum_of_squares_kernel(x, sums, num_elements, BLOCK: tl.constexpr):
+    step = tl.num_programs(0).to(tl.int64) * BLOCK
+    cols = tl.arange(0, BLOCK)
+    total = tl.zeros((BLOCK,), tl.float32)
+    for start in range(tl.program_id(0).to(tl.int64) * BLOCK, num_elements, step):
+        values = tl.load(x + start + cols, mask=start + cols < num_elements, other=0.0).to(tl.float32)
+        total += values * values
+    tl.store(sums + tl.program_id(0), tl.sum(total, axis=0))
+
+
+def sum_of_squares(tensor: Tensor) -> Tensor:
+    """See `lightning_ep.ops.norm.sum_of_squares`; for one contiguous tensor."""
+    sms = torch.cuda.get_device_properties(tensor.device).multi_processor_count if tensor.is_cuda else 1
+    programs = min(triton.cdiv(tensor.numel(), _BLOCK), sms * _PROGRAMS_PER_SM)
+    sums = torch.empty(programs, dtype=torch.float32, device=tensor.device)
+    _sum_of_squares_kernel[(programs,)](tensor, sums, tensor.numel(), _BLOCK, num_warps=8)
+    return sums.double().sum()
