@@ -297,10 +297,10 @@ def test_adamw_of_bf16_weights_and_moments() -> None:
 def test_sum_of_squares(size: int, dtype: torch.dtype) -> None:
     from lightning_ep.ops.kernels import norm as kernel
 
-    x = torch.randn(size, device=DEVICE).to(dtype)
-    found, again = kernel.sum_of_squares(x), kernel.sum_of_squares(x)
-    assert found.dtype == torch.float64
+    tensors = [torch.randn(n, device=DEVICE).to(dtype) for n in (size, 3)]
+    found, again = kernel.sums_of_squares(tensors), kernel.sums_of_squares(tensors)
     assert torch.equal(found, again)
-    assert relative_error(found, x.double().square().sum()) < 1e-6
-    x[-1] = float("nan")
-    assert kernel.sum_of_squares(x).isnan()
+    expected = sum(x.double().square().sum() for x in tensors)
+    assert relative_error(found.double().sum(), expected) < 1e-6
+    tensors[0][-1] = float("nan")
+    assert kernel.sums_of_squares(tensors).sum().isnan()

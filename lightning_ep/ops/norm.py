@@ -23,11 +23,11 @@ def sum_of_squares(tensors: Sequence[Tensor]) -> Tensor:
     """
     large = [t for t in tensors if kernels.runs_on(t) and t.numel() >= _LARGE and t.is_contiguous()]
     skipped = {id(tensor) for tensor in large}
-    sums = []
+    sums: list[Tensor] = []
     if large:
         from lightning_ep.ops.kernels import norm as triton_norm
 
-        sums = [triton_norm.sum_of_squares(tensor) for tensor in large]
+        sums.append(triton_norm.sums_of_squares(large).double().sum())
     if rest := [tensor for tensor in tensors if id(tensor) not in skipped]:
         sums.append(sum_of_squares_twin(rest))
     return torch.stack(sums).sum()

@@ -1,6 +1,8 @@
-"""The sum of squares of a tensor at the speed of memory, in a fixed order. Twin: `ops.norm.sum_of_squares_twin`."""
+"""Sums of squares at the speed of memory, in a fixed order. Twin: `ops.norm.sum_of_squares_twin`."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 import triton
@@ -22,10 +24,12 @@ def _sum_of_squares_kernel(x, sums, num_elements, BLOCK: tl.constexpr):
     tl.store(sums + tl.program_id(0), tl.sum(total, axis=0))
 
 
-def sum_of_squares(tensor: Tensor) -> Tensor:
-    """See `lightning_ep.ops.norm.sum_of_squares`; for one contiguous tensor."""
-    sms = torch.cuda.get_device_properties(tensor.device).multi_processor_count if tensor.is_cuda else 1
-    programs = min(triton.cdiv(tensor.numel(), _BLOCK), sms * _PROGRAMS_PER_SM)
-    sums = torch.empty(programs, dtype=torch.float32, device=tensor.device)
-    _sum_of_squares_kernel[(programs,)](tensor, sums, tensor.numel(), _BLOCK, num_warps=8)
-    return sums.double().sum()
+def sums_of_squares(tensors: Sequence[Tensor]) -> Tensor:
+    """fp32 ``[n]``, whose sum is that of the squares of all elements of contiguous tensors on one device."""
+    device = tensors[0].device
+    sms = torch.cuda.get_device_properties(device).multi_processor_count if tensors[0].is_cuda else 1
+    programs = sms * _PROGRAMS_PER_SM
+    sums = torch.empty(len(tensors), programs, dtype=torch.float32, device=device)
+    for tensor, row in zip(tensors, sums, strict=True):
+        _sum_of_squares_kernel[(programs,)](tensor, row, tensor.numel(), _BLOCK, num_warps=8)
+    return sums.flatten()
