@@ -58,9 +58,9 @@ _TOKENS, _SEQUENCE = 16_384, 4_096
 _COMPUTE_MS = {"attention projections": 2.9, "attention core": 4.0, "expert GEMMs": 6.0}
 _MEMORY_MS = {"glue": 1.7, "norms and rotary": 1.0}
 _EXCHANGE_MS, _HOPS = 0.8, 4  # at ep=2: dispatch and combine, forward and backward
-_CASTS_MS = 0.9
 _HEAD_AND_LOSS_MS = 55.0
-_ADAMW_MS, _ADAMW_LAYERS, _ADAMW_RANKS = 32.0, 12, 2
+# Passes over weights reach this share of the bandwidth (AdamW, norms and casts on an H200 and an H100: 0.8 to 0.9).
+_OF_BANDWIDTH = 0.85
 
 # The forward's share of forward and backward: one of three GEMMs and passes, two of seven products of attention.
 _FORWARD = dict.fromkeys((*_COMPUTE_MS, *_MEMORY_MS), 1 / 3) | {"attention core": 2 / 7}
@@ -81,9 +81,9 @@ def estimate_ms(cell: Cell, device_name: str) -> dict[str, float] | None:
     """The budget of DESIGN section 7 for one step of ours, scaled to this cell, by part, in GPU milliseconds.
 
     Compute scales with tokens (the attention core with the sequence too), what is bound by memory also with the
-    device's bandwidth, casts and AdamW with parameters per rank (AdamW on bf16 states moves half the bytes). Beyond the
-    budget: recompute, clipping (three passes over the gradients), rows to more than two ranks, and FSDP around the
-    experts. Exchanges are counted as if nothing hid them. It knows no fixed costs of small shapes and no skew.
+    device's bandwidth, passes over weights with the bytes that they move. Beyond the budget: recompute, clipping, rows
+    to more than two ranks, and FSDP around the experts. Exchanges are counted as if nothing hid them. It knows no fixed
+    costs of small shapes and no skew.
 
     Returns:
         None for peers, other widths and unknown devices.
@@ -92,9 +92,6 @@ def estimate_ms(cell: Cell, device_name: str) -> dict[str, float] | None:
     if kind is None or cell.sizes != "qwen3-30b-a3b" or not cell.ours or cell.task != "train":
         return None
     tokens, slower = cell.tokens / _TOKENS, BANDWIDTH["H200"] / BANDWIDTH[kind]
-    share = num_parameters(cell.widths, cell.layers) / cell.ranks
-    reference = num_parameters(cell.widths, _ADAMW_LAYERS) / _ADAMW_RANKS
-    mixed = cell.precision == "bf16-mixed"
     layer = {name: tokens * ms for name, ms in _COMPUTE_MS.items()}
     layer["attention core"] *= (cell.sequence + 1) / (_SEQUENCE + 1)
     layer |= {name: tokens * slower * ms for name, ms in _MEMORY_MS.items()}
@@ -106,11 +103,35 @@ def estimate_ms(cell: Cell, device_name: str) -> dict[str, float] | None:
     parts["dispatch and combine"] = cell.layers * exchange
     parts["recompute"] = cell.layers * (again + (exchange / _HOPS if cell.recompute == "full" else 0.0))
     parts["FSDP of experts"] = cell.layers * _expert_fsdp_ms(cell, BANDWIDTH[kind], forward, backward)
-    parts["casts"] = _ADAMW_LAYERS * _CASTS_MS * slower * share / reference if mixed else 0.0
     parts["head and loss"] = tokens * _HEAD_AND_LOSS_MS
-    parts["AdamW"] = _ADAMW_MS * slower * share / reference * (1.0 if mixed else 0.5)
-    parts["clipping"] = 3 * (4 if mixed else 2) * share / BANDWIDTH[kind] * 1e3
+    for name, moved in _bytes_of_weights(cell).items():
+        parts[name] = moved / (_OF_BANDWIDTH * BANDWIDTH[kind]) * 1e3
     return parts
+
+
+def experts_alone(cell: Cell) -> bool:
+    """Whether no FSDP reduces the experts' gradients: with fp32 masters they stay in bf16 until AdamW reads them."""
+    return cell.ours and cell.ranks == cell.ep and cell.precision == "bf16-mixed"
+
+
+def local_parameters(cell: Cell) -> tuple[float, float]:
+    """Parameters of a rank: of experts, and all others."""
+    experts = cell.layers * expert_parameters(cell.widths) / cell.ranks
+    return experts, num_parameters(cell.widths, cell.layers) / cell.ranks - experts
+
+
+def _bytes_of_weights(cell: Cell) -> dict[str, float]:
+    """What the passes over a rank's weights read and write in a step. Experts are cast twice if copies do not fit."""
+    experts, others = local_parameters(cell)
+    each = 2 if cell.precision == "bf16-true" else 4
+    gradient = 2 if experts_alone(cell) else each
+    moved = {
+        "AdamW": experts * (6 * each + gradient) + others * 7 * each,  # weight and moments in and out, gradient in
+        "norm": experts * gradient + others * each,
+    }
+    if cell.precision == "bf16-mixed":
+        moved["casts"] = (4 + 2) * ((2 if experts_alone(cell) else 1) * experts + others)
+    return moved
 
 
 def host_ms(cell: Cell) -> float | None:

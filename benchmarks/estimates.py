@@ -11,6 +11,7 @@ _GIB = 2**30
 # allocator's fragments (3 to 4 GiB reserved beyond the peak on one H200).
 CAPACITY_GIB = {"H100": 79.0, "H200": 139.0}
 _BESIDE_GIB = 4.0
+_SPARE = 0.1  # of it beside kept copies
 
 # Kept per token and layer, KiB, from runs on one H200 (6 layers, 4 x 4096): what `full` keeps is the layer's input (4)
 # and the routing, and what `none` keeps beyond `selective` are the attention and the norms.
@@ -31,22 +32,26 @@ def estimates(cell: Cell, device_name: str) -> dict[str, float | None]:
         return {f"estimate_{what}_s": gb / rate if known else None for what, rate in _DISK_GB_PER_S.items()}
     return {
         "estimate_tokens_per_second": costs.estimate_tokens_per_second(cell, device_name),
-        "estimate_peak_gib": peak_gib(cell),
+        "estimate_peak_gib": peak_gib(cell, device_name),
     }
 
 
-def peak_gib(cell: Cell) -> float | None:
+def peak_gib(cell: Cell, device_name: str) -> float | None:
     """Largest allocation of a rank, at the end of forward: state, activations of all layers, and loss or last layer.
 
-    Gradients of the step before are there until backward starts, as Lightning has it. The router is balanced.
+    Gradients of the step before are there until backward starts, as Lightning has it. The router is balanced. Copies of
+    the experts' weights are kept by the rule of `lightning_ep.masters`.
 
     Returns:
-        None for peers, other widths and CPUs.
+        None for peers, other widths, CPUs and unknown devices.
     """
-    if cell.device != "cuda" or cell.sizes != "qwen3-30b-a3b" or not cell.ours or cell.task != "train":
+    limit = limit_gib(cell, device_name)
+    if cell.device != "cuda" or cell.sizes != "qwen3-30b-a3b" or not cell.ours or cell.task != "train" or limit is None:
         return None
     parts = (_state(cell), cell.layers * cell.tokens * _kept_kib(cell) * 2**10, max(_loss(cell), _layer_at_work(cell)))
-    return sum(parts) / _GIB
+    peak = sum(parts) / _GIB
+    copies = 2 * costs.local_parameters(cell)[0] / _GIB if costs.experts_alone(cell) else 0.0
+    return peak + (copies if peak + copies + _SPARE * limit <= limit else 0.0)
 
 
 def limit_gib(cell: Cell, device_name: str) -> float | None:
@@ -60,7 +65,8 @@ def limit_gib(cell: Cell, device_name: str) -> float | None:
 def _state(cell: Cell) -> float:
     """Parameters, gradients and two moments, sharded over all ranks in every layout."""
     each = 2 if cell.precision == "bf16-true" else 4
-    return 4 * each * costs.num_parameters(cell.widths, cell.layers) / cell.ranks
+    experts, others = costs.local_parameters(cell)
+    return 4 * each * others + (3 * each + (2 if costs.experts_alone(cell) else each)) * experts
 
 
 def _kept_kib(cell: Cell) -> float:
