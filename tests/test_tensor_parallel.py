@@ -327,7 +327,9 @@ def test_an_unknown_style_is_refused_by_name() -> None:
 
 def test_heads_are_shared_by_tp_and_cp() -> None:
     layout = ParallelLayout.resolve(8, "auto", 8, 8, tp=2, cp=4)
-    with pytest.raises(ValueError, match=r"tp=2 times cp=4 does not divide the 4 attention heads .* use tp=2, cp=2\."):
+    layout.check_key_value_heads(4, 2, "model")
+    message = r"tp=2 times cp=4 is 8, which does not divide the 4 attention heads .* use tp=2, cp=2\."
+    with pytest.raises(ValueError, match=message):
         layout.check_attention_heads(4, 2, "model")
 
 

@@ -64,7 +64,7 @@ class _Stack:
             self._check_linear(name, style)
         heads_are_split = (regions[_parent(name)] and style == "colwise" for name, style in linears.items())
         if any(heads_are_split):
-            self.layout.check_attention_heads(*adapter.attention_heads(self.model), type(self.model).__name__)
+            self.layout.check_key_value_heads(*adapter.attention_heads(self.model), type(self.model).__name__)
         plan: dict[str, ParallelStyle] = {self.layers[0]: SplitInput(), owners.pop(): GatherOutput()}
         for name, is_attention in regions.items():
             plan[name] = WholeSequence() if is_attention else WholeRows()
