@@ -39,6 +39,8 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.distributed.fsdp import FSDPModule
 from torch.utils.checkpoint import checkpoint
 
+from lightning_ep.dispatch import ExplainedOutOfMemoryError
+
 ActivationCheckpointing = Literal["none", "selective", "full"]
 Later = Callable[[], Tensor]
 """Returns, in backward, a tensor that was left to the checkpoint."""
@@ -225,7 +227,19 @@ class _Recording:
         """Leaves the input of the call in progress to the checkpoint, once more."""
         self._calls[-1].left += 1
         packed, unpack = self._pack(hidden), self._checkpoint_unpack
-        return lambda: unpack(packed)
+
+        def later() -> Tensor:
+            try:
+                return unpack(packed)
+            except torch.OutOfMemoryError as error:
+                # Whoever asks is the backward of the experts or of a router, and neither is what ran.
+                raise ExplainedOutOfMemoryError(
+                    "Out of memory while a decoder layer ran again in backward (activation_checkpointing) up to its "
+                    "experts: in its attention, norms or dense parts. Use fewer tokens per batch, or share each "
+                    f"sequence among ranks (tp, cp). {error}"
+                ) from error
+
+        return later
 
     def call(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
         call = _Call(module)
