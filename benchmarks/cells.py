@@ -53,6 +53,7 @@ class Cell:
         warmup: Steps before them.
         memory_cap_gib: Limit of torch's allocator per GPU, or None.
         device: ``cuda`` or ``cpu``.
+        task: ``train``, or ``weights`` (see `benchmarks.weights`; only layout, sizes, depth and device matter then).
     """
 
     trainer: str
@@ -67,11 +68,11 @@ class Cell:
     warmup: int = 5
     memory_cap_gib: float | None = None
     device: str = "cuda"
+    task: str = "train"
 
     def __post_init__(self) -> None:
-        ours = _OURS.fullmatch(self.base) is not None
-        recompute = (SELECTIVE, FULL) if ours else (FULL,)
-        known = ours or self.base in (*TRANSFORMERS, TORCHTITAN)
+        recompute = (SELECTIVE, FULL) if self.ours else (FULL,)
+        known = self.ours or self.base in (*TRANSFORMERS, TORCHTITAN)
         compiled = ("",) if self.base == TORCHTITAN else ("", COMPILE)
         suffixes = {first + second for first in ("", *recompute) for second in compiled}
         if not known or self.trainer.removeprefix(self.base) not in suffixes:
@@ -84,11 +85,20 @@ class Cell:
             )
         if self.warmup < 1 or self.steps < 1:
             raise ValueError(f"warmup={self.warmup} and steps={self.steps} must both be at least 1.")
+        if self.task not in ("train", "weights") or (self.task == "weights" and not self.ours):
+            raise ValueError(
+                f"task={self.task!r} of {self.trainer} does not exist; choose 'train', or 'weights' of {OURS}N."
+            )
 
     @property
     def base(self) -> str:
         """The trainer without its suffixes."""
         return self.trainer.partition("+")[0]
+
+    @property
+    def ours(self) -> bool:
+        """Whether it is no peer."""
+        return _OURS.fullmatch(self.base) is not None
 
     @property
     def recompute(self) -> str:
@@ -122,6 +132,14 @@ class Cell:
     def shape(self) -> str:
         """As on the command line, ``4x4096``."""
         return f"{self.batch}x{self.sequence}"
+
+    @property
+    def label(self) -> str:
+        """What tells it from others of a run, on one line."""
+        if self.task == "weights":
+            return f"{self.trainer} weights"
+        cap = "" if self.memory_cap_gib is None else f" {self.memory_cap_gib:g}GiB"
+        return f"{self.trainer} {self.shape} {self.router}{cap}"
 
     @property
     def widths(self) -> Sizes:

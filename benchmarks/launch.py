@@ -19,6 +19,7 @@ from typing import Any
 
 from benchmarks import costs
 from benchmarks.cells import TORCHTITAN, Cell
+from benchmarks.estimates import estimates
 from benchmarks.measure import merge
 
 _ROOT = Path(__file__).resolve().parents[1]
@@ -35,9 +36,11 @@ def run_cell(cell: Cell, timeout: float, log_folder: Path | None = None) -> dict
 
     Returns:
         A record: ``cell``, ``status`` (``ok``, ``out of memory``, ``failed``, ``timed out`` or ``skipped``), ``error``
-        if it is not ``ok``, ``seconds`` in all, ``date``, and what was measured.
+        if it is not ``ok``, ``seconds`` in all, ``date``, what was estimated before, and what was measured.
     """
-    record: dict[str, Any] = {"cell": dataclasses.asdict(cell), "device_name": device_name(cell.device), "date": _now()}
+    name = device_name(cell.device)
+    record: dict[str, Any] = {"cell": dataclasses.asdict(cell), "device_name": name, "date": _now()}
+    record |= estimates(cell, name)
     reason = _why_skip(cell)
     if reason is not None:
         return {**record, "status": "skipped", "error": reason}
@@ -143,13 +146,9 @@ def _outcome(cell: Cell, folder: Path, codes: list[int | None], timeout: float) 
         measured = merge(cell, [result["measured"] for result in results])
     except ValueError as error:
         return {"status": "failed", "error": str(error), "machine": machine}
-    return {
-        "status": "ok",
-        "machine": machine,
-        **measured,
-        "mfu": costs.mfu(cell, measured["tokens_per_second"], machine["device_name"]),
-        "estimate_tokens_per_second": costs.estimate_tokens_per_second(cell, machine["device_name"]),
-    }
+    if cell.task == "train":
+        measured["mfu"] = costs.mfu(cell, measured["tokens_per_second"], machine["device_name"])
+    return {"status": "ok", "machine": machine, **measured}
 
 
 def _last_line(path: Path) -> str:

@@ -136,9 +136,11 @@ class Meter:
 def merge(cell: Cell, ranks: list[dict[str, Any]]) -> dict[str, Any]:
     """One record of what all ranks measured.
 
-    A step lasts as long as on its slowest rank; memory and host time are the largest of any rank; GPU times are means
-    over ranks, and the kernels are rank 0's.
+    A step, a save or a load lasts as long as on its slowest rank; memory and host time are the largest of any rank; GPU
+    times are means over ranks, and the kernels are rank 0's.
     """
+    if cell.task == "weights":
+        return {name: max(rank[name] for rank in ranks) for name in ranks[0]}
     steps = [max(times) for times in zip(*(rank["step_ms"] for rank in ranks), strict=True)]
     median = statistics.median(steps)
     record: dict[str, Any] = {

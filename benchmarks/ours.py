@@ -6,7 +6,6 @@ import functools
 import os
 from typing import Any
 
-import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -15,7 +14,7 @@ from typing_extensions import override
 from benchmarks.cells import Cell
 from benchmarks.measure import Meter, batches, fill_parameters
 from benchmarks.router import prepare_transformers_routers
-from lightning_ep import CausalLM, ExpertParallelStrategy
+from lightning_ep import AdamW, CausalLM, ExpertParallelStrategy
 
 
 class _Module(CausalLM):
@@ -64,7 +63,7 @@ class _Steps(Callback):
 def run(cell: Cell, meter: Meter) -> None:
     """Trains ``meter.num_steps`` steps."""
     cuda = meter.device.type == "cuda"
-    module = _Module(cell, meter, optimizer=functools.partial(torch.optim.AdamW, lr=1e-5, fused=cuda or None))
+    module = _Module(cell, meter, optimizer=functools.partial(AdamW, lr=1e-5))
     trainer = Trainer(
         strategy=_FastStart(
             ep=cell.ep,

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
+
+from benchmarks.cells import Cell
 
 
 def read(path: Path) -> list[dict[str, Any]]:
@@ -39,5 +42,5 @@ def latest(records: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
 
 
 def key(cell: dict[str, Any], device: str) -> str:
-    """What makes a record replace another."""
-    return json.dumps([cell, device], sort_keys=True)
+    """What makes a record replace another; a field of `Cell` that it was written without has its default."""
+    return json.dumps([dataclasses.asdict(Cell(**cell)), device], sort_keys=True)

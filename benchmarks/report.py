@@ -1,4 +1,4 @@
-"""Tables and the page of results: ``python -m benchmarks.report --train A.jsonl --moe B.json --loss C.json``."""
+"""Tables and the page of results: ``python -m benchmarks.report --train A.jsonl --node B.jsonl --moe C --loss D``."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks import markdown
 from benchmarks.cells import Cell
+from benchmarks.node_report import node_section
 from benchmarks.records import latest, read
 
 PAGE = Path("docs/performance.md")
@@ -38,8 +40,10 @@ To repeat it, from the root of the repository, on any number of GPUs of one node
 
 ```bash
 python -m benchmarks.train --tokens 4x4096 1x16384 1x4096 --router balanced skewed  # repeat until all cells are done
+python -m benchmarks.node  # all GPUs of the node at full depth; repeat until it exits with 0
 python -m benchmarks.moe_layer && python -m benchmarks.loss
-r=runs/benchmarks; python -m benchmarks.report --train $r/train.jsonl --moe $r/moe_layer.json --loss $r/loss.json
+r=runs/benchmarks
+python -m benchmarks.report --train $r/train.jsonl --node $r/node.jsonl --moe $r/moe_layer.json --loss $r/loss.json
 ```
 
 The peers are transformers, which the package needs anyway, and torchtitan and Liger where they are installed.
@@ -53,6 +57,8 @@ def _number(key: str, form: str = ",.0f") -> Callable[[dict[str, Any]], str]:
 
 
 def _rate(record: dict[str, Any]) -> str:
+    if "tokens_per_second" not in record:
+        return ""
     low, high = record["tokens_per_second_p10"], record["tokens_per_second_p90"]
     return f"{record['tokens_per_second']:,.0f} ({low:,.0f} to {high:,.0f})"
 
@@ -61,6 +67,14 @@ def _peak(record: dict[str, Any]) -> str:
     if "peak_allocated_gib" not in record:
         return ""
     return f"{record['peak_allocated_gib']:.1f} ({record['peak_reserved_gib']:.1f})"
+
+
+def _loss(record: dict[str, Any]) -> str:
+    return f"{record['first_loss']:.2f} to {record['last_loss']:.2f}" if "first_loss" in record else ""
+
+
+def _gb_per_second(what: str) -> Callable[[dict[str, Any]], str]:
+    return lambda r: f"{r[what]:.1f} s, {r['gb'] / r[what]:.2f} GB/s" if what in r else ""
 
 
 _COLUMNS: list[Column] = [
@@ -75,7 +89,10 @@ _COLUMNS: list[Column] = [
     ("GPU busy ms", _number("gpu_busy_ms", ".1f")),
     ("exposed ms", _number("exposed_communication_ms", ".1f")),
     ("hottest", _number("max_over_mean_tokens_per_expert", ".2f")),
-    ("loss", lambda r: f"{r['first_loss']:.2f} to {r['last_loss']:.2f}"),
+    ("loss", _loss),
+    ("GB", _number("gb", ".1f")),
+    ("saved in", _gb_per_second("save_s")),
+    ("loaded in", _gb_per_second("load_s")),
 ]
 
 
@@ -86,15 +103,16 @@ def cases(records: Sequence[dict[str, Any]]) -> list[list[dict[str, Any]]]:
         case = json.dumps([Cell(**record["cell"]).case, record["device_name"]], sort_keys=True)
         groups.setdefault(case, []).append(dict(record))
     for group in groups.values():
-        peers = [r["tokens_per_second"] for r in group if r["status"] == "ok" and not _is_ours(r)]
+        peers = [r["tokens_per_second"] for r in group if r["status"] == "ok" and not is_ours(r)]
         for record in group:
             if peers and record["status"] == "ok":
                 record["ratio"] = record["tokens_per_second"] / max(peers)
     return list(groups.values())
 
 
-def _is_ours(record: dict[str, Any]) -> bool:
-    return bool(record["cell"]["trainer"].startswith("lightning_ep"))
+def is_ours(record: dict[str, Any]) -> bool:
+    """Whether it is no peer's."""
+    return Cell(**record["cell"]).ours
 
 
 def title(group: list[dict[str, Any]]) -> str:
@@ -103,6 +121,8 @@ def title(group: list[dict[str, Any]]) -> str:
     cap = "" if cell.memory_cap_gib is None else f", memory capped to {cell.memory_cap_gib:g} GiB"
     recompute = ", recompute" if cell.recompute != "none" else ""
     gpus = f"{cell.ranks} process{'es' if cell.ranks > 1 else ''}"
+    if cell.task == "weights":
+        return f"Weights in bf16 in the hub's layout, {gpus}, {cell.layers} layers of {cell.sizes}"
     return (
         f"{cell.batch} x {cell.sequence:,} tokens per GPU, {gpus}, {cell.layers} layers of {cell.sizes}, "
         f"{cell.precision}, {cell.router} router, {cell.steps} steps{cap}{recompute}"
@@ -117,13 +137,13 @@ def table(records: Sequence[dict[str, Any]]) -> str:
 def _case_table(group: list[dict[str, Any]]) -> str:
     done = [record for record in group if record["status"] == "ok"]
     # A column that nobody fills (no GPU, no peer) is left out.
-    columns = [(name, form) for name, form in _COLUMNS if name == "tokens/s per GPU" or any(map(form, done))]
+    columns = [(name, form) for name, form in _COLUMNS if any(map(form, done))] or _COLUMNS[:1]
     rows = []
     for record in group:
         values = [form(record) for _, form in columns] if record in done else [record["status"]]
         rows.append([record["cell"]["trainer"], *values, *[""] * (len(columns) - len(values))])
     lines = [f"**{title(group)}** ({group[0]['device_name']})", ""]
-    lines += _markdown(["trainer", *(name for name, _ in columns)], rows)
+    lines += markdown.lines(["trainer", *(name for name, _ in columns)], rows)
     if any("by_stage" in record for record in done):
         lines += ["", *_stage_table(done)]
     failures = [f"- {r['cell']['trainer']}: {r['status']}: `{r['error']}`" for r in group if r not in done]
@@ -140,7 +160,7 @@ def _stage_table(records: list[dict[str, Any]]) -> list[str]:
         [r["cell"]["trainer"], *(f"{r.get('by_stage', {}).get(kind, 0.0):.1f}" for kind in kinds), str(r["launches"])]
         for r in records
     ]
-    return _markdown(["GPU ms of a step by kind of kernel (rank 0)", *kinds, "launches"], rows)
+    return markdown.lines(["GPU ms of a step by kind of kernel (rank 0)", *kinds, "launches"], rows)
 
 
 def moe_table(content: dict[str, Any]) -> str:
@@ -154,7 +174,7 @@ def moe_table(content: dict[str, Any]) -> str:
     header = ["MoE body, forward and backward", "router", "hottest", "ms", "GPU busy ms", "of it by kind of kernel"]
     budget = "Budget at 16,384 tokens on an H200: GEMMs 6.0 ms, glue 1.7 ms; the target is 8.0 ms."
     sizes = f"{content['tokens']:,} tokens, ep=1, {content['dtype']}."
-    return "\n".join([*_markdown(header, rows), "", f"{sizes} {budget}"])
+    return "\n".join([*markdown.lines(header, rows), "", f"{sizes} {budget}"])
 
 
 def loss_table(content: dict[str, Any]) -> str:
@@ -169,23 +189,25 @@ def loss_table(content: dict[str, Any]) -> str:
         rows.append([row["name"], _spread(row), busy, memory, f"{row['relative_difference']:.1e}"])
     header = ["loss, forward and backward", "ms", "GPU busy ms", "GiB above weight and gradients", "difference to fp32"]
     sizes = f"{content['tokens']:,} tokens, hidden size {content['hidden']:,}, vocabulary {content['vocab']:,}."
-    return "\n".join([*_markdown(header, rows), "", f"{sizes} The target is 60 ms and under 3 GiB."])
+    return "\n".join([*markdown.lines(header, rows), "", f"{sizes} The target is 60 ms and under 3 GiB."])
 
 
 def _spread(row: dict[str, float]) -> str:
     return f"{row['ms']:.2f} ({row['p10']:.2f} to {row['p90']:.2f})"
 
 
-def _markdown(header: list[str], rows: list[list[str]]) -> list[str]:
-    lines = [header, ["---"] * len(header), *rows]
-    return ["| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines]
-
-
-def page(train: list[dict[str, Any]], moe: list[dict[str, Any]], loss: list[dict[str, Any]], plot: str | None) -> str:
+def page(
+    train: list[dict[str, Any]],
+    node: list[dict[str, Any]],
+    moe: list[dict[str, Any]],
+    loss: list[dict[str, Any]],
+    plot: str | None,
+) -> str:
     """The whole of ``docs/performance.md``.
 
     Args:
         train: Records of `benchmarks.train`.
+        node: Records of `benchmarks.node`.
         moe: Results of `benchmarks.moe_layer`.
         loss: Results of `benchmarks.loss`.
         plot: File name of the plot beside the page, if there is one.
@@ -194,6 +216,9 @@ def page(train: list[dict[str, Any]], moe: list[dict[str, Any]], loss: list[dict
     if plot is not None:
         parts.append(f"![tokens per second and GPU]({plot})\n")
     parts.append((table(train) + "\n\n" + _provenance(train) if train else _NOTHING) + "\n")
+    parts.append("## Eight GPUs\n\n" + node_section(node, train) + "\n")
+    if node:
+        parts.append(_provenance(node) + "\n")
     for heading, form, results in (("MoE layer", moe_table, moe), ("Loss", loss_table, loss)):
         parts.append(f"## {heading} alone\n")
         parts.append("\n\n".join(f"{form(r)}\n\n{_provenance([r])}" for r in results) or _NOTHING)
@@ -216,7 +241,7 @@ def _provenance(results: Sequence[dict[str, Any]]) -> str:
 
 def draw(records: Sequence[dict[str, Any]], path: Path) -> bool:
     """Bars of tokens per second by case and trainer, the estimate as a line; False if matplotlib is not installed."""
-    done = [[r for r in group if r["status"] == "ok"] for group in cases(records)]
+    done = [[r for r in group if r["status"] == "ok" and "tokens_per_second" in r] for group in cases(records)]
     groups = [group for group in done if group]
     if not groups or importlib.util.find_spec("matplotlib") is None:
         return False
@@ -229,7 +254,7 @@ def draw(records: Sequence[dict[str, Any]], path: Path) -> bool:
     for axis, group in zip(axes[:, 0], groups, strict=True):
         names = [record["cell"]["trainer"] for record in group]
         rates = [record["tokens_per_second"] for record in group]
-        colors = ["#c44e52" if _is_ours(record) else "#8c8c8c" for record in group]
+        colors = ["#c44e52" if is_ours(record) else "#8c8c8c" for record in group]
         axis.barh(names, rates, color=colors)
         for index, record in enumerate(group):
             if record.get("estimate_tokens_per_second") is not None:
@@ -247,16 +272,19 @@ def draw(records: Sequence[dict[str, Any]], path: Path) -> bool:
 def main(arguments: list[str] | None = None) -> None:
     """Writes the page and the plot."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.report", description=__doc__)
-    for name in ("--train", "--moe", "--loss"):
+    for name in ("--train", "--node", "--moe", "--loss"):
         parser.add_argument(name, type=Path, nargs="*", default=[])
     parser.add_argument("--page", type=Path, default=PAGE)
     options = parser.parse_args(arguments)
     # Later files and lines replace earlier ones of the same cell on the same device.
-    train = list(latest([record for path in options.train for record in read(path)]).values())
+    train, node = (
+        list(latest([record for path in paths for record in read(path)]).values())
+        for paths in (options.train, options.node)
+    )
     moe, loss = ([json.loads(path.read_text()) for path in paths] for paths in (options.moe, options.loss))
     plot = options.page.with_suffix(".png")
     drawn = draw(train, plot)
-    options.page.write_text(page(train, moe, loss, plot.name if drawn else None))
+    options.page.write_text(page(train, node, moe, loss, plot.name if drawn else None))
     print(f"wrote {options.page}" + (f" and {plot}" if drawn else "; no plot"))
 
 

@@ -7,7 +7,7 @@ import dataclasses
 import shlex
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from benchmarks.launch import device_name, run_cell
 from benchmarks.records import append, key, latest, read
 from benchmarks.report import draw, table
 
-_LEAST_S = 45.0  # a cell is not started with less than this left of the budget
+_LEAST = 1 / 3  # of a cell's time; with less left of the budget it is not started
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -27,66 +27,75 @@ def main(arguments: list[str] | None = None) -> None:
     ranks = options.ranks or (torch.cuda.device_count() if options.device == "cuda" else 1)
     if ranks == 0:
         sys.exit("There is no GPU here. Run with --device cpu --sizes tiny to try the command itself.")
-    cells = _cells(options, ranks)
-    run(cells, options.json, options.timeout, options.budget, retry_failed=options.retry_failed, logs=options.logs)
+    cells = dict.fromkeys(_cells(options, ranks), options.timeout)
+    run(cells, options.json, options.budget, retry_failed=options.retry_failed, logs=options.logs)
 
 
 def run(
-    cells: list[Cell],
+    cells: Mapping[Cell, float],
     path: Path,
-    timeout: float,
     budget: float,
     *,
     retry_failed: bool = False,
     logs: Path | None = None,
+    render: Callable[[Sequence[dict[str, Any]]], str] = table,
     measure: Callable[[Cell, float, Path | None], dict[str, Any]] = run_cell,
 ) -> bool:
     """Measures the cells that ``path`` does not hold yet, and appends each as it is done.
 
-    Prints the table and writes it beside ``path``, with a plot where matplotlib is installed.
+    However it ends (killed excepted), it prints the table of what is known and writes it beside ``path``, with a plot
+    where matplotlib is installed.
 
     Args:
-        cells: The matrix, most informative first.
+        cells: The matrix, most informative first, with the seconds that each may take.
         path: JSON lines, one record per cell.
-        timeout: Seconds per cell.
         budget: Seconds in all; a cell that this cuts short is not recorded, so that the next call repeats it.
         retry_failed: Repeat recorded cells that did not succeed.
         logs: Folder for the output of every rank.
+        render: Makes the table of the records of these cells.
         measure: What runs one cell.
 
     Returns:
         Whether every cell is recorded.
     """
     deadline = time.monotonic() + budget
-    complete = True
-    shown: list[dict[str, Any]] = []
-    for number, cell in enumerate(cells, 1):
-        known = latest(read(path)).get(key(dataclasses.asdict(cell), device_name(cell.device)))
-        if known is not None and (known["status"] == "ok" or not retry_failed):
-            shown.append(known)
-            continue
-        left = deadline - time.monotonic()
-        if left < _LEAST_S:
-            print(f"{number - 1} of {len(cells)} cells are done and the budget is; the same command goes on from here.")
-            complete = False
-            break
-        print(f"[{number}/{len(cells)}] {cell.trainer} {cell.shape} {cell.router} ...", flush=True)
-        folder = None if logs is None else logs / f"{cell.trainer.replace('/', '-')}-{cell.shape}-{cell.router}"
-        record = {**measure(cell, min(timeout, left), folder), "command": _command()}
-        if record["status"] == "timed out" and left < timeout:
-            print("    cut by the budget; the same command repeats it.")
-            complete = False
-            break
-        print(f"    {_line(record)}", flush=True)
-        shown.append(record)
-        if record["status"] != "skipped":  # a missing peer is no result: once installed, it runs
-            append(path, record)
-    text = table(shown)
+    skipped: dict[Cell, dict[str, Any]] = {}
+    try:
+        for number, (cell, timeout) in enumerate(cells.items(), 1):
+            known = _known(path, cell)
+            if known is not None and (known["status"] == "ok" or not retry_failed):
+                continue
+            left = deadline - time.monotonic()
+            if left < _LEAST * timeout:
+                print(f"{number - 1} of {len(cells)} cells are done and the budget is; the same command goes on.")
+                return False
+            print(f"[{number}/{len(cells)}] {cell.label} ...", flush=True)
+            folder = None if logs is None else logs / cell.label.replace("/", "-").replace(" ", "-")
+            record = {**measure(cell, min(timeout, left), folder), "command": _command()}
+            if record["status"] == "timed out" and left < timeout:
+                print("    cut by the budget; the same command repeats it.")
+                return False
+            print(f"    {_line(record)}", flush=True)
+            if record["status"] == "skipped":  # a missing peer is no result: once installed, it runs
+                skipped[cell] = record
+            else:
+                append(path, record)
+        return True
+    finally:
+        records = [_known(path, cell) or skipped.get(cell) for cell in cells]
+        _show([record for record in records if record is not None], path, render)
+
+
+def _known(path: Path, cell: Cell) -> dict[str, Any] | None:
+    return latest(read(path)).get(key(dataclasses.asdict(cell), device_name(cell.device)))
+
+
+def _show(records: list[dict[str, Any]], path: Path, render: Callable[[Sequence[dict[str, Any]]], str]) -> None:
+    text = render(records)
     print(text)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.with_suffix(".md").write_text(text + "\n")
-    draw(shown, path.with_suffix(".png"))
-    return complete
+    draw(records, path.with_suffix(".png"))
 
 
 def _cells(options: argparse.Namespace, ranks: int) -> list[Cell]:
@@ -115,13 +124,17 @@ def _cells(options: argparse.Namespace, ranks: int) -> list[Cell]:
 
 
 def _command() -> str:
-    return f"python -m benchmarks.train {shlex.join(sys.argv[1:])}".strip()
+    return f"python -m benchmarks.{Path(sys.argv[0]).stem} {shlex.join(sys.argv[1:])}".strip()
 
 
 def _line(record: dict[str, Any]) -> str:
     if record["status"] != "ok":
         return f"{record['status']}: {record['error']}"
-    return f"{record['tokens_per_second']:,.0f} tokens/s per GPU, {record['seconds']:.0f} s in all"
+    if record["cell"].get("task") == "weights":
+        speed = f"{record['gb']:.1f} GB saved in {record['save_s']:.1f} s, loaded in {record['load_s']:.1f} s"
+    else:
+        speed = f"{record['tokens_per_second']:,.0f} tokens/s per GPU"
+    return f"{speed}, {record['seconds']:.0f} s in all"
 
 
 def _parser() -> argparse.ArgumentParser:

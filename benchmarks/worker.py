@@ -38,9 +38,8 @@ def main() -> None:
         else:
             torch.set_num_threads(1)
         cap_memory(cell, device)
-        meter = Meter(cell, device)
-        importlib.import_module(_MODULES[cell.trainer.split("/")[0]]).run(cell, meter)
-        _write(path, {"measured": meter.results(), "machine": machine(device)})
+        measure = _train if cell.task == "train" else _weights
+        _write(path, {"measured": measure(cell, device, path.parent), "machine": machine(device)})
     except BaseException as error:
         traceback.print_exc()
         _write(path, {"status": status(error), "error": last_line(error)})
@@ -50,6 +49,18 @@ def main() -> None:
         dist.barrier()  # rank 0 keeps the others' store
     sys.stdout.flush()
     os._exit(0)  # nothing that is torn down from here on could change the result, and all of it can hang
+
+
+def _train(cell: Cell, device: torch.device, folder: Path) -> dict[str, Any]:
+    meter = Meter(cell, device)
+    importlib.import_module(_MODULES[cell.trainer.split("/")[0]]).run(cell, meter)
+    return meter.results()
+
+
+def _weights(cell: Cell, device: torch.device, folder: Path) -> dict[str, Any]:
+    from benchmarks import weights
+
+    return weights.run(cell, device, folder)
 
 
 def _end_with_parent() -> None:

@@ -6,6 +6,7 @@ from lightning_ep.checkpoint.hub.pretrained import from_pretrained
 from lightning_ep.context_parallel import shard_sequence, whole_sequences
 from lightning_ep.layout import ParallelLayout
 from lightning_ep.module import CausalLM, from_config
+from lightning_ep.optim import AdamW
 from lightning_ep.parallelize import parallelize
 from lightning_ep.plan import ExpertParallel, expert_plan
 from lightning_ep.precision import clip_grad_norm_
@@ -14,6 +15,7 @@ from lightning_ep.strategy import ExpertParallelStrategy
 __version__ = "0.1.0"
 
 __all__ = [
+    "AdamW",
     "CausalLM",
     "ExpertParallel",
     "ExpertParallelStrategy",

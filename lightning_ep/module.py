@@ -23,6 +23,8 @@ from lightning_ep.checkpoint.training.weights import SavedWeights
 from lightning_ep.initialize import materialize
 from lightning_ep.lagged import Lagged
 from lightning_ep.loss import IGNORE, summed_loss, token_losses
+from lightning_ep.optim import AdamW
+from lightning_ep.precision import clip_optimizer_grad_norm_
 from lightning_ep.strategy import ExpertParallelStrategy
 
 
@@ -61,7 +63,7 @@ class CausalLM(LightningModule):
         self,
         model: str | dict[str, Any] | PreTrainedConfig,
         pretrained: bool = True,
-        optimizer: OptimizerCallable = lambda params: torch.optim.AdamW(params, lr=1e-5),
+        optimizer: OptimizerCallable = lambda params: AdamW(params, lr=1e-5),
         lr_scheduler: LRSchedulerCallable | None = None,
     ) -> None:
         super().__init__()
@@ -204,11 +206,8 @@ class CausalLM(LightningModule):
         gradient_clip_val: int | float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        strategy = self.trainer.strategy
-        assert isinstance(strategy, ExpertParallelStrategy)
         by_norm = bool(gradient_clip_val) and gradient_clip_algorithm != "value"
-        params = [param for group in optimizer.param_groups for param in group["params"]]
-        norm = strategy.clip_grad_norm_(params, float(gradient_clip_val or 0) if by_norm else float("inf"))
+        norm = clip_optimizer_grad_norm_(optimizer, float(gradient_clip_val or 0) if by_norm else float("inf"))
         if gradient_clip_val and not by_norm:
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
         self.log("train/grad_norm", norm)

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lightning_ep.dispatch import Dispatcher, DispatchPlan
+from lightning_ep.masters import CallWeights, Masters
 from lightning_ep.ops.local_experts import LocalExperts
 
 
@@ -21,6 +22,7 @@ def moe_forward(
     weights_TK: Tensor,
     params: Sequence[Tensor],
     leave: Callable[[Tensor], Callable[[], Tensor] | None] | None = None,
+    masters: Masters | None = None,
 ) -> Tensor:
     """Sends tokens to the ranks of their experts, runs the experts and brings the weighted sums back.
 
@@ -32,18 +34,20 @@ def moe_forward(
         hidden_TH: Tokens of this rank, ``[T, H]``.
         ids_TK: int64 ``[T, K]``, global expert ids.
         weights_TK: ``[T, K]``, routing weights.
-        params: Local parameters of the experts; their gradients sum over the tokens of all ranks of the EP group.
-            Computed with in the dtype of ``hidden_TH``.
+        params: Parameters of the experts, of which this rank computes with its part, in the dtype of ``hidden_TH``;
+            their gradients sum over the tokens of all ranks of the EP group.
         leave: Called with ``hidden_TH`` if there will be a backward. Where it returns a function, no received row is
             kept: backward gets the hidden states from that function, sends the rows again and repeats the experts'
             forward as far as needed.
+        masters: How parameters in another dtype are cast; by default twice, with gradients in their own dtype.
 
     Returns:
         ``[T, H]`` in the dtype of ``hidden_TH``. Sums over a token's experts run in fp32 and in a fixed order.
     """
     needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in (hidden_TH, weights_TK, *params))
     later = leave(hidden_TH) if needs_grad and leave is not None else None
-    return _MoE.apply(dispatcher, experts, needs_grad, later, hidden_TH, ids_TK, weights_TK, *params)
+    computed = (masters or Masters()).begin_call(params, hidden_TH.dtype, needs_grad)
+    return _MoE.apply(dispatcher, experts, computed, needs_grad, later, hidden_TH, ids_TK, weights_TK, *params)
 
 
 class _MoE(torch.autograd.Function):
@@ -52,6 +56,7 @@ class _MoE(torch.autograd.Function):
         ctx: Any,
         dispatcher: Dispatcher[Any],
         experts: LocalExperts,
+        computed: CallWeights,
         needs_grad: bool,
         later: Callable[[], Tensor] | None,
         hidden_TH: Tensor,
@@ -64,15 +69,13 @@ class _MoE(torch.autograd.Function):
         out_NH, saved = rows_NH, None
         with dispatcher.explains_out_of_memory(lambda: dispatcher.describe(plan)):
             if plan.num_pairs > 0:
-                computed = _in_dtype(params, hidden_TH.dtype)
-                keep = needs_grad and later is None
-                out_NH, saved = experts.forward(rows_NH, plan.ids_NK, plan.weights_NK, plan.num_pairs, computed, keep)
+                keep, local = needs_grad and later is None, computed.for_forward()
+                out_NH, saved = experts.forward(rows_NH, plan.ids_NK, plan.weights_NK, plan.num_pairs, local, keep)
             out = dispatcher.combine(plan, out_NH, "combine, forward")
         if needs_grad:
             # Plain attributes, outside saved-tensor hooks: under activation checkpointing the routing and the
-            # exchanges of this call must not be repeated (DESIGN, Recompute). Of parameters in another dtype than the
-            # rows only these are kept; casting twice is cheaper than the memory of every layer's copy.
-            ctx.dispatcher, ctx.experts, ctx.plan, ctx.saved, ctx.params = dispatcher, experts, plan, saved, params
+            # exchanges of this call must not be repeated (DESIGN, Recompute).
+            ctx.dispatcher, ctx.experts, ctx.plan, ctx.saved, ctx.computed = dispatcher, experts, plan, saved, computed
             ctx.later, ctx.weights_dtype = later, weights_TK.dtype
         return out.wait()
 
@@ -84,13 +87,13 @@ class _MoE(torch.autograd.Function):
                 "Trying to run backward through a MoE layer a second time. Its tensors are freed by the first; "
                 "sum the losses before calling backward, or run the forward again."
             )
-        plan, saved, params, later = ctx.plan, ctx.saved, ctx.params, ctx.later
-        ctx.plan = ctx.saved = ctx.params = ctx.later = None
-        trained = any(ctx.needs_input_grad[-len(params) :])
+        plan, saved, computed, later = ctx.plan, ctx.saved, ctx.computed, ctx.later
+        ctx.plan = ctx.saved = ctx.computed = ctx.later = None
+        trained = any(ctx.needs_input_grad[-len(computed.params) :])
         with ctx.dispatcher.explains_out_of_memory(lambda: ctx.dispatcher.describe(plan)):
-            grads = _backward(ctx.dispatcher, ctx.experts, plan, saved, params, later, trained, grad_TH)
+            grads = _backward(ctx.dispatcher, ctx.experts, plan, saved, computed, later, trained, grad_TH)
         grad_hidden_TH, grad_weights_TK, grad_params = grads
-        return None, None, None, None, grad_hidden_TH, None, grad_weights_TK.to(ctx.weights_dtype), *grad_params
+        return None, None, None, None, None, grad_hidden_TH, None, grad_weights_TK.to(ctx.weights_dtype), *grad_params
 
 
 def _backward(
@@ -98,7 +101,7 @@ def _backward(
     experts: LocalExperts,
     plan: DispatchPlan,
     saved: Any,
-    params: Sequence[Tensor],
+    computed: CallWeights,
     later: Callable[[], Tensor] | None,
     trained: bool,
     grad_TH: Tensor,
@@ -109,11 +112,11 @@ def _backward(
     rows_NH = dispatcher.dispatch(plan, later(), "dispatch, recomputed").wait() if later is not None else None
     grad_NH = grad_rows.wait()
     if plan.num_pairs > 0:
-        in_dtype = _in_dtype(params, grad_TH.dtype)
+        local = computed.for_backward()
         if rows_NH is not None:
-            saved = experts.recompute(rows_NH, plan.ids_NK, plan.weights_NK, plan.num_pairs, in_dtype)
-        grad_rows_NH, grad_weights_NK, saved = experts.backward_rows(saved, in_dtype, grad_NH)
-        del in_dtype, rows_NH, grad_NH, grad_rows  # memory for the gradients of the parameters
+            saved = experts.recompute(rows_NH, plan.ids_NK, plan.weights_NK, plan.num_pairs, local)
+        grad_rows_NH, grad_weights_NK, saved = experts.backward_rows(saved, local, grad_NH)
+        del local, rows_NH, grad_NH, grad_rows  # memory for the gradients of the parameters
     else:
         grad_rows_NH, grad_weights_NK = grad_NH, torch.zeros_like(plan.weights_NK)
     # Gradients of rows travel home under the weight-gradient GEMMs.
@@ -121,15 +124,10 @@ def _backward(
     grad_weights = dispatcher.combine_slots(plan, grad_weights_NK, "dispatch of routing weights, backward")
     grad_params: Sequence[Tensor | None]
     if not trained:
-        grad_params = [None] * len(params)  # frozen experts: a third of the GEMMs, and memory of a whole layer
+        grad_params = [None] * len(computed.params)  # frozen: a third of the GEMMs, and memory of a whole layer
     elif plan.num_pairs > 0:
-        grad_params = experts.backward_params(saved, [param.dtype for param in params])
+        grad_params = computed.gradients(experts.backward_params(saved, computed.gradient_dtypes()))
     else:
         # No token came: the experts' gradients are zero, not missing, so that FSDP reduces on every rank.
-        grad_params = [torch.zeros_like(param) for param in params]
+        grad_params = computed.zero_gradients()
     return grad_hidden.wait(), grad_weights.wait(), grad_params
-
-
-def _in_dtype(params: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
-    """The parameters as the GEMMs take them: masters in fp32 become copies in the rows' dtype."""
-    return [param.to(dtype) for param in params]

@@ -20,6 +20,7 @@ from lightning_ep import transformers_adapter as adapter
 from lightning_ep.checkpoint.hub.load import stream_pretrained
 from lightning_ep.initialize import materialize
 from lightning_ep.layout import Meshes, ParallelLayout
+from lightning_ep.masters import ModelMasters
 from lightning_ep.plan import expert_plan
 from lightning_ep.prefetch import chain_prefetches
 from lightning_ep.recompute import ActivationCheckpointing, check_mode, checkpoint_layer
@@ -128,7 +129,8 @@ def shard(
             context_parallel.use_context_parallel_attention(model)
     for child in _outside(module, models.values()):
         fully_shard(child, mesh=meshes.all_shards, mp_policy=mp_policy, reshard_after_forward=True)
-    _sum_gradients(module)
+    if layout.world_size > 1:  # alone there is nothing to sum, and dividing by one would still read every gradient
+        _sum_gradients(module)
 
 
 def check(module: nn.Module, layout: ParallelLayout, plan: Mapping[str, ParallelStyle]) -> None:
@@ -203,15 +205,23 @@ def _shard_experts(experts: nn.Module, meshes: Meshes, mp_policy: MixedPrecision
         experts.register_parameter(name, nn.Parameter(shards, requires_grad=param.requires_grad))
 
 
-def _unmanaged_experts(model: nn.Module) -> set[nn.Parameter]:
-    """Parameters of experts that `_shard_experts` left out of FSDP."""
-    experts = (m for m in model.modules() if adapter.is_parallel_experts(m) and not isinstance(m, FSDPModule))
-    return {param for module in experts for param in module.parameters()}
+def _unmanaged_experts(model: nn.Module) -> list[nn.Module]:
+    """Experts that `_shard_experts` left out of FSDP."""
+    return [m for m in model.modules() if adapter.is_parallel_experts(m) and not isinstance(m, FSDPModule)]
+
+
+def own_masters(model: nn.Module, device: torch.device) -> ModelMasters:
+    """Puts the layers in charge of the gradients of experts that no FSDP reduces, once their weights are in memory."""
+    layers = {experts: adapter.masters_of(experts) for experts in _unmanaged_experts(model)}
+    for experts, masters in layers.items():
+        masters.own(experts.parameters())
+    return ModelMasters(list(layers.values()), device)
 
 
 def _fully_shard_dense(model: nn.Module, meshes: Meshes, mp_policy: MixedPrecisionPolicy) -> None:
     mesh = meshes.dense_shards
-    shard_dense = partial(fully_shard, mesh=mesh, mp_policy=mp_policy, ignored_params=_unmanaged_experts(model))
+    ignored = {param for experts in _unmanaged_experts(model) for param in experts.parameters()}
+    shard_dense = partial(fully_shard, mesh=mesh, mp_policy=mp_policy, ignored_params=ignored)
     layers = adapter.decoder_layers(model)  # type: ignore[arg-type]
     for layer in layers:
         shard_dense(layer)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, Literal
 
 import torch.distributed as dist
 from lightning.pytorch.utilities import rank_zero_info
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor.parallel import ParallelStyle
@@ -16,6 +16,7 @@ from typing_extensions import override
 
 from lightning_ep import transformers_adapter as adapter
 from lightning_ep.dispatch import AllToAllDispatcher, Dispatcher, LocalDispatcher, Progress
+from lightning_ep.masters import Masters
 from lightning_ep.ops.fused_experts import FusedExperts
 from lightning_ep.ops.local_experts import LocalExperts
 from lightning_ep.ops.registered_experts import RegisteredExperts
@@ -31,16 +32,13 @@ class ExpertContext:
         dispatcher: How rows travel to this layer's experts.
         experts: The local experts.
         param_names: Names of the experts' parameters on the module.
+        masters: How these parameters are cast for the GEMMs.
     """
 
     dispatcher: Dispatcher[Any]
     experts: LocalExperts
     param_names: tuple[str, ...]
-
-    @staticmethod
-    def local_param(param: Tensor) -> Tensor:
-        """This rank's experts of an (unsharded) parameter; gradients flow back to it."""
-        return param.to_local() if isinstance(param, DTensor) else param
+    masters: Masters = field(default_factory=Masters)
 
 
 class ExpertParallel(ParallelStyle):

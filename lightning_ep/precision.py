@@ -20,7 +20,9 @@ from torch.distributed.tensor import DTensor, Partial, Replicate
 from torch.optim import Optimizer
 from typing_extensions import override
 
+from lightning_ep.ops.norm import sum_of_squares
 from lightning_ep.ops.scale import scale_
+from lightning_ep.optim import AdamW
 
 ShardedPrecisionName = Literal["32-true", "bf16-mixed", "bf16-true"]
 
@@ -104,11 +106,13 @@ class ShardedPrecision(Precision):
 
     @override
     def clip_grad_by_norm(self, optimizer: Optimizer, clip_val: int | float) -> None:
-        clip_grad_norm_(self.main_params(optimizer), clip_val)
+        clip_optimizer_grad_norm_(optimizer, clip_val)
 
     @override
     def clip_grad_by_value(self, optimizer: Optimizer, clip_val: int | float) -> None:
-        grads = _local_gradients(self.main_params(optimizer))
+        params = list(self.main_params(optimizer))
+        _widen_gradients(params)
+        grads = _local_gradients(params)
         if grads:
             torch._foreach_clamp_min_(grads, -clip_val)
             torch._foreach_clamp_max_(grads, clip_val)
@@ -131,9 +135,18 @@ def _local_gradients(params: Iterable[Tensor]) -> list[Tensor]:
     return [grad for grad in local if grad.numel() > 0]
 
 
+def _widen_gradients(params: Iterable[Tensor]) -> None:
+    """Gives gradients that were left in the dtype of their GEMMs the parameters' dtype, before they are rounded."""
+    for param in params:
+        if param.grad is not None and param.grad.dtype != param.dtype:
+            param.grad = param.grad.to(param.dtype)
+
+
 @torch.no_grad()
 def scale_gradients(params: Iterable[Tensor], factor: Tensor) -> None:
     """Multiplies every gradient in place by a number, a 0-dim tensor on their device."""
+    params = list(params)
+    _widen_gradients(params)
     grads = _local_gradients(params)
     if grads:
         scale_(grads, factor)
@@ -167,14 +180,18 @@ def global_grad_norm(params: Iterable[Tensor], norm_type: float = 2.0) -> Tensor
     """
     params = list(params)
     device = params[0].device if params else torch.device("cpu")
-    by_replicas: dict[int, list[Tensor]] = {}
+    # By dtype too: torch's fast norms are of one.
+    groups: dict[tuple[int, str], list[Tensor]] = {}
     for param in params:
         if param.grad is not None:
-            by_replicas.setdefault(_replicas(param.grad), []).append(param)
+            groups.setdefault((_replicas(param.grad), str(param.grad.dtype)), []).append(param)
     total = torch.zeros((), dtype=torch.float64, device=device)
-    for replicas, group in sorted(by_replicas.items()):
+    for (replicas, _), group in sorted(groups.items()):
         grads = _local_gradients(group)
         if not grads:
+            continue
+        if norm_type == 2.0:
+            total += sum_of_squares(grads) / replicas
             continue
         norms = torch.stack(torch._foreach_norm(grads, norm_type, dtype=torch.float32)).double()
         if math.isinf(norm_type):
@@ -214,5 +231,20 @@ def clip_grad_norm_(
             "step's loss, or pass error_if_nonfinite=False to go on."
         )
     if not math.isinf(max_norm):
-        scale_gradients(params, (max_norm / (norm + 1e-6)).clamp(max=1.0))
+        scale_gradients(params, _clip_factor(norm, max_norm))
     return norm
+
+
+@torch.no_grad()
+def clip_optimizer_grad_norm_(optimizer: Optimizer, max_norm: float) -> Tensor:
+    """`clip_grad_norm_` of all parameters of an optimizer; `lightning_ep.AdamW` scales them as its step reads them."""
+    params = [param for group in optimizer.param_groups for param in group["params"]]
+    if not isinstance(optimizer, AdamW) or math.isinf(max_norm):
+        return clip_grad_norm_(params, max_norm)
+    norm = global_grad_norm(params)
+    optimizer.multiply_gradients(_clip_factor(norm, max_norm))
+    return norm
+
+
+def _clip_factor(norm: Tensor, max_norm: float) -> Tensor:
+    return (max_norm / (norm + 1e-6)).clamp(max=1.0)

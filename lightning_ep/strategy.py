@@ -39,7 +39,9 @@ from lightning_ep.dispatch import Progress
 from lightning_ep.initialize import has_meta_tensors, materialize
 from lightning_ep.layout import Meshes, ParallelLayout
 from lightning_ep.lockstep import lockstep, share_samples
-from lightning_ep.parallelize import forget_gradients, is_parallelized, set_gradient_sync, shard
+from lightning_ep.masters import ModelMasters
+from lightning_ep.optim import AdamW
+from lightning_ep.parallelize import forget_gradients, is_parallelized, own_masters, set_gradient_sync, shard
 from lightning_ep.plan import DispatcherName, expert_plan
 from lightning_ep.precision import ShardedPrecision, clip_grad_norm_
 from lightning_ep.recompute import ActivationCheckpointing, check_mode
@@ -115,6 +117,7 @@ class ExpertParallelStrategy(ModelParallelStrategy):
         self._compile = compile
         self._layout: ParallelLayout | None = None
         self._meshes: Meshes | None = None
+        self._masters: ModelMasters | None = None
         self._progress = Progress()
         self._refusal: ValueError | None = None
         self._async_save = async_save
@@ -281,6 +284,7 @@ class ExpertParallelStrategy(ModelParallelStrategy):
             forget_gradients(module)
             self.setup_optimizers(trainer)
             refuse_optimizers(self.optimizers)
+            self._masters = own_masters(module, self.root_device)
         self.setup_precision_plugin()
         if trainer.state.fn == TrainerFn.FITTING:
             _optimizers_to_device(self.optimizers, self.root_device)
@@ -410,7 +414,20 @@ class ExpertParallelStrategy(ModelParallelStrategy):
     @override
     def training_step(self, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
         self._note_step("training")
+        module = self.lightning_module
+        assert module is not None
+        # Where something may be added to a gradient, it has the parameters' dtype from the start.
+        alone = module.automatic_optimization and module.trainer.accumulate_grad_batches == 1
+        assert self._masters is not None
+        self._masters.begin_step(alone and all(isinstance(optimizer, AdamW) for optimizer in self.optimizers))
         return super().training_step(*args, **kwargs)
+
+    @override
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> Any:
+        result = super().optimizer_step(*args, **kwargs)
+        assert self._masters is not None
+        self._masters.end_step()
+        return result
 
     @override
     def validation_step(self, *args: Any, **kwargs: Any) -> STEP_OUTPUT:

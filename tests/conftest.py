@@ -47,10 +47,7 @@ def _isolated() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def row_failures(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> RowFailures:
     """Runs those rows of the module that were asked for (see tests/rows.py)."""
-    wanted = {
-        item.callspec.params["name"]
-        for item in request.session.items
-        if item.module is request.module and hasattr(item, "callspec")
-    }
+    items = (item for item in request.session.items if item.module is request.module and hasattr(item, "callspec"))
+    wanted = {item.callspec.params.get("name") for item in items}
     names = [name for name in request.module.row if name in wanted]
     return RowFailures(request.module.__name__, names, tmp_path_factory.mktemp("rows"))

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
-from lightning_ep import CausalLM, ExpertParallelStrategy, ParallelLayout, parallelize
+from lightning_ep import AdamW, CausalLM, ExpertParallelStrategy, ParallelLayout, parallelize
 from lightning_ep import loss as loss_module
 from lightning_ep.callbacks import Throughput
 from lightning_ep.context_parallel import SequencePiece, find_documents
@@ -74,9 +74,7 @@ def _step_syncs(cp: int = 1, extra: dict[str, Tensor] | None = None) -> list[str
         def on_train_batch_start(self, trainer: L.Trainer, module: L.LightningModule, batch: Any, index: int) -> None:
             torch.cuda.set_sync_debug_mode("warn" if index == 4 else "default")
 
-    module = CausalLM(
-        tiny_config(), pretrained=False, optimizer=lambda params: torch.optim.AdamW(params, lr=1e-3, fused=True)
-    )
+    module = CausalLM(tiny_config(), pretrained=False, optimizer=lambda params: AdamW(params, lr=1e-3))
     trainer = L.Trainer(
         strategy=ExpertParallelStrategy(ep=1, cp=cp), accelerator=accelerator(), devices=cp, precision="bf16-mixed",
         max_steps=6, gradient_clip_val=1.0, callbacks=[Count(), Throughput()], logger=False, enable_checkpointing=False,

@@ -248,3 +248,59 @@ def test_scale(size: int, factor: float, dtype: torch.dtype) -> None:
     assert torch.equal(x.isnan(), expected.isnan())
     error = relative_error(x.nan_to_num(7.0), expected.nan_to_num(7.0))
     assert error == 0 if EXACT or dtype == torch.float32 else error < 8e-3  # the interpreter cuts bits off
+
+
+@pytest.mark.parametrize("grad_dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("factor", [None, 0.37])
+@pytest.mark.parametrize("size", [7, 4096 * 3 + 5])
+def test_adamw(size: int, factor: float | None, grad_dtype: torch.dtype) -> None:
+    """Five steps against torch's optimizer in float64; the first ones are where 1 - 0.999 ** step loses digits."""
+    from lightning_ep.ops.adamw import Rule, Update
+    from lightning_ep.ops.kernels import adamw as kernel
+
+    rule = Rule(lr=0.01, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.1)
+    param = torch.randn(size, device=DEVICE)
+    expected = param.double().requires_grad_()
+    optimizer = torch.optim.AdamW([expected], **rule._asdict())
+    update = Update(param, param, torch.zeros_like(param), torch.zeros_like(param), torch.zeros((), device=DEVICE))
+    by = None if factor is None else torch.tensor(factor, device=DEVICE)
+    for _ in range(5):
+        grad = torch.randn(size, device=DEVICE).to(grad_dtype)
+        expected.grad = grad.double() * (factor or 1.0)
+        optimizer.step()
+        update.step.add_(1)
+        before, version = grad.clone(), param._version
+        kernel.adamw_(update._replace(grad=grad), rule, by)
+        assert torch.equal(grad, before)
+        assert param._version > version
+    assert relative_error(param, expected.detach()) < 1e-6
+    for found, key in ((update.exp_avg, "exp_avg"), (update.exp_avg_sq, "exp_avg_sq")):
+        assert relative_error(found, optimizer.state[expected][key]) < 1e-6, key
+
+
+def test_adamw_of_bf16_weights_and_moments() -> None:
+    from lightning_ep.ops.adamw import Rule, Update, adamw_twin_
+    from lightning_ep.ops.kernels import adamw as kernel
+
+    rule = Rule(lr=0.01, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.1)
+    tensors = [torch.randn(5000, device=DEVICE).bfloat16() for _ in range(3)]
+    found = Update(*tensors, tensors[0].abs(), torch.ones((), device=DEVICE))
+    twin = Update(*(tensor.clone() for tensor in found))
+    kernel.adamw_(found, rule, None)
+    adamw_twin_([twin], rule, None)
+    for name, a, b in zip(found._fields, found, twin, strict=True):
+        assert relative_error(a, b) < (4e-3 if EXACT else 8e-3), name  # the interpreter cuts bits off
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("size", [1, 4096, 4096 * 9 + 5])
+def test_sum_of_squares(size: int, dtype: torch.dtype) -> None:
+    from lightning_ep.ops.kernels import norm as kernel
+
+    tensors = [torch.randn(n, device=DEVICE).to(dtype) for n in (size, 3)]
+    found, again = kernel.sums_of_squares(tensors), kernel.sums_of_squares(tensors)
+    assert torch.equal(found, again)
+    expected = sum(x.double().square().sum() for x in tensors)
+    assert relative_error(found.double().sum(), expected) < 1e-6
+    tensors[0][-1] = float("nan")
+    assert kernel.sums_of_squares(tensors).sum().isnan()

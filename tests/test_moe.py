@@ -13,6 +13,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_ep.dispatch import AllToAllDispatcher, Dispatcher, LocalDispatcher, Progress
+from lightning_ep.masters import Masters
 from lightning_ep.moe import moe_forward
 from lightning_ep.ops.fused_experts import FusedExperts
 from lightning_ep.ops.local_experts import LocalExperts
@@ -209,6 +210,27 @@ def test_frozen_experts_of_transformers_cost_no_weight_gradients(recompute: bool
         assert all(torch.equal(a, b) for a, b in zip(found, kept, strict=True))
         frozen = sum(param[0].numel() for param, needed in zip(params, trained, strict=True) if not needed)
         assert flops - fewer == 2 * ids.numel() * frozen, "the GEMMs of frozen weights"
+
+
+@pytest.mark.parametrize("kept", [False, True])
+def test_copies_of_wider_parameters(kept: bool) -> None:
+    """Backward uses the weights of forward; where they are kept, that needs no second cast and changes no bit."""
+    experts = tiny_model(num_hidden_layers=1).model.layers[0].mlp.experts
+    inputs, ids = [torch.randn(3, HIDDEN).bfloat16(), torch.rand(3, 2)], torch.tensor([[0, 1], [1, 5], [5, 0]])
+    masters = Masters()
+    masters.keep_copies = kept
+    found = []
+    for changed in (False, True):
+        params = [p.detach().clone().requires_grad_() for p in (experts.gate_up_proj, experts.down_proj)]
+        leaves = [t.clone().requires_grad_() for t in inputs]
+        runner, hidden, weights = FusedExperts(EXPERTS), *leaves
+        out = moe_forward(LocalDispatcher(EXPERTS), runner, hidden, ids, weights, params, masters=masters)
+        if changed:
+            params[0].data.zero_()
+        out.square().sum().backward()
+        assert all(param.grad.dtype == torch.float32 for param in params)
+        found.append([leaf.grad for leaf in (*leaves, *params)])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True)) == kept
 
 
 def _count_rows() -> tuple[int, int]:

@@ -75,6 +75,7 @@ PRIVATE = [
     "torch.distributed.checkpoint.filesystem:_split_by_size_and_type",
     "torch.distributed.tensor.parallel:ParallelStyle._apply",
     "torch.nn:Module._apply",  # benchmarks
+    "torch.distributed.tensor:DTensor._local_tensor",
     "torch.distributed.tensor.placement_types:_StridedShard",
     "torch.ops:_c10d_functional",
     "torch.nn:Module._buffers",

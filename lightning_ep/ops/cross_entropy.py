@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lightning_ep.ops import kernels
+from lightning_ep.ops.scale import scale_
 
 _CHUNK = 4096  # tokens; 1.2 GiB of bf16 logits at a vocabulary of 152k, and GEMMs at full speed
 
@@ -73,7 +74,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         accumulate = torch.promote_types(hidden_TH.dtype, torch.float32)
         losses_T = torch.empty(hidden_TH.shape[0], dtype=accumulate, device=hidden_TH.device)
         grad_TH = torch.empty_like(hidden_TH) if of_hidden else None
-        grad_VH = torch.zeros_like(weight_VH, dtype=accumulate) if of_weight else None
+        grad_VH = torch.empty_like(weight_VH, dtype=accumulate) if of_weight else None
         num_tokens = hidden_TH.shape[0]
         buffer_CV = hidden_TH.new_empty(min(num_tokens, _CHUNK), weight_VH.shape[0])  # one, for all chunks
         for start in range(0, num_tokens, _CHUNK):
@@ -86,7 +87,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if grad_TH is not None:
                 torch.mm(logits_CV, weight_VH, out=grad_TH[part])
             if grad_VH is not None:
-                _accumulate_outer(grad_VH, logits_CV, hidden_TH[part])
+                _accumulate_outer(grad_VH, logits_CV, hidden_TH[part], first=start == 0)
+        if grad_VH is not None and num_tokens == 0:
+            grad_VH.zero_()
         ctx.grads = grad_TH, None if grad_VH is None else grad_VH.to(weight_VH.dtype)
         return losses_T.sum()
 
@@ -95,19 +98,20 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         if ctx.grads is None:
             raise RuntimeError("Trying to run backward through linear_cross_entropy a second time.")
-        grads = [None if g is None else g.mul_(grad) for g in ctx.grads]
-        ctx.grads = None
+        grads, ctx.grads = ctx.grads, None
+        scale_([g for g in grads if g is not None], grad)
         return (*grads, None, None, None, None)
 
 
-def _accumulate_outer(out_VH: Tensor, x_CV: Tensor, y_CH: Tensor) -> None:
-    """``out += x.T @ y``, accumulated in the dtype of ``out``."""
+def _accumulate_outer(out_VH: Tensor, x_CV: Tensor, y_CH: Tensor, first: bool) -> None:
+    """``out += x.T @ y``, or ``out = x.T @ y`` the ``first`` time, accumulated in the dtype of ``out``."""
+    beta = 0 if first else 1  # zero reads nothing
     if out_VH.dtype == x_CV.dtype:
-        out_VH.addmm_(x_CV.t(), y_CH)
+        out_VH.addmm_(x_CV.t(), y_CH, beta=beta)
     elif out_VH.is_cuda:
-        torch.addmm(out_VH, x_CV.t(), y_CH, out_dtype=out_VH.dtype, out=out_VH)
+        torch.addmm(out_VH, x_CV.t(), y_CH, out_dtype=out_VH.dtype, beta=beta, out=out_VH)
     else:
-        out_VH.addmm_(x_CV.t().to(out_VH.dtype), y_CH.to(out_VH.dtype))
+        out_VH.addmm_(x_CV.t().to(out_VH.dtype), y_CH.to(out_VH.dtype), beta=beta)
 
 
 def cross_entropy_(logits_TV: Tensor, targets_T: Tensor, losses_T: Tensor, ignore_index: int, gradient: bool) -> None:

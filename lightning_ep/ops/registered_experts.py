@@ -104,19 +104,21 @@ class RegisteredExperts(LocalExperts):
     @override
     def backward_rows(
         self, saved: _Forward, params: Sequence[Tensor], grad_NH: Tensor
-    ) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+    ) -> tuple[Tensor, Tensor, tuple[Tensor | None, ...]]:
         order = saved.order
         grad_PH = order.permute(grad_NH).to(saved.out_PH.dtype)
         needed = [leaf for leaf in saved.leaves if leaf.requires_grad]
         found = torch.autograd.grad(saved.out_PH, needed, grad_PH, allow_unused=True, materialize_grads=True)
-        computed = iter(found)
-        # Nobody looks at a frozen parameter's: a zero of its shape that has no memory.
-        grads = [next(computed) if leaf.requires_grad else leaf.new_zeros(()).expand_as(leaf) for leaf in saved.leaves]
-        grad_weights = grads[1].new_zeros(order.pair_NK.numel(), dtype=saved.weights_dtype)
-        grad_weights[order.slot_P] = grads[1].to(saved.weights_dtype)
-        grad_NH = gather_sum(grads[0], order.pair_NK, grad_NH.dtype)
-        return grad_NH, grad_weights.view(order.pair_NK.shape), tuple(grads[2:])
+        grad_x_PH, grad_weights_P, *grads = found
+        left = iter(grads)
+        grad_params = tuple(next(left) if leaf.requires_grad else None for leaf in saved.leaves[2:])
+        grad_weights = grad_weights_P.new_zeros(order.pair_NK.numel(), dtype=saved.weights_dtype)
+        grad_weights[order.slot_P] = grad_weights_P.to(saved.weights_dtype)
+        grad_NH = gather_sum(grad_x_PH, order.pair_NK, grad_NH.dtype)
+        return grad_NH, grad_weights.view(order.pair_NK.shape), grad_params
 
     @override
-    def backward_params(self, saved: tuple[Tensor, ...], dtypes: Sequence[torch.dtype]) -> tuple[Tensor, ...]:
-        return tuple(grad.to(dtype) for grad, dtype in zip(saved, dtypes, strict=True))
+    def backward_params(  # type: ignore[override]  # None for frozen ones
+        self, saved: tuple[Tensor | None, ...], dtypes: Sequence[torch.dtype]
+    ) -> tuple[Tensor | None, ...]:
+        return tuple(None if grad is None else grad.to(dtype) for grad, dtype in zip(saved, dtypes, strict=True))

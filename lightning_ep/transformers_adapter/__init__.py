@@ -21,6 +21,7 @@ from lightning_ep.transformers_adapter.experts import (
     attach_context,
     is_parallel_experts,
     local_experts_function,
+    masters_of,
     use_expert_parallel_forward,
     why_not_fused,
 )
@@ -68,6 +69,7 @@ __all__ = [
     "load_conversions",
     "local_experts_function",
     "mark_initialized",
+    "masters_of",
     "not_saved",
     "pretrained_models",
     "refuse_own_checkpointing",

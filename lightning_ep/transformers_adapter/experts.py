@@ -15,6 +15,7 @@ from lightning_ep.ops.registered_experts import ExpertsFunction
 from lightning_ep.recompute import handle_replay, left_to_checkpoint
 
 if TYPE_CHECKING:
+    from lightning_ep.masters import Masters
     from lightning_ep.plan import ExpertContext
 
 EXPERTS_IMPLEMENTATION = "lightning_ep"
@@ -84,6 +85,12 @@ def attach_context(module: nn.Module, context: ExpertContext) -> None:
     setattr(module, _CONTEXT, context)
 
 
+def masters_of(module: nn.Module) -> Masters:
+    """The `Masters` of a module for which `attach_context` was called."""
+    context: ExpertContext = getattr(module, _CONTEXT)
+    return context.masters
+
+
 def is_parallel_experts(module: nn.Module) -> bool:
     """Whether `attach_context` was called on ``module``."""
     return hasattr(module, _CONTEXT)
@@ -102,8 +109,9 @@ def _experts_forward(module: nn.Module, hidden_TH: Tensor, ids_TK: Tensor, weigh
         # A model that shares its config object with a parallelised one shares the implementation name too.
         return _auto_experts(module, hidden_TH, ids_TK, weights_TK)
     handle_replay(module)
-    params = [context.local_param(getattr(module, name)) for name in context.param_names]
-    return moe_forward(context.dispatcher, context.experts, hidden_TH, ids_TK, weights_TK, params, left_to_checkpoint)
+    params = [getattr(module, name) for name in context.param_names]
+    dispatcher, experts, masters = context.dispatcher, context.experts, context.masters
+    return moe_forward(dispatcher, experts, hidden_TH, ids_TK, weights_TK, params, left_to_checkpoint, masters)
 
 
 ExpertsInterface.register(EXPERTS_IMPLEMENTATION, _experts_forward)

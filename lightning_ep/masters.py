@@ -1,0 +1,137 @@
+"""Experts whose parameters are wider than what their GEMMs take: fp32 masters, bf16 rows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+_STEPS_TO_PEAK = 2  # the first makes the optimizer's state
+_SPARE = 0.1  # of the GPU's memory stays free beside kept copies: rows of a step with an unlucky router
+
+
+class Masters:
+    """How one layer casts its experts' parameters, and in which dtype it returns their gradients.
+
+    Attributes:
+        keep_copies: Backward uses the copies that forward made. Otherwise it makes its own: casting twice costs less
+            than the memory of every layer's copy, where that is short.
+    """
+
+    def __init__(self) -> None:
+        self.keep_copies = False
+        self._own: tuple[Tensor, ...] = ()
+        self._narrow = False
+        self._calls = 0
+
+    def own(self, params: Iterable[Tensor]) -> None:
+        """Takes charge of leaf parameters whose gradients nothing reduces after the layer (no FSDP)."""
+        self._own = tuple(params)
+        for param in self._own:
+            param.grad_dtype = None  # autograd then takes gradients as they come
+
+    def begin_step(self, narrow_gradients: bool) -> None:
+        """Starts an optimizer step.
+
+        Args:
+            narrow_gradients: Gradients to which nothing is added stay in the dtype of the GEMMs. Widening them adds no
+                digit, but moves three times their bytes, and then twice as many for everyone who reads them.
+        """
+        self._narrow = narrow_gradients
+        self._calls = 0
+
+    def begin_call(self, params: Sequence[Tensor], dtype: torch.dtype, needs_grad: bool) -> CallWeights:
+        """The weights of one forward and its backward, if it ``needs_grad``; ``dtype`` is the GEMMs'."""
+        self._calls += needs_grad
+        return CallWeights(self, params, dtype)
+
+    def gradient_dtype(self, param: Tensor, dtype: torch.dtype) -> torch.dtype:
+        """In which dtype a backward with GEMMs in ``dtype`` returns a parameter's gradient."""
+        alone = self._calls == 1 and param.grad is None and any(param is own for own in self._own)
+        return dtype if self._narrow and alone else param.dtype
+
+    @property
+    def bytes_of_copies(self) -> int:
+        """What `keep_copies` costs with bf16 GEMMs."""
+        return sum(2 * _local(param).numel() for param in self._own if param.dtype == torch.float32)
+
+
+class CallWeights:
+    """The parameters of one call as its GEMMs take them: this rank's parts, in the dtype of the rows."""
+
+    def __init__(self, masters: Masters, params: Sequence[Tensor], dtype: torch.dtype) -> None:
+        self.params = params
+        self._masters = masters
+        self._dtype = dtype
+        self._kept: list[Tensor] | None = None
+
+    def for_forward(self) -> list[Tensor]:
+        """The weights; kept for backward if the layer does that."""
+        local = [_local(param).to(self._dtype) for param in self.params]
+        self._kept = local if self._masters.keep_copies else None
+        return local
+
+    def for_backward(self) -> list[Tensor]:
+        """The weights, once."""
+        kept, self._kept = self._kept, None
+        return kept or [_local(param).to(self._dtype) for param in self.params]
+
+    def gradient_dtypes(self) -> list[torch.dtype]:
+        """In which dtypes the gradients are wanted."""
+        return [self._masters.gradient_dtype(param, self._dtype) for param in self.params]
+
+    def gradients(self, local: Sequence[Tensor | None]) -> list[Tensor | None]:
+        """The parameters' gradients, from those of this rank's parts."""
+        return [grad if grad is None else _like(grad, param) for grad, param in zip(local, self.params, strict=True)]
+
+    def zero_gradients(self) -> list[Tensor | None]:
+        """Gradients of experts that got no row."""
+        return self.gradients([torch.zeros_like(_local(param)) for param in self.params])
+
+
+def _local(param: Tensor) -> Tensor:
+    return param._local_tensor if isinstance(param, DTensor) else param.detach()
+
+
+def _like(local: Tensor, param: Tensor) -> Tensor:
+    if not isinstance(param, DTensor):
+        return local
+    mesh, placements, shape, stride = param.device_mesh, param.placements, param.shape, param.stride()
+    return DTensor.from_local(local, mesh, placements, run_check=False, shape=shape, stride=stride)
+
+
+class ModelMasters:
+    """The `Masters` of all layers of a model in training.
+
+    Args:
+        layers: Those in charge of their gradients.
+        device: This rank's device.
+    """
+
+    def __init__(self, layers: Sequence[Masters], device: torch.device) -> None:
+        self._layers = layers
+        self._device = device
+        self._steps = 0
+
+    def begin_step(self, narrow_gradients: bool) -> None:
+        """See `Masters.begin_step`."""
+        for layer in self._layers:
+            layer.begin_step(narrow_gradients)
+
+    def end_step(self) -> None:
+        """To be called after every optimizer step: with the second one, memory has seen everything that a step needs.
+
+        Copies are kept from then on if they leave room. Ranks may differ: no number does.
+        """
+        self._steps += 1
+        if self._steps != _STEPS_TO_PEAK or self._device.type != "cuda":
+            return
+        needed = sum(layer.bytes_of_copies for layer in self._layers)
+        free, total = torch.cuda.mem_get_info(self._device)
+        limit = total * torch.cuda.get_per_process_memory_fraction(self._device)
+        reachable = min(limit, free + torch.cuda.memory_reserved(self._device))
+        room = reachable - torch.cuda.max_memory_reserved(self._device)
+        for layer in self._layers:
+            layer.keep_copies = needed + _SPARE * total <= room

@@ -1,0 +1,52 @@
+"""One step of AdamW in one pass over a tensor. Twin: `ops.adamw.adamw_twin_`."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from lightning_ep.ops.adamw import Rule, Update
+
+_BLOCK = 4096
+
+
+@triton.jit
+def _adamw_kernel(
+    param, grad, exp_avg, exp_avg_sq, step, factor,
+    lr, keep, log_beta1, log_beta2, beta1, beta2, rest1, rest2, eps, num_elements,
+    HAS_FACTOR: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    # In fp64, as `count` makes it: 1 - 0.999 ** step loses four digits in fp32.
+    count = tl.load(step).to(tl.float64)
+    step_size = (lr / (1.0 - tl.exp(count * log_beta1))).to(tl.float32)
+    correction = tl.sqrt(1.0 - tl.exp(count * log_beta2)).to(tl.float32)
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = at < num_elements
+    g = tl.load(grad + at, mask=mask).to(tl.float32)
+    if HAS_FACTOR:
+        g *= tl.load(factor).to(tl.float32)
+    m = tl.load(exp_avg + at, mask=mask).to(tl.float32) * beta1 + g * rest1
+    v = tl.load(exp_avg_sq + at, mask=mask).to(tl.float32) * beta2 + g * g * rest2
+    p = tl.load(param + at, mask=mask).to(tl.float32) * keep
+    p -= step_size * tl.div_rn(m, tl.div_rn(tl.sqrt_rn(v), correction) + eps)
+    tl.store(param + at, p.to(param.dtype.element_ty), mask=mask)
+    tl.store(exp_avg + at, m.to(exp_avg.dtype.element_ty), mask=mask)
+    tl.store(exp_avg_sq + at, v.to(exp_avg_sq.dtype.element_ty), mask=mask)
+
+
+def adamw_(update: Update, rule: Rule, factor: Tensor | None) -> None:
+    """See `lightning_ep.ops.adamw.adamw_`; for one parameter with contiguous tensors."""
+    logs = [math.log(beta) if beta > 0 else -math.inf for beta in rule.betas]
+    beta1, beta2 = rule.betas
+    num_elements = update.param.numel()
+    _adamw_kernel[(triton.cdiv(num_elements, _BLOCK),)](
+        *update, update.step if factor is None else factor,
+        rule.lr, 1 - rule.lr * rule.weight_decay, *logs, beta1, beta2, 1 - beta1, 1 - beta2, rule.eps, num_elements,
+        factor is not None, _BLOCK,
+        num_warps=8,
+    )  # fmt: skip
+    torch.autograd.graph.increment_version(update.param)

@@ -1,0 +1,38 @@
+"""The sum of squares of many tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from lightning_ep.ops import kernels
+
+_LARGE = 2**20  # elements; below, one launch for many tensors is worth more than a faster one for each
+
+
+def sum_of_squares(tensors: Sequence[Tensor]) -> Tensor:
+    """Sum of the squares of all elements, added in fp32 within a tensor and in float64 across tensors.
+
+    Args:
+        tensors: At least one, on one device.
+
+    Returns:
+        0-dim, float64; not finite if an element is not, or if the sum of a tensor exceeds fp32.
+    """
+    large = [t for t in tensors if kernels.runs_on(t) and t.numel() >= _LARGE and t.is_contiguous()]
+    skipped = {id(tensor) for tensor in large}
+    sums: list[Tensor] = []
+    if large:
+        from lightning_ep.ops.kernels import norm as triton_norm
+
+        sums.append(triton_norm.sums_of_squares(large).double().sum())
+    if rest := [tensor for tensor in tensors if id(tensor) not in skipped]:
+        sums.append(sum_of_squares_twin(rest))
+    return torch.stack(sums).sum()
+
+
+def sum_of_squares_twin(tensors: Sequence[Tensor]) -> Tensor:
+    """Defines `sum_of_squares`."""
+    return torch.stack(torch._foreach_norm(list(tensors), 2.0, dtype=torch.float32)).double().square().sum()

@@ -1,0 +1,178 @@
+"""lightning_ep.AdamW is torch's optimizer: the same weights, states and clipping, whatever dtype gradients come in."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from torch import Tensor
+
+import lightning_ep
+from lightning_ep.ops import adamw
+from tests.reference import relative_error
+from tests.rows import RowFailures, Rows, whole
+from tests.tiny import TinyModule, loader, quiet
+
+row = Rows()
+EXPERTS = ("gate_up_proj", "down_proj")
+
+
+class Module(TinyModule):
+    """A user's module with the optimizer of the row; keeps the dtypes of the experts' gradients."""
+
+    def __init__(self, kind: type, **overrides: Any) -> None:
+        super().__init__(**overrides)
+        self.kind = kind
+        self.dtypes: set[torch.dtype] = set()
+        self.others: set[torch.dtype] = set()
+
+    def configure_optimizers(self) -> Any:
+        fused = {} if self.kind is lightning_ep.AdamW else {"fused": True}
+        # A large eps: else the first steps are signs, which amplify the noise of a GPU where a gradient is nearly zero.
+        return self.kind(self.parameters(), lr=1e-2, eps=1e-2, weight_decay=0.1, **fused)
+
+    def on_before_optimizer_step(self, optimizer: Any) -> None:
+        for name, param in self.model.named_parameters():
+            (self.dtypes if name.endswith(EXPERTS) else self.others).add(param.grad.dtype)
+
+
+class TwoForwards(Module):
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        return super().training_step(batch, batch_idx) + 0.5 * self.loss({k: v.flip(0) for k, v in batch.items()})
+
+
+class Manual(Module):
+    def __init__(self, kind: type, **overrides: Any) -> None:
+        super().__init__(kind, **overrides)
+        self.automatic_optimization = False
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        optimizer = self.optimizers()
+        optimizer.zero_grad()
+        for scale in (1.0, 0.5):
+            self.manual_backward(scale * super().training_step(batch, batch_idx))
+        self.clip_gradients(optimizer, 0.05, "norm")
+        if batch_idx == 0:
+            optimizer.zero_grad()  # the step is given up, and with it what was to be multiplied
+            self.manual_backward(super().training_step(batch, batch_idx))
+        optimizer.step()
+
+
+def _trained(root: Path, module: Module, **flags: Any) -> Module:
+    adamw._LARGE = 0  # on a GPU the kernel takes all parameters
+    quiet(root, max_epochs=1, precision="bf16-mixed", **flags).fit(module, loader(12))
+    return module
+
+
+def _compare(root: Path, cls: type[Module] = Module, tolerance: float = 2e-6, **flags: Any) -> Module:
+    """Weights after three steps are those of torch's optimizer; returns our module."""
+    L.seed_everything(1)
+    ours = _trained(root, cls(lightning_ep.AdamW), **flags)
+    L.seed_everything(1)
+    theirs = _trained(root, cls(torch.optim.AdamW), **flags)
+    assert theirs.dtypes <= {torch.float32}
+    for (name, found), expected in zip(ours.model.named_parameters(), theirs.model.parameters(), strict=True):
+        error = relative_error(whole(found), whole(expected))
+        assert error <= (tolerance if found.is_cuda or flags.get("gradient_clip_val") else 0), (name, error)
+    return ours
+
+
+@row()
+def one_gradient_keeps_the_dtype_of_its_gemms(root: Path) -> None:
+    ours = _compare(root)
+    assert ours.dtypes == {torch.bfloat16}
+    assert ours.others == {torch.float32}
+
+
+@row()
+def clipped_by_norm(root: Path) -> None:
+    assert _compare(root, gradient_clip_val=0.05).dtypes == {torch.bfloat16}
+
+
+@row()
+def clipped_by_value(root: Path) -> None:
+    _compare(root, gradient_clip_val=0.001, gradient_clip_algorithm="value")
+
+
+@row()
+def gradients_that_are_added_are_wide(root: Path) -> None:
+    assert _compare(root, TwoForwards).dtypes == {torch.float32}
+    assert _compare(root, accumulate_grad_batches=2).dtypes == {torch.float32}
+
+
+@row()
+def manual_optimization(root: Path) -> None:
+    module = _compare(root, Manual, gradient_clip_val=None)
+    assert {param.grad.dtype for param in module.parameters()} == {torch.float32}
+
+
+@row()
+def experts_that_fsdp_reduces(root: Path) -> None:
+    strategy = lightning_ep.ExpertParallelStrategy
+    L.seed_everything(1)
+    ours = _trained(root, Module(lightning_ep.AdamW), strategy=strategy(ep=1), gradient_clip_val=0.05)
+    L.seed_everything(1)
+    theirs = _trained(root, Module(torch.optim.AdamW), strategy=strategy(ep=1), gradient_clip_val=0.05)
+    assert ours.dtypes == {torch.float32}
+    for found, expected in zip(ours.model.parameters(), theirs.model.parameters(), strict=True):
+        assert relative_error(whole(found), whole(expected)) < 2e-6
+
+
+@pytest.mark.parametrize("name", row)
+def test_equals_torch(name: str, row_failures: RowFailures) -> None:
+    row_failures.check(name)
+
+
+def _steps(optimizer: torch.optim.Optimizer, params: list[Tensor], seed: int, number: int = 3) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(number):
+        for param in params:
+            param.grad = torch.randn(param.shape, generator=generator)
+        optimizer.step()
+
+
+@pytest.mark.parametrize("flags", [{}, {"fused": True}, {"foreach": True}], ids=["plain", "fused", "foreach"])
+@pytest.mark.parametrize("first_is_ours", [True, False])
+def test_goes_on_from_the_other_state(first_is_ours: bool, flags: dict[str, bool]) -> None:
+    start = [torch.randn(5, 3), torch.randn(4)]
+
+    def build(ours: bool) -> tuple[torch.optim.Optimizer, list[Tensor]]:
+        params = [tensor.clone().requires_grad_() for tensor in start]
+        groups = [{"params": params[:1], "weight_decay": 0.3}, {"params": params[1:]}]
+        return (lightning_ep.AdamW(groups, 0.1) if ours else torch.optim.AdamW(groups, 0.1, **flags)), params
+
+    through, reference = build(first_is_ours), build(False)
+    for optimizer, params in (through, reference):
+        _steps(optimizer, params, seed=1)
+    onward = build(not first_is_ours)
+    for param, before in zip(onward[1], through[1], strict=True):
+        param.data.copy_(before)
+    onward[0].load_state_dict(copy.deepcopy(through[0].state_dict()))
+    for optimizer, params in (onward, reference):
+        _steps(optimizer, params, seed=2)
+    for found, expected in zip(onward[1], reference[1], strict=True):
+        assert relative_error(found.detach(), expected.detach()) < 1e-6
+
+
+def test_refuses_states_that_it_would_not_follow() -> None:
+    param = torch.randn(3).requires_grad_()
+    state = torch.optim.AdamW([param], amsgrad=True).state_dict()
+    with pytest.raises(ValueError, match="amsgrad"):
+        lightning_ep.AdamW([param]).load_state_dict(state)
+
+
+def test_a_copy_has_no_pending_factor() -> None:
+    param = torch.ones(3).requires_grad_()
+    optimizer = lightning_ep.AdamW([param], lr=0.1)
+    optimizer.multiply_gradients(torch.tensor(0.0))
+    other = copy.deepcopy(optimizer)
+    (copied,) = other.param_groups[0]["params"]
+    for each, p in ((optimizer, param), (other, copied)):
+        p.grad = torch.ones(3)
+        each.step()
+    assert torch.equal(param.detach(), torch.full((3,), 1 - 0.1 * 0.01))  # a gradient of zero: decay alone
+    assert not torch.equal(copied.detach(), param.detach())
