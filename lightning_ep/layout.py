@@ -179,23 +179,30 @@ class ParallelLayout:
             f"{self.world_size} processes."
         )
 
-    def check_attention_heads(self, heads: int, key_value_heads: int, where: str) -> None:
-        """Raises ValueError if ``tp`` and ``cp`` do not divide the heads of attention, naming a layout that works."""
-        if key_value_heads % self.tp == 0 and heads % (self.tp * self.cp) == 0:
-            return
+    def check_key_value_heads(self, heads: int, key_value_heads: int, where: str) -> None:
+        """Raises ValueError if ``tp`` does not divide the key/value heads of attention that it splits."""
         if key_value_heads % self.tp != 0:
             problem = f"tp={self.tp} does not divide the {key_value_heads} key/value heads of {where}"
-        else:
-            problem = f"tp={self.tp} times cp={self.cp} does not divide the {heads} attention heads of {where}"
+            raise ValueError(f"{problem}. {self._fitting_heads(heads, key_value_heads)}")
+
+    def check_attention_heads(self, heads: int, key_value_heads: int, where: str) -> None:
+        """Raises ValueError if ``tp * cp`` does not divide the heads of attention; key/value heads are repeated."""
+        both = self.tp * self.cp
+        if heads % both != 0:
+            problem = f"tp={self.tp} times cp={self.cp} is {both}, which does not divide the {heads} attention heads of"
+            raise ValueError(f"{problem} {where}. {self._fitting_heads(heads, key_value_heads)}")
+
+    def _fitting_heads(self, heads: int, key_value_heads: int) -> str:
+        """What to use instead, by the rules of both."""
         tp, cp = max(
             (tp, cp)
             for tp in range(1, self.tp + 1)
             for cp in range(1, self.cp + 1)
             if key_value_heads % tp == 0 and heads % (tp * cp) == 0 and self.shards % (tp * cp) == 0
         )
-        raise ValueError(
-            f"{problem}. Only attention is bound by its heads, of which a rank needs whole ones; expert parallelism is "
-            f"not: keep ep={self.ep}, fsdp={self.fsdp} and use tp={tp}" + (f", cp={cp}." if self.cp > 1 else ".")
+        return (
+            "Only attention is bound by its heads, of which a rank needs whole ones; expert parallelism is not: keep "
+            f"ep={self.ep}, fsdp={self.fsdp} and use tp={tp}" + (f", cp={cp}." if self.cp > 1 else ".")
         )
 
 

@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 from torch.optim import Optimizer
@@ -47,7 +48,9 @@ class CausalLM(LightningModule):
 
     Logs ``train/loss``, ``train/grad_norm``, ``lr``, ``val/loss``, ``val/perplexity`` and the like for test. The
     progress bar shows ``loss``, on GPUs that of the step before, so that the host need not wait for the GPU.
-    ``predict`` returns, per sequence, the ``log_likelihood`` (nats) and the number of ``tokens`` it sums over.
+    An evaluation in which no token of any rank has a target raises a ValueError at its end; in Lightning's sanity check
+    it only warns. ``predict`` returns, per sequence, the ``log_likelihood`` (nats) and the number of ``tokens`` it sums
+    over.
 
     Args:
         model: Hub id or local path, or a configuration: an object, or a dict with ``model_type``.
@@ -224,10 +227,30 @@ class CausalLM(LightningModule):
         sums = self._evaluation if self._evaluation is not None else torch.zeros(2, device=self.device).double()
         self._evaluation = None
         loss, tokens = self._summed_over_ranks(sums)
+        if tokens == 0:
+            self._explain_no_targets(stage)
+            return
         mean = (loss / tokens).float()
         # Equal on all ranks already; sync_dist only tells Lightning so.
         self.log(f"{stage}/loss", mean, prog_bar=True, sync_dist=True)
         self.log(f"{stage}/perplexity", mean.exp(), sync_dist=True)
+
+    def _explain_no_targets(self, stage: str) -> None:
+        """For evaluations whose mean loss is 0 / 0; of a sanity check nothing is kept, and others may have targets."""
+        problem = (
+            f"No token of any rank had a target, so that there is no {stage}/loss: every label after the first of its "
+            f"sequence is {IGNORE}"
+        )
+        if self.trainer.sanity_checking:
+            rank_zero_warn(
+                f"{problem} in the batches of the sanity check. If that is so in all {stage} batches, the evaluation "
+                "will raise an error: look at what makes the labels."
+            )
+            return
+        raise ValueError(
+            f"{problem} in all {stage} batches of this evaluation. Look at what makes the labels (targets cut off by "
+            f"the sequence length, or a prompt template that masks every token?), or raise limit_{stage}_batches."
+        )
 
     @override
     def on_train_start(self) -> None:

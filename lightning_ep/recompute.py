@@ -29,6 +29,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar, Token
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
+from weakref import WeakSet
 
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
@@ -37,6 +38,8 @@ from torch.autograd import Variable
 from torch.autograd.graph import saved_tensors_hooks
 from torch.distributed.fsdp import FSDPModule
 from torch.utils.checkpoint import checkpoint
+
+from lightning_ep.dispatch import ExplainedOutOfMemoryError
 
 ActivationCheckpointing = Literal["none", "selective", "full"]
 Later = Callable[[], Tensor]
@@ -80,27 +83,40 @@ def checkpoint_layer(
         # What `nn.Module.compile` sets, too: called in place of the module and its hooks.
         module._compiled_call_impl = functools.partial(_call, module)
     forward = torch.compile(layer.forward) if compile else layer.forward
+    unfilled: WeakSet[Any] = WeakSet()
 
     @functools.wraps(layer.forward)
     def checkpointed(*args: Any, **kwargs: Any) -> Any:
+        _refuse_unfilled(kwargs.get("past_key_values"), unfilled)
         if not torch.is_grad_enabled():
             return forward(*args, **kwargs)
-        function = functools.partial(forward, **_without_cache(kwargs))
+        function = functools.partial(forward, **_without_cache(kwargs, unfilled))
         contexts = functools.partial(_contexts, mode)
         return checkpoint(function, *args, use_reentrant=False, context_fn=contexts)
 
     layer.forward = checkpointed
 
 
-def _without_cache(kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """A cache would be filled twice. That of a training forward is new and read by nobody."""
+def _without_cache(kwargs: Mapping[str, Any], unfilled: WeakSet[Any]) -> dict[str, Any]:
+    """A cache would be filled twice, so it is left empty: mostly it is one that the model made and nobody reads."""
     cache = kwargs.get("past_key_values")
-    if cache is not None and cache.get_seq_length() > 0:
+    if cache is None:
+        return dict(kwargs)
+    if cache.get_seq_length() > 0:
         raise ValueError(
             "past_key_values that hold tokens cannot be combined with activation_checkpointing: recomputed layers "
             "would add theirs a second time. Use activation_checkpointing='none', or no cache."
         )
-    return {name: None if name == "past_key_values" else value for name, value in kwargs.items()}
+    unfilled.add(cache)
+    return {**kwargs, "past_key_values": None}
+
+
+def _refuse_unfilled(cache: Any, unfilled: WeakSet[Any]) -> None:
+    if cache is not None and cache in unfilled:
+        raise ValueError(
+            "past_key_values were in a training forward under activation_checkpointing before, which fills no cache: "
+            "the tokens of that forward would be missing. Use activation_checkpointing='none', or no cache."
+        )
 
 
 def left_to_checkpoint(hidden: Tensor) -> Later | None:
@@ -211,7 +227,19 @@ class _Recording:
         """Leaves the input of the call in progress to the checkpoint, once more."""
         self._calls[-1].left += 1
         packed, unpack = self._pack(hidden), self._checkpoint_unpack
-        return lambda: unpack(packed)
+
+        def later() -> Tensor:
+            try:
+                return unpack(packed)
+            except torch.OutOfMemoryError as error:
+                # Whoever asks is the backward of the experts or of a router, and neither is what ran.
+                raise ExplainedOutOfMemoryError(
+                    "Out of memory while a decoder layer ran again in backward (activation_checkpointing) up to its "
+                    "experts: in its attention, norms or dense parts. Use fewer tokens per batch, or share each "
+                    f"sequence among ranks (tp, cp). {error}"
+                ) from error
+
+        return later
 
     def call(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
         call = _Call(module)

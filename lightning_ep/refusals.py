@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 
-import torch
 from lightning.fabric.plugins import ClusterEnvironment
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
@@ -30,6 +29,16 @@ _CALLBACKS = {
     "instead.",
     "OnExceptionCheckpoint": "every rank takes part in saving, and after an exception one is missing. Use "
     "ModelCheckpoint(every_n_train_steps=...) instead.",
+}
+_NO_RULE = "torch has no rule for what it does to them."
+_OPTIMIZERS = {  # by name, and by the flag that makes the difference
+    ("LBFGS", None): "it makes one vector of all parameters. Use AdamW instead.",
+    ("Adafactor", None): f"{_NO_RULE} Use AdamW(fused=True), or SGD with momentum for less state, instead.",
+    ("Rprop", None): f"{_NO_RULE} Use AdamW instead.",
+    ("SparseAdam", None): "it takes sparse gradients only, and theirs are dense. Use AdamW instead.",
+    ("SGD", "fused"): f"{_NO_RULE} Use foreach=True instead.",
+    ("Adagrad", "fused"): f"{_NO_RULE} Use foreach=True instead.",
+    ("ASGD", "foreach"): "experts and other parameters would be in one call, on two meshes. Leave foreach out.",
 }
 _PROCESSES_PER_NODE = {TorchElasticEnvironment: "LOCAL_WORLD_SIZE", SLURMEnvironment: "SLURM_NTASKS_PER_NODE"}
 
@@ -101,9 +110,11 @@ def refuse_unsupported(trainer: Trainer, layer_sync: object | None) -> None:
 
 
 def refuse_optimizers(optimizers: list[Optimizer]) -> None:
-    """Raises ValueError for optimizers that have no rule for shards."""
+    """Raises ValueError for optimizers of torch and transformers that would fail on shards in their first step."""
     for optimizer in optimizers:
-        if isinstance(optimizer, torch.optim.SGD) and any(group.get("fused") for group in optimizer.param_groups):
-            raise ValueError("SGD(fused=True) has no rule for sharded parameters in torch; use foreach=True instead.")
-        if isinstance(optimizer, torch.optim.LBFGS):
-            raise ValueError("LBFGS makes one vector of all parameters, which shards do not allow; use AdamW instead.")
+        theirs = [cls for cls in type(optimizer).__mro__ if cls.__module__.startswith(("torch.optim", "transformers."))]
+        names = {cls.__name__ for cls in theirs}
+        for (name, flag), reason in _OPTIMIZERS.items():
+            if name in names and (flag is None or any(group.get(flag) for group in optimizer.param_groups)):
+                what = name if flag is None else f"{name}({flag}=True)"
+                raise ValueError(f"{what} cannot run on sharded parameters: {reason}")

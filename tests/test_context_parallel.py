@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.utils.data import DataLoader
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.models.qwen3_moe.modeling_qwen3_moe import load_balancing_loss_func
 
 from lightning_ep import ExpertParallelStrategy, ParallelLayout, parallelize, shard_sequence, whole_sequences
 from lightning_ep import transformers_adapter as adapter
@@ -274,6 +275,29 @@ def test_batches_that_cannot_be_split(extra: dict[str, Tensor], message: str) ->
         shard_sequence({**_batch("plain"), **extra}, Mesh())  # type: ignore[arg-type]
 
 
+def _balancing(kind: str) -> tuple[float, float]:
+    """The balancing loss of this rank's piece, and that of the same tokens on one process."""
+    world, rank = dist.get_world_size(), dist.get_rank()
+    model, expected = (tiny_model(output_router_logits=True) for _ in range(2))
+    meshes = parallelize(model, ParallelLayout.resolve(world, "auto", world, world, cp=world), device())
+    batch = _batch(kind)
+    size = batch["input_ids"].shape[1]
+    length = -(-size // world)
+    here = slice(rank * length, (rank + 1) * length)
+    logits = [x.unflatten(0, (2, size))[:, here].flatten(0, 1) for x in expected(**batch).router_logits]
+    mask = batch["attention_mask"][:, here].flatten() if "attention_mask" in batch else None
+    wanted = load_balancing_loss_func(tuple(logits), 8, 4, mask)
+    piece = shard_sequence({key: value.to(device()) for key, value in batch.items()}, meshes.cp)
+    return model(**piece).aux_loss.item(), wanted.item()
+
+
+@pytest.mark.parametrize("kind", ["plain", "odd", "right"])
+@pytest.mark.parametrize("world", [2, 4])
+def test_the_balancing_loss_counts_no_padding(world: int, kind: str) -> None:
+    for found, wanted in run_ranks(world, _balancing, kind):
+        assert found == pytest.approx(wanted, rel=1e-5)
+
+
 # -------------------------------------------------------------------------------- what is refused
 
 
@@ -314,7 +338,7 @@ def test_calls_that_would_attend_within_pieces_raise() -> None:
 @pytest.mark.parametrize(
     ("family", "overrides", "message"),
     [
-        ("qwen3_moe", {"num_attention_heads": 6}, r"tp=1 times cp=4 is 4, .* the 6 attention heads .* use cp=2, tp=1"),
+        ("qwen3_moe", {"num_attention_heads": 6}, r"tp=1 times cp=4 is 4, .* the 6 attention heads .*use tp=1, cp=2"),
         ("qwen3_next", {}, r"cp=4 cannot serve Qwen3NextForCausalLM \('qwen3_next'\): .*attention interface"),
         ("minimax", {}, r"layers of the types \['linear_attention'\]"),
         ("deepseek_v32", FAMILIES["deepseek_v3"], "types|Indexer"),

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_ep.dispatch import AllToAllDispatcher, Dispatcher, LocalDispatcher, Progress
 from lightning_ep.masters import Masters
@@ -180,6 +181,35 @@ def test_frozen_experts_cost_no_weight_gradients() -> None:
         found.append([leaf.grad for leaf in leaves])
         assert all((param.grad is not None) == trained for param in params)
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_frozen_experts_of_transformers_cost_no_weight_gradients(recompute: bool) -> None:
+    experts = tiny_model(num_hidden_layers=1).model.layers[0].mlp.experts
+    params = [experts.gate_up_proj, experts.down_proj]
+    runner = _local_experts(experts, "eager")
+    ids, inputs = torch.tensor([[0, 1]] * 3), (torch.randn(3, HIDDEN), torch.rand(3, 2))
+
+    def leave(hidden: Tensor) -> Any:
+        return (lambda: hidden.detach()) if recompute else None
+
+    def backward(trained: list[bool]) -> tuple[list[Tensor], int]:
+        leaves = [t.clone().requires_grad_() for t in inputs]
+        for param, needed in zip(params, trained, strict=True):
+            param.grad = None
+            param.requires_grad_(needed)
+        out = moe_forward(LocalDispatcher(EXPERTS), runner, leaves[0], ids, leaves[1], params, leave)
+        with FlopCounterMode(display=False) as counter:
+            out.square().sum().backward()
+        assert [param.grad is not None for param in params] == trained
+        return [t.grad for t in (*leaves, *params) if t.grad is not None], counter.get_total_flops()
+
+    expected, flops = backward([True, True])
+    for trained, kept in (([False, False], expected[:2]), ([True, False], expected[:3])):
+        found, fewer = backward(trained)
+        assert all(torch.equal(a, b) for a, b in zip(found, kept, strict=True))
+        frozen = sum(param[0].numel() for param, needed in zip(params, trained, strict=True) if not needed)
+        assert flops - fewer == 2 * ids.numel() * frozen, "the GEMMs of frozen weights"
 
 
 @pytest.mark.parametrize("kept", [False, True])

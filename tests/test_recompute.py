@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import gc
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -287,6 +288,32 @@ def test_what_was_modified_in_place_is_not_used_again() -> None:
 
 
 # ---------------------------------------------------------------------- memory
+
+
+def _out_of_memory(mode: str, part: str) -> str:
+    """What is said when ``part`` of the last layer runs out of memory in backward."""
+    model = model_of("qwen3_moe")
+    parallelize(model, ParallelLayout(1), device(), activation_checkpointing=mode)
+    loss = model(**{k: v.to(device()) for k, v in batches(1, 2)[0].items()}).loss
+
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    with pytest.MonkeyPatch.context() as patch:
+        if part == "attention":
+            model.model.layers[-1].self_attn.register_forward_pre_hook(fail)
+        else:
+            patch.setattr(fused_experts, "swiglu_backward", fail)
+        with pytest.raises(torch.OutOfMemoryError) as error:
+            loss.backward()
+    return str(error.value)
+
+
+@pytest.mark.parametrize("mode", ["selective", "full"])
+def test_out_of_memory_in_backward_names_what_ran(mode: str) -> None:
+    (attention,), (experts,) = (run_ranks(1, _out_of_memory, mode, part) for part in ("attention", "experts"))
+    assert re.match(r"Out of memory while a decoder layer ran again .* CUDA out of memory\.$", attention), attention
+    assert re.match(r"Out of memory in model\.layers\.1\.mlp\.experts: .* CUDA out of memory\.$", experts), experts
 
 
 def _is_plain(value: Any) -> bool:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
+from transformers import DynamicCache
 
 from lightning_ep import ExpertParallelStrategy, ParallelLayout, parallelize
 from tests.distributed import device
@@ -134,6 +135,39 @@ def a_cache_that_holds_tokens(root: Path) -> None:
     fit(root, Cached())
     with refused("past_key_values", "'none'"):
         fit(root, Cached(), strategy=_strategy("full"))
+
+
+@row()
+def a_cache_that_a_training_forward_should_have_filled(root: Path) -> None:
+    class Cached(TinyModule):
+        def __init__(self, own: bool, continue_with_gradients: bool) -> None:
+            super().__init__()
+            self.own = own
+            self.continue_with_gradients = continue_with_gradients
+
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            ids = batch["input_ids"]
+            cache = DynamicCache(config=self.model.config) if self.own else None
+            output = self.model(ids[:, :4], labels=ids[:, :4], past_key_values=cache, use_cache=True)
+            with torch.set_grad_enabled(self.continue_with_gradients):
+                rest = self.model(ids[:, 4:], labels=ids[:, 4:], past_key_values=output.past_key_values)
+            return output.loss + rest.loss
+
+    for case in ((True, True), (True, False), (False, True), (False, False)):
+        fit(root, Cached(*case))
+        for mode in ("selective", "full"):
+            with refused("past_key_values", "fills no cache", "'none'"):
+                fit(root, Cached(*case), strategy=_strategy(mode))
+
+
+@row()
+def caches_that_nobody_reads(root: Path) -> None:
+    class Cached(TinyModule):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            cache = DynamicCache(config=self.model.config)
+            return self.model(batch["input_ids"], labels=batch["labels"], past_key_values=cache).loss
+
+    fit(root, Cached(), strategy=_strategy("full"))
 
 
 @pytest.mark.parametrize("name", row)

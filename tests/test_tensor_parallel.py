@@ -284,6 +284,40 @@ def test_what_does_not_fit_is_refused(family: str, overrides: dict[str, Any], tp
         tensor_plan(_family(family, **overrides), layout)
 
 
+class _Subclass(nn.Linear):
+    pass
+
+
+def _adapter(base_layer: nn.Module) -> nn.Module:
+    """As peft's: a class of torch's name that is none of its kind, around the layer."""
+    adapter = type(type(base_layer).__name__, (nn.Module,), {"__module__": "peft.tuners.lora.layer"})()
+    adapter.base_layer = base_layer
+    adapter.weight = base_layer.weight
+    adapter.lora_A, adapter.lora_B = nn.Linear(32, 4, bias=False), nn.Linear(4, 32, bias=False)
+    return adapter
+
+
+@pytest.mark.parametrize(
+    ("name", "replace", "message"),
+    [
+        ("model.layers.1.self_attn.q_proj", _adapter,
+         r"model\.layers\.1\.self_attn\.q_proj, which is an adapter \(peft\.tuners\.lora\.layer\.Linear\).*LoRA"),
+        ("lm_head", _adapter, r"its head is an adapter \(peft\.tuners\.lora\.layer\.Linear\)"),
+        ("model.embed_tokens", _adapter, r"its embedding is an adapter \(peft\.tuners\.lora\.layer\.Embedding\)"),
+        ("model.layers.0.self_attn.o_proj", lambda base: _Subclass(32, 32),
+         r"self_attn\.o_proj, which is tests\.test_tensor_parallel\._Subclass, a subclass of nn\.Linear"),
+        ("model.layers.0.self_attn.o_proj", lambda base: nn.Identity(), "Identity and not an nn.Linear"),
+    ],
+)  # fmt: skip
+def test_layers_that_are_not_plain_are_refused_by_name_and_class(name: str, replace: Any, message: str) -> None:
+    model = tiny_model()
+    model.set_submodule(name, replace(model.get_submodule(name)))
+    with pytest.raises(
+        ValueError, match=message + ".*Expert parallelism needs no such plan: use tp=1 with the same ep=2"
+    ):
+        tensor_plan(model, ParallelLayout.resolve(2, "auto", 2, 2, tp=2))
+
+
 def test_an_unknown_style_is_refused_by_name() -> None:
     model = tiny_model()
     model._tp_plan = {**model.tp_plan, "model.layers.*.self_attn.q_norm": "colwise_of_tomorrow"}
@@ -293,7 +327,9 @@ def test_an_unknown_style_is_refused_by_name() -> None:
 
 def test_heads_are_shared_by_tp_and_cp() -> None:
     layout = ParallelLayout.resolve(8, "auto", 8, 8, tp=2, cp=4)
-    with pytest.raises(ValueError, match=r"tp=2 times cp=4 does not divide the 4 attention heads .* use tp=2, cp=2\."):
+    layout.check_key_value_heads(4, 2, "model")
+    message = r"tp=2 times cp=4 is 8, which does not divide the 4 attention heads .* use tp=2, cp=2\."
+    with pytest.raises(ValueError, match=message):
         layout.check_attention_heads(4, 2, "model")
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -110,6 +112,60 @@ def evaluate_before_and_after_fit(root: Path) -> None:
     assert trainer.test(module, loader(4), verbose=False)[0]["test_loss"] == after
     assert len(trainer.predict(module, loader(4))) == 1
     quiet(root).validate(module, loader(4), verbose=False)
+
+
+def _rank() -> int:
+    return int(os.environ["RANK"])  # the group may not be there yet
+
+
+class _OfTinyModel(CausalLM):
+    def __init__(self) -> None:
+        super().__init__(tiny_config(**SMALL), pretrained=False)
+
+    def configure_model(self) -> None:
+        if self.model is None:
+            self.model = tiny_model(**SMALL)
+
+
+@row()
+def evaluation_in_which_some_ranks_and_batches_have_no_target(root: Path) -> None:
+    data = batches(4, 2, seed=5)
+    # Of rank 0 only the second batch has targets, three of them; of rank 1 none has.
+    mine = data[:2] if _rank() == 0 else data[2:]
+    for batch in (data[0], *data[2:]):
+        batch["labels"] = torch.full_like(batch["labels"], -100)
+    data[1]["labels"][0, 4:] = -100
+    data[1]["labels"][1] = -100
+    module = _OfTinyModel()
+    found = quiet(root, use_distributed_sampler=False).validate(
+        module, DataLoader(mine, batch_size=None), verbose=False
+    )[0]
+    with torch.no_grad():
+        expected = tiny_model(**SMALL)(**data[1]).loss.item()
+    assert found["val/loss"] == pytest.approx(expected, rel=1e-5)
+
+
+@row()
+def evaluation_in_which_no_token_has_a_target(root: Path) -> None:
+    def without_targets() -> DataLoader:
+        data = batches(2, 2)
+        for batch in data:
+            batch["labels"] = torch.full_like(batch["labels"], -100)
+        return DataLoader(data, batch_size=None)
+
+    for stage in ("val", "test"):
+        trainer = quiet(root, use_distributed_sampler=False)
+        run = trainer.validate if stage == "val" else trainer.test
+        with refused(f"{stage}/loss", "-100", "labels", f"limit_{stage}_batches"):
+            run(_OfTinyModel(), without_targets(), verbose=False)
+    # The batches of a sanity check may be the only ones without targets: it warns, and what comes later raises.
+    trainer = quiet(root, use_distributed_sampler=False, max_steps=1)
+    with (
+        pytest.warns(UserWarning, match="sanity check.*labels") if _rank() == 0 else nullcontext(),
+        refused("val/loss", "in all val batches"),
+    ):
+        trainer.fit(_OfTinyModel(), DataLoader(batches(1, 2), batch_size=None), without_targets())
+    assert trainer.global_step == 1
 
 
 @row()

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
+import transformers.optimization as transformers_optimization
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
+from lightning_ep.refusals import refuse_optimizers
 from tests.reference import relative_error, tiny_model
 from tests.rows import STEPS, WORLD, RowFailures, Rows, fit, refused, whole
 from tests.tiny import SMALL, Samples, TinyModule, loader, quiet
@@ -135,18 +139,62 @@ def fused_and_foreach_optimizers(root: Path) -> None:
 
 @row()
 def optimizers_that_cannot_run_on_shards(root: Path) -> None:
-    class Fused(TinyModule):
-        def configure_optimizers(self) -> Any:
-            return torch.optim.SGD(self.parameters(), lr=0.1, fused=True)
+    optim, transformers = torch.optim, transformers_optimization
+    for kind, flags, words in (
+        (optim.SGD, {"fused": True}, ["SGD", "fused=True", "foreach=True", "instead"]),
+        (optim.Adagrad, {"fused": True}, ["Adagrad", "fused=True", "foreach=True", "instead"]),
+        (optim.ASGD, {"foreach": True}, ["ASGD", "foreach=True", "Leave foreach out"]),
+        (optim.LBFGS, {}, ["LBFGS", "AdamW", "instead"]),
+        (optim.Rprop, {}, ["Rprop", "AdamW", "instead"]),
+        (optim.SparseAdam, {}, ["SparseAdam", "AdamW", "instead"]),
+        (optim.Adafactor, {}, ["Adafactor", "AdamW", "instead"]),
+        (transformers.Adafactor, {"relative_step": False}, ["Adafactor", "AdamW", "instead"]),
+    ):
+        module = TinyModule()
+        module.configure_optimizers = lambda m=module, k=kind, f=flags: k(m.parameters(), lr=0.1, **f)  # type: ignore[method-assign]
+        with refused(*words):
+            fit(root, module)
+        assert not module.losses, "before the first step"
 
-    class Flat(TinyModule):
-        def configure_optimizers(self) -> Any:
-            return torch.optim.LBFGS(self.parameters(), lr=0.1)
 
-    with refused("SGD", "fused=True", "foreach=True", "instead"):
-        fit(root, Fused())
-    with refused("LBFGS", "AdamW", "instead"):
-        fit(root, Flat())
+@row()
+def every_optimizer_of_torch_steps_as_on_one_process_or_is_refused(root: Path) -> None:
+    """Three steps on the same gradients; the sharded ones bit for bit, since no optimizer mixes elements (but Muon)."""
+    module = TinyModule()
+    quiet(root, max_steps=1, use_distributed_sampler=False).fit(module, DataLoader(_Mine(1), batch_size=None))
+    with_value_loss(module.model, value_head(), _batch(0, 0)).backward()
+    kinds = [kind for _, kind in inspect.getmembers(torch.optim, inspect.isclass) if issubclass(kind, Optimizer)]
+    kinds = [kind for kind in kinds if kind is not Optimizer]
+    assert len(kinds) >= 14
+    choices = [(k, flag) for k in kinds for flag in ("foreach", "fused") if flag in inspect.signature(k).parameters]
+    wrong = {}
+    for kind, flag in [*((kind, None) for kind in kinds), *choices]:
+        if message := _steps_alike(kind, {} if flag is None else {flag: True}, module.model):
+            wrong[kind.__name__, flag] = message
+    assert not wrong, wrong
+
+
+def _steps_alike(kind: Any, flags: dict[str, Any], model: nn.Module) -> str | None:
+    params = [param for param in model.parameters() if kind is not torch.optim.Muon or param.ndim == 2]
+    plain = [nn.Parameter(whole(param)) for param in params]
+    for param, sharded in zip(plain, params, strict=True):
+        param.grad = whole(sharded.grad)
+    optimizer, reference = kind(params, lr=1e-2, **flags), kind(plain, lr=1e-2, **flags)
+    try:
+        refuse_optimizers([optimizer])
+    except ValueError:
+        return None
+    with pytest.MonkeyPatch.context() as patch:
+        # Muon iterates in bf16, where another order of additions is another direction.
+        patch.setattr(torch.Tensor, "bfloat16", lambda self: self)
+        try:
+            for _ in range(3):
+                optimizer.step()
+                reference.step()
+        except Exception as error:
+            return f"{type(error).__name__}: {error}"
+    errors = [relative_error(whole(a), b.detach()) for a, b in zip(params, plain, strict=True)]
+    return None if all(error <= 1e-6 for error in errors) else f"relative errors {errors}"
 
 
 class Manual(WithValueHead):

@@ -34,16 +34,7 @@ def check(model: PreTrainedModel, layout: ParallelLayout) -> None:
             f"cp={layout.cp} cannot serve {type(model).__name__} ({model.config.model_type!r}): {reason}. Use cp=1; "
             "ep, fsdp and replicate have no such rule."
         )
-    heads, _ = adapter.attention_heads(model)
-    if heads % (layout.tp * layout.cp) != 0:
-        both = (layout.tp * cp for cp in range(1, layout.cp + 1))
-        fits = [size // layout.tp for size in both if heads % size == 0 and layout.shards % size == 0]
-        fix = f"cp={max(fits)}, tp={layout.tp}" if fits else "cp=1, tp=1"
-        raise ValueError(
-            f"tp={layout.tp} times cp={layout.cp} is {layout.tp * layout.cp}, which does not divide the {heads} "
-            f"attention heads of {type(model).__name__}. In attention each of them has all tokens of its own heads; "
-            f"use {fix} on these {layout.world_size} processes (KV heads need not be divisible by cp)."
-        )
+    layout.check_attention_heads(*adapter.attention_heads(model), type(model).__name__)
 
 
 def use_context_parallel_attention(model: PreTrainedModel) -> None:

@@ -71,12 +71,13 @@ def shard_sequence(
 
     ``model(**shard_sequence(batch, mesh)).loss`` is a loss whose mean over the ranks of the mesh is the loss of the
     whole batch. Of ``B`` sequences of ``S`` tokens, each of the ``cp`` ranks gets ``L = ceil(S / cp)`` consecutive
-    ones; the last ranks' pieces are padded, and what is added counts in no token loss.
+    ones; the last ranks' pieces are padded, and what is added counts in no token loss and no balancing loss of routers.
 
     What comes back, beside what the batch holds:
 
     - tensors of shape ``[B, S, ...]`` become ``[B, L, ...]``, padded with 0 (labels with -100);
     - ``position_ids`` ``[B, L]`` (``[1, L]`` if the batch has none), counted from the beginning of the whole sequence;
+    - ``attention_mask`` ``[B, L]``, also where the batch has none and something was added;
     - ``shift_labels`` ``[B, L]``: the next label of every position, across the pieces' borders, if there are labels;
     - ``num_items_in_batch``: the number of targets of the whole batch over ``cp``, by which to divide summed losses;
     - ``sequence``: a `SequencePiece`, without which attention raises.
@@ -113,9 +114,12 @@ def shard_sequence(
     pieces = {key: x.narrow(1, start, length).contiguous() for key, x in pieces.items()}
     if positions is None:
         pieces["position_ids"] = torch.arange(start, start + length, device=tokens.device)[None]
-    if mask is not None:
-        # Models leave padding out of their balancing loss by it. A piece of nothing but padding would divide by zero.
-        pieces["attention_mask"] = (valid := pieces["attention_mask"].bool()) | ~valid.any()
+    if mask is not None or padding > 0:
+        # Models leave padding out of their balancing loss by it, attention does not see it. A piece of nothing but
+        # padding would divide by zero.
+        added = torch.arange(start, start + length, device=tokens.device) >= size
+        valid = pieces["attention_mask"].bool() if mask is not None else ~added.expand(rows, -1)
+        pieces["attention_mask"] = valid | ~valid.any()
     piece = SequencePiece(
         peers, rows, peers.size * length, positions, mask, documents, _on_device(documents.bounds, tokens.device)
     )

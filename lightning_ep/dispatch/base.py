@@ -13,6 +13,10 @@ from torch import Tensor
 from lightning_ep.dispatch.plan import DispatchPlan
 
 
+class ExplainedOutOfMemoryError(torch.OutOfMemoryError):
+    """Its message says what ran out of memory, so that nothing around it takes the error for its own."""
+
+
 class Pending:
     """A transfer that has been started; `wait` finishes it and returns its tensor."""
 
@@ -90,8 +94,10 @@ class Dispatcher(ABC, Generic[Plan]):
         """
         try:
             yield
+        except ExplainedOutOfMemoryError:
+            raise
         except torch.OutOfMemoryError as error:
-            raise torch.OutOfMemoryError(
+            raise ExplainedOutOfMemoryError(
                 f"Out of memory in {self.layer}: {describe()}. Use activation_checkpointing='full' or fewer tokens per "
                 f"batch; where a rank receives far more than its share, the router needs balancing. {error}"
             ) from error

@@ -43,7 +43,7 @@ def _unpack(tensor: Tensor) -> Tensor:
 class _Forward(NamedTuple):
     order: ExpertOrder
     weights_dtype: torch.dtype
-    leaves: tuple[Tensor, ...]  # rows and weights of the pairs, then the parameters
+    leaves: tuple[Tensor, ...]  # rows and weights of the pairs, then the parameters; frozen ones need no gradient
     out_PH: Tensor
 
 
@@ -52,12 +52,13 @@ class RegisteredExperts(LocalExperts):
 
     Args:
         module: The experts module, already reduced to the local experts (``num_experts`` is the local count). Its
-            hooks are not run: parameters come as arguments of the calls.
+            hooks are not run: parameters come as arguments of the calls. Of its own it is only asked which are frozen.
         function: ``fn(module, hidden [P, H], top_k_index [P, 1], top_k_weights [P, 1]) -> [P, H]``.
         param_names: Names of the parameters of ``module``, in the order in which calls pass them.
     """
 
     def __init__(self, module: nn.Module, function: ExpertsFunction, param_names: Sequence[str]) -> None:
+        self._module = module
         self._template = stand_in(module, {})
         self._num_experts: int = module.num_experts  # type: ignore[assignment]
         self._function = function
@@ -80,12 +81,18 @@ class RegisteredExperts(LocalExperts):
         # Outside of the caller's hooks: activation checkpointing would replay the whole layer a second time for this
         # inner graph, after FSDP has reduced the experts' gradients, and leave them gathered with stale weights.
         with torch.set_grad_enabled(needs_grad), saved_tensors_hooks(_pack, _unpack):
-            leaves = tuple(t.detach().requires_grad_(needs_grad) for t in (x_PH, weights_P, *params))
+            needed = (True, True, *self._trained())
+            inputs = zip((x_PH, weights_P, *params), needed, strict=True)
+            leaves = tuple(t.detach().requires_grad_(needs_grad and needs) for t, needs in inputs)
             # A stand-in per call: recompute or two models in flight must not see each other's parameters.
             module = stand_in(self._template, dict(zip(self._param_names, leaves[2:], strict=True)))
             out_PH = self._function(module, leaves[0], expert_P.unsqueeze(1), leaves[1].unsqueeze(1))
         out_NH = gather_sum(out_PH.detach(), order.pair_NK, rows_NH.dtype)
         return out_NH, _Forward(order, weights_NK.dtype, leaves, out_PH) if needs_grad else None
+
+    def _trained(self) -> list[bool]:
+        # Of the module's own: those that calls pass may be casts, made where no gradient is recorded.
+        return [self._module.get_parameter(name).requires_grad for name in self._param_names]
 
     @override
     def recompute(
@@ -97,15 +104,21 @@ class RegisteredExperts(LocalExperts):
     @override
     def backward_rows(
         self, saved: _Forward, params: Sequence[Tensor], grad_NH: Tensor
-    ) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+    ) -> tuple[Tensor, Tensor, tuple[Tensor | None, ...]]:
         order = saved.order
         grad_PH = order.permute(grad_NH).to(saved.out_PH.dtype)
-        grads = torch.autograd.grad(saved.out_PH, saved.leaves, grad_PH, allow_unused=True, materialize_grads=True)
-        grad_weights = grads[1].new_zeros(order.pair_NK.numel(), dtype=saved.weights_dtype)
-        grad_weights[order.slot_P] = grads[1].to(saved.weights_dtype)
-        grad_NH = gather_sum(grads[0], order.pair_NK, grad_NH.dtype)
-        return grad_NH, grad_weights.view(order.pair_NK.shape), grads[2:]
+        needed = [leaf for leaf in saved.leaves if leaf.requires_grad]
+        found = torch.autograd.grad(saved.out_PH, needed, grad_PH, allow_unused=True, materialize_grads=True)
+        grad_x_PH, grad_weights_P, *grads = found
+        left = iter(grads)
+        grad_params = tuple(next(left) if leaf.requires_grad else None for leaf in saved.leaves[2:])
+        grad_weights = grad_weights_P.new_zeros(order.pair_NK.numel(), dtype=saved.weights_dtype)
+        grad_weights[order.slot_P] = grad_weights_P.to(saved.weights_dtype)
+        grad_NH = gather_sum(grad_x_PH, order.pair_NK, grad_NH.dtype)
+        return grad_NH, grad_weights.view(order.pair_NK.shape), grad_params
 
     @override
-    def backward_params(self, saved: tuple[Tensor, ...], dtypes: Sequence[torch.dtype]) -> tuple[Tensor, ...]:
-        return tuple(grad.to(dtype) for grad, dtype in zip(saved, dtypes, strict=True))
+    def backward_params(  # type: ignore[override]  # None for frozen ones
+        self, saved: tuple[Tensor | None, ...], dtypes: Sequence[torch.dtype]
+    ) -> tuple[Tensor | None, ...]:
+        return tuple(None if grad is None else grad.to(dtype) for grad, dtype in zip(saved, dtypes, strict=True))

@@ -64,7 +64,7 @@ class _Stack:
             self._check_linear(name, style)
         heads_are_split = (regions[_parent(name)] and style == "colwise" for name, style in linears.items())
         if any(heads_are_split):
-            self.layout.check_attention_heads(*adapter.attention_heads(self.model), type(self.model).__name__)
+            self.layout.check_key_value_heads(*adapter.attention_heads(self.model), type(self.model).__name__)
         plan: dict[str, ParallelStyle] = {self.layers[0]: SplitInput(), owners.pop(): GatherOutput()}
         for name, is_attention in regions.items():
             plan[name] = WholeSequence() if is_attention else WholeRows()
@@ -109,9 +109,10 @@ class _Stack:
 
     def _check_linear(self, name: str, style: str) -> None:
         module = self.modules.get(name)
+        if module is None:
+            self._refuse(f"its plan splits {name}, which is a parameter and not an nn.Linear")
         if type(module) is not nn.Linear:
-            kind = "a parameter" if module is None else type(module).__name__
-            self._refuse(f"its plan splits {name}, which is {kind} and not an nn.Linear")
+            self._refuse(f"its plan splits {name}, which is {_other_than(nn.Linear, module)}")
         size, what = (module.out_features, "out") if style in _COLWISE else (module.in_features, "in")
         if size % self.layout.tp != 0:
             self._refuse(f"it does not divide the {size} {what}put features of {name}")
@@ -124,11 +125,11 @@ def _vocabulary_plan(model: PreTrainedModel, layout: ParallelLayout) -> dict[str
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     names = {id(module): name for name, module in model.named_modules()}
     if not isinstance(embedding, nn.Embedding) or type(embedding).forward is not nn.Embedding.forward:
-        _refuse(model, layout, f"its embedding is {type(embedding).__name__} and not an nn.Embedding")
+        _refuse(model, layout, f"its embedding is {_other_than(nn.Embedding, embedding)}")
     if embedding.max_norm is not None or embedding.scale_grad_by_freq or embedding.sparse:
         _refuse(model, layout, "its embedding uses max_norm, scale_grad_by_freq or sparse gradients")
     if head is not None and type(head) is not nn.Linear:
-        _refuse(model, layout, f"its head is {type(head).__name__} and not an nn.Linear")
+        _refuse(model, layout, f"its head is {_other_than(nn.Linear, head)}")
     for module in (embedding, head):
         size = layout.tp if module is None else module.weight.shape[0]
         if size % layout.tp != 0:
@@ -138,6 +139,16 @@ def _vocabulary_plan(model: PreTrainedModel, layout: ParallelLayout) -> dict[str
     if head is not None:
         plan[names[id(head)]] = VocabularyHead(embedding if adapter.tied(model) else None)
     return plan
+
+
+def _other_than(kind: type[nn.Module], module: nn.Module) -> str:
+    """What ``module`` is, where only a plain ``kind`` can be split; in full, for classes of peft have torch's names."""
+    name, plain = f"{type(module).__module__}.{type(module).__qualname__}", f"nn.{kind.__name__}"
+    if isinstance(getattr(module, "base_layer", None), nn.Module):
+        return f"an adapter ({name}) around a layer: tp splits plain {plain} layers only, no LoRA or the like"
+    if isinstance(module, kind):
+        return f"{name}, a subclass of {plain} that may do more: tp splits plain {plain} layers only"
+    return f"{name} and not an {plain}"
 
 
 def _refuse(model: PreTrainedModel, layout: ParallelLayout, reason: str) -> NoReturn:

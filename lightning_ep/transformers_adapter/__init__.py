@@ -1,0 +1,85 @@
+"""All that touches names of transformers that are not its public API.
+
+One file for each question: where things are in a model (`structure`), who runs experts (`experts`) and attention
+(`attention`), and how weights come in and leave (`weights`). Everyone else uses them through this package.
+"""
+
+from lightning_ep.transformers_adapter.attention import (
+    attention_function,
+    attention_heads,
+    attention_implementation,
+    causal_mask,
+    config_with_attention,
+    is_flash_attention,
+    select_attention,
+    why_not_context_parallel,
+    without_packing,
+)
+from lightning_ep.transformers_adapter.experts import (
+    EXPERTS_IMPLEMENTATION,
+    FUSED_PARAMETERS,
+    attach_context,
+    is_parallel_experts,
+    local_experts_function,
+    masters_of,
+    use_expert_parallel_forward,
+    why_not_fused,
+)
+from lightning_ep.transformers_adapter.structure import (
+    decoder_layers,
+    experts_modules,
+    pretrained_models,
+    refuse_own_checkpointing,
+    routers,
+    tensor_parallel_styles,
+    tied,
+)
+from lightning_ep.transformers_adapter.weights import (
+    Conversion,
+    apply_init_rule,
+    export_conversions,
+    hub_transforms,
+    init_rules,
+    is_optional,
+    load_conversions,
+    mark_initialized,
+    not_saved,
+    tied_names,
+)
+
+__all__ = [
+    "Conversion",
+    "EXPERTS_IMPLEMENTATION",
+    "FUSED_PARAMETERS",
+    "apply_init_rule",
+    "attach_context",
+    "attention_function",
+    "attention_heads",
+    "attention_implementation",
+    "causal_mask",
+    "config_with_attention",
+    "decoder_layers",
+    "experts_modules",
+    "export_conversions",
+    "hub_transforms",
+    "init_rules",
+    "is_flash_attention",
+    "is_optional",
+    "is_parallel_experts",
+    "load_conversions",
+    "local_experts_function",
+    "mark_initialized",
+    "masters_of",
+    "not_saved",
+    "pretrained_models",
+    "refuse_own_checkpointing",
+    "routers",
+    "select_attention",
+    "tensor_parallel_styles",
+    "tied",
+    "tied_names",
+    "use_expert_parallel_forward",
+    "why_not_context_parallel",
+    "why_not_fused",
+    "without_packing",
+]

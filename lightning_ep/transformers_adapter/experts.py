@@ -1,0 +1,117 @@
+"""The experts interface: which function runs a layer's experts, and ours in front of it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.activations import SiLUActivation
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, ExpertsInterface, _default_apply_gate
+
+from lightning_ep.moe import moe_forward
+from lightning_ep.ops.registered_experts import ExpertsFunction
+from lightning_ep.recompute import handle_replay, left_to_checkpoint
+
+if TYPE_CHECKING:
+    from lightning_ep.masters import Masters
+    from lightning_ep.plan import ExpertContext
+
+EXPERTS_IMPLEMENTATION = "lightning_ep"
+FUSED_PARAMETERS = ("gate_up_proj", "down_proj")
+_CONTEXT = "_lightning_ep_context"
+
+
+def why_not_fused(module: nn.Module) -> str | None:
+    """What keeps an experts module from `FusedExperts`, by the flags that its class declares; None if nothing does."""
+    declared = {
+        "has_gate": (True, "its experts have no gate"),
+        "has_bias": (False, "its experts have biases"),
+        "is_transposed": (False, "its weights are stored transposed"),
+        "is_concatenated": (True, "its gate and up projections are interleaved"),
+        "has_post_expert_norm": (False, "its experts end with a norm"),
+    }
+    for flag, (served, reason) in declared.items():
+        if getattr(module, flag, None) is not served:
+            return reason
+    if {name for name, _ in module.named_parameters()} != set(FUSED_PARAMETERS):
+        return f"its parameters are not {' and '.join(FUSED_PARAMETERS)}"
+    if type(module)._apply_gate is not _default_apply_gate:  # type: ignore[attr-defined]
+        return "it has a gate function of its own"
+    if not isinstance(module.act_fn, nn.SiLU | SiLUActivation):
+        return f"its activation is {type(module.act_fn).__name__}, not SiLU"
+    return None
+
+
+def local_experts_function(module: nn.Module, name: str) -> ExpertsFunction:
+    """The function that runs the experts of one device.
+
+    Args:
+        module: The experts module.
+        name: ``"auto"`` (grouped GEMMs where torch has a kernel, else eager), ``"eager"`` or a name in transformers'
+            ``ExpertsInterface``.
+
+    Raises:
+        ValueError: If no such implementation is registered.
+    """
+    if name == "auto":
+        return _auto_experts
+    names = sorted({"eager", *ALL_EXPERTS_FUNCTIONS} - {EXPERTS_IMPLEMENTATION})
+    if name not in names:
+        raise ValueError(
+            f"experts_implementation={name!r} is not registered; choose 'auto', 'fused' or one of {names}."
+        )
+    return _registered(module, name)
+
+
+def _registered(module: nn.Module, name: str) -> ExpertsFunction:
+    # The decorator that lets a model pick its implementation wraps the model's own (eager) forward.
+    eager: ExpertsFunction = type(module).forward.__wrapped__  # type: ignore[attr-defined]
+    return ALL_EXPERTS_FUNCTIONS.get_interface(name, eager)
+
+
+def _auto_experts(module: nn.Module, hidden_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
+    # Grouped GEMMs are fast on CUDA in bf16 with rows of a multiple of 16 bytes; elsewhere they loop too, and the eager
+    # experts skip those that received nothing.
+    aligned = all(size % 8 == 0 for param in module.parameters(recurse=False) for size in param.shape[1:])
+    fast = hidden_TH.is_cuda and hidden_TH.dtype == torch.bfloat16 and aligned
+    function = _registered(module, "grouped_mm" if fast else "eager")
+    return function(module, hidden_TH, ids_TK, weights_TK)
+
+
+def attach_context(module: nn.Module, context: ExpertContext) -> None:
+    """Makes ``module`` an expert-parallel one: from now on its forward goes through ``context``."""
+    setattr(module, _CONTEXT, context)
+
+
+def masters_of(module: nn.Module) -> Masters:
+    """The `Masters` of a module for which `attach_context` was called."""
+    context: ExpertContext = getattr(module, _CONTEXT)
+    return context.masters
+
+
+def is_parallel_experts(module: nn.Module) -> bool:
+    """Whether `attach_context` was called on ``module``."""
+    return hasattr(module, _CONTEXT)
+
+
+def use_expert_parallel_forward(model: PreTrainedModel) -> None:
+    """Selects our function in the experts interface for the whole model."""
+    model.set_experts_implementation(EXPERTS_IMPLEMENTATION)
+
+
+# Opaque to torch.compile: its sizes are not known before it runs, and its kernels are already fused.
+@torch.compiler.disable
+def _experts_forward(module: nn.Module, hidden_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
+    context: ExpertContext | None = getattr(module, _CONTEXT, None)
+    if context is None:
+        # A model that shares its config object with a parallelised one shares the implementation name too.
+        return _auto_experts(module, hidden_TH, ids_TK, weights_TK)
+    handle_replay(module)
+    params = [getattr(module, name) for name in context.param_names]
+    dispatcher, experts, masters = context.dispatcher, context.experts, context.masters
+    return moe_forward(dispatcher, experts, hidden_TH, ids_TK, weights_TK, params, left_to_checkpoint, masters)
+
+
+ExpertsInterface.register(EXPERTS_IMPLEMENTATION, _experts_forward)

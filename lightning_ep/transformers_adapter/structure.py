@@ -1,0 +1,80 @@
+"""What is where in a transformers model, as it declares it: experts, routers, layers, and its own parallel plans."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable
+
+from torch import nn
+from transformers import PreTrainedModel
+
+_DISPATCHED_EXPERTS = "ep_dispatch_experts"
+
+
+def pretrained_models(module: nn.Module) -> dict[str, PreTrainedModel]:
+    """The outermost transformers models inside ``module`` (itself included), by name."""
+    found: dict[str, PreTrainedModel] = {}
+    for name, child in module.named_modules():
+        inside = any(name == outer or name.startswith(f"{outer}." if outer else "") for outer in found)
+        if isinstance(child, PreTrainedModel) and not inside:
+            found[name] = child
+    return found
+
+
+def experts_modules(model: PreTrainedModel) -> dict[str, nn.Module]:
+    """The experts modules that the model's own expert-parallel plan names, by their name inside ``model``."""
+    patterns = [name for name, style in (model.ep_plan or {}).items() if style == _DISPATCHED_EXPERTS]
+    matches = [_matcher(pattern) for pattern in patterns]
+    return {name: child for name, child in model.named_modules() if any(match(name) for match in matches)}
+
+
+def _matcher(pattern: str) -> Callable[[str], object]:
+    """Matches the names that a plan's pattern stands for."""
+    return re.compile(re.escape(pattern).replace(r"\*", r"\d+")).fullmatch
+
+
+def tensor_parallel_styles(model: PreTrainedModel) -> dict[str, str]:
+    """The styles of the model's own tensor-parallel plan, by the module or parameter they are for, without experts."""
+    experts = experts_modules(model)
+    names = [name for name, _ in (*model.named_modules(), *model.named_parameters())]
+    found: dict[str, str] = {}
+    for pattern, style in (model.tp_plan or {}).items():
+        match = _matcher(pattern)
+        found |= {name: style for name in names if match(name)}
+    return {k: v for k, v in found.items() if k not in experts and not any(k.startswith(f"{e}.") for e in experts)}
+
+
+def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
+    """The repeated blocks that the model declares must not be split; the unit of FSDP."""
+    names = set(model._no_split_modules or ())
+    return [child for child in model.modules() if type(child).__name__ in names]
+
+
+def routers(models: Iterable[PreTrainedModel]) -> set[nn.Module]:
+    """The routers of ``models``: what they declare to give router logits, if it has no experts."""
+    models = list(models)
+    inner = [child for model in models for child in model.modules() if isinstance(child, PreTrainedModel)]
+    recorders = [(child._can_record_outputs or {}).get("router_logits") for child in inner]
+    classes = tuple({getattr(recorder, "target_class", recorder) for recorder in recorders if recorder is not None})
+    experts = {child for model in models for child in experts_modules(model).values()}
+    declared = {child for model in models for child in model.modules() if isinstance(child, classes)}
+    return {child for child in declared if not experts & set(child.modules())}
+
+
+def refuse_own_checkpointing(model: PreTrainedModel, reason: str) -> None:
+    """Makes turning on the activation checkpointing of transformers a ValueError."""
+
+    # transformers reads the names of its parameters.
+    def refuse(enable: bool = True, gradient_checkpointing_func: object = None, every_n_layers: int = 1) -> None:
+        if enable:
+            raise ValueError(reason)
+
+    for child in model.modules():
+        if isinstance(child, PreTrainedModel):
+            child._set_gradient_checkpointing = refuse  # type: ignore[method-assign]
+
+
+def tied(model: PreTrainedModel) -> bool:
+    """Whether the input embedding and the output head are one parameter."""
+    head = model.get_output_embeddings()
+    return head is not None and head.weight is model.get_input_embeddings().weight

@@ -1,0 +1,174 @@
+"""How weights come into a model and leave it: initialisation rules, and the conversion of the hub's layout."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from copy import deepcopy
+from dataclasses import dataclass, field
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    PrefixChange,
+    WeightConverter,
+    WeightRenaming,
+    WeightTransform,
+    apply_converters,
+    apply_renamings,
+    dot_natural_key,
+    rename_source_key,
+)
+
+
+def init_rules(model: PreTrainedModel) -> Iterator[tuple[str, nn.Module, PreTrainedModel]]:
+    """Every submodule with the model whose initialisation rules are responsible for it."""
+    owners: dict[str, PreTrainedModel] = {}
+    for name, child in model.named_modules():
+        owner = child if isinstance(child, PreTrainedModel) else owners[name.rpartition(".")[0]]
+        owners[name] = owner
+        yield name, child, owner
+
+
+def apply_init_rule(owner: PreTrainedModel, module: nn.Module) -> None:
+    """Initialises in place the parameters and buffers of ``module`` that are not marked as done."""
+    owner._init_weights(module)
+
+
+def mark_initialized(tensor: Tensor) -> Tensor:
+    """Marks a tensor so that the initialisation rules leave it alone."""
+    tensor._is_hf_initialized = True  # type: ignore[attr-defined]
+    return tensor
+
+
+@dataclass
+class Conversion:
+    """Some tensors under one side's names (hub or model) that become tensors under the other's.
+
+    Attributes:
+        target: Name of the (first) tensor that comes out, with wildcards where there are several.
+        sources: Names of the tensors that go in, by the pattern that matched them, in transformers' order.
+    """
+
+    target: str
+    sources: dict[str, list[str]] = field(default_factory=dict)
+    _converter: WeightConverter | None = None
+    _renamings: Sequence[WeightRenaming] = ()
+
+    @property
+    def inputs(self) -> list[str]:
+        """All names that go in."""
+        return [key for keys in self.sources.values() for key in keys]
+
+    def run(self, model: PreTrainedModel, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Converts.
+
+        Args:
+            model: The model, of whose parameters some operations need the shapes.
+            tensors: The tensors that go in, by name.
+
+        Returns:
+            The tensors that come out, by name.
+        """
+        if self._converter is None:
+            return {self.target: tensors[self.inputs[0]]}
+        converter = deepcopy(self._converter)
+        for pattern, keys in self.sources.items():
+            for key in keys:
+                converter.add_tensor(self.target, key, pattern, tensors[key])  # type: ignore[arg-type]
+        converted = converter.convert(self.target, model=model, config=model.config)
+        renamings = list(self._renamings)
+        return {
+            apply_renamings(name, renamings): value[0] if isinstance(value, list) else value
+            for name, value in converted.items()
+        }
+
+
+def hub_transforms(model: PreTrainedModel, saving: bool = False) -> list[WeightTransform]:
+    """How the hub's layout of this family becomes the model's; ask before FSDP renames the model's classes.
+
+    Args:
+        model: The model.
+        saving: Leave out what cannot be reverted: old names, and prefixes that a checkpoint may or may not have had.
+    """
+    transforms = get_model_conversion_mapping(model, add_legacy=not saving)
+    return [t for t in transforms if not (saving and isinstance(t, PrefixChange))]
+
+
+def load_conversions(
+    model: PreTrainedModel, transforms: Sequence[WeightTransform], keys: Iterable[str]
+) -> tuple[list[Conversion], list[str]]:
+    """Groups the tensors of a checkpoint by the parameters that they become, as `from_pretrained` does.
+
+    Args:
+        model: The model.
+        transforms: `hub_transforms` of it.
+        keys: Names in the checkpoint, in the hub's layout or the model's own.
+
+    Returns:
+        The conversions, and the names that become nothing in this model.
+    """
+    transforms = deepcopy(list(transforms))  # some remember what they have seen
+    renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
+    converters = [t for t in transforms if isinstance(t, WeightConverter)]
+    by_pattern = {pattern: t for t in converters for pattern in t.source_patterns}
+    names = dict(model.state_dict())
+    prefix = model.base_model_prefix
+    found: dict[str, Conversion] = {}
+    unexpected: list[str] = []
+    for key in sorted(keys, key=dot_natural_key):
+        name, pattern = rename_source_key(key, renamings, converters, prefix, names)
+        if name not in names and key in names:
+            name, pattern = rename_source_key(key, [], [], prefix, names)
+        if name not in names:
+            unexpected.append(key)
+            continue
+        if name not in found:
+            found[name] = Conversion(name, _converter=by_pattern[pattern] if pattern is not None else None)
+        found[name].sources.setdefault(key if pattern is None else pattern, []).append(key)
+    return list(found.values()), unexpected
+
+
+def export_conversions(transforms: Sequence[WeightTransform], names: Iterable[str]) -> list[Conversion]:
+    """Groups parameters by the tensors that they become in the hub's layout, as `save_pretrained` does.
+
+    Args:
+        transforms: `hub_transforms` of the model, for saving.
+        names: Names of the model's parameters and persistent buffers.
+    """
+    reverse = [t.reverse_transform() for t in deepcopy(list(transforms))[::-1]]
+    renamings = [t for t in reverse if isinstance(t, WeightRenaming)]
+    converters = [t for t in reverse if isinstance(t, WeightConverter)]
+    by_pattern = {pattern: t for t in converters for pattern in t.source_patterns}
+    found: dict[str, Conversion] = {}
+    for name in sorted(names, key=dot_natural_key):
+        target, pattern = apply_converters(name, converters)
+        if pattern is None:
+            target = apply_renamings(name, renamings)
+        if target not in found:
+            converter = by_pattern[pattern] if pattern is not None else None
+            found[target] = Conversion(target, _converter=converter, _renamings=renamings)
+        found[target].sources.setdefault(name if pattern is None else pattern, []).append(name)
+    return list(found.values())
+
+
+def tied_names(model: PreTrainedModel) -> dict[str, str]:
+    """Names of parameters that are another one's, with the name of that one."""
+    return dict(model.all_tied_weights_keys or {})
+
+
+def is_optional(model: PreTrainedModel, name: str, in_checkpoint: bool) -> bool:
+    """Whether the model declares that a name may be only in the checkpoint, or only in the model."""
+    if in_checkpoint:
+        patterns = set(model._keys_to_ignore_on_load_unexpected or ())
+        # Buffers that older checkpoints contain; transformers passes over them for every family.
+        patterns |= {r"rotary_emb\.inv_freq", r"(^|\.)position_ids$"}
+    else:
+        patterns = set(model._keys_to_ignore_on_load_missing or ())
+    return any(re.search(pattern, name) for pattern in patterns)
+
+
+def not_saved(model: PreTrainedModel, name: str) -> bool:
+    """Whether the model declares that a name is not to be saved."""
+    return name in (model._keys_to_ignore_on_save or ())
