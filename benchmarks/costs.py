@@ -72,9 +72,11 @@ _AGAIN = {
 }
 _AGAIN["full"] = {**_AGAIN["selective"], "expert GEMMs": _FORWARD["expert GEMMs"] * 2 / 3, "glue": 1 / 8}
 
-# The host's, per layer of a compiled model, at most (it holds what a step costs once): one H200 with 16 cores, 6
-# layers, launched in 88.8 ms at 1 x 4096; at 4 x 4096 in 105.5, with `selective` 117.1, with `full` 127.9.
-_HOST_MS = {"none": 14.8, "selective": 16.7, "full": 18.5}
+# The host's, per step and per layer of a compiled model: one H200 with 16 cores launched 3 layers in 51 ms and 6 in 61 to
+# 84, with `selective` 85, with `full` 80 to 88. A group of one GPU pays for copies that others do not, and never waits
+# for counts of rows, as others do once per layer.
+_HOST_STEP_MS = 25.0
+_HOST_LAYER_MS = {"none": 8.0, "selective": 10.0, "full": 10.0}
 
 
 def estimate_ms(cell: Cell, device_name: str) -> dict[str, float] | None:
@@ -135,10 +137,10 @@ def _bytes_of_weights(cell: Cell) -> dict[str, float]:
 
 
 def host_ms(cell: Cell) -> float | None:
-    """What the host needs at most to launch a step of ours; None where that was not measured."""
+    """What the host needs to launch a step of ours; None where that was not measured."""
     if not cell.ours or not cell.compile or cell.device != "cuda":
         return None
-    return cell.layers * _HOST_MS[cell.recompute]
+    return _HOST_STEP_MS + cell.layers * _HOST_LAYER_MS[cell.recompute]
 
 
 def estimate_tokens_per_second(cell: Cell, device_name: str) -> float | None:

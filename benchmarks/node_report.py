@@ -37,17 +37,18 @@ _MODEL = """What the estimates assume beyond the budget of the design's section 
   at the rate of the design's figure, 335 GB/s per GPU and direction, and as if nothing hid it.
 - *FSDP of experts* (ep < GPUs): two gathers in bf16 and one reduction in fp32 per layer over the same links,
   hidden under the layer's arithmetic as far as that lasts; FSDP's copies around them are not hidden.
-- *Clipping*: three passes over the gradients. *Host*: at most 15 ms per layer (18 with recompute), measured
-  at 6 layers; where that is longer than all GPU work, it is the estimate: in the cells of 1 x 4096. It is an
-  upper bound there.
-- *Memory*: 16 bytes per parameter over all GPUs; per token and layer 8 KiB of input and routing, 35 of
-  compiled attention, and the experts' received rows (4 KiB each, one of them at ep=1, 5.3 at ep=8) and 24
-  KiB; the loss, or the layer at work. The 8 and the 35 KiB were fitted to the first three lines below.
+- *Weights*: what AdamW, the norm and the casts read and write, at 85 % of the bandwidth; without FSDP of
+  experts their gradients are in bf16. Casts count as two even where copies are kept. *Host*: 25 ms per step and
+  8 per layer (10 with recompute), from 3 and 6 layers on one GPU; where that is longer than all GPU work, it is
+  the estimate: in the cells of 1 x 4096.
+- *Memory*: 16 bytes per parameter over all GPUs, 14 for experts without FSDP and 2 for their copies where
+  these are kept; per token and layer 8 KiB of input and routing, 35 of compiled attention, and the experts'
+  received rows (4 KiB each, one of them at ep=1, 5.3 at ep=8) and 24 KiB; the loss, or the layer at work. The 8
+  and the 35 KiB were fitted to runs at 4 x 4096 on one GPU, before the gradients of experts stayed in bf16.
 - Not known to it: skew, the fixed costs of small shapes, collectives that slow the arithmetic that hides
   them.
 
-The same code for cells measured on one GPU (the table above has the estimates of the time, without clipping
-and recompute):"""
+The same code for cells measured on one GPU:"""
 
 
 def node_section(records: list[dict[str, Any]], train: list[dict[str, Any]]) -> str:

@@ -34,7 +34,8 @@ Written by `python -m benchmarks.report` from the files of the runs named below;
   synchronisation before each step; *GPU busy* and *exposed* (communication that no computation hides) come from one
   profiled step.
 - *hottest* is the most popular expert's tokens over the mean.
-- Every trainer sees the same random tokens, the same distribution of random weights, AdamW (fused), clipping at norm 1.
+- Every trainer sees the same random tokens, the same distribution of random weights, AdamW, clipping at norm 1: ours
+  with `lightning_ep.AdamW`, peers with `torch.optim.AdamW(fused=True)`.
 
 To repeat it, from the root of the repository, on any number of GPUs of one node; each command says more with `--help`:
 
