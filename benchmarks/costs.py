@@ -72,9 +72,9 @@ _AGAIN = {
 }
 _AGAIN["full"] = {**_AGAIN["selective"], "expert GEMMs": _FORWARD["expert GEMMs"] * 2 / 3, "glue": 1 / 8}
 
-# The host's, per step and per layer of a compiled model: one H200 with 16 cores launched 3 layers in 51 ms and 6 in 61 to
-# 84, with `selective` 85, with `full` 80 to 88. A group of one GPU pays for copies that others do not, and never waits
-# for counts of rows, as others do once per layer.
+# The host's, per step and per layer of a compiled model: beside one H200, 16 cores launched 3 layers in 51 ms and 6 in
+# 61 to 84, with `selective` 85, with `full` 80 to 88. A group of one GPU pays for copies that others do not, and never
+# waits for counts of rows, as others do once per layer.
 _HOST_STEP_MS = 25.0
 _HOST_LAYER_MS = {"none": 8.0, "selective": 10.0, "full": 10.0}
 

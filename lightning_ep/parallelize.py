@@ -110,12 +110,12 @@ def shard(
         ValueError: If the layout does not fit the model; nothing has been changed then.
     """
     models = adapter.pretrained_models(module)
-    check(module, layout, plan)
+    tensor_plans = check(module, layout, plan)
     check_recompute(module, plan, activation_checkpointing)
     _broadcast_weights(module, device)
-    if meshes.tp is not None:
-        for model in models.values():
-            apply_tensor_plan(model, tensor_plan(model, layout), meshes.tp)
+    for model, styles in tensor_plans.items():
+        assert meshes.tp is not None
+        apply_tensor_plan(model, styles, meshes.tp)
     for name, style in plan.items():
         experts = module.get_submodule(name)
         parallelize_module(experts, meshes.expert["ep"], style)
@@ -133,8 +133,14 @@ def shard(
         _sum_gradients(module)
 
 
-def check(module: nn.Module, layout: ParallelLayout, plan: Mapping[str, ParallelStyle]) -> None:
-    """Raises ValueError if the layout does not fit the model or the module has parameters that nothing shards."""
+def check(
+    module: nn.Module, layout: ParallelLayout, plan: Mapping[str, ParallelStyle]
+) -> dict[PreTrainedModel, dict[str, ParallelStyle]]:
+    """Raises ValueError if the layout does not fit the model or the module has parameters that nothing shards.
+
+    Returns:
+        The tensor-parallel plan of each model; empty without tensor parallelism.
+    """
     for name, style in plan.items():
         experts = module.get_submodule(name)
         num_experts = getattr(experts, "num_experts", None)
@@ -144,12 +150,12 @@ def check(module: nn.Module, layout: ParallelLayout, plan: Mapping[str, Parallel
         if validate is not None:
             validate(experts, layout.ep)
     models = adapter.pretrained_models(module).values()
+    tensor_plans = {model: tensor_plan(model, layout) for model in models} if layout.tp > 1 else {}
     for model in models:
-        if layout.tp > 1:
-            tensor_plan(model, layout)
         if layout.cp > 1:
             context_parallel.check(model, layout)
     list(_outside(module, models))
+    return tensor_plans
 
 
 def check_recompute(module: nn.Module, plan: Iterable[str], mode: ActivationCheckpointing) -> None:

@@ -72,8 +72,8 @@ class LocalExperts(ABC):
         """
 
     @abstractmethod
-    def backward_params(self, saved: Any, dtypes: Sequence[torch.dtype]) -> tuple[Tensor, ...]:
-        """Finishes a backward: the gradients of the parameters, zero for experts without rows.
+    def backward_params(self, saved: Any, dtypes: Sequence[torch.dtype]) -> tuple[Tensor | None, ...]:
+        """Finishes a backward: the gradients of the parameters, zero for experts without rows, None where frozen.
 
         Args:
             saved: What `backward_rows` returned.

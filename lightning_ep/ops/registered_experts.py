@@ -118,7 +118,7 @@ class RegisteredExperts(LocalExperts):
         return grad_NH, grad_weights.view(order.pair_NK.shape), grad_params
 
     @override
-    def backward_params(  # type: ignore[override]  # None for frozen ones
+    def backward_params(
         self, saved: tuple[Tensor | None, ...], dtypes: Sequence[torch.dtype]
     ) -> tuple[Tensor | None, ...]:
         return tuple(None if grad is None else grad.to(dtype) for grad, dtype in zip(saved, dtypes, strict=True))
