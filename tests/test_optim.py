@@ -176,3 +176,38 @@ def test_a_copy_has_no_pending_factor() -> None:
         each.step()
     assert torch.equal(param.detach(), torch.full((3,), 1 - 0.1 * 0.01))  # a gradient of zero: decay alone
     assert not torch.equal(copied.detach(), param.detach())
+
+
+def test_refuses_groups_that_it_would_not_follow() -> None:
+    groups = [{"params": [torch.randn(3).requires_grad_()], "maximize": True}]
+    with pytest.raises(ValueError, match="maximize"):
+        lightning_ep.AdamW(groups)
+    optimizer = lightning_ep.AdamW([torch.randn(3).requires_grad_()])
+    with pytest.raises(ValueError, match="amsgrad"):
+        optimizer.add_param_group({"params": [torch.randn(3).requires_grad_()], "amsgrad": True})
+    assert len(optimizer.param_groups) == 1
+
+
+def test_a_loaded_state_leaves_gradients_as_they_are() -> None:
+    param = torch.ones(3).requires_grad_()
+    optimizer = lightning_ep.AdamW([param], lr=0.1)
+    param.grad = torch.ones(3)
+    optimizer.multiply_gradients(torch.tensor(0.0))
+    optimizer.load_state_dict(optimizer.state_dict())
+    optimizer.step()
+    assert torch.equal(param.detach(), torch.full((3,), 1 - 0.1 * 0.01))  # a gradient of zero: decay alone
+
+
+def test_steps_with_a_gradient_scaler() -> None:
+    """The scaler divides the gradients itself, and leaves steps out whose gradients are not finite."""
+    found = []
+    for kind in (lightning_ep.AdamW, torch.optim.AdamW):
+        param = torch.ones(3).requires_grad_()
+        optimizer, scaler = kind([param], lr=0.1, eps=1.0), torch.amp.GradScaler("cpu", init_scale=1024.0)
+        for weight in (1.0, float("inf"), 2.0):
+            optimizer.zero_grad()
+            scaler.scale(weight * param.square().sum()).backward()
+            scaler.step(optimizer)
+            scaler.update()
+        found.append(param.detach())
+    assert relative_error(*found) < 1e-6
