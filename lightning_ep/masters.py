@@ -29,6 +29,7 @@ class Masters:
     def own(self, params: Iterable[Tensor]) -> None:
         """Takes charge of leaf parameters whose gradients nothing reduces after the layer (no FSDP)."""
         self._own = tuple(params)
+        self.keep_copies = False  # until this run has shown what memory it needs
         for param in self._own:
             param.grad_dtype = None  # autograd then takes gradients as they come
 
@@ -48,7 +49,12 @@ class Masters:
         return CallWeights(self, params, dtype)
 
     def gradient_dtype(self, param: Tensor, dtype: torch.dtype) -> torch.dtype:
-        """In which dtype a backward with GEMMs in ``dtype`` returns a parameter's gradient."""
+        """In which dtype a backward with GEMMs in ``dtype`` returns a parameter's gradient.
+
+        It is about to: a narrow gradient of an earlier backward is widened, so that the sum is not rounded to bf16.
+        """
+        if param.grad is not None and param.grad.dtype != param.dtype:
+            param.grad = param.grad.to(param.dtype)
         alone = self._calls == 1 and param.grad is None and any(param is own for own in self._own)
         return dtype if self._narrow and alone else param.dtype
 
