@@ -18,9 +18,9 @@ class AdamW(torch.optim.AdamW):
     """`torch.optim.AdamW` (fused) with the same update and the same state dict, and less traffic.
 
     Half of a training step with few tokens per GPU is reading and writing weights, gradients and moments. On a GPU this
-    optimizer reads and writes each once: clipping by norm is multiplied in as gradients are read (they stay unclipped
-    themselves), and the gradients of experts may come in the dtype of their GEMMs, without a pass that widens them.
-    Both need `ExpertParallelStrategy`; elsewhere, and on CPUs, this is torch's optimizer.
+    optimizer reads and writes each once: the factor of `gradient_clip_val` is multiplied in as gradients are read, and
+    the gradients of experts may come in the dtype of their GEMMs, without a pass that widens them. Both need
+    `ExpertParallelStrategy`; elsewhere, and on CPUs, this is torch's optimizer.
 
     Args:
         params: Parameters or parameter groups, DTensors or not.

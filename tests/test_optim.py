@@ -62,6 +62,43 @@ class Manual(Module):
         optimizer.step()
 
 
+class OwnClipping(Module):
+    """Clips by norm, looks at the result, and clips it once more by value."""
+
+    def configure_gradient_clipping(self, optimizer: Any, *_: Any, **__: Any) -> None:
+        self.clip_gradients(optimizer, 0.05, "norm")
+        norm = lightning_ep.clip_grad_norm_(self.parameters(), float("inf"))
+        assert norm <= 0.0501, norm
+        self.clip_gradients(optimizer, 0.001, "value")
+
+
+class ManualAccumulation(Module):
+    """Clips what each backward leaves, then adds to it."""
+
+    def __init__(self, kind: type, **overrides: Any) -> None:
+        super().__init__(kind, **overrides)
+        self.automatic_optimization = False
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
+        optimizer = self.optimizers()
+        optimizer.zero_grad()
+        for scale in (1.0, 0.5):
+            self.manual_backward(scale * super().training_step(batch, batch_idx))
+            self.clip_gradients(optimizer, 0.05, "norm")
+        optimizer.step()
+
+
+class AddsInHook(Module):
+    """Adds gradients of a second loss where nobody expects it."""
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        self.batch = batch
+        return super().training_step(batch, batch_idx)
+
+    def on_after_backward(self) -> None:
+        self.loss({k: v.flip(0) * 2 // 3 for k, v in self.batch.items()}).backward()
+
+
 def _trained(root: Path, module: Module, **flags: Any) -> Module:
     adamw._LARGE = 0  # on a GPU the kernel takes all parameters
     quiet(root, max_epochs=1, precision="bf16-mixed", **flags).fit(module, loader(12))
@@ -90,7 +127,10 @@ def one_gradient_keeps_the_dtype_of_its_gemms(root: Path) -> None:
 
 @row()
 def clipped_by_norm(root: Path) -> None:
-    assert _compare(root, gradient_clip_val=0.05).dtypes == {torch.bfloat16}
+    ours = _compare(root, gradient_clip_val=0.05)
+    assert ours.dtypes == {torch.bfloat16}
+    experts = [param for name, param in ours.model.named_parameters() if name.endswith(EXPERTS)]
+    assert {param.grad.dtype for param in experts} == {torch.bfloat16}, "the step clipped, not a pass before it"
 
 
 @row()
@@ -108,6 +148,21 @@ def gradients_that_are_added_are_wide(root: Path) -> None:
 def manual_optimization(root: Path) -> None:
     module = _compare(root, Manual, gradient_clip_val=None)
     assert {param.grad.dtype for param in module.parameters()} == {torch.float32}
+
+
+@row()
+def clipped_by_the_module_itself(root: Path) -> None:
+    _compare(root, OwnClipping)
+
+
+@row()
+def clipped_before_more_is_added(root: Path) -> None:
+    _compare(root, ManualAccumulation)
+
+
+@row()
+def gradients_are_added_in_a_hook(root: Path) -> None:
+    assert _compare(root, AddsInHook).dtypes == {torch.float32}
 
 
 @row()
@@ -211,3 +266,22 @@ def test_steps_with_a_gradient_scaler() -> None:
             scaler.update()
         found.append(param.detach())
     assert relative_error(*found) < 1e-6
+
+
+class OwnHook(lightning_ep.CausalLM):
+    def configure_gradient_clipping(self, *arguments: Any, **named: Any) -> None:
+        super().configure_gradient_clipping(*arguments, **named)
+
+
+@pytest.mark.parametrize("kind", [lightning_ep.AdamW, torch.optim.SGD])
+@pytest.mark.parametrize(("bound", "expected"), [(0.5, 0.5), (-1.0, 5.0), (None, 5.0)])
+def test_causal_lm_clips_before_a_hook_goes_on(
+    monkeypatch: pytest.MonkeyPatch, bound: Any, expected: float, kind: Any
+) -> None:
+    """Also by a bound below zero, which Lightning takes for none."""
+    module = OwnHook({"model_type": "qwen3_moe"}, pretrained=False)
+    monkeypatch.setattr(module, "log", lambda *arguments, **named: None)
+    param = torch.zeros(2).requires_grad_()
+    param.grad = torch.tensor([3.0, -4.0])
+    module.configure_gradient_clipping(kind([param]), bound)
+    assert param.grad.norm().item() == pytest.approx(expected)
