@@ -211,7 +211,8 @@ def global_grad_norm(params: Iterable[Tensor], norm_type: float = 2.0) -> Tensor
         if norm_type == 2.0:
             total += sum_of_squares(grads) / replicas
             continue
-        norms = torch.stack(torch._foreach_norm(grads, norm_type, dtype=torch.float32)).double()
+        dtype = torch.promote_types(grads[0].dtype, torch.float32)
+        norms = torch.stack(torch._foreach_norm(grads, norm_type, dtype=dtype)).double()
         if math.isinf(norm_type):
             total = torch.maximum(total, norms.max())
         else:

@@ -285,3 +285,32 @@ def test_causal_lm_clips_before_a_hook_goes_on(
     param.grad = torch.tensor([3.0, -4.0])
     module.configure_gradient_clipping(kind([param]), bound)
     assert param.grad.norm().item() == pytest.approx(expected)
+
+
+def test_parameters_of_several_dtypes(monkeypatch: pytest.MonkeyPatch) -> None:
+    fused = torch._fused_adamw_
+
+    def as_on_gpus(params: list[Tensor], *others: Any, **numbers: Any) -> None:
+        assert len({param.dtype for param in params}) == 1, "params must have same dtype, device, and layout"
+        fused(params, *others, **numbers)
+
+    monkeypatch.setattr(torch, "_fused_adamw_", as_on_gpus)
+    start = [torch.randn(3, dtype=dtype) for dtype in (torch.float32, torch.bfloat16, torch.float64, torch.float32)]
+    found = []
+    for build in (lightning_ep.AdamW, lambda params: torch.optim.AdamW(params, fused=True)):
+        params = [tensor.clone().requires_grad_() for tensor in start]
+        for param in params:
+            param.grad = torch.ones_like(param)
+        build(params).step()
+        found.append([param.detach() for param in params])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize("norm_type", [1.0, 2.0, float("inf")])
+def test_clips_gradients_in_float64(norm_type: float) -> None:
+    params = [torch.zeros(3, dtype=torch.float64).requires_grad_() for _ in range(2)]
+    for param in params:
+        param.grad = torch.tensor([3.0, -4.0, 1e30], dtype=torch.float64)
+    expected = torch.nn.utils.get_total_norm([param.grad for param in params], norm_type)
+    assert lightning_ep.clip_grad_norm_(params, 1.0, norm_type).item() == pytest.approx(expected.item(), rel=1e-6)
+    assert torch.nn.utils.get_total_norm([param.grad for param in params], norm_type).item() == pytest.approx(1.0)
