@@ -43,6 +43,16 @@ class Masters:
         self._narrow = narrow_gradients
         self._calls = 0
 
+    def end_run(self) -> None:
+        """Ends a run: gradients have the parameters' dtype from now on, and others are forgotten.
+
+        `nn.Module.to` makes new parameters, which take no gradients of another dtype.
+        """
+        self._narrow = False
+        for param in self._own:
+            if param.grad is not None and param.grad.dtype != param.dtype:
+                param.grad = None
+
     def begin_call(self, params: Sequence[Tensor], dtype: torch.dtype, needs_grad: bool) -> CallWeights:
         """The weights of one forward and its backward, if it ``needs_grad``; ``dtype`` is the GEMMs'."""
         self._calls += needs_grad
@@ -125,6 +135,11 @@ class ModelMasters:
         """See `Masters.begin_step`."""
         for layer in self._layers:
             layer.begin_step(narrow_gradients)
+
+    def end_run(self) -> None:
+        """See `Masters.end_run`."""
+        for layer in self._layers:
+            layer.end_run()
 
     def end_step(self) -> None:
         """To be called after every optimizer step: with the second one, memory has seen everything that a step needs.
