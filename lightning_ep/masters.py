@@ -29,6 +29,7 @@ class Masters:
     def own(self, params: Iterable[Tensor]) -> None:
         """Takes charge of leaf parameters whose gradients nothing reduces after the layer (no FSDP)."""
         self._own = tuple(params)
+        self.keep_copies = False  # until this run has shown what memory it needs
         for param in self._own:
             param.grad_dtype = None  # autograd then takes gradients as they come
 
@@ -42,13 +43,28 @@ class Masters:
         self._narrow = narrow_gradients
         self._calls = 0
 
+    def end_run(self) -> None:
+        """Ends a run: gradients have the parameters' dtype from now on, and others are forgotten.
+
+        `nn.Module.to` makes new parameters, which take no gradients of another dtype.
+        """
+        self._narrow = False
+        for param in self._own:
+            if param.grad is not None and param.grad.dtype != param.dtype:
+                param.grad = None
+
     def begin_call(self, params: Sequence[Tensor], dtype: torch.dtype, needs_grad: bool) -> CallWeights:
         """The weights of one forward and its backward, if it ``needs_grad``; ``dtype`` is the GEMMs'."""
         self._calls += needs_grad
         return CallWeights(self, params, dtype)
 
     def gradient_dtype(self, param: Tensor, dtype: torch.dtype) -> torch.dtype:
-        """In which dtype a backward with GEMMs in ``dtype`` returns a parameter's gradient."""
+        """In which dtype a backward with GEMMs in ``dtype`` returns a parameter's gradient.
+
+        It is about to: a narrow gradient of an earlier backward is widened, so that the sum is not rounded to bf16.
+        """
+        if param.grad is not None and param.grad.dtype != param.dtype:
+            param.grad = param.grad.to(param.dtype)
         alone = self._calls == 1 and param.grad is None and any(param is own for own in self._own)
         return dtype if self._narrow and alone else param.dtype
 
@@ -119,6 +135,11 @@ class ModelMasters:
         """See `Masters.begin_step`."""
         for layer in self._layers:
             layer.begin_step(narrow_gradients)
+
+    def end_run(self) -> None:
+        """See `Masters.end_run`."""
+        for layer in self._layers:
+            layer.end_run()
 
     def end_step(self) -> None:
         """To be called after every optimizer step: with the second one, memory has seen everything that a step needs.

@@ -24,7 +24,7 @@ from lightning_ep.initialize import materialize
 from lightning_ep.lagged import Lagged
 from lightning_ep.loss import IGNORE, summed_loss, token_losses
 from lightning_ep.optim import AdamW
-from lightning_ep.precision import clip_optimizer_grad_norm_
+from lightning_ep.precision import clip_grad_norm_, clip_in_step_
 from lightning_ep.strategy import ExpertParallelStrategy
 
 
@@ -206,9 +206,14 @@ class CausalLM(LightningModule):
         gradient_clip_val: int | float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        by_norm = bool(gradient_clip_val) and gradient_clip_algorithm != "value"
-        norm = clip_optimizer_grad_norm_(optimizer, float(gradient_clip_val or 0) if by_norm else float("inf"))
-        if gradient_clip_val and not by_norm:
+        clips = gradient_clip_val is not None and gradient_clip_val > 0
+        by_norm = clips and gradient_clip_algorithm != "value"
+        max_norm = float(gradient_clip_val) if by_norm else float("inf")  # type: ignore[arg-type]
+        if type(self).configure_gradient_clipping is CausalLM.configure_gradient_clipping:
+            norm = clip_in_step_(optimizer, max_norm)
+        else:  # a subclass that may look at the clipped gradients
+            norm = clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], max_norm)
+        if clips and not by_norm:
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
         self.log("train/grad_norm", norm)
         if self._train_loss is not None:

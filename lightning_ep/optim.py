@@ -18,9 +18,9 @@ class AdamW(torch.optim.AdamW):
     """`torch.optim.AdamW` (fused) with the same update and the same state dict, and less traffic.
 
     Half of a training step with few tokens per GPU is reading and writing weights, gradients and moments. On a GPU this
-    optimizer reads and writes each once: clipping by norm is multiplied in as gradients are read (they stay unclipped
-    themselves), and the gradients of experts may come in the dtype of their GEMMs, without a pass that widens them.
-    Both need `ExpertParallelStrategy`; elsewhere, and on CPUs, this is torch's optimizer.
+    optimizer reads and writes each once: the factor of `gradient_clip_val` is multiplied in as gradients are read, and
+    the gradients of experts may come in the dtype of their GEMMs, without a pass that widens them. Both need
+    `ExpertParallelStrategy`; elsewhere, and on CPUs, this is torch's optimizer.
 
     Args:
         params: Parameters or parameter groups, DTensors or not.
@@ -30,7 +30,7 @@ class AdamW(torch.optim.AdamW):
         weight_decay: Decoupled weight decay.
 
     Raises:
-        ValueError: If a loaded state is of AMSGrad or maximises, which this optimizer does not.
+        ValueError: If a parameter group or a loaded state is of AMSGrad or maximises, which this optimizer does not.
     """
 
     def __init__(
@@ -41,23 +41,27 @@ class AdamW(torch.optim.AdamW):
         eps: float = 1e-8,
         weight_decay: float = 1e-2,
     ) -> None:
-        super().__init__(params, lr, betas, eps, weight_decay, fused=True)
         # A list, so that Lightning's wrapper of this optimizer, which is an AdamW without attributes, shares it.
         self._factors: list[Tensor] = []
+        super().__init__(params, lr, betas, eps, weight_decay, fused=True)
+        self._step_supports_amp_scaling = False  # torch's fused step divides by a GradScaler's scale, this one does not
 
     @override
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._factors = []
+        if not hasattr(self, "_factors"):  # a copy; a state that is loaded leaves gradients as they are
+            self._factors = []
         for group in self.param_groups:
-            if group["amsgrad"] or group["maximize"]:
-                raise ValueError(
-                    "lightning_ep.AdamW cannot go on from a state with amsgrad or maximize; use torch.optim.AdamW."
-                )
+            _refuse_other_rules(group)
             group["fused"] = True  # also if torch's other implementations wrote the state
             for param in group["params"]:
                 if (step := self.state.get(param, {}).get("step")) is not None:
                     self.state[param]["step"] = step.to(param.device, torch.float32)
+
+    @override
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        _refuse_other_rules(param_group)
+        super().add_param_group(param_group)
 
     def multiply_gradients(self, factor: Tensor) -> None:
         """Multiplies the gradients of the next step, as it reads them.
@@ -96,6 +100,12 @@ class AdamW(torch.optim.AdamW):
             adamw_([Update(*tensors) for tensors in zip(*local, strict=True)], rule, factor)
             torch.autograd.graph.increment_version(params)
         return loss
+
+
+def _refuse_other_rules(group: dict[str, Any]) -> None:
+    for flag in ("amsgrad", "maximize"):
+        if group.get(flag):
+            raise ValueError(f"lightning_ep.AdamW has no {flag}, as a group of parameters says; use torch.optim.AdamW.")
 
 
 def _local(tensor: Tensor) -> Tensor:

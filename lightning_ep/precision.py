@@ -13,6 +13,7 @@ from lightning.fabric.plugins.precision.utils import _convert_fp_tensor, _DtypeC
 from lightning.fabric.utilities.types import Steppable
 from lightning.pytorch import LightningModule
 from lightning.pytorch.plugins.precision import Precision
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning_utilities import apply_to_collection
 from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
@@ -105,8 +106,25 @@ class ShardedPrecision(Precision):
         super()._after_closure(model, optimizer)
 
     @override
+    def _clip_gradients(
+        self,
+        model: LightningModule | nn.Module,
+        optimizer: Steppable,
+        clip_val: int | float | None = None,
+        gradient_clip_algorithm: Any = None,
+    ) -> None:
+        # Where nothing of the user's runs between this and the update, the step may do it. Elsewhere something may
+        # look at the clipped gradients, clip them once more or add to them.
+        theirs = any(is_overridden(name, model) for name in ("configure_gradient_clipping", "clip_gradients"))
+        by_norm = clip_val is not None and clip_val > 0 and gradient_clip_algorithm != "value"
+        if by_norm and not theirs and model.automatic_optimization:
+            clip_in_step_(optimizer, clip_val)  # type: ignore[arg-type]
+        else:
+            super()._clip_gradients(model, optimizer, clip_val, gradient_clip_algorithm)
+
+    @override
     def clip_grad_by_norm(self, optimizer: Optimizer, clip_val: int | float) -> None:
-        clip_optimizer_grad_norm_(optimizer, clip_val)
+        clip_grad_norm_(self.main_params(optimizer), clip_val)
 
     @override
     def clip_grad_by_value(self, optimizer: Optimizer, clip_val: int | float) -> None:
@@ -193,7 +211,8 @@ def global_grad_norm(params: Iterable[Tensor], norm_type: float = 2.0) -> Tensor
         if norm_type == 2.0:
             total += sum_of_squares(grads) / replicas
             continue
-        norms = torch.stack(torch._foreach_norm(grads, norm_type, dtype=torch.float32)).double()
+        dtype = torch.promote_types(grads[0].dtype, torch.float32)
+        norms = torch.stack(torch._foreach_norm(grads, norm_type, dtype=dtype)).double()
         if math.isinf(norm_type):
             total = torch.maximum(total, norms.max())
         else:
@@ -236,8 +255,11 @@ def clip_grad_norm_(
 
 
 @torch.no_grad()
-def clip_optimizer_grad_norm_(optimizer: Optimizer, max_norm: float) -> Tensor:
-    """`clip_grad_norm_` of all parameters of an optimizer; `lightning_ep.AdamW` scales them as its step reads them."""
+def clip_in_step_(optimizer: Optimizer, max_norm: float) -> Tensor:
+    """`clip_grad_norm_` of all parameters of an optimizer whose step follows, with nothing in between.
+
+    `lightning_ep.AdamW` scales gradients as its step reads them: until then they are not clipped.
+    """
     params = [param for group in optimizer.param_groups for param in group["params"]]
     if not isinstance(optimizer, AdamW) or math.isinf(max_norm):
         return clip_grad_norm_(params, max_norm)

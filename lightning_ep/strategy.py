@@ -365,6 +365,8 @@ class ExpertParallelStrategy(ModelParallelStrategy):
     def teardown(self) -> None:
         if self._checkpoints is not None:
             self._checkpoints.finish()
+        if self._masters is not None:
+            self._masters.end_run()
         super().teardown()
 
     # ------------------------------------------------------------------ data

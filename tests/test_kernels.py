@@ -278,6 +278,18 @@ def test_adamw(size: int, factor: float | None, grad_dtype: torch.dtype) -> None
         assert relative_error(found, optimizer.state[expected][key]) < 1e-6, key
 
 
+def test_adamw_of_a_small_decay() -> None:
+    from lightning_ep.ops.adamw import Rule, Update
+    from lightning_ep.ops.kernels import adamw as kernel
+
+    param = torch.rand(20_000, device=DEVICE) + 0.5
+    before, zeros, step = param.double(), torch.zeros_like(param), torch.ones((), device=DEVICE)
+    update = Update(param, zeros, zeros.clone(), zeros.clone(), step)
+    for _ in range(5):
+        kernel.adamw_(update, Rule(lr=1e-5, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.1), None)
+    assert (1 - param.double() / before).mean().item() == pytest.approx(5e-6, rel=3e-3)
+
+
 def test_adamw_of_bf16_weights_and_moments() -> None:
     from lightning_ep.ops.adamw import Rule, Update, adamw_twin_
     from lightning_ep.ops.kernels import adamw as kernel

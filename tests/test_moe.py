@@ -233,6 +233,13 @@ def test_copies_of_wider_parameters(kept: bool) -> None:
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True)) == kept
 
 
+def test_copies_are_not_kept_before_a_run_has_shown_its_memory() -> None:
+    masters = Masters()
+    masters.keep_copies = True  # an earlier run with smaller batches
+    masters.own([torch.zeros(2, requires_grad=True)])
+    assert not masters.keep_copies
+
+
 def _count_rows() -> tuple[int, int]:
     dispatcher = AllToAllDispatcher(EXPERTS, dist.group.WORLD, "experts", Progress())
     ids = torch.tensor([[0, 1, 2], [4, 5, 0]], device=device())

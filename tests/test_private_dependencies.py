@@ -32,6 +32,7 @@ PRIVATE = [
     "lightning.pytorch.overrides.distributed:_IndexBatchSamplerWrapper._batch_sampler",
     "lightning.pytorch.loops.training_epoch_loop:_TrainingEpochLoop._broadcast_sigterm_tensor",
     "lightning.pytorch.plugins.precision:Precision._after_closure",
+    "lightning.pytorch.plugins.precision:Precision._clip_gradients",
     "lightning.pytorch.strategies.launchers.subprocess_script:_SubprocessScriptLauncher.kill",
     "lightning.pytorch.strategies:ModelParallelStrategy._configure_launcher",
     "lightning.pytorch.strategies:ModelParallelStrategy._device_mesh",

@@ -61,12 +61,15 @@ def adamw_(updates: Sequence[Update], rule: Rule, factor: Tensor | None) -> None
             triton_adamw.adamw_(update, rule, factor)
         else:
             rest.append(update)
-    if rest:
-        adamw_twin_(rest, rule, factor)
+    by_kind: dict[tuple[torch.device, torch.dtype], list[Update]] = {}  # torch's kernel takes one dtype at a time
+    for update in rest:
+        by_kind.setdefault((update.param.device, update.param.dtype), []).append(update)
+    for updates in by_kind.values():
+        adamw_twin_(updates, rule, factor)
 
 
 def adamw_twin_(updates: Sequence[Update], rule: Rule, factor: Tensor | None) -> None:
-    """Defines `adamw_`; few launches for many small tensors."""
+    """Defines `adamw_`, for parameters of one dtype on one device; few launches for many small tensors."""
     params, grads, exp_avgs, exp_avg_sqs, steps = (list(tensors) for tensors in zip(*updates, strict=True))
     grads = [grad.to(param.dtype) for param, grad in zip(params, grads, strict=True)]
     if factor is not None:

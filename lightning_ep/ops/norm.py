@@ -13,10 +13,10 @@ _LARGE = 2**20  # elements; below, one launch for many tensors is worth more tha
 
 
 def sum_of_squares(tensors: Sequence[Tensor]) -> Tensor:
-    """Sum of the squares of all elements, added in fp32 within a tensor and in float64 across tensors.
+    """Sum of the squares of all elements, added in at least fp32 within a tensor and in float64 across tensors.
 
     Args:
-        tensors: At least one, on one device.
+        tensors: At least one, of one dtype and on one device.
 
     Returns:
         0-dim, float64; not finite if an element is not, or if the sum of a tensor exceeds fp32.
@@ -35,4 +35,5 @@ def sum_of_squares(tensors: Sequence[Tensor]) -> Tensor:
 
 def sum_of_squares_twin(tensors: Sequence[Tensor]) -> Tensor:
     """Defines `sum_of_squares`."""
-    return torch.stack(torch._foreach_norm(list(tensors), 2.0, dtype=torch.float32)).double().square().sum()
+    dtype = torch.promote_types(tensors[0].dtype, torch.float32)
+    return torch.stack(torch._foreach_norm(list(tensors), 2.0, dtype=dtype)).double().square().sum()

@@ -17,7 +17,7 @@ _BLOCK = 4096
 @triton.jit
 def _adamw_kernel(
     param, grad, exp_avg, exp_avg_sq, step, factor,
-    lr, keep, log_beta1, log_beta2, beta1, beta2, rest1, rest2, eps, num_elements,
+    lr, decay, log_beta1, log_beta2, beta1, beta2, rest1, rest2, eps, num_elements,
     HAS_FACTOR: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     # In fp64, as `count` makes it: 1 - 0.999 ** step loses four digits in fp32.
@@ -31,7 +31,8 @@ def _adamw_kernel(
         g *= tl.load(factor).to(tl.float32)
     m = tl.load(exp_avg + at, mask=mask).to(tl.float32) * beta1 + g * rest1
     v = tl.load(exp_avg_sq + at, mask=mask).to(tl.float32) * beta2 + g * g * rest2
-    p = tl.load(param + at, mask=mask).to(tl.float32) * keep
+    p = tl.load(param + at, mask=mask).to(tl.float32)
+    p -= decay * p  # not times 1 - decay: next to one, fp32 has no digits left for a decay of 1e-6
     p -= step_size * tl.div_rn(m, tl.div_rn(tl.sqrt_rn(v), correction) + eps)
     tl.store(param + at, p.to(param.dtype.element_ty), mask=mask)
     tl.store(exp_avg + at, m.to(exp_avg.dtype.element_ty), mask=mask)
@@ -45,7 +46,7 @@ def adamw_(update: Update, rule: Rule, factor: Tensor | None) -> None:
     num_elements = update.param.numel()
     _adamw_kernel[(triton.cdiv(num_elements, _BLOCK),)](
         *update, update.step if factor is None else factor,
-        rule.lr, 1 - rule.lr * rule.weight_decay, *logs, beta1, beta2, 1 - beta1, 1 - beta2, rule.eps, num_elements,
+        rule.lr, rule.lr * rule.weight_decay, *logs, beta1, beta2, 1 - beta1, 1 - beta2, rule.eps, num_elements,
         factor is not None, _BLOCK,
         num_warps=8,
     )  # fmt: skip
