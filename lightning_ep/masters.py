@@ -16,8 +16,9 @@ class Masters:
     """How one layer casts its experts' parameters, and in which dtype it returns their gradients.
 
     Attributes:
-        keep_copies: Backward uses the copies that forward made. Otherwise it makes its own: casting twice costs less
-            than the memory of every layer's copy, where that is short.
+        keep_copies: Backward uses the copies that forward made, in calls with no more tokens than those before it was
+            set. Otherwise it makes its own: casting twice costs less than the memory of every layer's copy, where that
+            is short.
     """
 
     def __init__(self) -> None:
@@ -25,11 +26,12 @@ class Masters:
         self._own: tuple[Tensor, ...] = ()
         self._narrow = False
         self._calls = 0
+        self._most_tokens = 0
 
     def own(self, params: Iterable[Tensor]) -> None:
         """Takes charge of leaf parameters whose gradients nothing reduces after the layer (no FSDP)."""
         self._own = tuple(params)
-        self.keep_copies = False  # until this run has shown what memory it needs
+        self.keep_copies, self._most_tokens = False, 0  # until this run has shown what memory it needs
         for param in self._own:
             param.grad_dtype = None  # autograd then takes gradients as they come
 
@@ -53,10 +55,16 @@ class Masters:
             if param.grad is not None and param.grad.dtype != param.dtype:
                 param.grad = None
 
-    def begin_call(self, params: Sequence[Tensor], dtype: torch.dtype, needs_grad: bool) -> CallWeights:
+    def begin_call(
+        self, params: Sequence[Tensor], dtype: torch.dtype, num_tokens: int, needs_grad: bool
+    ) -> CallWeights:
         """The weights of one forward and its backward, if it ``needs_grad``; ``dtype`` is the GEMMs'."""
-        self._calls += needs_grad
-        return CallWeights(self, params, dtype)
+        keep = needs_grad and self.keep_copies and num_tokens <= self._most_tokens
+        if needs_grad:
+            self._calls += 1
+        if needs_grad and not self.keep_copies:
+            self._most_tokens = max(self._most_tokens, num_tokens)
+        return CallWeights(self, params, dtype, keep)
 
     def gradient_dtype(self, param: Tensor, dtype: torch.dtype) -> torch.dtype:
         """In which dtype a backward with GEMMs in ``dtype`` returns a parameter's gradient.
@@ -77,16 +85,17 @@ class Masters:
 class CallWeights:
     """The parameters of one call as its GEMMs take them: this rank's parts, in the dtype of the rows."""
 
-    def __init__(self, masters: Masters, params: Sequence[Tensor], dtype: torch.dtype) -> None:
+    def __init__(self, masters: Masters, params: Sequence[Tensor], dtype: torch.dtype, keep: bool) -> None:
         self.params = params
         self._masters = masters
         self._dtype = dtype
+        self._keep = keep
         self._kept: list[Tensor] | None = None
 
     def for_forward(self) -> list[Tensor]:
-        """The weights; kept for backward if the layer does that."""
+        """The weights; kept for backward if this call does that."""
         local = [_local(param).to(self._dtype) for param in self.params]
-        self._kept = local if self._masters.keep_copies else None
+        self._kept = local if self._keep else None
         return local
 
     def for_backward(self) -> list[Tensor]:
@@ -144,7 +153,7 @@ class ModelMasters:
     def end_step(self) -> None:
         """To be called after every optimizer step: with the second one, memory has seen everything that a step needs.
 
-        Copies are kept from then on if they leave room. Ranks may differ: no number does.
+        Copies are kept from then on if they leave room, in calls that are no larger. Ranks may differ: no number does.
         """
         self._steps += 1
         if self._steps != _STEPS_TO_PEAK or self._device.type != "cuda":

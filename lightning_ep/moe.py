@@ -46,7 +46,7 @@ def moe_forward(
     """
     needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in (hidden_TH, weights_TK, *params))
     later = leave(hidden_TH) if needs_grad and leave is not None else None
-    computed = (masters or Masters()).begin_call(params, hidden_TH.dtype, needs_grad)
+    computed = (masters or Masters()).begin_call(params, hidden_TH.dtype, hidden_TH.shape[0], needs_grad)
     return _MoE.apply(dispatcher, experts, computed, needs_grad, later, hidden_TH, ids_TK, weights_TK, *params)
 
 

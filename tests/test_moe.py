@@ -212,13 +212,19 @@ def test_frozen_experts_of_transformers_cost_no_weight_gradients(recompute: bool
         assert flops - fewer == 2 * ids.numel() * frozen, "the GEMMs of frozen weights"
 
 
-@pytest.mark.parametrize("kept", [False, True])
-def test_copies_of_wider_parameters(kept: bool) -> None:
-    """Backward uses the weights of forward; where they are kept, that needs no second cast and changes no bit."""
+@pytest.mark.parametrize(("seen", "kept"), [(3, True), (2, False), (None, False)])
+def test_copies_of_wider_parameters(seen: int | None, kept: bool) -> None:
+    """Backward uses the weights of forward; where they are kept, that needs no second cast and changes no bit.
+
+    They are not in calls of more tokens than had been ``seen`` when it was decided that copies fit.
+    """
     experts = tiny_model(num_hidden_layers=1).model.layers[0].mlp.experts
     inputs, ids = [torch.randn(3, HIDDEN).bfloat16(), torch.rand(3, 2)], torch.tensor([[0, 1], [1, 5], [5, 0]])
     masters = Masters()
-    masters.keep_copies = kept
+    if seen is not None:
+        masters.begin_call([], torch.bfloat16, seen, needs_grad=True)
+        masters.begin_call([], torch.bfloat16, 9, needs_grad=False)  # of a validation
+        masters.keep_copies = True
     found = []
     for changed in (False, True):
         params = [p.detach().clone().requires_grad_() for p in (experts.gate_up_proj, experts.down_proj)]
