@@ -91,6 +91,9 @@ def accelerator() -> str | CUDAAccelerator:
     return _SharedCUDAAccelerator() if _on_cuda() else "cpu"
 
 
+_SLOWER_ON_GPU = 3  # every training makes communicators of its own, and ranks that share a GPU take turns
+
+
 def run_ranks(
     world_size: int,
     function: Callable[..., Any],
@@ -109,7 +112,7 @@ def run_ranks(
         args: What to call it with; every rank gets its own copy.
         init_process_group: Whether to initialise the default process group. Without it the variables are still there:
             ``Trainer(devices=world_size, accelerator=accelerator())`` in ``function`` initialises the group itself.
-        timeout: Seconds after which ranks that still run are killed.
+        timeout: Seconds after which ranks that still run are killed; on GPUs three times as many.
 
     Returns:
         What ``function`` returned, by rank; tensors on the CPU.
@@ -125,7 +128,7 @@ def run_ranks(
         ranks.pack((function, args, init_process_group, _rank_environments(world_size, store.port), os.getcwd()))
         try:
             ranks.start(server)
-            ranks.wait(timeout)
+            ranks.wait(timeout * (_SLOWER_ON_GPU if _on_cuda() else 1))
         finally:
             ranks.kill()
         print(ranks.outputs(), end="")

@@ -313,6 +313,30 @@ def base_finetuning(root: Path) -> None:
 
 
 @row()
+def thawed_parameters_join_the_optimizer(root: Path) -> None:
+    """What the refusal of BackboneFinetuning recommends."""
+
+    class Head(Finetuned):
+        def configure_optimizers(self) -> Any:
+            return torch.optim.SGD([param for param in self.parameters() if param.requires_grad], lr=self.lr)
+
+    class Thaw(builtin.BaseFinetuning):
+        def freeze_before_training(self, module: Any) -> None:
+            self.freeze(module.backbone)
+
+        def finetune_function(self, module: Any, epoch: int, optimizer: Any) -> None:
+            if epoch == 1:
+                module.backbone.requires_grad_(True)
+                optimizer.add_param_group({"params": list(module.backbone.parameters())})
+
+    module = Head()
+    start = {name: param.detach().clone() for name, param in module.model.named_parameters()}
+    quiet(root, callbacks=[Thaw()], max_epochs=2, limit_train_batches=1).fit(module, loader(), loader(4))
+    still = [name for name, param in module.model.named_parameters() if torch.equal(whole(param), start[name])]
+    assert not still
+
+
+@row()
 def freezing_later(root: Path) -> None:
     class Freeze(L.Callback):
         def on_train_batch_end(self, trainer: L.Trainer, module: Any, *_: Any) -> None:
