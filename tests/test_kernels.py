@@ -218,7 +218,7 @@ def test_a_grouped_mm_that_works_is_used(transposed: bool, monkeypatch: pytest.M
 
     monkeypatch.setattr(kernel, "_WORKS", {})
     if not ON_GPU:
-        monkeypatch.setattr(kernel, "_multiprocessors", lambda device: 4)
+        monkeypatch.setattr(kernel, "multiprocessors", lambda device: 4)
     stored = torch.randn(3, 128, 128, device=DEVICE).to(torch.bfloat16 if ON_GPU else torch.float16)
     assert kernel._works(stored.transpose(1, 2) if transposed else stored)
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import lightning_ep
-from lightning_ep.ops import adamw
+from lightning_ep.ops import kernels
 from tests.reference import relative_error
 from tests.rows import RowFailures, Rows, whole
 from tests.tiny import TinyModule, loader, quiet
@@ -108,7 +108,7 @@ class AddsInHook(Module):
 
 
 def _trained(root: Path, module: Module, **flags: Any) -> Module:
-    adamw._LARGE = 0  # on a GPU the kernel takes all parameters
+    kernels.LARGE = 0  # on a GPU the kernel takes all parameters
     quiet(root, max_epochs=1, precision="bf16-mixed", **flags).fit(module, loader(12))
     return module
 

@@ -11,8 +11,6 @@ from torch import Tensor
 from lightning_ep.ops import kernels
 from lightning_ep.ops.scale import scale_
 
-_LARGE = 2**20  # elements; below, one launch for many tensors is worth more than a pass that is left out
-
 
 class Update(NamedTuple):
     """What one parameter's update reads and writes.
@@ -54,8 +52,7 @@ def adamw_(updates: Sequence[Update], rule: Rule, factor: Tensor | None) -> None
     """
     rest = []
     for update in updates:
-        large = update.param.numel() >= _LARGE and all(tensor.is_contiguous() for tensor in update)
-        if large and kernels.runs_on(*update):
+        if kernels.runs_on_large(*update):
             from lightning_ep.ops.kernels import adamw as triton_adamw
 
             triton_adamw.adamw_(update, rule, factor)

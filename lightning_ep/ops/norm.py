@@ -9,8 +9,6 @@ from torch import Tensor
 
 from lightning_ep.ops import kernels
 
-_LARGE = 2**20  # elements; below, one launch for many tensors is worth more than a faster one for each
-
 
 def sum_of_squares(tensors: Sequence[Tensor]) -> Tensor:
     """Sum of the squares of all elements, added in at least fp32 within a tensor and in float64 across tensors.
@@ -21,14 +19,16 @@ def sum_of_squares(tensors: Sequence[Tensor]) -> Tensor:
     Returns:
         0-dim, float64; not finite if an element is not, or if the sum of a tensor exceeds fp32.
     """
-    large = [t for t in tensors if kernels.runs_on(t) and t.numel() >= _LARGE and t.is_contiguous()]
-    skipped = {id(tensor) for tensor in large}
+    large: list[Tensor] = []
+    rest: list[Tensor] = []
+    for tensor in tensors:
+        (large if kernels.runs_on_large(tensor) else rest).append(tensor)
     sums: list[Tensor] = []
     if large:
         from lightning_ep.ops.kernels import norm as triton_norm
 
         sums.append(triton_norm.sums_of_squares(large).double().sum())
-    if rest := [tensor for tensor in tensors if id(tensor) not in skipped]:
+    if rest:
         sums.append(sum_of_squares_twin(rest))
     return torch.stack(sums).sum()
 

@@ -9,8 +9,6 @@ from torch import Tensor
 
 from lightning_ep.ops import kernels
 
-_LARGE = 2**20  # elements; below, one launch for many tensors is worth more than a pass that is left out
-
 
 def scale_(tensors: Sequence[Tensor], factor: Tensor) -> None:
     """Multiplies in place by a 0-dim tensor.
@@ -22,12 +20,14 @@ def scale_(tensors: Sequence[Tensor], factor: Tensor) -> None:
         tensors: Contiguous or not, on one device.
         factor: 0-dim, on the same device.
     """
-    large = [t for t in tensors if kernels.runs_on(t, factor) and t.numel() >= _LARGE and t.is_contiguous()]
+    large: list[Tensor] = []
+    rest: list[Tensor] = []
+    for tensor in tensors:
+        (large if kernels.runs_on_large(tensor, factor) else rest).append(tensor)
     if large:
         from lightning_ep.ops.kernels import scale as triton_scale
 
         for tensor in large:
             triton_scale.scale_(tensor, factor)
-    skipped = {id(tensor) for tensor in large}
-    if rest := [tensor for tensor in tensors if id(tensor) not in skipped]:
+    if rest:
         torch._foreach_mul_(rest, factor)

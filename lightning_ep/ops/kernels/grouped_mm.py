@@ -12,6 +12,8 @@ from torch import Tensor
 from triton.runtime.errors import OutOfResources
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from lightning_ep.ops.kernels import multiprocessors
+
 _log = logging.getLogger(__name__)
 _WORKS: dict[tuple[object, ...], bool] = {}
 
@@ -95,11 +97,6 @@ def _works(weight_EAB: Tensor) -> bool:
     return _WORKS[key]
 
 
-@cache
-def _multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count
-
-
 def grouped_mm(x_PA: Tensor, weight_EAB: Tensor, offsets_E: Tensor, programs: int | None = None) -> Tensor:
     """See `lightning_ep.ops.grouped_mm.grouped_mm`."""
     num_experts, a, b = weight_EAB.shape
@@ -107,7 +104,7 @@ def grouped_mm(x_PA: Tensor, weight_EAB: Tensor, offsets_E: Tensor, programs: in
     stored = weight_EAB.transpose(1, 2) if transposed else weight_EAB
     tile = [_COLS, _DEPTH] if transposed else [_DEPTH, _COLS]
     out_PB = x_PA.new_empty(x_PA.shape[0], b)
-    _grouped_mm_kernel[(programs or _multiprocessors(x_PA.device),)](
+    _grouped_mm_kernel[(programs or multiprocessors(x_PA.device),)](
         TensorDescriptor.from_tensor(x_PA, [_ROWS, _DEPTH]),
         TensorDescriptor.from_tensor(stored.reshape(-1, stored.shape[2]), tile),
         TensorDescriptor.from_tensor(out_PB, [_ROWS, _COLS]),

@@ -9,6 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lightning_ep.ops.kernels import multiprocessors
+
 _BLOCK = 4096
 _PROGRAMS_PER_SM = 8
 
@@ -27,8 +29,7 @@ def _sum_of_squares_kernel(x, sums, num_elements, BLOCK: tl.constexpr):
 def sums_of_squares(tensors: Sequence[Tensor]) -> Tensor:
     """fp32 ``[n]``, whose sum is that of the squares of all elements of contiguous tensors on one device."""
     device = tensors[0].device
-    sms = torch.cuda.get_device_properties(device).multi_processor_count if tensors[0].is_cuda else 1
-    programs = sms * _PROGRAMS_PER_SM
+    programs = multiprocessors(device) * _PROGRAMS_PER_SM
     sums = torch.empty(len(tensors), programs, dtype=torch.float32, device=device)
     for tensor, row in zip(tensors, sums, strict=True):
         _sum_of_squares_kernel[(programs,)](tensor, row, tensor.numel(), _BLOCK, num_warps=8)

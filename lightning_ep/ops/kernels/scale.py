@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from lightning_ep.ops.kernels import multiprocessors
 
 _BLOCK = 4096
 _PROGRAMS_PER_SM = 8
@@ -25,7 +26,6 @@ def _scale_kernel(x, factor, num_elements, BLOCK: tl.constexpr):
 
 def scale_(tensor: Tensor, factor: Tensor) -> None:
     """See `lightning_ep.ops.scale.scale_`; for one contiguous tensor."""
-    sms = torch.cuda.get_device_properties(tensor.device).multi_processor_count if tensor.is_cuda else 1
     # A few programs that walk through the tensor: there is little to launch where nothing is to be done.
-    grid = (min(triton.cdiv(tensor.numel(), _BLOCK), sms * _PROGRAMS_PER_SM),)
+    grid = (min(triton.cdiv(tensor.numel(), _BLOCK), multiprocessors(tensor.device) * _PROGRAMS_PER_SM),)
     _scale_kernel[grid](tensor, factor, tensor.numel(), _BLOCK, num_warps=8)
