@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from lightning_ep.region import local_tensor
+
 _STEPS_TO_PEAK = 2  # the first makes the optimizer's state
 _SPARE = 0.1  # of the GPU's memory stays free beside kept copies: rows of a step with an unlucky router
 
@@ -71,15 +73,14 @@ class Masters:
 
         It is about to: a narrow gradient of an earlier backward is widened, so that the sum is not rounded to bf16.
         """
-        if param.grad is not None and param.grad.dtype != param.dtype:
-            param.grad = param.grad.to(param.dtype)
+        widen_gradient(param)
         alone = self._calls == 1 and param.grad is None and any(param is own for own in self._own)
         return dtype if self._narrow and alone else param.dtype
 
     @property
     def bytes_of_copies(self) -> int:
         """What `keep_copies` costs with bf16 GEMMs."""
-        return sum(2 * _local(param).numel() for param in self._own if param.dtype == torch.float32)
+        return sum(2 * local_tensor(param).numel() for param in self._own if param.dtype == torch.float32)
 
 
 class CallWeights:
@@ -94,14 +95,14 @@ class CallWeights:
 
     def for_forward(self) -> list[Tensor]:
         """The weights; kept for backward if this call does that."""
-        local = [_local(param).to(self._dtype) for param in self.params]
+        local = [local_tensor(param).to(self._dtype) for param in self.params]
         self._kept = local if self._keep else None
         return local
 
     def for_backward(self) -> list[Tensor]:
         """The weights, once."""
         kept, self._kept = self._kept, None
-        return kept or [_local(param).to(self._dtype) for param in self.params]
+        return kept or [local_tensor(param).to(self._dtype) for param in self.params]
 
     def gradient_dtypes(self) -> list[torch.dtype]:
         """In which dtypes the gradients are wanted."""
@@ -113,11 +114,13 @@ class CallWeights:
 
     def zero_gradients(self) -> list[Tensor | None]:
         """Gradients of experts that got no row."""
-        return self.gradients([torch.zeros_like(_local(param)) for param in self.params])
+        return self.gradients([torch.zeros_like(local_tensor(param)) for param in self.params])
 
 
-def _local(param: Tensor) -> Tensor:
-    return param._local_tensor if isinstance(param, DTensor) else param.detach()
+def widen_gradient(param: Tensor) -> None:
+    """Gives a gradient that was left in the dtype of its GEMMs the parameter's, before something rounds it."""
+    if param.grad is not None and param.grad.dtype != param.dtype:
+        param.grad = param.grad.to(param.dtype)
 
 
 def _like(local: Tensor, param: Tensor) -> Tensor:

@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 from torch.optim.optimizer import ParamsT
 from typing_extensions import override
 
 from lightning_ep.ops.adamw import Rule, Update, adamw_
+from lightning_ep.region import local_tensor
 
 
 class AdamW(torch.optim.AdamW):
@@ -95,7 +95,7 @@ class AdamW(torch.optim.AdamW):
             if not params:
                 continue
             torch._foreach_add_(steps, 1)
-            local = ([_local(t) for t in tensors] for tensors in (params, grads, exp_avgs, exp_avg_sqs, steps))
+            local = ([local_tensor(t) for t in tensors] for tensors in (params, grads, exp_avgs, exp_avg_sqs, steps))
             rule = Rule(float(group["lr"]), group["betas"], group["eps"], group["weight_decay"])
             adamw_([Update(*tensors) for tensors in zip(*local, strict=True)], rule, factor)
             torch.autograd.graph.increment_version(params)
@@ -106,8 +106,3 @@ def _refuse_other_rules(group: dict[str, Any]) -> None:
     for flag in ("amsgrad", "maximize"):
         if group.get(flag):
             raise ValueError(f"lightning_ep.AdamW has no {flag}, as a group of parameters says; use torch.optim.AdamW.")
-
-
-def _local(tensor: Tensor) -> Tensor:
-    # Not `to_local()` or `detach()`: each is an operation of DTensor on the host, five per parameter and step.
-    return tensor._local_tensor if isinstance(tensor, DTensor) else tensor

@@ -21,9 +21,11 @@ from torch.distributed.tensor import DTensor, Partial, Replicate
 from torch.optim import Optimizer
 from typing_extensions import override
 
+from lightning_ep.masters import widen_gradient
 from lightning_ep.ops.norm import sum_of_squares
 from lightning_ep.ops.scale import scale_
 from lightning_ep.optim import AdamW
+from lightning_ep.region import local_tensor
 
 ShardedPrecisionName = Literal["32-true", "bf16-mixed", "bf16-true"]
 
@@ -129,7 +131,8 @@ class ShardedPrecision(Precision):
     @override
     def clip_grad_by_value(self, optimizer: Optimizer, clip_val: int | float) -> None:
         params = list(self.main_params(optimizer))
-        _widen_gradients(params)
+        for param in params:
+            widen_gradient(param)
         grads = _local_gradients(params)
         if grads:
             torch._foreach_clamp_min_(grads, -clip_val)
@@ -148,23 +151,16 @@ def gradient_denominator(model: LightningModule) -> Any:
 
 
 def _local_gradients(params: Iterable[Tensor]) -> list[Tensor]:
-    grads = [param.grad for param in params if param.grad is not None]
-    local = [grad.to_local() if isinstance(grad, DTensor) else grad for grad in grads]
+    local = [local_tensor(param.grad) for param in params if param.grad is not None]
     return [grad for grad in local if grad.numel() > 0]
-
-
-def _widen_gradients(params: Iterable[Tensor]) -> None:
-    """Gives gradients that were left in the dtype of their GEMMs the parameters' dtype, before they are rounded."""
-    for param in params:
-        if param.grad is not None and param.grad.dtype != param.dtype:
-            param.grad = param.grad.to(param.dtype)
 
 
 @torch.no_grad()
 def scale_gradients(params: Iterable[Tensor], factor: Tensor) -> None:
     """Multiplies every gradient in place by a number, a 0-dim tensor on their device."""
     params = list(params)
-    _widen_gradients(params)
+    for param in params:
+        widen_gradient(param)
     grads = _local_gradients(params)
     if grads:
         scale_(grads, factor)

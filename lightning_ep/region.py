@@ -86,8 +86,8 @@ def local_region(tensor: Tensor) -> Region:
 
 def local_tensor(tensor: Tensor) -> Tensor:
     """This rank's part of ``tensor``, detached, sharing storage."""
-    tensor = tensor.detach()
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    # Not `to_local()` or `detach()` of DTensor: on the host each is an operation, and optimizers ask in every step.
+    return tensor._local_tensor if isinstance(tensor, DTensor) else tensor.detach()
 
 
 def as_bytes(tensor: Tensor) -> memoryview:
