@@ -24,9 +24,7 @@ _LEAST = 1 / 3  # of a cell's time; with less left of the budget it is not start
 def main(arguments: list[str] | None = None) -> None:
     """Runs the matrix trainers x routers x shapes and prints the table."""
     options = _parser().parse_args(arguments)
-    ranks = options.ranks or (torch.cuda.device_count() if options.device == "cuda" else 1)
-    if ranks == 0:
-        sys.exit("There is no GPU here. Run with --device cpu --sizes tiny to try the command itself.")
+    ranks = num_ranks(options)
     cells = dict.fromkeys(_cells(options, ranks), options.timeout)
     run(cells, options.json, options.budget, retry_failed=options.retry_failed, logs=options.logs)
 
@@ -148,20 +146,40 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("--tokens", nargs="+", default=["4x4096", "1x16384", "1x4096"], help="sequences x tokens, per rank")
     add("--router", nargs="+", default=["balanced"], choices=["balanced", "skewed"])
-    add("--layers", type=int, default=12)
-    add("--sizes", default="qwen3-30b-a3b", choices=sorted(SIZES))
     add("--precision", default="bf16-mixed", choices=["bf16-mixed", "bf16-true", "32-true"])
     add("--steps", type=int, default=30)
     add("--warmup", type=int, default=5)
-    add("--ranks", type=int, help="processes; default: all GPUs")
     add("--memory-cap", type=float, metavar="GIB", help="limit of torch's allocator per GPU: a smaller card")
-    add("--device", default="cuda", choices=["cuda", "cpu"])
-    add("--json", type=Path, default=Path("runs/benchmarks/train.jsonl"), help="records; recorded cells are skipped")
     add("--timeout", type=float, default=240.0, help="seconds per cell")
+    add_run_options(parser, layers=12, records="train.jsonl")
+    return parser
+
+
+def add_run_options(parser: argparse.ArgumentParser, layers: int, records: str) -> None:
+    """Adds what every command that calls `run` takes.
+
+    Args:
+        parser: Its parser.
+        layers: Default depth.
+        records: Default file name of the records.
+    """
+    add = parser.add_argument
+    add("--layers", type=int, default=layers)
+    add("--sizes", default="qwen3-30b-a3b", choices=sorted(SIZES))
+    add("--ranks", type=int, help="processes; default: all GPUs")
+    add("--device", default="cuda", choices=["cuda", "cpu"])
+    add("--json", type=Path, default=Path("runs/benchmarks", records), help="records; recorded cells are skipped")
     add("--budget", type=float, default=540.0, help="seconds in all; the same command goes on where it stopped")
     add("--retry-failed", action="store_true", help="repeat recorded cells that did not succeed")
     add("--logs", type=Path, help="keep the output of every rank here")
-    return parser
+
+
+def num_ranks(options: argparse.Namespace) -> int:
+    """Processes to start by the options of `add_run_options`; ends this one where there is no GPU for them."""
+    ranks: int = options.ranks or (torch.cuda.device_count() if options.device == "cuda" else 1)
+    if ranks == 0:
+        sys.exit("There is no GPU here. Run with --device cpu --sizes tiny to try the command itself.")
+    return ranks
 
 
 if __name__ == "__main__":

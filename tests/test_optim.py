@@ -45,10 +45,14 @@ class TwoForwards(Module):
         return super().training_step(batch, batch_idx) + 0.5 * self.loss({k: v.flip(0) for k, v in batch.items()})
 
 
-class Manual(Module):
+class ByHand(Module):
     def __init__(self, kind: type, **overrides: Any) -> None:
         super().__init__(kind, **overrides)
         self.automatic_optimization = False
+
+
+class Manual(ByHand):
+    """Clips the sum of two backward passes; gives one of the steps up."""
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         optimizer = self.optimizers()
@@ -80,12 +84,8 @@ class OwnClipping(Module):
         self.clip_gradients(optimizer, 0.001, "value")
 
 
-class ManualAccumulation(Module):
+class ManualAccumulation(ByHand):
     """Clips what each backward leaves, then adds to it."""
-
-    def __init__(self, kind: type, **overrides: Any) -> None:
-        super().__init__(kind, **overrides)
-        self.automatic_optimization = False
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> None:
         optimizer = self.optimizers()
