@@ -104,7 +104,7 @@ def _draw_expert(
 
 def _draw(module: nn.Module, name: str, shape: tuple[int, ...], rule: Initializer, seed: int, stream: str) -> Tensor:
     """Runs the rule on a stand-in of ``module`` in which only one parameter, of the given shape, is to be filled."""
-    target = nn.Parameter(torch.full(shape, torch.nan))
+    target = nn.Parameter(torch.full(shape, torch.nan, dtype=torch.float32))
     params = {**_done(module._parameters), name: target}
     digest = hashlib.sha256(f"{seed}/{stream}".encode()).digest()
     with torch.random.fork_rng(devices=[]):

@@ -137,7 +137,7 @@ def check(trainer: L.Trainer, module: L.LightningModule, steps: int = STEPS) -> 
     assert trainer.global_step == steps, f"{trainer.global_step} optimizer steps"
     start = tiny_model(**module.overrides).state_dict()
     for name, param in module.model.named_parameters():
-        full = whole(param)
+        full = whole(param).cpu()
         assert full.isfinite().all(), name
         assert agreed(full.sum().item()), name
         if name.endswith(("gate_up_proj", "q_proj.weight", "lm_head.weight")) and steps:

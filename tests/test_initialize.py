@@ -12,7 +12,7 @@ from transformers.models.qwen3_moe import Qwen3MoeForCausalLM
 from lightning_ep import ParallelLayout, from_config, parallelize
 from lightning_ep.initialize import materialize
 from tests.distributed import device, run_ranks
-from tests.reference import tiny_config
+from tests.reference import default_dtype, tiny_config
 
 
 def _weights(ep: int, seed: int, tp: int = 1) -> dict[str, Tensor]:
@@ -63,6 +63,16 @@ def test_the_callers_random_numbers_are_left_alone() -> None:
     torch.manual_seed(5)
     materialize(from_config(tiny_config()), torch.device("cpu"), seed=1)
     assert torch.equal(torch.rand(3), expected)
+
+
+def test_weights_do_not_depend_on_the_default_dtype() -> None:
+    expected, found = from_config(tiny_config()), from_config(tiny_config())
+    materialize(expected, torch.device("cpu"), seed=1)
+    found.to(torch.bfloat16)
+    with default_dtype(torch.bfloat16):
+        materialize(found, torch.device("cpu"), seed=1)
+    for (name, value), (_, full) in zip(found.named_parameters(), expected.named_parameters(), strict=True):
+        assert value.dtype is torch.bfloat16 and torch.equal(value, full.bfloat16()), name
 
 
 def test_a_module_without_a_rule_is_named() -> None:
