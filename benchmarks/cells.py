@@ -54,6 +54,7 @@ class Cell:
         memory_cap_gib: Limit of torch's allocator per GPU, or None.
         device: ``cuda`` or ``cpu``.
         task: ``train``, or ``weights`` (see `benchmarks.weights`; only layout, sizes, depth and device matter then).
+        rehearse: Run rank 0 of ``ranks`` alone, with its own data for its peers' (see `benchmarks.rehearsal`).
     """
 
     trainer: str
@@ -69,6 +70,7 @@ class Cell:
     memory_cap_gib: float | None = None
     device: str = "cuda"
     task: str = "train"
+    rehearse: bool = False
 
     def __post_init__(self) -> None:
         recompute = (SELECTIVE, FULL) if self.ours else (FULL,)
@@ -89,6 +91,15 @@ class Cell:
             raise ValueError(
                 f"task={self.task!r} of {self.trainer} does not exist; choose 'train', or 'weights' of {OURS}N."
             )
+        if self.rehearse and (self.task != "train" or self.base in (TORCHTITAN, "transformers/ep")):
+            raise ValueError(
+                f"{self.label} cannot be rehearsed: it needs its peers. Train {OURS}N or {TRANSFORMERS[0]}."
+            )
+
+    @property
+    def processes(self) -> int:
+        """Processes to start, one per GPU."""
+        return 1 if self.rehearse else self.ranks
 
     @property
     def base(self) -> str:
@@ -139,7 +150,8 @@ class Cell:
         if self.task == "weights":
             return f"{self.trainer} weights"
         cap = "" if self.memory_cap_gib is None else f" {self.memory_cap_gib:g}GiB"
-        return f"{self.trainer} {self.shape} {self.router}{cap}"
+        alone = f", rank 0 of {self.ranks} rehearsed" if self.rehearse else ""
+        return f"{self.trainer} {self.shape} {self.router}{cap}{alone}"
 
     @property
     def widths(self) -> Sizes:

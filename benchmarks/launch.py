@@ -87,7 +87,7 @@ def _run_ranks(cell: Cell, folder: Path, timeout: float) -> list[int | None]:
         "PYTHONPATH": os.pathsep.join(filter(None, [str(_ROOT), os.environ.get("PYTHONPATH")])),
         "HF_HUB_OFFLINE": "1",
         "WORLD_SIZE": str(cell.ranks),
-        "LOCAL_WORLD_SIZE": str(cell.ranks),
+        "LOCAL_WORLD_SIZE": str(cell.processes),
         "GROUP_RANK": "0",
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(_free_port()),
@@ -99,7 +99,7 @@ def _run_ranks(cell: Cell, folder: Path, timeout: float) -> list[int | None]:
     command = [sys.executable, "-m", "benchmarks.worker", json.dumps(dataclasses.asdict(cell))]
     processes: list[subprocess.Popen[bytes]] = []
     try:
-        for rank in range(cell.ranks):
+        for rank in range(cell.processes):
             with (folder / f"{rank}.log").open("wb") as log:
                 process = subprocess.Popen(
                     [*command, str(folder / f"{rank}.json")],
@@ -124,7 +124,7 @@ def _run_ranks(cell: Cell, folder: Path, timeout: float) -> list[int | None]:
 
 
 def _outcome(cell: Cell, folder: Path, codes: list[int | None], timeout: float) -> dict[str, Any]:
-    paths = [folder / f"{rank}.json" for rank in range(cell.ranks)]
+    paths = [folder / f"{rank}.json" for rank in range(cell.processes)]
     results = [json.loads(path.read_text()) if path.exists() else {} for path in paths]
     # Out of memory on one rank shows as lost connections on the others.
     for status in ("out of memory", "failed"):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import os
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -28,7 +27,7 @@ class _Module(CausalLM):
     @override
     def configure_model(self) -> None:
         super().configure_model()
-        self._meter.read_popularity = prepare_transformers_routers(self.model, self._cell.router).read
+        self._meter.read_popularity = prepare_transformers_routers(self.model, self._cell, self._meter.device).read
 
     @override
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
@@ -72,7 +71,8 @@ def run(cell: Cell, meter: Meter) -> None:
             compile=cell.compile,
         ),
         accelerator="cuda" if cuda else "cpu",
-        devices=int(os.environ["LOCAL_WORLD_SIZE"]),
+        devices=cell.processes,
+        num_nodes=cell.ranks // cell.processes,
         precision=cell.precision,  # type: ignore[arg-type]
         gradient_clip_val=1.0,
         max_steps=meter.num_steps,

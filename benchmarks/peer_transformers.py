@@ -25,7 +25,7 @@ def run(cell: Cell, meter: Meter) -> None:
     """Trains ``meter.num_steps`` steps."""
     cuda = meter.device.type == "cuda"
     model = _build(cell, meter.device)
-    meter.read_popularity = prepare_transformers_routers(model, cell.router).read
+    meter.read_popularity = prepare_transformers_routers(model, cell, meter.device).read
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=cuda or None)
     single = cell.base == "transformers/single" and cell.precision == "bf16-mixed"
     # With fp32 masters in one process autocast is what transformers' Trainer uses for bf16=True.

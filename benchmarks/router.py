@@ -9,6 +9,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeTopKRouter
+
+from benchmarks.cells import Cell
 
 _EXPONENT = 0.25  # the most popular of 128 experts then gets about five times the mean, top-8
 
@@ -24,34 +27,50 @@ def zipf_bias(num_experts: int, layer: int) -> Tensor:
     return -_EXPONENT * torch.log(torch.arange(1, num_experts + 1, dtype=torch.float32))[order]
 
 
-def skew_transformers_router(gate: Any, layer: int) -> None:
-    """Gives a transformers Qwen3-MoE router (``Qwen3MoeTopKRouter``) a fixed bias of its logits.
+def change_transformers_router(gate: Any, weight_EH: Tensor | None = None, bias_E: Tensor | None = None) -> None:
+    """Adds constants to a transformers Qwen3-MoE router (``Qwen3MoeTopKRouter``), which has no parameters for them.
 
-    It has no parameter for one, so its forward is replaced by the same lines with a bias.
+    Args:
+        gate: The router; its class is replaced by one that has its lines with these in them.
+        weight_EH: Added to its weight.
+        bias_E: Added to its logits.
     """
-    bias = zipf_bias(gate.num_experts, layer)
-    on_device: dict[tuple[torch.device, torch.dtype], Tensor] = {}
+    # Buffers, so that compiled layers share one graph.
+    gate.register_buffer("weight_EH", weight_EH, persistent=False)
+    gate.register_buffer("bias_E", bias_E, persistent=False)
+    gate.__class__ = _ChangedRouter
 
-    def forward(hidden_TH: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        hidden_TH = hidden_TH.reshape(-1, gate.hidden_dim)
-        key = (hidden_TH.device, hidden_TH.dtype)
-        if key not in on_device:
-            on_device[key] = bias.to(*key)
-        logits_TE = F.linear(hidden_TH, gate.weight, on_device[key])
-        weights_TK, ids_TK = F.softmax(logits_TE, dtype=torch.float, dim=-1).topk(gate.top_k, dim=-1)
-        if gate.norm_topk_prob:
+
+class _ChangedRouter(Qwen3MoeTopKRouter):
+    weight_EH: Tensor | None
+    bias_E: Tensor | None
+
+    def forward(self, hidden_TH: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        hidden_TH = hidden_TH.reshape(-1, self.hidden_dim)
+        weight_EH = self.weight if self.weight_EH is None else self.weight + self.weight_EH.to(self.weight.dtype)
+        logits_TE = F.linear(hidden_TH, weight_EH, None if self.bias_E is None else self.bias_E.to(hidden_TH.dtype))
+        weights_TK, ids_TK = F.softmax(logits_TE, dtype=torch.float, dim=-1).topk(self.top_k, dim=-1)
+        if self.norm_topk_prob:
             weights_TK = weights_TK / weights_TK.sum(dim=-1, keepdim=True)
         return logits_TE, weights_TK.to(logits_TE.dtype), ids_TK
 
-    gate.forward = forward
 
+def prepare_transformers_routers(model: Any, cell: Cell, device: torch.device) -> Popularity:
+    """Skews the routers of a transformers Qwen3-MoE if the cell says so, and counts what they choose.
 
-def prepare_transformers_routers(model: Any, router: str) -> Popularity:
-    """Skews the routers of a transformers Qwen3-MoE if ``router`` says so, and counts what they choose."""
+    In a rehearsal all ranks have the same shard of a router, and every token would go to all of them: random weights
+    beside the gathered ones tell the experts apart again.
+    """
     gates = [layer.mlp.gate for layer in model.model.layers]
-    if router == "skewed":
-        for index, gate in enumerate(gates):
-            skew_transformers_router(gate, index)
+    for index, gate in enumerate(gates):
+        weight_EH = bias_E = None
+        if cell.router == "skewed":
+            bias_E = zipf_bias(gate.num_experts, index).to(device)
+        if cell.rehearse:
+            generator = torch.Generator(device).manual_seed(index)
+            weight_EH = 0.02 * torch.randn(gate.num_experts, gate.hidden_dim, generator=generator, device=device)
+        if weight_EH is not None or bias_E is not None:
+            change_transformers_router(gate, weight_EH, bias_E)
     return Popularity(gates)
 
 

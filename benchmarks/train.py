@@ -116,6 +116,7 @@ def _cells(options: argparse.Namespace, ranks: int) -> list[Cell]:
                         warmup=options.warmup,
                         memory_cap_gib=options.memory_cap,
                         device=options.device,
+                        rehearse=options.rehearse,
                     )
                 )
     return cells
@@ -150,6 +151,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--steps", type=int, default=30)
     add("--warmup", type=int, default=5)
     add("--memory-cap", type=float, metavar="GIB", help="limit of torch's allocator per GPU: a smaller card")
+    add("--rehearse", action="store_true", help="run one of --ranks alone on one GPU, with its own data for its peers'")
     add("--timeout", type=float, default=240.0, help="seconds per cell")
     add_run_options(parser, layers=12, records="train.jsonl")
     return parser

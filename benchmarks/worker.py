@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from benchmarks import rehearsal
 from benchmarks.cells import Cell
 from benchmarks.measure import Meter, cap_memory
 
@@ -38,6 +39,8 @@ def main() -> None:
         else:
             torch.set_num_threads(1)
         cap_memory(cell, device)
+        if cell.rehearse:
+            rehearsal.start(cell.ranks)
         measure = _train if cell.task == "train" else _weights
         _write(path, {"measured": measure(cell, device, path.parent), "machine": machine(device)})
     except BaseException as error:

@@ -18,6 +18,7 @@ from lightning_ep import context_parallel
 from lightning_ep import dtensor_rules as dtensor_rules  # registers them
 from lightning_ep import transformers_adapter as adapter
 from lightning_ep.checkpoint.hub.load import stream_pretrained
+from lightning_ep.compilation import compile_forward
 from lightning_ep.initialize import materialize
 from lightning_ep.layout import Meshes, ParallelLayout
 from lightning_ep.masters import ModelMasters
@@ -187,7 +188,7 @@ def _wrap_layers(model: PreTrainedModel, mode: ActivationCheckpointing, compile:
             checkpoint_layer(layer, [child for child in layer.modules() if child in routers], experts, mode, compile)
         elif compile:
             # Its forward only: `layer.compile()` would compile around FSDP's hooks, in more pieces.
-            layer.forward = torch.compile(layer.forward)
+            layer.forward = compile_forward(layer.forward)
 
 
 def _shard_experts(experts: nn.Module, meshes: Meshes, mp_policy: MixedPrecisionPolicy, device: torch.device) -> None:

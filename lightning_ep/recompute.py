@@ -39,6 +39,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.distributed.fsdp import FSDPModule
 from torch.utils.checkpoint import checkpoint
 
+from lightning_ep.compilation import compile_forward
 from lightning_ep.dispatch import ExplainedOutOfMemoryError
 
 ActivationCheckpointing = Literal["none", "selective", "full"]
@@ -82,7 +83,7 @@ def checkpoint_layer(
     for module in (*routers, *experts):
         # What `nn.Module.compile` sets, too: called in place of the module and its hooks.
         module._compiled_call_impl = functools.partial(_call, module)
-    forward = torch.compile(layer.forward) if compile else layer.forward
+    forward = compile_forward(layer.forward) if compile else layer.forward
     unfilled: WeakSet[Any] = WeakSet()
 
     @functools.wraps(layer.forward)

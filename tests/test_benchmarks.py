@@ -216,7 +216,7 @@ def test_skewed_router_is_a_router_with_the_bias_and_skews() -> None:
     plain = gate(hidden)
     assert balanced.read() < 1.6
     with torch.no_grad():
-        router.skew_transformers_router(gate, layer=3)
+        router.change_transformers_router(gate, bias_E=router.zipf_bias(128, 3))
     skewed = router.Popularity([gate])
     logits, weights, ids = gate(hidden)
     torch.testing.assert_close(logits, plain[0] + router.zipf_bias(128, 3))

@@ -72,7 +72,8 @@ def test_weights_do_not_depend_on_the_default_dtype() -> None:
     with default_dtype(torch.bfloat16):
         materialize(found, torch.device("cpu"), seed=1)
     for (name, value), (_, full) in zip(found.named_parameters(), expected.named_parameters(), strict=True):
-        assert value.dtype is torch.bfloat16 and torch.equal(value, full.bfloat16()), name
+        assert value.dtype is torch.bfloat16
+        assert torch.equal(value, full.bfloat16()), name
 
 
 def test_a_module_without_a_rule_is_named() -> None:

@@ -84,6 +84,7 @@ PRIVATE = [
     "torch.ops:_c10d_functional",
     "torch.nn:Module._buffers",
     "torch.nn:Module._call_impl",
+    "torch:_dynamo.config.nested_graph_breaks",
     "torch.nn:Module._compiled_call_impl",
     "torch.nn:Module._parameters",
     "transformers.masking_utils:find_packed_sequence_indices",
