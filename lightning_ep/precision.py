@@ -166,8 +166,15 @@ def scale_gradients(params: Iterable[Tensor], factor: Tensor) -> None:
         scale_(grads, factor)
 
 
-def _replicas(grad: Tensor) -> int:
-    """How many ranks hold the same elements as this one."""
+def _replicas(grad: Tensor, known: dict[Any, int]) -> int:
+    """How many ranks hold the same elements as this one; asked once for each kind of placement."""
+    key = (id(grad.device_mesh), grad.placements) if isinstance(grad, DTensor) else None
+    if key not in known:
+        known[key] = _count_replicas(grad)
+    return known[key]
+
+
+def _count_replicas(grad: Tensor) -> int:
     world = dist.get_world_size() if dist.is_initialized() else 1
     if not isinstance(grad, DTensor):
         return world
@@ -196,9 +203,10 @@ def global_grad_norm(params: Iterable[Tensor], norm_type: float = 2.0) -> Tensor
     device = params[0].device if params else torch.device("cpu")
     # By dtype too: torch's fast norms are of one.
     groups: dict[tuple[int, str], list[Tensor]] = {}
+    known: dict[Any, int] = {}
     for param in params:
         if param.grad is not None:
-            groups.setdefault((_replicas(param.grad), str(param.grad.dtype)), []).append(param)
+            groups.setdefault((_replicas(param.grad, known), str(param.grad.dtype)), []).append(param)
     total = torch.zeros((), dtype=torch.float64, device=device)
     for (replicas, _), group in sorted(groups.items()):
         grads = _local_gradients(group)

@@ -2,27 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
 
-def chain_prefetches(model: nn.Module, embedding: nn.Module, layers: Iterable[nn.Module]) -> None:
-    """Has every group of parameters gather those of one layer further on before it computes, in both directions.
+def chain_prefetches(model: nn.Module, embedding: nn.Module, layers: Iterable[Sequence[nn.Module]]) -> None:
+    """Has every group of parameters gather those of one step further on before it computes, in both directions.
 
     Left alone, FSDP gathers a group when the host gets to it. The host waits for the GPU in every MoE layer (for the
     sizes of its exchange), so a gather would start late, with nothing to hide it. It costs the gathered parameters of
-    one more layer.
+    one more layer, or of the layers that are gathered together.
 
     Args:
         model: The root, with the output head.
         embedding: The input embedding.
-        layers: The decoder layers in the order of forward, with or without groups for their experts.
+        layers: The decoder layers in the order of forward, those together that FSDP gathers together; a layer that is
+            alone may have groups inside, for its experts.
     """
     # Experts come after their layer's own parameters in forward, and in backward too: a layer's hook fires with the
     # gradient of its output.
-    groups = [[layer, *_inner_groups(layer)] for layer in layers]
+    groups = [[group[0], *_inner_groups(group[0])] for group in layers]
     _chain([[embedding], *groups], FSDPModule.set_modules_to_forward_prefetch)
     _chain([[model], *groups[::-1]], FSDPModule.set_modules_to_backward_prefetch)
 

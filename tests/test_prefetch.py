@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
+import pytest
 from torch.distributed.fsdp import FSDPModule
 
 from lightning_ep import ParallelLayout, parallelize
@@ -12,17 +14,23 @@ from tests.distributed import device, run_ranks
 from tests.reference import batches, tiny_model
 
 
-def _events(ep: int) -> list[list[str]]:
+def _events(ep: int, layers_together: int) -> list[list[str]]:
     """Groups in the order in which they are gathered, and (with a star) layers in which computation starts.
 
     Of two steps, each forward then backward.
     """
-    model = tiny_model(num_hidden_layers=3)
-    parallelize(model, ParallelLayout.resolve(ep, "auto", 4, 4), device())
+    model = tiny_model(num_hidden_layers=4)
+    layer = model.model.layers[0]
+    dense = sum(param.numel() for name, param in layer.named_parameters() if "experts" not in name)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys.modules["lightning_ep.parallelize"], "_GROUPED_PARAMETERS", layers_together * dense)
+        parallelize(model, ParallelLayout.resolve(ep, "auto", 4, 4), device())
     events: list[str] = []
+    seen = set()
     for name, module in model.named_modules():
         name = name.removeprefix("model.") or "head"
-        if isinstance(module, FSDPModule):
+        if isinstance(module, FSDPModule) and module._get_fsdp_state() not in seen:
+            seen.add(module._get_fsdp_state())
             group: Any = module._get_fsdp_state()._fsdp_param_group
 
             def unshard(*args: Any, _name: str = name, _group: Any = group, **kwargs: Any) -> None:
@@ -56,20 +64,29 @@ def _expect(phases: list[list[str]], forward: list[str], backward: list[str]) ->
 
 
 def test_a_layer_is_gathered_while_the_one_before_computes() -> None:
-    forward = "head embed_tokens layers.0 layers.1 *layers.0 layers.2 *layers.1 *layers.2"
-    backward = "head layers.2 layers.1 *layers.2 layers.0 *layers.1 embed_tokens *layers.0"
-    for phases in run_ranks(4, _events, 4):
+    forward = "head embed_tokens layers.0 layers.1 *layers.0 layers.2 *layers.1 layers.3 *layers.2 *layers.3"
+    backward = "head layers.3 layers.2 *layers.3 layers.1 *layers.2 layers.0 *layers.1 embed_tokens *layers.0"
+    for phases in run_ranks(4, _events, 4, 1):
         _expect(phases, forward.split(), backward.split())
 
 
-def test_experts_that_are_sharded_are_gathered_a_layer_ahead_too() -> None:
+def test_small_layers_are_gathered_together() -> None:
+    forward = "head embed_tokens layers.0 layers.2 *layers.0 *layers.1 *layers.2 *layers.3"
+    backward = "head layers.2 layers.0 *layers.3 *layers.2 embed_tokens *layers.1 *layers.0"
+    for phases in run_ranks(4, _events, 4, 2):
+        _expect(phases, forward.split(), backward.split())
+
+
+@pytest.mark.parametrize("layers_together", [1, 3])
+def test_experts_that_are_sharded_are_gathered_a_layer_ahead_too(layers_together: int) -> None:
+    """Their layers stay alone."""
     forward = (
         "head embed_tokens layers.0 layers.0.mlp.experts layers.1 *layers.0 layers.1.mlp.experts layers.2 *layers.1 "
-        "layers.2.mlp.experts *layers.2"
+        "layers.2.mlp.experts layers.3 *layers.2 layers.3.mlp.experts *layers.3"
     )
     backward = (
-        "head layers.2 layers.2.mlp.experts layers.1 layers.1.mlp.experts *layers.2 layers.0 layers.0.mlp.experts "
-        "*layers.1 embed_tokens *layers.0"
+        "head layers.3 layers.3.mlp.experts layers.2 layers.2.mlp.experts *layers.3 layers.1 layers.1.mlp.experts "
+        "*layers.2 layers.0 layers.0.mlp.experts *layers.1 embed_tokens *layers.0"
     )
-    for phases in run_ranks(4, _events, 2):
+    for phases in run_ranks(4, _events, 2, layers_together):
         _expect(phases, forward.split(), backward.split())
