@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from functools import partial
 
@@ -20,6 +20,7 @@ from lightning_ep import transformers_adapter as adapter
 from lightning_ep.checkpoint.hub.load import stream_pretrained
 from lightning_ep.compilation import compile_forward
 from lightning_ep.initialize import materialize
+from lightning_ep.layer_groups import group_layers, serve_parts_of
 from lightning_ep.layout import Meshes, ParallelLayout
 from lightning_ep.masters import ModelMasters
 from lightning_ep.plan import expert_plan
@@ -230,9 +231,10 @@ def _fully_shard_dense(model: nn.Module, meshes: Meshes, mp_policy: MixedPrecisi
     ignored = {param for experts in _unmanaged_experts(model) for param in experts.parameters()}
     shard_dense = partial(fully_shard, mesh=mesh, mp_policy=mp_policy, ignored_params=ignored)
     layers = adapter.decoder_layers(model)  # type: ignore[arg-type]
-    groups = _layer_groups(layers, ignored)
+    groups = group_layers(layers, ignored)
     for group in groups:
         shard_dense(group)
+        serve_parts_of(group)
     embedding = model.get_input_embeddings()  # type: ignore[operator]
     # A parameter that two modules share must be in the group of the module that contains both.
     if not adapter.tied(model):  # type: ignore[arg-type]
@@ -242,25 +244,6 @@ def _fully_shard_dense(model: nn.Module, meshes: Meshes, mp_policy: MixedPrecisi
     # that freeze the model, and the next forward would use weights from before the optimizer step.
     shard_dense(model, reshard_after_forward=True)
     chain_prefetches(model, embedding, groups)
-
-
-# Up to this many parameters consecutive layers are gathered and reduced as one: 160 MB in bf16, half a millisecond
-# between GPUs of a node. FSDP's hooks take the host about 2 ms per group, more than the GPU needs for a small layer.
-_GROUPED_PARAMETERS = 80_000_000
-
-
-def _layer_groups(layers: Iterable[nn.Module], ignored: Collection[nn.Parameter]) -> list[list[nn.Module]]:
-    """Consecutive layers that share a group of FSDP; one whose experts FSDP shards stays by itself."""
-    groups: list[list[nn.Module]] = []
-    total = 0
-    for layer in layers:
-        alone = any(isinstance(child, FSDPModule) for child in layer.modules())
-        size = _GROUPED_PARAMETERS if alone else sum(p.numel() for p in layer.parameters() if p not in ignored)
-        if not groups or total + size > _GROUPED_PARAMETERS:
-            groups, total = [*groups, []], 0
-        groups[-1].append(layer)
-        total += size
-    return groups
 
 
 def _outside(module: nn.Module, models: Iterable[nn.Module], name: str = "") -> Iterable[nn.Module]:

@@ -10,12 +10,13 @@ import tempfile
 from typing import Any
 
 import lightning as L
+import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from lightning_ep import CausalLM, ExpertParallelStrategy
+from lightning_ep import CausalLM, ExpertParallelStrategy, layer_groups
 from lightning_ep import loss as loss_module
 from tests.distributed import accelerator
 from tests.reference import Trace, batches, relative_error, tiny_config, tiny_model, train
@@ -114,6 +115,7 @@ def _fit(
     recompute: Any = "none",
     overrides: dict[str, Any] | None = None,
     length: int = 12,
+    grouped_parameters: int | None = None,
 ) -> Trace:
     torch.use_deterministic_algorithms(False)
     strategy = ExpertParallelStrategy(
@@ -125,7 +127,9 @@ def _fit(
         module = SeededCausalLM(tiny_config(), pretrained=False, optimizer=lambda p: torch.optim.SGD(p, lr=LR))
         module.overrides = overrides
     recorder = Recorder()
-    with tempfile.TemporaryDirectory() as root:
+    with tempfile.TemporaryDirectory() as root, pytest.MonkeyPatch.context() as patch:
+        if grouped_parameters is not None:
+            patch.setattr(layer_groups, "_GROUPED_PARAMETERS", grouped_parameters)
         trainer = L.Trainer(
             strategy=strategy,
             accelerator=accelerator(),

@@ -24,6 +24,19 @@ BF16 = [
     {"causal": False, "accumulate": 1, "clip": 0.2, "precision": "bf16-mixed"},
     {"causal": True, "accumulate": 3, "clip": 0.2, "precision": "bf16-mixed"},
 ]
+# The tiny models' layers have 3,408 dense parameters each: all are gathered together but here.
+GROUPS = [
+    {"causal": True, "accumulate": 3, "clip": 0.2, "grouped_parameters": 0, "overrides": {"num_hidden_layers": 3}},
+    {"causal": False, "accumulate": 1, "clip": 0.2, "grouped_parameters": 7000, "overrides": {"num_hidden_layers": 5}},
+    {
+        "causal": True,
+        "accumulate": 1,
+        "clip": 0.2,
+        "recompute": "full",
+        "grouped_parameters": 7000,
+        "overrides": {"num_hidden_layers": 4, "mlp_only_layers": [0]},
+    },
+]
 
 
 @pytest.mark.parametrize(("world", "ep"), [(1, 1), (2, 1), (2, 2), (4, 2), (4, 4)])
@@ -35,6 +48,12 @@ def test_training_equals_one_process(world: int, ep: int) -> None:
 @pytest.mark.parametrize(("world", "ep"), [(2, 2), (4, 2)])
 def test_models_with_dense_layers_ties_and_extreme_top_k(world: int, ep: int) -> None:
     for wrong in run_ranks(world, compare_with_one_process, {"ep": ep}, MODELS, init_process_group=False):
+        assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.parametrize(("world", "ep"), [(1, 1), (2, 2), (4, 2)])
+def test_layers_that_are_gathered_alone_or_together(world: int, ep: int) -> None:
+    for wrong in run_ranks(world, compare_with_one_process, {"ep": ep}, GROUPS, init_process_group=False):
         assert not wrong, "\n".join(wrong)
 
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from typing import Any
 
 import pytest
 from torch.distributed.fsdp import FSDPModule
 
-from lightning_ep import ParallelLayout, parallelize
+from lightning_ep import ParallelLayout, layer_groups, parallelize
 from lightning_ep.loss import shifted, summed_loss
 from tests.distributed import device, run_ranks
 from tests.reference import batches, tiny_model
@@ -23,7 +22,7 @@ def _events(ep: int, layers_together: int) -> list[list[str]]:
     layer = model.model.layers[0]
     dense = sum(param.numel() for name, param in layer.named_parameters() if "experts" not in name)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys.modules["lightning_ep.parallelize"], "_GROUPED_PARAMETERS", layers_together * dense)
+        patch.setattr(layer_groups, "_GROUPED_PARAMETERS", layers_together * dense)
         parallelize(model, ParallelLayout.resolve(ep, "auto", 4, 4), device())
     events: list[str] = []
     seen = set()

@@ -73,6 +73,8 @@ PRIVATE = [
     "torch.distributed.fsdp._fully_shard._fsdp_param:FSDPParam.unsharded_accumulated_grad",
     "torch.distributed.fsdp._fully_shard._fsdp_param_group:FSDPParamGroup._partial_reduce_output",
     "torch.distributed.fsdp._fully_shard._fsdp_state:FSDPState._fsdp_param_group",
+    "torch.distributed.fsdp._fully_shard._fsdp_state:FSDPState._modules_to_run_forward",
+    "torch.distributed.fsdp._fully_shard._fsdp_state:FSDPState._pre_backward",
     "torch.distributed.checkpoint.filesystem:_StorageInfo",
     "torch.distributed.distributed_c10d:_get_default_group",
     "torch.distributed.checkpoint.filesystem:_split_by_size_and_type",

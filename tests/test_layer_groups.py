@@ -1,0 +1,104 @@
+"""Layers that FSDP gathers together are right, too, where forward or backward goes through some of them only."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed.fsdp import FSDPModule
+
+from lightning_ep import ParallelLayout, layer_groups, parallelize
+from tests.distributed import device, run_ranks
+from tests.reference import batches, grad_or_zero, relative_error, tiny_model
+from tests.rows import whole
+
+LAYERS = 4
+
+
+def _models() -> tuple[Any, Any]:
+    """One process's model, and the same sharded: its layers are one group."""
+    plain, sharded = tiny_model(num_hidden_layers=LAYERS), tiny_model(num_hidden_layers=LAYERS)
+    world = dist.get_world_size()
+    parallelize(sharded, ParallelLayout.resolve(world, "auto", world, world), device())
+    layers = sharded.model.layers
+    assert all(isinstance(layer, FSDPModule) for layer in layers)
+    assert len({layer._get_fsdp_state() for layer in layers}) == 1
+    return plain, sharded
+
+
+def _step(model: Any, hidden: int | None, where: torch.device) -> None:
+    """Forward and backward on the same tokens on every rank, with a loss on one layer's output or on the logits."""
+    ids = batches(1, 2)[0]["input_ids"].to(where)
+    output = model(input_ids=ids, output_hidden_states=True, use_cache=False)
+    (output.logits if hidden is None else output.hidden_states[hidden]).square().mean().backward()
+
+
+def _far(plain: Any, sharded: Any) -> list[str]:
+    world, wrong = dist.get_world_size(), []
+    for (name, param), (_, other) in zip(plain.named_parameters(), sharded.named_parameters(), strict=True):
+        found = torch.zeros_like(param) if other.grad is None else whole(other.grad).cpu() / world
+        if not relative_error(found, grad_or_zero(param)) <= 1e-5:
+            wrong.append(name)
+    return wrong
+
+
+def _middle(hidden: int) -> list[str]:
+    plain, sharded = _models()
+    for _ in range(2):
+        _step(plain, hidden, torch.device("cpu"))
+        _step(sharded, hidden, device())
+    return _far(plain, sharded)
+
+
+def test_a_loss_on_hidden_states_in_the_middle() -> None:
+    for hidden in (1, 3):
+        assert run_ranks(2, _middle, hidden) == [[], []]
+
+
+def _exit(training: bool) -> list[str]:
+    plain, sharded = _models()
+    for model, where in ((plain, torch.device("cpu")), (sharded, device())):
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1 if model is plain else 0.1 / dist.get_world_size())
+        for depth in (LAYERS, 2, LAYERS):
+            # As in models with early exits; what is behind has no gradient in that step.
+            model.config.num_hidden_layers = depth
+            with torch.set_grad_enabled(training or depth == LAYERS):
+                if training or depth == LAYERS:
+                    _step(model, None, where)
+                else:
+                    model(input_ids=batches(1, 2)[0]["input_ids"].to(where), use_cache=False)
+            optimizer.step()
+        optimizer.zero_grad()
+        _step(model, None, where)
+    return _far(plain, sharded)
+
+
+def test_a_forward_that_ends_in_the_middle() -> None:
+    for training in (True, False):
+        assert run_ranks(2, _exit, training) == [[], []]
+
+
+def _frozen(names: tuple[str, ...]) -> list[str]:
+    plain, sharded = _models()
+    for model, where in ((plain, torch.device("cpu")), (sharded, device())):
+        for name, param in model.named_parameters():
+            param.requires_grad_(not any(word in name for word in names))
+        for _ in range(2):
+            _step(model, None, where)
+    return _far(plain, sharded)
+
+
+@pytest.mark.parametrize("names", [("embed_tokens", "layers.0."), ("layers.1.", "layers.2."), ("layers.3.", "norm")])
+def test_frozen_layers_among_others(names: tuple[str, ...]) -> None:
+    assert run_ranks(2, _frozen, names) == [[], []]
+
+
+@pytest.mark.parametrize(
+    ("limit", "expected"), [(0, [1, 1, 1, 1, 1]), (3, [2, 1, 1, 1]), (4, [3, 1, 1]), (9, [4, 1]), (99, [5])]
+)
+def test_sizes_decide(limit: int, expected: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(layer_groups, "_GROUPED_PARAMETERS", limit)
+    layers = [torch.nn.Linear(size, 1, bias=False) for size in (1, 2, 1, 5, 1)]
+    assert [len(group) for group in layer_groups.group_layers(layers, set())] == expected
