@@ -91,10 +91,13 @@ class Cell:
             raise ValueError(
                 f"task={self.task!r} of {self.trainer} does not exist; choose 'train', or 'weights' of {OURS}N."
             )
-        if self.rehearse and (self.task != "train" or self.base in (TORCHTITAN, "transformers/ep")):
-            raise ValueError(
-                f"{self.label} cannot be rehearsed: it needs its peers. Train {OURS}N or {TRANSFORMERS[0]}."
-            )
+        if self.rehearse and not self.can_rehearse:
+            raise ValueError(f"{self.label} cannot be rehearsed: train {OURS}N or {TRANSFORMERS[0]}.")
+
+    @property
+    def can_rehearse(self) -> bool:
+        """Whether it runs without its peers; transformers' and torchtitan's exchanges of tokens do not."""
+        return self.task == "train" and (self.ours or self.base == "transformers/fsdp2")
 
     @property
     def processes(self) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import sys
 
 from benchmarks.launch import device_name
@@ -19,8 +20,11 @@ def main(arguments: list[str] | None = None) -> None:
     options = _parser().parse_args(arguments)
     matrix = node_matrix(num_ranks(options), options.layers, options.sizes, options.device)
     name = device_name(options.device)
+    cells = list(matrix.values())
+    if options.rehearse:
+        cells = [dataclasses.replace(cell, rehearse=True) for cell in cells if cell.can_rehearse]
     complete = run(
-        {cell: _TIMEOUT_S[cell.task] for cell in matrix.values()},
+        {cell: _TIMEOUT_S[cell.task] for cell in cells},
         options.json,
         options.budget,
         retry_failed=options.retry_failed,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -20,6 +21,10 @@ measured) and 5 for the weights. `--layers` cuts the depth, `--ranks` the GPUs, 
 
 - *estimate*: `benchmarks/costs.py` and `benchmarks/estimates.py`, written into each record before the cell
   runs; "-" where nothing can be derived (peers). *of estimate* is the measured rate over it.
+- *rehearsed*: rank 0 of 8 by itself on one H200 (`--rehearse --ranks 8`, `benchmarks/rehearsal.py`), with the
+  whole depth, its share of the parameters, all launches, arithmetic and copies, and its own data in place of what
+  its peers would send. There is no network and nobody to wait for: rates are upper bounds, and high above what
+  links allow where experts are gathered (ep < 8, FSDP2). In brackets: over the fastest rehearsed peer.
 - *vs peer*: over the fastest peer at the same tokens per GPU, router and memory, whatever either recomputes.
   Peers recompute where they would not fit otherwise.
 - *GiB*: largest allocation; after "of" what a GPU can allocate, the rest of it left to CUDA, NCCL and
@@ -80,6 +85,11 @@ def matrix_table(matrix: Mapping[str, Cell], records: Sequence[dict[str, Any]], 
         record = known.get(key(vars(cell), device_name), {})
         rows.append(_matrix_row(name, cell, record, _best_peer(cell, matrix, known, device_name), device_name))
     header = ["cell", "trainer", "per GPU", "estimate", "measured", "of estimate", "vs peer", "GiB, estimate", "GiB"]
+    alone = {name: dataclasses.replace(cell, rehearse=True) for name, cell in matrix.items() if cell.can_rehearse}
+    if any(key(vars(cell), device_name) in known for cell in alone.values()):
+        header[4:4] = ["rehearsed", "GiB, rehearsed"]
+        for name, row in zip(matrix, rows, strict=True):
+            row[4:4] = _rehearsed(alone[name], alone, known, device_name) if name in alone else ["", ""]
     marks = [[m.who, m.hardware, m.setting, f"{m.tokens_per_second:,.0f}"] for m in MARKS]
     published = ["published elsewhere, not measured here", "hardware", "setting", "tokens/s per GPU"]
     return "\n".join([*markdown.lines(header, rows), "", *markdown.lines(published, marks)])
@@ -96,6 +106,18 @@ def _best_peer(
         if same and not other.ours and "tokens_per_second" in record:
             rates.append(record["tokens_per_second"])
     return max(rates, default=None)
+
+
+def _rehearsed(
+    cell: Cell, matrix: Mapping[str, Cell], known: Mapping[str, dict[str, Any]], device_name: str
+) -> list[str]:
+    record = known.get(key(vars(cell), device_name), {})
+    rate = record.get("tokens_per_second")
+    if rate is None:
+        return [record.get("status", ""), ""]
+    peer = _best_peer(cell, matrix, known, device_name) if cell.ours else None
+    memory = f"{record['peak_allocated_gib']:.1f}" if "peak_allocated_gib" in record else ""
+    return [f"{rate:,.0f}" + (f" ({rate / peer:.2f})" if peer else ""), memory]
 
 
 def _matrix_row(name: str, cell: Cell, record: dict[str, Any], peer: float | None, device_name: str) -> list[str]:

@@ -151,7 +151,6 @@ def _parser() -> argparse.ArgumentParser:
     add("--steps", type=int, default=30)
     add("--warmup", type=int, default=5)
     add("--memory-cap", type=float, metavar="GIB", help="limit of torch's allocator per GPU: a smaller card")
-    add("--rehearse", action="store_true", help="run one of --ranks alone on one GPU, with its own data for its peers'")
     add("--timeout", type=float, default=240.0, help="seconds per cell")
     add_run_options(parser, layers=12, records="train.jsonl")
     return parser
@@ -169,6 +168,7 @@ def add_run_options(parser: argparse.ArgumentParser, layers: int, records: str) 
     add("--layers", type=int, default=layers)
     add("--sizes", default="qwen3-30b-a3b", choices=sorted(SIZES))
     add("--ranks", type=int, help="processes; default: all GPUs")
+    add("--rehearse", action="store_true", help="run one of --ranks alone on one GPU, with its own data for its peers'")
     add("--device", default="cuda", choices=["cuda", "cpu"])
     add("--json", type=Path, default=Path("runs/benchmarks", records), help="records; recorded cells are skipped")
     add("--budget", type=float, default=540.0, help="seconds in all; the same command goes on where it stopped")
@@ -178,6 +178,8 @@ def add_run_options(parser: argparse.ArgumentParser, layers: int, records: str) 
 
 def num_ranks(options: argparse.Namespace) -> int:
     """Processes to start by the options of `add_run_options`; ends this one where there is no GPU for them."""
+    if options.rehearse and not options.ranks:
+        sys.exit("--rehearse runs one rank of a larger job: say of how many with --ranks, such as --ranks 8.")
     ranks: int = options.ranks or (torch.cuda.device_count() if options.device == "cuda" else 1)
     if ranks == 0:
         sys.exit("There is no GPU here. Run with --device cpu --sizes tiny to try the command itself.")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -227,6 +228,26 @@ def test_skewed_router_is_a_router_with_the_bias_and_skews() -> None:
     assert 3 < skewed.read() < 8
 
 
+def test_routers_of_a_rehearsal_tell_experts_apart() -> None:
+    from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeTopKRouter
+
+    cell = Cell("lightning_ep/ep=8", 1, 2, 8, rehearse=True)
+    gate = Qwen3MoeTopKRouter(cell.config())
+    with torch.no_grad():
+        gate.weight.copy_(0.02 * torch.randn(16, 2048).repeat(8, 1))  # eight ranks with the same shard
+    hidden = torch.randn(512, 2048)
+
+    def ranks_per_token() -> float:
+        *_, ids = gate(hidden)
+        return sum(len(set(chosen)) for chosen in (ids // 16).tolist()) / 512
+
+    assert ranks_per_token() > 7.9
+    model = SimpleNamespace(model=SimpleNamespace(layers=[SimpleNamespace(mlp=SimpleNamespace(gate=gate))]))
+    popularity = router.prepare_transformers_routers(model, cell, torch.device("cpu"))
+    assert ranks_per_token() == pytest.approx(8 * (1 - math.comb(112, 8) / math.comb(128, 8)), abs=0.4)
+    assert popularity.read() < 2.5
+
+
 def test_fill_draws_every_parameter_and_no_buffer() -> None:
     with torch.device("meta"):
         module = torch.nn.ModuleDict({"norm": torch.nn.RMSNorm(8), "linear": torch.nn.Linear(64, 64, bias=False)})
@@ -258,6 +279,20 @@ def test_a_cell_measures(trainer: str, ranks: int, router_name: str) -> None:
     assert 1 < record["max_over_mean_tokens_per_expert"] <= 2  # eight experts, top-4
     assert record["device_name"] == "CPU"
     assert json.loads(json.dumps(record)) == record
+
+
+@pytest.mark.parametrize("trainer", ["lightning_ep/ep=8+full", "lightning_ep/ep=2", "transformers/fsdp2"])
+def test_one_rank_of_eight_is_rehearsed(trainer: str) -> None:
+    record = run_cell(_tiny(trainer, 8, rehearse=True), timeout=60)
+    assert record["status"] == "ok", record
+    assert record["first_loss"] == pytest.approx(math.log(128), abs=0.1)
+    assert record["cell"]["ranks"] == 8
+
+
+def test_what_needs_its_peers_is_not_rehearsed() -> None:
+    for trainer, settings in (("transformers/ep", {}), ("lightning_ep/ep=8", {"task": "weights"})):
+        with pytest.raises(ValueError, match=r"cannot be rehearsed: train lightning_ep/ep=N or transformers/fsdp2"):
+            _tiny(trainer, 8, rehearse=True, **settings)
 
 
 def test_ranks_that_share_sequences_count_their_tokens_once() -> None:

@@ -226,6 +226,18 @@ def test_command_resumes_after_a_cut_and_goes_past_a_cell_out_of_memory(
     assert len(latest(read(path))) == len(labels)
 
 
+def test_one_gpu_rehearses_what_needs_no_peer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, processes = tmp_path / "node.jsonl", _Processes()
+    assert _call(path, processes, monkeypatch, "--rehearse") == 0
+    cells = [Cell(**record["cell"]) for record in read(path)]
+    matrix = node_matrix(2, 48, "tiny", "cpu").values()
+    assert [dataclasses.replace(cell, rehearse=False) for cell in cells] == [c for c in matrix if c.can_rehearse]
+    assert all(cell.processes == 1 for cell in cells)
+    assert "| rehearsed |" in path.with_suffix(".md").read_text()
+    with pytest.raises(SystemExit, match="--ranks 8"):
+        node.main(["--rehearse", "--device", "cpu"])
+
+
 def test_a_cell_that_ends_by_its_own_time_out_is_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     processes = _Processes(hangs_at=1)
     assert _call(tmp_path / "node.jsonl", processes, monkeypatch, "--budget", "540") == 0
@@ -264,6 +276,23 @@ def test_table_has_estimate_and_measurement_side_by_side_and_marks_apart() -> No
     assert sum("not run yet" in line for line in lines) == 13
     assert sum("NeMo Automodel" in line for line in lines) == 1
     assert not any(mark.who in line for mark in MARKS for line in lines[: lines.index("")])
+
+
+def test_rehearsals_stand_beside_the_estimates() -> None:
+    matrix = node_matrix()
+    names = ["ep=8, full recompute", "transformers FSDP2, full recompute", "ep=8"]
+    records = []
+    for name, rate in zip(names, (15_000.0, 12_000.0, None), strict=True):
+        cell = dataclasses.asdict(dataclasses.replace(matrix[name], rehearse=True))
+        rates = {} if rate is None else {"tokens_per_second": rate, "peak_allocated_gib": 65.04}
+        status = "out of memory" if rate is None else "ok"
+        records.append({"cell": cell, "device_name": H200, "status": status, **rates})
+    lines = [line for line in matrix_table(matrix, records, H200).splitlines() if line.startswith("| ")]
+    columns = {line.split(" | ")[0].removeprefix("| "): line.split(" | ")[3:7] for line in lines}
+    assert columns[names[0]][1:] == ["15,000 (1.25)", "65.0", "not run yet"]
+    assert columns[names[1]] == ["-", "12,000", "65.0", "not run yet"]
+    assert columns[names[2]][1:] == ["out of memory", "", "not run yet"]
+    assert columns["weights saved and loaded, ep=8"][1:] == ["", "", "not run yet"]
 
 
 def test_section_shows_the_full_matrix_and_that_of_every_run() -> None:
