@@ -72,11 +72,15 @@ _AGAIN = {
 }
 _AGAIN["full"] = {**_AGAIN["selective"], "expert GEMMs": _FORWARD["expert GEMMs"] * 2 / 3, "glue": 1 / 8}
 
-# The host's, per step and per layer of a compiled model: beside one H200, 16 cores launched 3 layers in 51 ms and 6 in
-# 61 to 84, with `selective` 85, with `full` 80 to 88. A group of one GPU pays for copies that others do not, and never
-# waits for counts of rows, as others do once per layer.
+# The host's, per step and per layer of a compiled model whose layers FSDP gathers four at a time: beside one H200, 16
+# cores launched the 48 layers of a rehearsed rank of eight in 312 ms. Recompute as it was before layers were grouped.
 _HOST_STEP_MS = 25.0
-_HOST_LAYER_MS = {"none": 8.0, "selective": 10.0, "full": 10.0}
+_HOST_LAYER_MS = {"none": 6.0, "selective": 8.0, "full": 8.0}
+
+# Bytes per parameter that FSDP's copies of experts cost at full bandwidth: before and behind two gathers and a
+# reduction, twice as many as the numbers themselves because these are sharded along their second dimension (a
+# rehearsed rank of eight at ep=1: 6.1 ms per layer of 604 M parameters).
+_EXPERT_COPY_BYTES = 48
 
 
 def estimate_ms(cell: Cell, device_name: str) -> dict[str, float] | None:
@@ -144,9 +148,15 @@ def host_ms(cell: Cell) -> float | None:
 
 
 def estimate_tokens_per_second(cell: Cell, device_name: str) -> float | None:
-    """Tokens per second and GPU by `estimate_ms`, or by `host_ms` where that is longer."""
+    """Tokens per second and GPU by `estimate_ms`, or by `host_ms` where that is longer.
+
+    With an exchange of tokens the host waits for counts in the first layer until the optimizer step before is done.
+    """
     parts = estimate_ms(cell, device_name)
-    return None if parts is None else cell.tokens / max(sum(parts.values()), host_ms(cell) or 0.0) * 1e3
+    if parts is None:
+        return None
+    waits = parts["AdamW"] + parts["norm"] if cell.ep > 1 else 0.0
+    return cell.tokens / max(sum(parts.values()), (host_ms(cell) or 0.0) + waits) * 1e3
 
 
 def rows_sent(sizes: Sizes, ep: int) -> float:
@@ -168,5 +178,4 @@ def _expert_fsdp_ms(cell: Cell, bandwidth: float, forward_ms: float, backward_ms
     link = _HOPS * _TOKENS * rows_sent(cell.widths, 2) * 2 * cell.widths.hidden / (_EXCHANGE_MS * 1e-3)
     gather = (fsdp - 1) / fsdp * 2 * params / link * 1e3
     exposed = max(0.0, gather - forward_ms) + max(0.0, 3 * gather - backward_ms)  # fp32: twice the bytes
-    copied = params * (2 * (2 + 2) + 2 + 4)  # out of two gathers, into the reduction
-    return exposed + copied / bandwidth * 1e3
+    return exposed + params * _EXPERT_COPY_BYTES / bandwidth * 1e3

@@ -41,11 +41,12 @@ _MODEL = """What the estimates assume beyond the budget of the design's section 
 - *Exchange*: one row per token and other rank that holds any of its experts (4.6 rows at ep=8, 1.0 at ep=2),
   at the rate of the design's figure, 335 GB/s per GPU and direction, and as if nothing hid it.
 - *FSDP of experts* (ep < GPUs): two gathers in bf16 and one reduction in fp32 per layer over the same links,
-  hidden under the layer's arithmetic as far as that lasts; FSDP's copies around them are not hidden.
+  hidden under the layer's arithmetic as far as that lasts; FSDP's copies around them, 48 bytes per gathered
+  parameter by a rehearsal of ep=1, are not hidden.
 - *Weights*: what AdamW, the norm and the casts read and write, at 85 % of the bandwidth; without FSDP of
   experts their gradients are in bf16. Casts count as two even where copies are kept. *Host*: 25 ms per step and
-  8 per layer (10 with recompute), from 3 and 6 layers on one GPU; where that is longer than all GPU work, it is
-  the estimate: in the cells of 1 x 4096.
+  6 per layer (8 with recompute), from a rehearsal; with an exchange of tokens it waits for the optimizer step in
+  the next step's first layer. Where that is longer than all GPU work, it is the estimate: in the cells of 1 x 4096.
 - *Memory*: 16 bytes per parameter over all GPUs, 14 for experts without FSDP and 2 for their copies where
   these are kept; per token and layer 8 KiB of input and routing, 35 of compiled attention, and the experts'
   received rows (4 KiB each, one of them at ep=1, 5.3 at ep=8) and 24 KiB; the loss, or the layer at work. The 8

@@ -108,9 +108,10 @@ def test_time_of_recompute_and_of_sharded_experts() -> None:
     hop = parts("ep=8")["dispatch and combine"] / 4
     assert parts("ep=8+full")["recompute"] == pytest.approx(full + hop)
     assert hop / 48 == pytest.approx(0.2 * costs.rows_sent(QWEN, 8) / costs.rows_sent(QWEN, 2))
-    # At 16k tokens arithmetic hides the gathers: copies remain, 14 bytes for each of 604 M parameters at 4.8 TB/s.
-    assert parts("ep=1")["FSDP of experts"] == pytest.approx(48 * 14 * 128 * 3 * 2048 * 768 / 4.8e9)
-    assert parts("ep=1", shape=(1, 4096))["FSDP of experts"] > 4 * parts("ep=1")["FSDP of experts"]
+    # At 16k tokens arithmetic hides the gathers: copies remain, 48 bytes for each of 604 M parameters at 4.8 TB/s.
+    copies = 48 * 48 * 128 * 3 * 2048 * 768 / 4.8e9
+    assert parts("ep=1")["FSDP of experts"] == pytest.approx(copies)
+    assert parts("ep=1", shape=(1, 4096))["FSDP of experts"] > 1.5 * copies
     assert parts("ep=8")["FSDP of experts"] == 0
 
 
@@ -137,7 +138,10 @@ def test_a_short_step_waits_for_the_host() -> None:
     assert host is not None
     assert parts is not None
     assert sum(parts.values()) < host
-    assert costs.estimate_tokens_per_second(cell, H200) == pytest.approx(4096 / host * 1e3)
+    # Counts of rows come when the GPU has finished the optimizer step before.
+    waits = parts["AdamW"] + parts["norm"]
+    assert costs.estimate_tokens_per_second(cell, H200) == pytest.approx(4096 / (host + waits) * 1e3)
+    assert costs.estimate_tokens_per_second(cell, H200) == pytest.approx(11_589, rel=0.06)  # rehearsed
 
 
 # ---------------------------------------------------------------------- weights
