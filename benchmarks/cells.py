@@ -92,12 +92,15 @@ class Cell:
                 f"task={self.task!r} of {self.trainer} does not exist; choose 'train', or 'weights' of {OURS}N."
             )
         if self.rehearse and not self.can_rehearse:
-            raise ValueError(f"{self.label} cannot be rehearsed: train {OURS}N or {TRANSFORMERS[0]}.")
+            raise ValueError(
+                f"{self.label} cannot be rehearsed: train {OURS}N or {TRANSFORMERS[0]} with balanced routers."
+            )
 
     @property
     def can_rehearse(self) -> bool:
-        """Whether it runs without its peers; transformers' and torchtitan's exchanges of tokens do not."""
-        return self.task == "train" and (self.ours or self.base == "transformers/fsdp2")
+        """Whether it runs without its peers: not with others' exchanges of tokens, nor where ranks get unequal rows."""
+        alike = self.ranks > 1 and self.router == "balanced" and self.task == "train"
+        return alike and (self.ours or self.base == "transformers/fsdp2")
 
     @property
     def processes(self) -> int:

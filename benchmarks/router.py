@@ -35,6 +35,7 @@ def change_transformers_router(gate: Any, weight_EH: Tensor | None = None, bias_
         weight_EH: Added to its weight.
         bias_E: Added to its logits.
     """
+    assert "forward" not in vars(gate), "the class's forward would not be called"
     # Buffers, so that compiled layers share one graph.
     gate.register_buffer("weight_EH", weight_EH, persistent=False)
     gate.register_buffer("bias_E", bias_E, persistent=False)

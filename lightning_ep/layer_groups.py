@@ -6,8 +6,10 @@ from collections.abc import Collection, Iterable
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
+from torch.distributed.utils import _apply_to_tensors
 
 # Up to this many parameters are gathered and reduced together: 160 MB in bf16, half a millisecond between GPUs of a
 # node. FSDP's hooks take the host about 2 ms per group and step, more than the GPU needs for a layer of few tokens.
@@ -23,31 +25,61 @@ def group_layers(layers: Iterable[nn.Module], ignored: Collection[nn.Parameter])
         ignored: Parameters that FSDP leaves alone.
     """
     groups: list[list[nn.Module]] = []
-    total = 0
+    room = 0
     for layer in layers:
         alone = any(isinstance(child, FSDPModule) for child in layer.modules())
-        size = _GROUPED_PARAMETERS if alone else sum(p.numel() for p in layer.parameters() if p not in ignored)
-        if not groups or total + size > _GROUPED_PARAMETERS:
-            groups, total = [*groups, []], 0
+        size = sum(p.numel() for p in layer.parameters() if p not in ignored)
+        if not groups or alone or size > room:
+            groups, room = [*groups, []], _GROUPED_PARAMETERS
         groups[-1].append(layer)
-        total += size
+        room = -1 if alone else room - size
     return groups
 
 
-def serve_parts_of(group: list[nn.Module]) -> None:
-    """Makes forward and backward right where they do not go through all layers of a group.
+def serve_parts_of(group: list[nn.Module], mp_policy: MixedPrecisionPolicy) -> None:
+    """Makes layers of a group do what single ones do.
 
     FSDP expects all of a group to run, forward and backward. A loss on hidden states in the middle (of an exit, a
-    probe) starts backward there, with weights that are not gathered. A forward that ends there leaves the group
-    gathered (torch 2.11 without a backward), and the next one would use its weights as they were.
+    probe) starts backward there, with weights that are not gathered. A forward that ends there, or raises, leaves the
+    group gathered or half-way (torch 2.11 without a backward), and the next one would use its weights as they were.
+    torch 2.11 also casts the inputs of the first layer only.
     """
     first = group[0]
     assert isinstance(first, FSDPModule)
     state = first._get_fsdp_state()
-    for layer in group[:-1]:
-        layer.register_forward_hook(partial(_gather_for_backward, state))
     if len(group) > 1:
         first.register_forward_pre_hook(partial(_finish_earlier_pass, state), prepend=True)
+    for layer in group[1:]:
+        layer.register_forward_pre_hook(partial(_enter, state, mp_policy), with_kwargs=True)
+    for layer in group[:-1]:
+        layer.register_forward_hook(partial(_gather_for_backward, state))
+
+
+def _finish_earlier_pass(state: Any, layer: FSDPModule, args: Any) -> None:
+    if torch._C._current_graph_task_id() != -1:
+        return  # a checkpoint of the user's own runs the layer again in backward
+    states = type(state._training_state)
+    if state._modules_to_run_forward or state._training_state == states.FORWARD:
+        state._modules_to_run_forward.clear()
+        layer.reshard()
+        state._training_state = state._fsdp_param_group._training_state = states.IDLE
+
+
+def _enter(state: Any, mp_policy: MixedPrecisionPolicy, layer: nn.Module, args: Any, kwargs: Any) -> Any:
+    if not state._fsdp_param_group.is_unsharded:
+        raise RuntimeError(
+            "The weights of a decoder layer are not gathered, because the layers that FSDP gathers with it have been "
+            "through backward already: a reentrant checkpoint around single layers does that. Use "
+            "activation_checkpointing='selective' or 'full' instead, or use_reentrant=False."
+        )
+    dtype = mp_policy.param_dtype
+    if dtype is None or not mp_policy.cast_forward_inputs:
+        return None
+
+    def cast(tensor: Tensor) -> Tensor:
+        return tensor.to(dtype) if tensor.is_floating_point() else tensor
+
+    return _apply_to_tensors(cast, args), _apply_to_tensors(cast, kwargs)
 
 
 def _gather_for_backward(state: Any, layer: nn.Module, args: Any, output: Any) -> None:
@@ -58,9 +90,3 @@ def _gather_for_backward(state: Any, layer: nn.Module, args: Any, output: Any) -
     for tensor in output if isinstance(output, tuple) else (output,):
         if isinstance(tensor, Tensor) and tensor.requires_grad:
             tensor.register_hook(gather)
-
-
-def _finish_earlier_pass(state: Any, layer: FSDPModule, args: Any) -> None:
-    if state._modules_to_run_forward:
-        state._modules_to_run_forward.clear()
-        layer.reshard()

@@ -234,7 +234,7 @@ def _fully_shard_dense(model: nn.Module, meshes: Meshes, mp_policy: MixedPrecisi
     groups = group_layers(layers, ignored)
     for group in groups:
         shard_dense(group)
-        serve_parts_of(group)
+        serve_parts_of(group, mp_policy)
     embedding = model.get_input_embeddings()  # type: ignore[operator]
     # A parameter that two modules share must be in the group of the module that contains both.
     if not adapter.tied(model):  # type: ignore[arg-type]

@@ -289,8 +289,14 @@ def test_one_rank_of_eight_is_rehearsed(trainer: str) -> None:
     assert record["cell"]["ranks"] == 8
 
 
-def test_what_needs_its_peers_is_not_rehearsed() -> None:
-    for trainer, settings in (("transformers/ep", {}), ("lightning_ep/ep=8", {"task": "weights"})):
+def test_what_needs_its_peers_is_not_rehearsed(monkeypatch: pytest.MonkeyPatch) -> None:
+    cells: list[Cell] = []
+    monkeypatch.setattr(command, "run", lambda matrix, *args, **kwargs: cells.extend(matrix))
+    command.main(["--rehearse", "--ranks", "8", "--tokens", "1x16", "--router", "balanced", "skewed"])
+    assert {cell.base for cell in cells} == {"lightning_ep/ep=8", "lightning_ep/ep=1", "transformers/fsdp2"}
+    assert all(cell.rehearse and cell.router == "balanced" for cell in cells)
+    other: list[tuple[str, dict[str, Any]]] = [("lightning_ep/ep=8", {"task": "weights"}), ("transformers/ep", {})]
+    for trainer, settings in (*other, ("lightning_ep/ep=8", {"router": "skewed"})):
         with pytest.raises(ValueError, match=r"cannot be rehearsed: train lightning_ep/ep=N or transformers/fsdp2"):
             _tiny(trainer, 8, rehearse=True, **settings)
 

@@ -238,6 +238,10 @@ def test_one_gpu_rehearses_what_needs_no_peer(tmp_path: Path, monkeypatch: pytes
     assert [dataclasses.replace(cell, rehearse=False) for cell in cells] == [c for c in matrix if c.can_rehearse]
     assert all(cell.processes == 1 for cell in cells)
     assert "| rehearsed |" in path.with_suffix(".md").read_text()
+    assert _call(path, _Processes(), monkeypatch, "--budget", "500") == 0
+    text = path.with_suffix(".md").read_text()
+    assert "| rehearsed |" in text, "the table of a run forgets the rehearsal"
+    assert "not run yet" not in text
     with pytest.raises(SystemExit, match="--ranks 8"):
         node.main(["--rehearse", "--device", "cpu"])
 

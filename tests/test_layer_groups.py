@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 
 from lightning_ep import ParallelLayout, layer_groups, parallelize
 from tests.distributed import device, run_ranks
@@ -80,6 +80,55 @@ def test_a_forward_that_ends_in_the_middle() -> None:
         assert run_ranks(2, _exit, training) == [[], []]
 
 
+class _Interrupted(Exception):
+    pass
+
+
+def _interrupted() -> list[str]:
+    plain, sharded = _models()
+
+    def interrupt(*_: Any) -> None:
+        raise _Interrupted
+
+    hook = sharded.model.layers[1].register_forward_pre_hook(interrupt)
+    with pytest.raises(_Interrupted):
+        _step(sharded, None, device())
+    hook.remove()
+    state = sharded.model.layers[0]._get_fsdp_state()
+    after_backward: list[bool] = []
+    embedding = sharded.model.embed_tokens.register_full_backward_hook(
+        lambda *_: after_backward.append(state._fsdp_param_group.is_unsharded)
+    )
+    for model, where in ((plain, torch.device("cpu")), (sharded, device())):
+        _step(model, None, where)
+    embedding.remove()
+    held = ["the group is still gathered when backward has left it"] if after_backward != [False] else []
+    return _far(plain, sharded) + held
+
+
+def test_a_step_after_one_that_raised_in_the_middle() -> None:
+    assert run_ranks(2, _interrupted) == [[], []]
+
+
+def _dtypes() -> list[torch.dtype]:
+    model, world = tiny_model(num_hidden_layers=LAYERS), dist.get_world_size()
+    rotary, seen = model.model.rotary_emb, []
+    plain = rotary.forward
+    rotary.forward = lambda *args, **kwargs: tuple(table.float() for table in plain(*args, **kwargs))  # as in ernie4_5
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    parallelize(model, ParallelLayout.resolve(world, "auto", world, world), device(), mp_policy=policy)
+    for layer in model.model.layers:
+        layer.register_forward_pre_hook(
+            lambda _, args, kwargs: seen.append(kwargs["position_embeddings"][0].dtype), with_kwargs=True
+        )
+    _step(model, None, device())
+    return seen
+
+
+def test_every_layer_of_a_group_gets_its_inputs_in_the_compute_dtype() -> None:
+    assert run_ranks(2, _dtypes) == [[torch.bfloat16] * LAYERS] * 2
+
+
 def _frozen(names: tuple[str, ...]) -> list[str]:
     plain, sharded = _models()
     for model, where in ((plain, torch.device("cpu")), (sharded, device())):
@@ -101,4 +150,5 @@ def test_frozen_layers_among_others(names: tuple[str, ...]) -> None:
 def test_sizes_decide(limit: int, expected: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(layer_groups, "_GROUPED_PARAMETERS", limit)
     layers = [torch.nn.Linear(size, 1, bias=False) for size in (1, 2, 1, 5, 1)]
+    # One larger than the limit is a group, too.
     assert [len(group) for group in layer_groups.group_layers(layers, set())] == expected
