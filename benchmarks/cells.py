@@ -100,7 +100,12 @@ class Cell:
     def can_rehearse(self) -> bool:
         """Whether it runs without its peers: not with others' exchanges of tokens, nor where ranks get unequal rows."""
         alike = self.ranks > 1 and self.router == "balanced" and self.task == "train"
-        return alike and (self.ours or self.base == "transformers/fsdp2")
+        return alike and (self.ours or self.base == TRANSFORMERS[0])
+
+    @property
+    def rehearsal(self) -> Cell:
+        """The same cell, rehearsed."""
+        return dataclasses.replace(self, rehearse=True)
 
     @property
     def processes(self) -> int:

@@ -78,8 +78,8 @@ _HOST_STEP_MS = 25.0
 _HOST_LAYER_MS = {"none": 6.0, "selective": 8.0, "full": 8.0}
 
 # Bytes per parameter that FSDP's copies of experts cost at full bandwidth: before and behind two gathers and a
-# reduction, twice as many as the numbers themselves because these are sharded along their second dimension (a
-# rehearsed rank of eight at ep=1: 6.1 ms per layer of 604 M parameters).
+# reduction, about half of them because experts are sharded along their second dimension (a rehearsed rank of eight at
+# ep=1: 6.1 ms per layer of 604 M parameters).
 _EXPERT_COPY_BYTES = 48
 
 

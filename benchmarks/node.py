@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import sys
 
 from benchmarks.launch import device_name
@@ -23,7 +22,7 @@ def main(arguments: list[str] | None = None) -> None:
     name = device_name(options.device)
     cells = list(matrix.values())
     if options.rehearse:
-        cells = [dataclasses.replace(cell, rehearse=True) for cell in cells if cell.can_rehearse]
+        cells = [cell.rehearsal for cell in cells if cell.can_rehearse]
     complete = run(
         {cell: _TIMEOUT_S[cell.task] for cell in cells},
         options.json,

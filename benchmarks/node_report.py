@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -86,7 +85,7 @@ def matrix_table(matrix: Mapping[str, Cell], records: Sequence[dict[str, Any]], 
         record = known.get(key(vars(cell), device_name), {})
         rows.append(_matrix_row(name, cell, record, _best_peer(cell, matrix, known, device_name), device_name))
     header = ["cell", "trainer", "per GPU", "estimate", "measured", "of estimate", "vs peer", "GiB, estimate", "GiB"]
-    alone = {name: dataclasses.replace(cell, rehearse=True) for name, cell in matrix.items() if cell.can_rehearse}
+    alone = {name: cell.rehearsal for name, cell in matrix.items() if cell.can_rehearse}
     if any(key(vars(cell), device_name) in known for cell in alone.values()):
         header[4:4] = ["rehearsed", "GiB, rehearsed"]
         for name, row in zip(matrix, rows, strict=True):

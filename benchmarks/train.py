@@ -102,24 +102,24 @@ def _cells(options: argparse.Namespace, ranks: int) -> list[Cell]:
         for shape in options.tokens:
             batch, sequence = parse_shape(shape)
             for trainer in options.trainers or default_trainers(ranks):
-                cell = Cell(
-                    trainer=trainer,
-                    batch=batch,
-                    sequence=sequence,
-                    ranks=ranks,
-                    sizes=options.sizes,
-                    layers=options.layers,
-                    precision=options.precision,
-                    router=router,
-                    steps=options.steps,
-                    warmup=options.warmup,
-                    memory_cap_gib=options.memory_cap,
-                    device=options.device,
+                cells.append(
+                    Cell(
+                        trainer=trainer,
+                        batch=batch,
+                        sequence=sequence,
+                        ranks=ranks,
+                        sizes=options.sizes,
+                        layers=options.layers,
+                        precision=options.precision,
+                        router=router,
+                        steps=options.steps,
+                        warmup=options.warmup,
+                        memory_cap_gib=options.memory_cap,
+                        device=options.device,
+                    )
                 )
-                if options.rehearse and (options.trainers or cell.can_rehearse):
-                    cell = dataclasses.replace(cell, rehearse=True)
-                if cell.rehearse == options.rehearse:
-                    cells.append(cell)
+    if options.rehearse:  # of trainers that were named each must do
+        return [cell.rehearsal for cell in cells if options.trainers or cell.can_rehearse]
     return cells
 
 

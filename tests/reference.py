@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from lightning.fabric.plugins.precision.utils import _DtypeContextManager
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.models.qwen3_moe import Qwen3MoeConfig, Qwen3MoeForCausalLM
@@ -35,22 +34,12 @@ def tiny_config(**overrides: Any) -> Qwen3MoeConfig:
     return Qwen3MoeConfig(**{**sizes, **overrides})
 
 
-@contextmanager
-def default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
-
-
 def tiny_model(seed: int = 0, **overrides: Any) -> Qwen3MoeForCausalLM:
     """Weights large enough that routing, losses and gradients differ clearly between tokens.
 
     In fp32 whatever the precision of the caller: torch 2.11 draws other random numbers in bf16.
     """
-    with torch.random.fork_rng(devices=[]), default_dtype(torch.float32):
+    with torch.random.fork_rng(devices=[]), _DtypeContextManager(torch.float32):
         torch.manual_seed(seed)
         model = Qwen3MoeForCausalLM(tiny_config(**overrides))
         with torch.no_grad():

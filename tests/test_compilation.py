@@ -22,7 +22,7 @@ def _graphs(mode: str) -> int:
         model = tiny_model(num_hidden_layers=3)
         parallelize(
             model, ParallelLayout.resolve(1, "auto", 1, 1), device(), compile=True, activation_checkpointing=mode
-        )  # type: ignore[arg-type]
+        )
     for _ in range(2):
         batch = {name: value.to(device()) for name, value in batches(1, 2)[0].items()}
         model(**batch, use_cache=False).loss.backward()

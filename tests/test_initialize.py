@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.distributed as dist
+from lightning.fabric.plugins.precision.utils import _DtypeContextManager
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers.models.qwen3_moe import Qwen3MoeForCausalLM
@@ -12,7 +13,7 @@ from transformers.models.qwen3_moe import Qwen3MoeForCausalLM
 from lightning_ep import ParallelLayout, from_config, parallelize
 from lightning_ep.initialize import materialize
 from tests.distributed import device, run_ranks
-from tests.reference import default_dtype, tiny_config
+from tests.reference import tiny_config
 
 
 def _weights(ep: int, seed: int, tp: int = 1) -> dict[str, Tensor]:
@@ -69,7 +70,7 @@ def test_weights_do_not_depend_on_the_default_dtype() -> None:
     expected, found = from_config(tiny_config()), from_config(tiny_config())
     materialize(expected, torch.device("cpu"), seed=1)
     found.to(torch.bfloat16)
-    with default_dtype(torch.bfloat16):
+    with _DtypeContextManager(torch.bfloat16):
         materialize(found, torch.device("cpu"), seed=1)
     for (name, value), (_, full) in zip(found.named_parameters(), expected.named_parameters(), strict=True):
         assert value.dtype is torch.bfloat16
