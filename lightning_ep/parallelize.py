@@ -189,7 +189,7 @@ def _wrap_layers(model: PreTrainedModel, mode: ActivationCheckpointing, compile:
             checkpoint_layer(layer, [child for child in layer.modules() if child in routers], experts, mode, compile)
         elif compile:
             # Its forward only: `layer.compile()` would compile around FSDP's hooks, in more pieces.
-            layer.forward = compile_forward(layer.forward)
+            layer.forward = compile_forward(layer)
 
 
 def _shard_experts(experts: nn.Module, meshes: Meshes, mp_policy: MixedPrecisionPolicy, device: torch.device) -> None:

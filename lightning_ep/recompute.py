@@ -84,7 +84,7 @@ def checkpoint_layer(
     for module in (*routers, *experts):
         # What `nn.Module.compile` sets, too: called in place of the module and its hooks.
         module._compiled_call_impl = functools.partial(_call, module)
-    forward = compile_forward(layer.forward) if compile else layer.forward
+    forward = compile_forward(layer) if compile else layer.forward
     unfilled: WeakSet[Any] = WeakSet()
 
     @functools.wraps(layer.forward)

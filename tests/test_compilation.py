@@ -6,6 +6,7 @@ import functools
 
 import pytest
 import torch
+from torch import Tensor, nn
 
 from lightning_ep import ParallelLayout, parallelize
 from lightning_ep.compilation import compile_forward
@@ -13,37 +14,53 @@ from tests.distributed import device, run_ranks
 from tests.reference import batches, tiny_model
 
 
-def _graphs(mode: str) -> int:
-    """Graphs of a model of three layers, which share them, for one number of tokens."""
+def _train(mode: str, compile: bool, hook: bool) -> tuple[float, int]:
+    """The loss of a model of three layers, which share their graphs, and how many of these there are."""
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
-        model = tiny_model(num_hidden_layers=3)
-        parallelize(
-            model, ParallelLayout.resolve(1, "auto", 1, 1), device(), compile=True, activation_checkpointing=mode
-        )
+        model, layout = tiny_model(num_hidden_layers=3), ParallelLayout.resolve(1, "auto", 1, 1)
+        parallelize(model, layout, device(), compile=compile, activation_checkpointing=mode)
+    for layer in model.model.layers if hook else ():
+        layer.mlp.register_forward_hook(_double)
     for _ in range(2):
         batch = {name: value.to(device()) for name, value in batches(1, 2)[0].items()}
-        model(**batch, use_cache=False).loss.backward()
-    graphs: int = torch._dynamo.utils.counters["stats"]["unique_graphs"]
-    return graphs
+        loss = model(**batch, use_cache=False).loss
+        loss.backward()
+    return loss.item(), torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+
+def _double(module: nn.Module, args: object, output: Tensor) -> Tensor:
+    return 2 * output
 
 
 @pytest.mark.parametrize("mode", ["none", "selective", "full"])
 def test_a_layer_is_one_graph_before_its_experts_and_one_behind(mode: str) -> None:
-    assert run_ranks(1, _graphs, mode) == [2]
+    ((_, graphs),) = run_ranks(1, _train, mode, True, False)
+    assert graphs == 2
+
+
+@pytest.mark.parametrize("mode", ["none", "full"])
+def test_hooks_inside_a_layer_run(mode: str) -> None:
+    ((loss, graphs),) = run_ranks(1, _train, mode, True, True)
+    ((eager, _),) = run_ranks(1, _train, mode, False, True)
+    ((without, _),) = run_ranks(1, _train, mode, False, False)
+    assert graphs > 2
+    assert loss == pytest.approx(eager, rel=1e-5)
+    assert loss != pytest.approx(without, rel=1e-3)
 
 
 def test_the_setting_of_other_code_is_left_alone() -> None:
     before = torch._dynamo.config.nested_graph_breaks
 
-    def fail(x: int) -> int:
-        raise RuntimeError(str(torch._dynamo.config.nested_graph_breaks))
+    class Fails(nn.Module):
+        def forward(self, x: int) -> int:
+            raise RuntimeError(str(torch._dynamo.config.nested_graph_breaks))
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch, "compile", lambda function: function)
-        compiled = compile_forward(fail)
+        compiled = compile_forward(Fails())
     with pytest.raises(RuntimeError, match="True"):
         compiled(1)
     assert torch._dynamo.config.nested_graph_breaks is before
