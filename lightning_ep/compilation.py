@@ -18,7 +18,7 @@ def compile_forward(layer: nn.Module) -> Callable[..., Any]:
     and the layer's, and each of the four has guards and wrappers of its own, forward and backward: the host then takes
     a fifth longer for a layer. The setting is torch's own and left as it was for all other code.
 
-    Layers with hooks on their modules, as under tensor parallelism, keep the four: torch 2.11 goes on in the closure
+    Layers with hooks around such a call, as under tensor parallelism, keep the four: torch 2.11 goes on in the closure
     that calls hooks with the globals of another file (a NameError).
     """
     compiled, config = torch.compile(layer.forward), torch._dynamo.config
@@ -28,7 +28,7 @@ def compile_forward(layer: nn.Module) -> Callable[..., Any]:
     def nested(*args: Any, **kwargs: Any) -> Any:
         nonlocal two
         if two is None:  # torch looks at hooks once, too: when it compiles
-            two = not any(_has_hooks(module) for module in layer.modules() if module is not layer)
+            two = not any(_calls_hooks(module) for module in layer.modules() if module is not layer)
         # Read whenever something is compiled: at a first call, or at a later one with other shapes.
         before, config.nested_graph_breaks = config.nested_graph_breaks, two
         try:
@@ -39,8 +39,11 @@ def compile_forward(layer: nn.Module) -> Callable[..., Any]:
     return nested
 
 
-def _has_hooks(module: nn.Module) -> bool:
-    if isinstance(module, FSDPModule):  # called by the layer's own code: torch.compile leaves them alone
+def _calls_hooks(module: nn.Module) -> bool:
+    """Whether hooks run around something that may not be traced: not in a projection, or a router."""
+    if isinstance(module, FSDPModule):  # not traced at all
         return False
+    stacked = any(param.ndim > 2 for param in module.parameters(recurse=False))  # experts
+    opaque = stacked or any(True for _ in module.children())
     kinds = (module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks, module._backward_hooks)
-    return any(kinds)
+    return opaque and any(kinds)

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from torch.distributed.utils import _apply_to_tensors
 
-# Up to this many parameters are gathered and reduced together: 160 MB in bf16, half a millisecond between GPUs of a
-# node. FSDP's hooks take the host about 2 ms per group and step, more than the GPU needs for a layer of few tokens.
-_GROUPED_PARAMETERS = 80_000_000
+# Up to this many parameters are gathered and reduced together: 320 MB in bf16, a millisecond between GPUs of a node.
+# FSDP's hooks take the host about 4 ms per group and step, more than the GPU needs for a layer of few tokens.
+_GROUPED_PARAMETERS = 160_000_000
 
 
 def group_layers(layers: Iterable[nn.Module], ignored: Collection[nn.Parameter]) -> list[list[nn.Module]]:

@@ -65,11 +65,14 @@ class _MoE(torch.autograd.Function):
         *params: Tensor,
     ) -> Tensor:
         plan, rows = dispatcher.route(ids_TK, weights_TK, hidden_TH, "dispatch, forward")
-        rows_NH = rows.wait()
-        out_NH, saved = rows_NH, None
+        saved = None
         with dispatcher.explains_out_of_memory(lambda: dispatcher.describe(plan)):
+            local = computed.for_forward() if plan.num_pairs > 0 else []  # casts while the rows travel
+            out_NH = rows_NH = rows.wait()
+            if later is not None:
+                plan = plan.without_rows()
             if plan.num_pairs > 0:
-                keep, local = needs_grad and later is None, computed.for_forward()
+                keep = needs_grad and later is None
                 out_NH, saved = experts.forward(rows_NH, plan.ids_NK, plan.weights_NK, plan.num_pairs, local, keep)
             out = dispatcher.combine(plan, out_NH, "combine, forward")
         if needs_grad:
@@ -110,9 +113,9 @@ def _backward(
     grad_rows = dispatcher.dispatch(plan, grad_TH, "combine, backward")
     # The layer is recomputed up to here, and its rows travel, under the exchange of their gradients.
     rows_NH = dispatcher.dispatch(plan, later(), "dispatch, recomputed").wait() if later is not None else None
+    local = computed.for_backward() if plan.num_pairs > 0 else []  # casts while the gradients travel
     grad_NH = grad_rows.wait()
     if plan.num_pairs > 0:
-        local = computed.for_backward()
         if rows_NH is not None:
             saved = experts.recompute(rows_NH, plan.ids_NK, plan.weights_NK, plan.num_pairs, local)
         grad_rows_NH, grad_weights_NK, saved = experts.backward_rows(saved, local, grad_NH)

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 from typing_extensions import override
 
 from lightning_ep.dispatch.base import Dispatcher, Pending
 from lightning_ep.dispatch.on_host import OnHost
+from lightning_ep.dispatch.packed import PackedRows
 from lightning_ep.dispatch.plan import DispatchPlan
 from lightning_ep.dispatch.progress import Progress
 from lightning_ep.ops.permute import gather_sum, permute
-from lightning_ep.ops.routing import destinations, split_slots
+from lightning_ep.ops.routing import destinations, split_slots, wire_dtypes
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,10 @@ class AllToAllPlan(DispatchPlan):
     first_TK: Tensor
     send_splits: tuple[int, ...]
     recv_splits: tuple[int, ...]
+
+    @override
+    def without_rows(self) -> AllToAllPlan:
+        return replace(self, ids_NK=self.ids_NK.contiguous(), weights_NK=self.weights_NK.contiguous())
 
 
 class AllToAllDispatcher(Dispatcher[AllToAllPlan]):
@@ -55,24 +59,25 @@ class AllToAllDispatcher(Dispatcher[AllToAllPlan]):
 
     @override
     def route(self, ids_TK: Tensor, weights_TK: Tensor, x_TH: Tensor, hop: str) -> tuple[AllToAllPlan, Pending]:
-        to = destinations(ids_TK, weights_TK, self.num_local_experts, self.num_ranks)
-        received_D2 = torch.empty_like(to.counts_D2)
+        num_tokens, top_k = ids_TK.shape
+        packing = PackedRows(x_TH.shape[1], x_TH.dtype, 2 * top_k, wire_dtypes(weights_TK.dtype)[1])
+        room = num_tokens * min(top_k, self.num_ranks)
+        packed_SW = packing.empty(room, x_TH.device)
+        slots_S2K = packing.numbers(packed_SW)
+        to = destinations(ids_TK, weights_TK, self.num_local_experts, self.num_ranks, slots_S2K)
         with self._progress.blocking(self.layer, "exchange of counts"):
-            dist.all_to_all_single(received_D2, to.counts_D2, group=self._group)
-            counts = OnHost(torch.stack([to.counts_D2, received_D2]))
+            dist.all_to_all_single(to.counts_2D2[1], to.counts_2D2[0], group=self._group)
+            counts = OnHost(to.counts_2D2)
             # The rows are put in order before the host knows how many there are, so that the GPU has work meanwhile.
-            rows_SH = permute(x_TH, to.first_TK, to.slots_S2K.shape[0])
+            permute(x_TH, to.first_TK, room, packing.rows(packed_SW))
             sent, received = counts.wait().tolist()
         send_splits = tuple(rows for rows, _ in sent)
         recv_splits = tuple(rows for rows, _ in received)
         num_rows = sum(send_splits)
-        slots = self._exchange(
-            to.slots_S2K[:num_rows], send_splits, recv_splits, "dispatch of expert ids and weights, forward"
-        )
         num_pairs = sum(pairs for _, pairs in received)
         with self.explains_out_of_memory(lambda: _describe(num_rows, sum(recv_splits), num_pairs)):
-            rows = self._exchange(rows_SH[:num_rows], send_splits, recv_splits, hop)
-        ids_NK, weights_NK = split_slots(slots.wait())
+            packed_NW, arrival = self._exchange(packed_SW[:num_rows], send_splits, recv_splits, hop)
+        ids_NK, weights_NK = split_slots(packing.numbers(packed_NW))
         plan = AllToAllPlan(
             ids_NK=ids_NK,
             weights_NK=weights_NK,
@@ -82,9 +87,12 @@ class AllToAllDispatcher(Dispatcher[AllToAllPlan]):
             send_splits=send_splits,
             recv_splits=recv_splits,
         )
-        return plan, rows
+        return plan, Pending(lambda: packing.rows(arrival.wait()))
 
-    def _exchange(self, rows: Tensor, in_splits: tuple[int, ...], out_splits: tuple[int, ...], hop: str) -> Pending:
+    def _exchange(
+        self, rows: Tensor, in_splits: tuple[int, ...], out_splits: tuple[int, ...], hop: str
+    ) -> tuple[Tensor, Pending]:
+        """Where rows will be, and what waits until they are."""
         received = rows.new_empty(sum(out_splits), *rows.shape[1:])
         work = dist.all_to_all_single(
             received, rows.contiguous(), list(out_splits), list(in_splits), group=self._group, async_op=True
@@ -97,21 +105,21 @@ class AllToAllDispatcher(Dispatcher[AllToAllPlan]):
             exchange.waited(received.is_cuda)
             return received
 
-        return Pending(finish)
+        return received, Pending(finish)
 
     @override
     def dispatch(self, plan: AllToAllPlan, x_TH: Tensor, hop: str) -> Pending:
         rows_SH = permute(x_TH, plan.first_TK, sum(plan.send_splits))
-        return self._exchange(rows_SH, plan.send_splits, plan.recv_splits, hop)
+        return self._exchange(rows_SH, plan.send_splits, plan.recv_splits, hop)[1]
 
     @override
     def combine(self, plan: AllToAllPlan, rows_NH: Tensor, hop: str) -> Pending:
-        pending = self._exchange(rows_NH, plan.recv_splits, plan.send_splits, hop)
+        _, pending = self._exchange(rows_NH, plan.recv_splits, plan.send_splits, hop)
         return Pending(lambda: gather_sum(pending.wait(), plan.first_TK, rows_NH.dtype))
 
     @override
     def combine_slots(self, plan: AllToAllPlan, values_NK: Tensor, hop: str) -> Pending:
-        pending = self._exchange(values_NK, plan.recv_splits, plan.send_splits, hop)
+        _, pending = self._exchange(values_NK, plan.recv_splits, plan.send_splits, hop)
         return Pending(lambda: pending.wait().gather(0, plan.row_TK))
 
     @override

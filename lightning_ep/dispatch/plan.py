@@ -23,3 +23,7 @@ class DispatchPlan:
     ids_NK: Tensor
     weights_NK: Tensor
     num_pairs: int
+
+    def without_rows(self) -> DispatchPlan:
+        """The same plan, once the rows have arrived, without what keeps their memory."""
+        return self

@@ -41,7 +41,7 @@ def expert_order(ids_NK: Tensor, num_experts: int, num_pairs: int) -> ExpertOrde
     if kernels.runs_on(ids_NK):
         from lightning_ep.ops.kernels import permute as triton_permute
 
-        return ExpertOrder(*triton_permute.expert_order(ids_NK.contiguous(), num_experts, num_pairs))
+        return ExpertOrder(*triton_permute.expert_order(ids_NK, num_experts, num_pairs))
     return expert_order_twin(ids_NK, num_experts, num_pairs)
 
 
@@ -56,19 +56,21 @@ def expert_order_twin(ids_NK: Tensor, num_experts: int, num_pairs: int) -> Exper
     return ExpertOrder(slot_P.int(), pair_NK.view_as(ids_NK), offsets_E.int())
 
 
-def permute(rows_NH: Tensor, place_NK: Tensor, num_places: int) -> Tensor:
+def permute(rows_NH: Tensor, place_NK: Tensor, num_places: int, out_PH: Tensor | None = None) -> Tensor:
     """Copies every row to its places: ``[N, H]`` -> ``[P, H]``. `gather_sum` with the same places is the transpose.
 
     Args:
-        rows_NH: Rows.
+        rows_NH: Rows with one unit stride.
         place_NK: Integer ``[N, K]``, where the copies of each row go; -1 for none. No place is in it twice.
         num_places: ``P``. Places that are not in ``place_NK`` are left unset.
+        out_PH: Where to write, rows with one unit stride; by default a new tensor.
     """
     if kernels.runs_on(rows_NH):
         from lightning_ep.ops.kernels import permute as triton_permute
 
-        return triton_permute.permute(rows_NH, place_NK, num_places)
-    return permute_twin(rows_NH, place_NK, num_places)
+        return triton_permute.permute(rows_NH, place_NK, num_places, out_PH)
+    copied_PH = permute_twin(rows_NH, place_NK, num_places)
+    return copied_PH if out_PH is None else out_PH.copy_(copied_PH)
 
 
 def permute_twin(rows_NH: Tensor, place_NK: Tensor, num_places: int) -> Tensor:

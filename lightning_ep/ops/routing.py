@@ -16,19 +16,18 @@ class Destinations(NamedTuple):
     Attributes:
         row_TK: int64 ``[T, K]``, the row that carries each slot.
         first_TK: int32 ``[T, K]``, the same at the first slot of every (token, destination), -1 at the others.
-        slots_S2K: What travels with each row, ``[S or more, 2 K]``: the expert ids local to the destination
-            (``num_local_experts`` in slots that other ranks serve), then the bits of the routing weights; int32 and
-            fp32, or int64 and float64 for float64 weights. Rows past ``S`` are not set.
-        counts_D2: int64 ``[D, 2]``, rows and (row, expert) pairs for each destination.
+        counts_2D2: int64 ``[2, D, 2]``, first the rows and the (row, expert) pairs for each destination, then room for
+            what each of them says of this rank.
     """
 
     row_TK: Tensor
     first_TK: Tensor
-    slots_S2K: Tensor
-    counts_D2: Tensor
+    counts_2D2: Tensor
 
 
-def destinations(ids_TK: Tensor, weights_TK: Tensor, num_local_experts: int, num_ranks: int) -> Destinations:
+def destinations(
+    ids_TK: Tensor, weights_TK: Tensor, num_local_experts: int, num_ranks: int, slots_S2K: Tensor
+) -> Destinations:
     """Deduplicates the router's choice: a token that picks several experts of one rank goes there once.
 
     No size is needed on the host, so nothing synchronises.
@@ -38,15 +37,20 @@ def destinations(ids_TK: Tensor, weights_TK: Tensor, num_local_experts: int, num
         weights_TK: ``[T, K]``, routing weights.
         num_local_experts: Experts per rank.
         num_ranks: Ranks of the EP group.
+        slots_S2K: Where to write what travels with each row, at least ``T min(K, D)`` rows of ``[2 K]`` with one unit
+            stride: the expert ids local to the destination (``num_local_experts`` in slots that other ranks serve),
+            then the bits of the routing weights; in the dtypes of `wire_dtypes`. Rows past the last sent are left.
     """
     if kernels.runs_on(ids_TK, weights_TK):
         from lightning_ep.ops.kernels import routing as triton_routing
 
-        return Destinations(*triton_routing.destinations(ids_TK, weights_TK, num_local_experts, num_ranks))
-    return destinations_twin(ids_TK, weights_TK, num_local_experts, num_ranks)
+        return Destinations(*triton_routing.destinations(ids_TK, weights_TK, num_local_experts, num_ranks, slots_S2K))
+    return destinations_twin(ids_TK, weights_TK, num_local_experts, num_ranks, slots_S2K)
 
 
-def destinations_twin(ids_TK: Tensor, weights_TK: Tensor, num_local_experts: int, num_ranks: int) -> Destinations:
+def destinations_twin(
+    ids_TK: Tensor, weights_TK: Tensor, num_local_experts: int, num_ranks: int, slots_S2K: Tensor
+) -> Destinations:
     """Defines `destinations`, in PyTorch."""
     ids_TK = ids_TK.long()
     owner_TK = ids_TK // num_local_experts
@@ -61,13 +65,11 @@ def destinations_twin(ids_TK: Tensor, weights_TK: Tensor, num_local_experts: int
     ids_SK = ids_SK.masked_fill(elsewhere_SK, num_local_experts)
     values, bits = wire_dtypes(weights_TK.dtype)
     weights_SK = weights_TK[token_S].to(values)
+    slots_S2K[: ids_SK.shape[0]] = torch.cat([ids_SK.to(bits), weights_SK.view(bits)], dim=1)
     pairs_D = torch.bincount(owner_TK.reshape(-1), minlength=num_ranks)
-    return Destinations(
-        row_TK=row_TK,
-        first_TK=row_TK.masked_fill(repeats_TK, -1).int(),
-        slots_S2K=torch.cat([ids_SK.to(bits), weights_SK.view(bits)], dim=1),
-        counts_D2=torch.stack([chosen_DT.sum(1), pairs_D], dim=1),
-    )
+    counts_D2 = torch.stack([chosen_DT.sum(1), pairs_D], dim=1)
+    first_TK = row_TK.masked_fill(repeats_TK, -1).int()
+    return Destinations(row_TK, first_TK, torch.stack([counts_D2, torch.zeros_like(counts_D2)]))
 
 
 def wire_dtypes(weights: torch.dtype) -> tuple[torch.dtype, torch.dtype]:
@@ -76,6 +78,6 @@ def wire_dtypes(weights: torch.dtype) -> tuple[torch.dtype, torch.dtype]:
 
 
 def split_slots(slots_N2K: Tensor) -> tuple[Tensor, Tensor]:
-    """Undoes the packing of `Destinations.slots_S2K`: local ids and routing weights, ``[N, K]`` each."""
-    ids_NK, bits_NK = (half.contiguous() for half in slots_N2K.chunk(2, dim=1))
+    """What `destinations` has written: views of local ids and routing weights, ``[N, K]`` each."""
+    ids_NK, bits_NK = slots_N2K.chunk(2, dim=1)
     return ids_NK, bits_NK.view(torch.float64 if bits_NK.dtype == torch.int64 else torch.float32)

@@ -11,13 +11,22 @@ _TILE = 2048  # elements of one half per program and step
 
 
 @triton.jit
-def _swiglu_kernel(h, weights, slots, out, P, WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+def _weights(weights, slot, inside, stride, TOP_K: tl.constexpr):
+    at = (slot // TOP_K).to(tl.int64) * stride + slot % TOP_K
+    return tl.load(weights + at, mask=inside, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _swiglu_kernel(
+    h, weights, slots, out, P, stride,
+    TOP_K: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     col = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = row < P
     mask = inside[:, None] & (col < WIDTH)[None, :]
     slot = tl.load(slots + row, mask=inside, other=0)
-    weight = tl.load(weights + slot, mask=inside, other=0.0).to(tl.float32)
+    weight = _weights(weights, slot, inside, stride, TOP_K)
     at = row[:, None] * (2 * WIDTH) + col[None, :]
     gate = tl.load(h + at, mask=mask, other=0.0).to(tl.float32)
     up = tl.load(h + at + WIDTH, mask=mask, other=0.0).to(tl.float32)
@@ -27,13 +36,13 @@ def _swiglu_kernel(h, weights, slots, out, P, WIDTH: tl.constexpr, ROWS: tl.cons
 
 @triton.jit
 def _swiglu_backward_kernel(
-    h, weights, slots, grad, grad_h, out, grad_weights, P,
-    WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    h, weights, slots, grad, grad_h, out, grad_weights, P, stride,
+    TOP_K: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     inside = row < P
     slot = tl.load(slots + row, mask=inside, other=0)
-    weight = tl.load(weights + slot, mask=inside, other=0.0).to(tl.float32)[:, None]
+    weight = _weights(weights, slot, inside, stride, TOP_K)[:, None]
     grad_weight = tl.zeros((ROWS,), tl.float32)
     for start in tl.static_range(0, WIDTH, BLOCK):
         col = start + tl.arange(0, BLOCK)
@@ -61,25 +70,31 @@ def _tile(width: int) -> tuple[int, int]:
     return max(_TILE // block, 1), block
 
 
+def _rows_of(weights_NK: Tensor) -> tuple[Tensor, int, int]:
+    """Weights with one unit stride, the other stride, and how many there are in a row."""
+    weights_NK = weights_NK if weights_NK.stride(1) == 1 else weights_NK.contiguous()
+    return weights_NK, weights_NK.stride(0), weights_NK.shape[1]
+
+
 def swiglu(h_PF: Tensor, weights_NK: Tensor, slot_P: Tensor) -> Tensor:
     """See `lightning_ep.ops.activation.swiglu`."""
     num_pairs, width = h_PF.shape[0], h_PF.shape[1] // 2
     out_PI = h_PF.new_empty(num_pairs, width)
-    weights_NK = weights_NK.contiguous()  # slots number them row by row
+    weights_NK, *sizes = _rows_of(weights_NK)
     rows, block = _tile(width)
     grid = (triton.cdiv(num_pairs, rows), triton.cdiv(width, block))
-    _swiglu_kernel[grid](h_PF, weights_NK, slot_P, out_PI, num_pairs, width, rows, block)
+    _swiglu_kernel[grid](h_PF, weights_NK, slot_P, out_PI, num_pairs, *sizes, width, rows, block)
     return out_PI
 
 
 def swiglu_backward(grad_PI: Tensor, h_PF: Tensor, weights_NK: Tensor, slot_P: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """See `lightning_ep.ops.activation.swiglu_backward`."""
     num_pairs, width = grad_PI.shape
-    weights_NK = weights_NK.contiguous()
+    weights_NK, *sizes = _rows_of(weights_NK)
     grad_h_PF, out_PI = torch.empty_like(h_PF), torch.empty_like(grad_PI)
-    grad_weights_NK = torch.zeros_like(weights_NK)
+    grad_weights_NK = weights_NK.new_zeros(weights_NK.shape)
     rows, block = _tile(width)
     _swiglu_backward_kernel[(triton.cdiv(num_pairs, rows),)](
-        h_PF, weights_NK, slot_P, grad_PI, grad_h_PF, out_PI, grad_weights_NK, num_pairs, width, rows, block
+        h_PF, weights_NK, slot_P, grad_PI, grad_h_PF, out_PI, grad_weights_NK, num_pairs, *sizes, width, rows, block
     )
     return grad_h_PF, out_PI, grad_weights_NK

@@ -11,29 +11,33 @@ _ROWS = 4  # rows per program: enough loads in flight to hide their latency
 
 
 @triton.jit
-def _permute_kernel(rows, places, out, N, H, TOP_K: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+def _permute_kernel(
+    rows, places, out, N, H, stride, out_stride, TOP_K: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr
+):
     cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     in_row = cols < H
     for r in tl.static_range(ROWS):
         row = tl.program_id(0).to(tl.int64) * ROWS + r
         if row < N:
             # Each row is read once and written to all its places: a gather would read it once per place.
-            x = tl.load(rows + row * H + cols, mask=in_row)
+            x = tl.load(rows + row * stride + cols, mask=in_row)
             for k in tl.static_range(TOP_K):
                 place = tl.load(places + row * TOP_K + k).to(tl.int64)
-                tl.store(out + place * H + cols, x, mask=in_row & (place >= 0))
+                tl.store(out + place * out_stride + cols, x, mask=in_row & (place >= 0))
 
 
-def permute(rows_NH: Tensor, place_NK: Tensor, num_places: int) -> Tensor:
+def permute(rows_NH: Tensor, place_NK: Tensor, num_places: int, out_PH: Tensor | None = None) -> Tensor:
     """See `lightning_ep.ops.permute.permute`."""
     num_rows, hidden = rows_NH.shape
-    out_PH = rows_NH.new_empty(num_places, hidden)
-    if num_places == 0:
+    out_PH = rows_NH.new_empty(num_places, hidden) if out_PH is None else out_PH
+    if num_places == 0 or num_rows == 0:
         return out_PH
-    rows_NH, place_NK = rows_NH.contiguous(), place_NK.contiguous()
+    rows_NH = rows_NH if rows_NH.stride(1) == 1 else rows_NH.contiguous()
+    place_NK = place_NK.contiguous()
     block = min(triton.next_power_of_2(hidden), 4096)
     grid = (triton.cdiv(num_rows, _ROWS), triton.cdiv(hidden, block))
-    _permute_kernel[grid](rows_NH, place_NK, out_PH, num_rows, hidden, place_NK.shape[1], _ROWS, block)
+    strides = (rows_NH.stride(0), out_PH.stride(0))
+    _permute_kernel[grid](rows_NH, place_NK, out_PH, num_rows, hidden, *strides, place_NK.shape[1], _ROWS, block)
     return out_PH
 
 
@@ -63,20 +67,33 @@ def gather_sum(rows_NH: Tensor, index_TK: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 @triton.jit
-def _count_kernel(ids, counts, num_slots, NUM_EXPERTS: tl.constexpr, BINS: tl.constexpr, BLOCK: tl.constexpr):
+def _experts(ids, slot, num_slots, stride, NUM_EXPERTS: tl.constexpr, TOP_K: tl.constexpr):
+    """Which expert each slot names; none past the last slot."""
+    at = (slot // TOP_K).to(tl.int64) * stride + slot % TOP_K
+    return tl.load(ids + at, mask=slot < num_slots, other=NUM_EXPERTS).to(tl.int32)
+
+
+@triton.jit
+def _count_kernel(
+    ids, counts, num_slots, stride,
+    NUM_EXPERTS: tl.constexpr, TOP_K: tl.constexpr, BINS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     slot = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    expert = tl.load(ids + slot, mask=slot < num_slots, other=NUM_EXPERTS).to(tl.int32)
+    expert = _experts(ids, slot, num_slots, stride, NUM_EXPERTS, TOP_K)
     histogram = tl.histogram(expert, BINS)
     bins = tl.arange(0, BINS)
     tl.store(counts + bins * tl.num_programs(0) + tl.program_id(0), histogram, mask=bins < NUM_EXPERTS)
 
 
 @triton.jit
-def _place_kernel(ids, ends, counts, pair, slots, num_slots, NUM_EXPERTS: tl.constexpr, BLOCK: tl.constexpr):
+def _place_kernel(
+    ids, ends, counts, pair, slots, offsets, num_slots, stride,
+    NUM_EXPERTS: tl.constexpr, TOP_K: tl.constexpr, BINS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     local = tl.arange(0, BLOCK)
     slot = tl.program_id(0) * BLOCK + local
     inside = slot < num_slots
-    expert = tl.load(ids + slot, mask=inside, other=NUM_EXPERTS).to(tl.int32)
+    expert = _experts(ids, slot, num_slots, stride, NUM_EXPERTS, TOP_K)
     earlier = (expert[None, :] == expert[:, None]) & (local[None, :] < local[:, None])
     rank = tl.sum(earlier.to(tl.int32), axis=1)
     kept = expert < NUM_EXPERTS
@@ -85,19 +102,25 @@ def _place_kernel(ids, ends, counts, pair, slots, num_slots, NUM_EXPERTS: tl.con
     place = tl.where(kept, start + rank, -1)
     tl.store(pair + slot, place, mask=inside)
     tl.store(slots + place, slot, mask=kept)
+    if tl.program_id(0) == 0:
+        bins = tl.arange(0, BINS)
+        last = tl.load(ends + (bins + 1) * tl.num_programs(0) - 1, mask=bins < NUM_EXPERTS)
+        tl.store(offsets + bins, last, mask=bins < NUM_EXPERTS)
 
 
 def expert_order(ids_NK: Tensor, num_experts: int, num_pairs: int) -> tuple[Tensor, Tensor, Tensor]:
     """See `lightning_ep.ops.permute.expert_order`: a stable counting sort, two launches around one cumulative sum."""
-    ids = ids_NK.reshape(-1)
+    ids_NK = ids_NK if ids_NK.stride(1) == 1 else ids_NK.contiguous()
+    num_slots, top_k = ids_NK.numel(), ids_NK.shape[1]
     block = 128
-    num_blocks = max(triton.cdiv(ids.numel(), block), 1)
-    counts_EB = ids.new_empty(num_experts, num_blocks, dtype=torch.int32)
-    bins = triton.next_power_of_2(num_experts + 1)
-    _count_kernel[(num_blocks,)](ids, counts_EB, ids.numel(), num_experts, bins, block)
+    num_blocks = max(triton.cdiv(num_slots, block), 1)
+    counts = ids_NK.new_empty(num_experts * num_blocks, dtype=torch.int32)
+    sizes = (num_slots, ids_NK.stride(0), num_experts, top_k, triton.next_power_of_2(num_experts + 1), block)
+    _count_kernel[(num_blocks,)](ids_NK, counts, *sizes)
     # Experts first, then blocks: the running count is where each block's first pair of each expert goes.
-    ends_EB = counts_EB.view(-1).cumsum(0, dtype=torch.int32).view(num_experts, num_blocks)
-    pair_NK = torch.empty_like(ids_NK, dtype=torch.int32)
-    slot_P = ids.new_empty(num_pairs, dtype=torch.int32)
-    _place_kernel[(num_blocks,)](ids, ends_EB, counts_EB, pair_NK, slot_P, ids.numel(), num_experts, block)
-    return slot_P, pair_NK, ends_EB[:, -1].contiguous()
+    ends = counts.cumsum(0, dtype=torch.int32)
+    pair_NK = ids_NK.new_empty(ids_NK.shape, dtype=torch.int32)
+    slot_P = ids_NK.new_empty(num_pairs, dtype=torch.int32)
+    offsets_E = ids_NK.new_empty(num_experts, dtype=torch.int32)
+    _place_kernel[(num_blocks,)](ids_NK, ends, counts, pair_NK, slot_P, offsets_E, *sizes)
+    return slot_P, pair_NK, offsets_E

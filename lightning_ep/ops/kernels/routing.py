@@ -36,9 +36,9 @@ def _count_kernel(
 
 @triton.jit
 def _route_kernel(
-    ids, weights, counts, ends, row, first, slots, T, num_blocks,
+    ids, weights, counts, row, first, slots, totals, T, num_blocks, stride,
     LOCAL: tl.constexpr, TOP_K: tl.constexpr, RANKS: tl.constexpr,
-    K: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr,
+    K: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     block = tl.program_id(0)
     token, expert, owner = _owners(ids, block, T, LOCAL, TOP_K, K, BLOCK)
@@ -46,8 +46,23 @@ def _route_kernel(
     k = tl.arange(0, K)
     goes = owner[:, :, None] == d[None, None, :]
     chosen = tl.max(goes.to(tl.int32), axis=1)
-    cell = d * num_blocks + block
-    start = tl.load(ends + cell, mask=d < RANKS, other=0) - tl.load(counts + cell, mask=d < RANKS, other=0)
+    # Ranks first, then blocks of tokens: where this block's first row for each rank goes.
+    rows = tl.zeros((D,), tl.int32)
+    pairs = tl.zeros((D,), tl.int32)
+    start = tl.zeros((D,), tl.int32)
+    for first_block in range(0, num_blocks, CHUNK):
+        other = first_block + tl.arange(0, CHUNK)
+        mask = (d < RANKS)[:, None] & (other < num_blocks)[None, :]
+        cell = d[:, None] * num_blocks + other[None, :]
+        count = tl.load(counts + cell, mask=mask, other=0)
+        rows += tl.sum(count, axis=1)
+        start += tl.sum(tl.where(other[None, :] < block, count, 0), axis=1)
+        if block == 0:
+            pairs += tl.sum(tl.load(counts + RANKS * num_blocks + cell, mask=mask, other=0), axis=1)
+    start += tl.cumsum(rows, axis=0) - rows
+    if block == 0:
+        tl.store(totals + 2 * d, rows.to(tl.int64), mask=d < RANKS)
+        tl.store(totals + 2 * d + 1, pairs.to(tl.int64), mask=d < RANKS)
     place = start[None, :] + tl.cumsum(chosen, axis=0) - chosen
     at = token[:, None] * TOP_K + k[None, :]
     inside = owner >= 0
@@ -58,7 +73,7 @@ def _route_kernel(
     tl.store(first + at, tl.where(repeated, -1, row_of_slot), mask=inside)
     # The ids and weights that travel with each row: [tokens, slots, ranks].
     weight = tl.load(weights + at, mask=inside, other=0.0).to(tl.float32)
-    to = place[:, None, :].to(tl.int64) * (2 * TOP_K) + k[None, :, None]
+    to = place[:, None, :].to(tl.int64) * stride + k[None, :, None]
     travels = (chosen > 0)[:, None, :] & (k < TOP_K)[None, :, None]
     local = tl.where(goes, expert[:, :, None] - d[None, None, :] * LOCAL, LOCAL)
     bits = tl.broadcast_to(weight.to(tl.int32, bitcast=True)[:, :, None], (BLOCK, K, D))
@@ -67,8 +82,8 @@ def _route_kernel(
 
 
 def destinations(
-    ids_TK: Tensor, weights_TK: Tensor, num_local_experts: int, num_ranks: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    ids_TK: Tensor, weights_TK: Tensor, num_local_experts: int, num_ranks: int, slots_S2K: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
     """See `lightning_ep.ops.routing.destinations`."""
     num_tokens, top_k = ids_TK.shape
     ids_TK, weights_TK = ids_TK.contiguous(), weights_TK.contiguous()
@@ -78,14 +93,11 @@ def destinations(
     sizes = (num_local_experts, top_k, num_ranks, slots_per_token, ranks, block)
     counts = ids_TK.new_empty(2 * num_ranks, num_blocks, dtype=torch.int32)
     _count_kernel[(num_blocks,)](ids_TK, counts, num_tokens, num_blocks, *sizes)
-    # Ranks first, then blocks of tokens: the running count is where each block's first row for each rank goes.
-    ends = counts[:num_ranks].reshape(-1).cumsum(0, dtype=torch.int32)
     row_TK = torch.empty_like(ids_TK, dtype=torch.int64)
     first_TK = torch.empty_like(ids_TK, dtype=torch.int32)
-    room = num_tokens * min(top_k, num_ranks)
-    slots_S2K = ids_TK.new_empty(room, 2 * top_k, dtype=torch.int32)
+    counts_2D2 = ids_TK.new_empty(2, num_ranks, 2, dtype=torch.int64)
     _route_kernel[(num_blocks,)](
-        ids_TK, weights_TK, counts, ends, row_TK, first_TK, slots_S2K, num_tokens, num_blocks, *sizes
-    )
-    counts_D2 = counts.view(2, num_ranks, num_blocks).sum(2).t().contiguous()
-    return row_TK, first_TK, slots_S2K, counts_D2
+        ids_TK, weights_TK, counts, row_TK, first_TK, slots_S2K, counts_2D2, num_tokens, num_blocks,
+        slots_S2K.stride(0), *sizes, max(2048 // ranks, 1),
+    )  # fmt: skip
+    return row_TK, first_TK, counts_2D2
