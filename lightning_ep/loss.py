@@ -8,7 +8,7 @@ from typing import Any
 
 import torch.nn.functional as F
 from lightning.pytorch.utilities import rank_zero_info
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.fsdp import register_fsdp_forward_method
 from transformers import PreTrainedModel
 
@@ -60,7 +60,7 @@ def summed_loss(model: PreTrainedModel, targets_BS: Tensor, inputs: dict[str, An
     if not hasattr(model, _METHOD):
         setattr(model, _METHOD, MethodType(_fused, model) if is_plain_head(model.get_output_embeddings()) else None)
         if getattr(model, _METHOD) is not None:
-            # The head's weight is gathered only inside a forward of the root, and this is one.
+            # What no layer holds is gathered only inside a forward of the root, and this is one.
             register_fsdp_forward_method(model, _METHOD)
     if (fused := getattr(model, _METHOD)) is not None:
         found: tuple[Tensor, Tensor] | None = fused(targets_BS, inputs)
@@ -73,25 +73,28 @@ def summed_loss(model: PreTrainedModel, targets_BS: Tensor, inputs: dict[str, An
 
 
 def _fused(model: PreTrainedModel, targets_BS: Tensor, inputs: dict[str, Any]) -> tuple[Tensor, Tensor] | None:
-    """One forward of the model with its head held back; None if the model does more to logits than its head does."""
-    head, held = model.get_output_embeddings(), list[Tensor]()
+    """One forward with the loss in place of the head; None if the model does more to logits than its head does."""
+    head: Any = model.get_output_embeddings()
+    found: list[tuple[Tensor, Tensor]] = []
 
-    def hold(hidden_BSH: Tensor) -> Tensor:
-        held.append(hidden_BSH)
-        return hidden_BSH
+    def forward(hidden_BSH: Tensor) -> Tensor:
+        loss = head_cross_entropy(head, hidden_BSH.flatten(0, 1), targets_BS.flatten(), IGNORE)
+        # Detached, what stands for the logits has no backward, before which FSDP would gather the head once more.
+        logits_BSH = hidden_BSH.detach()
+        found.append((loss, logits_BSH))
+        return logits_BSH
 
-    # On the module itself, so that the model still finds the head's weight, and hooks, where it looks for them.
-    head.forward = hold
+    # On the module itself: its weight is gathered inside a call of it, and the model finds it where it looks for it.
+    head.forward = forward
     try:
         # Not `model(...)`: the hooks around a forward of the root run around this function already.
         with _masks(inputs):
             output = model.forward(**inputs, use_cache=False)
     finally:
         del head.forward
-    if len(held) != 1 or output.logits is not held[0]:
+    if len(found) != 1 or output.logits is not found[0][1]:
         return None
-    assert isinstance(head, nn.Linear)
-    loss = head_cross_entropy(head, held[0].flatten(0, 1), targets_BS.flatten(), IGNORE)
+    loss, _ = found[0]
     return loss, _auxiliary(output, loss)
 
 

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._dtensor_spec import DTensorSpec
 
 from lightning_ep.region import local_tensor
 
@@ -126,8 +127,13 @@ def widen_gradient(param: Tensor) -> None:
 def _like(local: Tensor, param: Tensor) -> Tensor:
     if not isinstance(param, DTensor):
         return local
-    mesh, placements, shape, stride = param.device_mesh, param.placements, param.shape, param.stride()
-    return DTensor.from_local(local, mesh, placements, run_check=False, shape=shape, stride=stride)
+    spec = param._spec
+    if local.dtype != param.dtype:
+        assert spec.tensor_meta is not None
+        meta = spec.tensor_meta._replace(dtype=local.dtype)
+        spec = DTensorSpec(spec.mesh, spec.placements, tensor_meta=meta)
+    # Not `from_local`: for the host it is an autograd function of its own, and this is asked twice per layer and step.
+    return DTensor(local, spec, requires_grad=False)
 
 
 class ModelMasters:

@@ -235,15 +235,18 @@ def _fully_shard_dense(model: nn.Module, meshes: Meshes, mp_policy: MixedPrecisi
     for group in groups:
         shard_dense(group)
         serve_parts_of(group, mp_policy)
-    embedding = model.get_input_embeddings()  # type: ignore[operator]
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()  # type: ignore[operator]
     # A parameter that two modules share must be in the group of the module that contains both.
     if not adapter.tied(model):  # type: ignore[arg-type]
-        shard_dense(embedding)
+        # By itself the head is gathered under the last layers, and its gradient reduced under their backward.
+        for module in (embedding, head):
+            if module is not None:
+                shard_dense(module)
     # Said explicitly: by default a root stays gathered until a backward comes to it. After validation none comes, and
     # an optimizer built then would get plain copies of its parameters and train nothing; nor does it come in steps
     # that freeze the model, and the next forward would use weights from before the optimizer step.
     shard_dense(model, reshard_after_forward=True)
-    chain_prefetches(model, embedding, groups)
+    chain_prefetches(model, embedding, groups, head)
 
 
 def _outside(module: nn.Module, models: Iterable[nn.Module], name: str = "") -> Iterable[nn.Module]:

@@ -27,7 +27,7 @@ def _events(ep: int, layers_together: int) -> list[list[str]]:
     events: list[str] = []
     seen = set()
     for name, module in model.named_modules():
-        name = name.removeprefix("model.") or "head"
+        name = name.removeprefix("model.") or "root"
         if isinstance(module, FSDPModule) and module._get_fsdp_state() not in seen:
             seen.add(module._get_fsdp_state())
             group: Any = module._get_fsdp_state()._fsdp_param_group
@@ -63,15 +63,15 @@ def _expect(phases: list[list[str]], forward: list[str], backward: list[str]) ->
 
 
 def test_a_layer_is_gathered_while_the_one_before_computes() -> None:
-    forward = "head embed_tokens layers.0 layers.1 *layers.0 layers.2 *layers.1 layers.3 *layers.2 *layers.3"
-    backward = "head layers.3 layers.2 *layers.3 layers.1 *layers.2 layers.0 *layers.1 embed_tokens *layers.0"
+    forward = "root embed_tokens layers.0 layers.1 *layers.0 layers.2 *layers.1 layers.3 *layers.2 lm_head *layers.3"
+    backward = "root layers.3 layers.2 *layers.3 layers.1 *layers.2 layers.0 *layers.1 embed_tokens *layers.0"
     for phases in run_ranks(4, _events, 4, 1):
         _expect(phases, forward.split(), backward.split())
 
 
 def test_small_layers_are_gathered_together() -> None:
-    forward = "head embed_tokens layers.0 layers.2 *layers.0 *layers.1 *layers.2 *layers.3"
-    backward = "head layers.2 layers.0 *layers.3 *layers.2 embed_tokens *layers.1 *layers.0"
+    forward = "root embed_tokens layers.0 layers.2 *layers.0 *layers.1 lm_head *layers.2 *layers.3"
+    backward = "root layers.2 layers.0 *layers.3 *layers.2 embed_tokens *layers.1 *layers.0"
     for phases in run_ranks(4, _events, 4, 2):
         _expect(phases, forward.split(), backward.split())
 
@@ -80,11 +80,11 @@ def test_small_layers_are_gathered_together() -> None:
 def test_experts_that_are_sharded_are_gathered_a_layer_ahead_too(layers_together: int) -> None:
     """Their layers stay alone."""
     forward = (
-        "head embed_tokens layers.0 layers.0.mlp.experts layers.1 *layers.0 layers.1.mlp.experts layers.2 *layers.1 "
-        "layers.2.mlp.experts layers.3 *layers.2 layers.3.mlp.experts *layers.3"
+        "root embed_tokens layers.0 layers.0.mlp.experts layers.1 *layers.0 layers.1.mlp.experts layers.2 *layers.1 "
+        "layers.2.mlp.experts layers.3 *layers.2 layers.3.mlp.experts lm_head *layers.3"
     )
     backward = (
-        "head layers.3 layers.3.mlp.experts layers.2 layers.2.mlp.experts *layers.3 layers.1 layers.1.mlp.experts "
+        "root layers.3 layers.3.mlp.experts layers.2 layers.2.mlp.experts *layers.3 layers.1 layers.1.mlp.experts "
         "*layers.2 layers.0 layers.0.mlp.experts *layers.1 embed_tokens *layers.0"
     )
     for phases in run_ranks(4, _events, 2, layers_together):
