@@ -73,13 +73,24 @@ def _enter(state: Any, mp_policy: MixedPrecisionPolicy, layer: nn.Module, args: 
             "activation_checkpointing='selective' or 'full' instead, or use_reentrant=False."
         )
     dtype = mp_policy.param_dtype
-    if dtype is None or not mp_policy.cast_forward_inputs:
+    if dtype is None or not mp_policy.cast_forward_inputs or not any(map(partial(_may_cast, dtype), (args, kwargs))):
         return None
 
     def cast(tensor: Tensor) -> Tensor:
         return tensor.to(dtype) if tensor.is_floating_point() else tensor
 
     return _apply_to_tensors(cast, args), _apply_to_tensors(cast, kwargs)
+
+
+def _may_cast(dtype: torch.dtype, value: Any) -> bool:
+    """Whether there may be a floating tensor of another dtype in ``value``: mostly not, and rebuilding it takes long."""
+    if isinstance(value, Tensor):
+        return value.is_floating_point() and value.dtype != dtype
+    if isinstance(value, dict):
+        value = value.values()
+    elif not isinstance(value, tuple):
+        return not isinstance(value, bool | int | str | None)
+    return any(_may_cast(dtype, item) for item in value)
 
 
 def _gather_for_backward(state: Any, layer: nn.Module, args: Any, output: Any) -> None:

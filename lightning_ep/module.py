@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Self
 
@@ -9,6 +10,7 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
@@ -80,6 +82,7 @@ class CausalLM(LightningModule):
         self._window: Tensor | None = None  # sums of loss and valid tokens since the last step
         self._evaluation: Tensor | None = None  # the same of an evaluation
         self._train_loss: Tensor | None = None
+        self._grad_norm: Tensor | None = None
         self._shown_loss = Lagged()
 
     @override
@@ -210,12 +213,25 @@ class CausalLM(LightningModule):
         by_norm = clips and gradient_clip_algorithm != "value"
         max_norm = float(gradient_clip_val) if by_norm else float("inf")  # type: ignore[arg-type]
         if type(self).configure_gradient_clipping is CausalLM.configure_gradient_clipping:
-            norm = clip_in_step_(optimizer, max_norm)
+            self._grad_norm = clip_in_step_(optimizer, max_norm)
         else:  # a subclass that may look at the clipped gradients
-            norm = clip_grad_norm_([p for group in optimizer.param_groups for p in group["params"]], max_norm)
+            params = [param for group in optimizer.param_groups for param in group["params"]]
+            self._grad_norm = clip_grad_norm_(params, max_norm)
         if clips and not by_norm:
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
-        self.log("train/grad_norm", norm)
+
+    @override
+    def optimizer_step(
+        self,
+        epoch: int,
+        batch_idx: int,
+        optimizer: Optimizer | LightningOptimizer,
+        optimizer_closure: Callable[[], Any] | None = None,
+    ) -> None:
+        super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+        # Logged when the update has been launched: it takes the host milliseconds, for which the GPU would wait.
+        if self._grad_norm is not None:
+            self.log("train/grad_norm", self._grad_norm)
         if self._train_loss is not None:
             self.log("train/loss", self._train_loss)
             # Of what is in the progress bar, Lightning asks for the number after every step.

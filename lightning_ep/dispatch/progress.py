@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 import torch
 import torch.distributed as dist
 
+_KEPT = 64  # exchanges before finished ones are looked for: each look asks the GPU
+
 
 @dataclass
 class Exchange:
@@ -68,7 +70,8 @@ class Progress:
         """Notes an exchange that is in flight."""
         exchange = Exchange(layer, hop, self.step, work)
         with self._lock:
-            self._drop_finished()
+            if len(self._started) >= _KEPT:
+                self._drop_finished()
             self._started.append(exchange)
         return exchange
 
