@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 OURS = "lightning_ep/ep="
-_OURS = re.compile(r"lightning_ep/ep=(\d+)(?:,cp=(\d+))?")
+_OURS = re.compile(r"lightning_ep/ep=(\d+)(?:,cp=(\d+))?(?:,tp=(\d+))?")
 TRANSFORMERS = ("transformers/fsdp2", "transformers/ep", "transformers/single")
 TORCHTITAN = "torchtitan/ep"
 SELECTIVE, FULL = "+selective", "+full"
@@ -40,9 +40,9 @@ class Cell:
     """Everything that identifies a measurement.
 
     Attributes:
-        trainer: ``lightning_ep/ep=N`` or ``lightning_ep/ep=N,cp=M``, one of `TRANSFORMERS` or `TORCHTITAN`; then how it
+        trainer: ``lightning_ep/ep=N[,cp=M][,tp=M]``, one of `TRANSFORMERS` or `TORCHTITAN`; then how it
             recomputes (`SELECTIVE`, ours only, or `FULL`) and `COMPILE` (not for torchtitan, which always does).
-        batch: Sequences per rank and step; with ``cp`` the ranks that split sequences share them.
+        batch: Sequences per rank and step; with ``cp`` and ``tp`` the ranks that split sequences share them.
         sequence: Tokens per sequence.
         ranks: Processes, one per GPU.
         sizes: Key into `SIZES`.
@@ -79,7 +79,7 @@ class Cell:
         suffixes = {first + second for first in ("", *recompute) for second in compiled}
         if not known or self.trainer.removeprefix(self.base) not in suffixes:
             choices = [
-                f"{OURS}N[,cp=M][{SELECTIVE}|{FULL}][{COMPILE}]",
+                f"{OURS}N[,cp=M][,tp=M][{SELECTIVE}|{FULL}][{COMPILE}]",
                 *(f"{t}[{FULL}][{COMPILE}]" for t in TRANSFORMERS),
             ]
             raise ValueError(
@@ -141,14 +141,20 @@ class Cell:
 
     @property
     def cp(self) -> int:
-        """Ranks that share every sequence."""
+        """Ranks that split every sequence."""
         ours = _OURS.fullmatch(self.base)
         return int(ours[2] or 1) if ours else 1
 
     @property
+    def tp(self) -> int:
+        """Ranks that split attention and the vocabulary, and sequences between."""
+        ours = _OURS.fullmatch(self.base)
+        return int(ours[3] or 1) if ours else 1
+
+    @property
     def tokens(self) -> int:
         """Distinct tokens per rank and step."""
-        return self.batch * self.sequence // self.cp
+        return self.batch * self.sequence // (self.cp * self.tp)
 
     @property
     def shape(self) -> str:

@@ -92,10 +92,10 @@ def estimate_ms(cell: Cell, device_name: str) -> dict[str, float] | None:
     costs of small shapes and no skew.
 
     Returns:
-        None for peers, other widths and unknown devices.
+        None for peers, tensor parallelism, other widths and unknown devices.
     """
     kind = device_kind(device_name)
-    if kind is None or cell.sizes != "qwen3-30b-a3b" or not cell.ours or cell.task != "train":
+    if kind is None or cell.sizes != "qwen3-30b-a3b" or not cell.ours or cell.task != "train" or cell.tp > 1:
         return None
     tokens, slower = cell.tokens / _TOKENS, BANDWIDTH["H200"] / BANDWIDTH[kind]
     layer = {name: tokens * ms for name, ms in _COMPUTE_MS.items()}

@@ -43,10 +43,11 @@ def peak_gib(cell: Cell, device_name: str) -> float | None:
     the experts' weights are kept by the rule of `lightning_ep.masters`.
 
     Returns:
-        None for peers, other widths, CPUs and unknown devices.
+        None for peers, tensor parallelism, other widths, CPUs and unknown devices.
     """
     limit = limit_gib(cell, device_name)
-    if cell.device != "cuda" or cell.sizes != "qwen3-30b-a3b" or not cell.ours or cell.task != "train" or limit is None:
+    known = cell.sizes == "qwen3-30b-a3b" and cell.ours and cell.task == "train" and cell.tp == 1
+    if cell.device != "cuda" or not known or limit is None:
         return None
     parts = (_state(cell), cell.layers * cell.tokens * _kept_kib(cell) * 2**10, max(_loss(cell), _layer_at_work(cell)))
     peak = sum(parts) / _GIB

@@ -179,7 +179,7 @@ def quantile(values: list[float], q: float) -> float:
 
 def batches(cell: Cell, count: int) -> Iterator[dict[str, Tensor]]:
     """Random tokens on the CPU; every trainer gets the same ones on the same rank, but for ranks that share them."""
-    generator = torch.Generator().manual_seed(int(os.environ.get("RANK", "0")) // cell.cp)
+    generator = torch.Generator().manual_seed(int(os.environ.get("RANK", "0")) // (cell.cp * cell.tp))
     for _ in range(count):
         ids = torch.randint(0, cell.widths.vocab, (cell.batch, cell.sequence), generator=generator)
         yield {"input_ids": ids, "labels": ids}

@@ -67,6 +67,7 @@ def run(cell: Cell, meter: Meter) -> None:
         strategy=_FastStart(
             ep=cell.ep,
             cp=cell.cp,
+            tp=cell.tp,
             activation_checkpointing=cell.recompute,  # type: ignore[arg-type]
             compile=cell.compile,
         ),

@@ -143,8 +143,8 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--trainers",
         nargs="+",
-        help="lightning_ep/ep=N[,cp=M][+selective|+full], transformers/fsdp2|ep|single[+full] (each also +compile), "
-        "torchtitan/ep[+full]; + names what is recomputed",
+        help="lightning_ep/ep=N[,cp=M][,tp=M][+selective|+full], transformers/fsdp2|ep|single[+full] (each also "
+        "+compile), torchtitan/ep[+full]; + names what is recomputed",
     )
     add("--tokens", nargs="+", default=["4x4096", "1x16384", "1x4096"], help="sequences x tokens, per rank")
     add("--router", nargs="+", default=["balanced"], choices=["balanced", "skewed"])

@@ -83,7 +83,7 @@ def _enter(state: Any, mp_policy: MixedPrecisionPolicy, layer: nn.Module, args: 
 
 
 def _may_cast(dtype: torch.dtype, value: Any) -> bool:
-    """Whether there may be a floating tensor of another dtype in ``value``: mostly not, and rebuilding it takes long."""
+    """Whether there may be a floating tensor of another dtype in ``value``: mostly not, and rebuilding takes long."""
     if isinstance(value, Tensor):
         return value.is_floating_point() and value.dtype != dtype
     if isinstance(value, dict):

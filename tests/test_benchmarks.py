@@ -267,6 +267,7 @@ def test_fill_draws_every_parameter_and_no_buffer() -> None:
         ("lightning_ep/ep=2+full", 2, "skewed"),
         ("transformers/ep+full", 2, "balanced"),
         ("lightning_ep/ep=1,cp=2", 2, "balanced"),
+        ("lightning_ep/ep=2,tp=2", 2, "balanced"),
         ("transformers/single", 1, "skewed"),
     ],
 )
@@ -305,7 +306,9 @@ def test_ranks_that_share_sequences_count_their_tokens_once() -> None:
     shared, alone = (Cell(f"lightning_ep/ep=2{cp}+compile", 1, 65_536, 2) for cp in (",cp=2", ""))
     assert (shared.ep, shared.cp, shared.compile, shared.tokens) == (2, 2, True, 32_768)
     assert (alone.ep, alone.cp, alone.tokens) == (2, 1, 65_536)
-    with pytest.raises(ValueError, match="does not exist; choose one of lightning_ep/ep=N\\[,cp=M\\]"):
+    split = Cell("lightning_ep/ep=2,tp=2+full", 1, 65_536, 2)
+    assert (split.ep, split.cp, split.tp, split.recompute, split.tokens) == (2, 1, 2, "full", 32_768)
+    with pytest.raises(ValueError, match="does not exist; choose one of lightning_ep/ep=N\\[,cp=M\\]\\[,tp=M\\]"):
         Cell("lightning_ep/ep=2,cp=", 1, 65_536, 2)
 
 
