@@ -128,7 +128,7 @@ def _compare(ep: int) -> list[str]:
             full, fused = mode == "full", family != "gpt_oss"
             travels, runs = layers * (ep > 1), layers * fused
             # Counts, ids and weights, rows, outputs travel; the up and the down projection run.
-            calls = Counts(gate=layers, experts=layers, self_attn=2, exchanges=4 * travels, gemms=2 * runs)
+            calls = Counts(gate=layers, experts=layers, self_attn=2, exchanges=3 * travels, gemms=2 * runs)
             # Gradients of outputs, of rows and of weights, and the rows again; of the activation, of the rows, and up.
             again = Counts(self_attn=2 * (mode != "none"), exchanges=(3 + full) * travels, gemms=(2 + full) * runs)
             wanted = [calls, again]
@@ -180,7 +180,7 @@ def _compiled_run(family: str, ep: int, mode: str, layers: int, expected: dict[s
     if frames["total"] != compiled:
         yield f"compiled {frames['total'] - compiled} frames again for other numbers of tokens"
     moe_layers = MOE_LAYERS[family] - 2 + layers
-    if exchanges["exchanges"] != (ep > 1) * 5 * moe_layers * (7 + (mode == "full")):
+    if exchanges["exchanges"] != (ep > 1) * 5 * moe_layers * (6 + (mode == "full")):
         yield f"{exchanges['exchanges']} exchanges"
     if mode != "none" and called != {"gate": 5 * moe_layers, "experts": 5 * moe_layers}:
         yield f"{dict(called)} calls"

@@ -51,7 +51,7 @@ class Dispatcher(ABC, Generic[Plan]):
 
     @abstractmethod
     def route(self, ids_TK: Tensor, weights_TK: Tensor, x_TH: Tensor, hop: str) -> tuple[Plan, Pending]:
-        """Decides what goes where, brings ids and weights to the ranks of their experts, and dispatches a first time.
+        """Decides what goes where, and dispatches a first time, with the ids and weights.
 
         Args:
             ids_TK: Integer ``[T, K]``, global expert ids.

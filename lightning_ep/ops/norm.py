@@ -9,6 +9,8 @@ from torch import Tensor
 
 from lightning_ep.ops import kernels
 
+_LARGE = 2**24  # elements
+
 
 def sum_of_squares(tensors: Sequence[Tensor]) -> Tensor:
     """Sum of the squares of all elements, added in at least fp32 within a tensor and in float64 across tensors.
@@ -22,7 +24,9 @@ def sum_of_squares(tensors: Sequence[Tensor]) -> Tensor:
     large: list[Tensor] = []
     rest: list[Tensor] = []
     for tensor in tensors:
-        (large if kernels.runs_on_large(tensor) else rest).append(tensor)
+        # One launch of torch for many tensors; a kernel for each is worth the host only where memory takes longer.
+        worth = tensor.numel() >= _LARGE and kernels.runs_on_large(tensor)
+        (large if worth else rest).append(tensor)
     sums: list[Tensor] = []
     if large:
         from lightning_ep.ops.kernels import norm as triton_norm
