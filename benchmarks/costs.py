@@ -76,6 +76,9 @@ _AGAIN["full"] = {**_AGAIN["selective"], "expert GEMMs": _FORWARD["expert GEMMs"
 # cores launched the 48 layers of a rehearsed rank of eight in 312 ms. Recompute as it was before layers were grouped.
 _HOST_STEP_MS = 25.0
 _HOST_LAYER_MS = {"none": 6.0, "selective": 8.0, "full": 8.0}
+# NCCL's exchanges, which a rehearsal does not make, and waiting for their other end: two H200 took 159 ms for a step of
+# 12 layers and 1 x 4096 tokens, 28 of them for the optimizer.
+_HOST_EXCHANGE_MS = 2.8
 
 # Bytes per parameter that FSDP's copies of experts cost at full bandwidth: before and behind two gathers and a
 # reduction, about half of them because experts are sharded along their second dimension (a rehearsed rank of eight at
@@ -144,7 +147,8 @@ def host_ms(cell: Cell) -> float | None:
     """What the host needs to launch a step of ours; None where that was not measured."""
     if not cell.ours or not cell.compile or cell.device != "cuda":
         return None
-    return _HOST_STEP_MS + cell.layers * _HOST_LAYER_MS[cell.recompute]
+    exchange = _HOST_EXCHANGE_MS if cell.ep > 1 and not cell.rehearse else 0.0
+    return _HOST_STEP_MS + cell.layers * (_HOST_LAYER_MS[cell.recompute] + exchange)
 
 
 def estimate_tokens_per_second(cell: Cell, device_name: str) -> float | None:
