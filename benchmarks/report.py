@@ -25,7 +25,8 @@ Written by `python -m benchmarks.report` from the files of the runs named below;
   A step lasts from the end of one optimizer step to the end of the next, on the slowest rank, data loading included.
 - *vs peer* is the ratio to the fastest peer of the same case, whatever its layout; nothing if none ran.
 - *+compile*, *+full* and *+selective* behind a trainer: decoder layers compiled; layers recomputed (a case of
-  its own: transformers' and torchtitan's activation checkpointing beside ours).
+  its own: transformers' and torchtitan's activation checkpointing beside ours). *,cp=2* or *,tp=2*: two GPUs share
+  what the title counts per GPU.
 - *MFU* counts causal attention and active experts, no recompute, against 989 TFLOP/s.
 - *estimate* is the budget of the design's section 7 scaled to the case (`benchmarks/costs.py`): compute and memory
   traffic at the rates seen on an H200, without launch overhead and exposed gathers. It was written down before the run.

@@ -13,6 +13,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_ep.dispatch import AllToAllDispatcher, Dispatcher, LocalDispatcher, Progress
+from lightning_ep.dispatch.packed import PackedRows
 from lightning_ep.masters import Masters
 from lightning_ep.moe import moe_forward
 from lightning_ep.ops.fused_experts import FusedExperts
@@ -265,11 +266,13 @@ def _received_rows_are_freed() -> list[bool]:
     ids = torch.tensor([[0, 5], [1, 6]], device=device())
     rows = torch.ones(2, HIDDEN, device=device())
     plan, routed = dispatcher.route(ids, torch.ones(2, 2, device=device()), rows, "hop")
-    routed.wait()
+    storages = [StorageWeakRef(routed.wait().untyped_storage())]
+    plan = plan.without_rows()
     first, second = (dispatcher.dispatch(plan, rows, f"hop {i}") for i in range(2))
     freed = []
-    for pending in (second, first):
-        storage = StorageWeakRef(pending.wait().untyped_storage())
+    for pending in (routed, second, first):
+        storages = storages or [StorageWeakRef(pending.wait().untyped_storage())]
+        storage = storages.pop()
         del pending._finish
         deadline = time.monotonic() + 5
         while not storage.expired() and time.monotonic() < deadline:
@@ -279,7 +282,23 @@ def _received_rows_are_freed() -> list[bool]:
 
 
 def test_nothing_keeps_received_rows_alive() -> None:
-    assert run_ranks(2, _received_rows_are_freed) == [[True, True]] * 2
+    assert run_ranks(2, _received_rows_are_freed) == [[True, True, True]] * 2
+
+
+@pytest.mark.parametrize("slots_dtype", [torch.int32, torch.int64])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize(("hidden", "slots"), [(2048, 16), (33, 2), (1, 5)])
+def test_rows_and_numbers_share_a_tensor(hidden: int, slots: int, dtype: torch.dtype, slots_dtype: torch.dtype) -> None:
+    packing = PackedRows(hidden, dtype, slots, slots_dtype)
+    packed = packing.empty(3, torch.device("cpu"))
+    rows, numbers = torch.randn(3, hidden).to(dtype), torch.randint(-(2**31), 2**31, (3, slots)).to(slots_dtype)
+    packing.rows(packed).copy_(rows)
+    packing.numbers(packed).copy_(numbers)
+    travelled = packed.clone()
+    assert torch.equal(packing.rows(travelled), rows)
+    assert torch.equal(packing.numbers(travelled), numbers)
+    addresses = [view.data_ptr() - packed.data_ptr() for view in (packing.rows(packed)[1], packing.numbers(packed))]
+    assert all(address % 16 == 0 for address in addresses)
 
 
 class _TooLarge(FusedExperts):
