@@ -22,15 +22,15 @@ def compile_forward(layer: nn.Module) -> Callable[..., Any]:
     that calls hooks with the globals of another file (a NameError).
     """
     compiled, config = torch.compile(layer.forward), torch._dynamo.config
-    two: bool | None = None
+    callers: list[nn.Module] | None = None
 
     @functools.wraps(layer.forward)
     def nested(*args: Any, **kwargs: Any) -> Any:
-        nonlocal two
-        if two is None:  # torch looks at hooks once, too: when it compiles
-            two = not any(_calls_hooks(module) for module in layer.modules() if module is not layer)
-        # Read whenever something is compiled: at a first call, or at a later one with other shapes.
-        before, config.nested_graph_breaks = config.nested_graph_breaks, two
+        nonlocal callers
+        if callers is None:
+            callers = [module for module in layer.modules() if module is not layer and _may_not_be_traced(module)]
+        # Both are read whenever something is compiled: at a first call, or at a later one with other shapes.
+        before, config.nested_graph_breaks = config.nested_graph_breaks, not any(map(_has_hooks, callers))
         try:
             return compiled(*args, **kwargs)
         finally:
@@ -39,11 +39,12 @@ def compile_forward(layer: nn.Module) -> Callable[..., Any]:
     return nested
 
 
-def _calls_hooks(module: nn.Module) -> bool:
-    """Whether hooks run around something that may not be traced: not in a projection, or a router."""
-    if isinstance(module, FSDPModule):  # not traced at all
-        return False
+def _may_not_be_traced(module: nn.Module) -> bool:
+    """Whether a graph may end inside a module: not in a projection or a router, nor in what FSDP has wrapped."""
     stacked = any(param.ndim > 2 for param in module.parameters(recurse=False))  # experts
-    opaque = stacked or any(True for _ in module.children())
+    return not isinstance(module, FSDPModule) and (stacked or any(True for _ in module.children()))
+
+
+def _has_hooks(module: nn.Module) -> bool:
     kinds = (module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks, module._backward_hooks)
-    return opaque and any(kinds)
+    return any(kinds)

@@ -7,7 +7,6 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._dtensor_spec import DTensorSpec
 
 from lightning_ep.region import local_tensor
 
@@ -131,7 +130,7 @@ def _like(local: Tensor, param: Tensor) -> Tensor:
     if local.dtype != param.dtype:
         assert spec.tensor_meta is not None
         meta = spec.tensor_meta._replace(dtype=local.dtype)
-        spec = DTensorSpec(spec.mesh, spec.placements, tensor_meta=meta)
+        spec = type(spec)(spec.mesh, spec.placements, tensor_meta=meta)
     # Not `from_local`: for the host it is an autograd function of its own, and this is asked twice per layer and step.
     return DTensor(local, spec, requires_grad=False)
 

@@ -85,6 +85,9 @@ class CausalLM(LightningModule):
         self._grad_norm: Tensor | None = None
         self._shown_loss = Lagged()
 
+    calls_its_head = True
+    """Whether the output head's weight is read in calls of the head only, so that it can be gathered for these."""
+
     @override
     def configure_model(self) -> None:
         if self.model is not None:
@@ -219,6 +222,8 @@ class CausalLM(LightningModule):
             self._grad_norm = clip_grad_norm_(params, max_norm)
         if clips and not by_norm:
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+        if not self._logs_after_step:
+            self._log_step(optimizer)
 
     @override
     def optimizer_step(
@@ -229,7 +234,19 @@ class CausalLM(LightningModule):
         optimizer_closure: Callable[[], Any] | None = None,
     ) -> None:
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
-        # Logged when the update has been launched: it takes the host milliseconds, for which the GPU would wait.
+        if self._logs_after_step:
+            self._log_step(optimizer)
+
+    @property
+    def _logs_after_step(self) -> bool:
+        """Whether to log when the update has been launched: it takes milliseconds, for which the GPU would wait.
+
+        A subclass with either hook of its own may look at what is logged, or not come to the second.
+        """
+        own, hooks = CausalLM, ("configure_gradient_clipping", "optimizer_step")
+        return all(getattr(type(self), name) is getattr(own, name) for name in hooks)
+
+    def _log_step(self, optimizer: Optimizer | LightningOptimizer) -> None:
         if self._grad_norm is not None:
             self.log("train/grad_norm", self._grad_norm)
         if self._train_loss is not None:

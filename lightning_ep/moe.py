@@ -69,7 +69,7 @@ class _MoE(torch.autograd.Function):
         with dispatcher.explains_out_of_memory(lambda: dispatcher.describe(plan)):
             local = computed.for_forward() if plan.num_pairs > 0 else []  # casts while the rows travel
             out_NH = rows_NH = rows.wait()
-            if later is not None:
+            if needs_grad and (later is not None or not experts.keeps_rows):
                 plan = plan.without_rows()
             if plan.num_pairs > 0:
                 keep = needs_grad and later is None

@@ -123,9 +123,10 @@ def shard(
         parallelize_module(experts, meshes.expert["ep"], style)
         # Directly after its own slicing: at most one layer's experts are unsharded on the device at a time.
         _shard_experts(experts, meshes, mp_policy, device)
+    head_alone = getattr(module, "calls_its_head", False)
     for model in models.values():
         _wrap_layers(model, activation_checkpointing, compile)
-        _fully_shard_dense(model, meshes, mp_policy)
+        _fully_shard_dense(model, meshes, mp_policy, head_alone)
         adapter.use_expert_parallel_forward(model)
         if layout.cp > 1:
             context_parallel.use_context_parallel_attention(model)
@@ -226,7 +227,7 @@ def own_masters(model: nn.Module, device: torch.device) -> ModelMasters:
     return ModelMasters(list(layers.values()), device)
 
 
-def _fully_shard_dense(model: nn.Module, meshes: Meshes, mp_policy: MixedPrecisionPolicy) -> None:
+def _fully_shard_dense(model: nn.Module, meshes: Meshes, mp_policy: MixedPrecisionPolicy, head_alone: bool) -> None:
     mesh = meshes.dense_shards
     ignored = {param for experts in _unmanaged_experts(model) for param in experts.parameters()}
     shard_dense = partial(fully_shard, mesh=mesh, mp_policy=mp_policy, ignored_params=ignored)
@@ -238,15 +239,16 @@ def _fully_shard_dense(model: nn.Module, meshes: Meshes, mp_policy: MixedPrecisi
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()  # type: ignore[operator]
     # A parameter that two modules share must be in the group of the module that contains both.
     if not adapter.tied(model):  # type: ignore[arg-type]
-        # By itself the head is gathered under the last layers, and its gradient reduced under their backward.
-        for module in (embedding, head):
-            if module is not None:
-                shard_dense(module)
+        shard_dense(embedding)
+        # By itself the head's gradient is reduced under backward. With the root it is gathered in all of a forward, as
+        # losses expect that read its weight.
+        if head_alone and head is not None:
+            shard_dense(head)
     # Said explicitly: by default a root stays gathered until a backward comes to it. After validation none comes, and
     # an optimizer built then would get plain copies of its parameters and train nothing; nor does it come in steps
     # that freeze the model, and the next forward would use weights from before the optimizer step.
     shard_dense(model, reshard_after_forward=True)
-    chain_prefetches(model, embedding, groups, head)
+    chain_prefetches(model, embedding, groups)
 
 
 def _outside(module: nn.Module, models: Iterable[nn.Module], name: str = "") -> Iterable[nn.Module]:

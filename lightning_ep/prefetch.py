@@ -8,9 +8,7 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
 
-def chain_prefetches(
-    model: nn.Module, embedding: nn.Module, layers: Iterable[Sequence[nn.Module]], head: nn.Module | None
-) -> None:
+def chain_prefetches(model: nn.Module, embedding: nn.Module, layers: Iterable[Sequence[nn.Module]]) -> None:
     """Has every group of parameters gather those of one step further on before it computes, in both directions.
 
     Left alone, FSDP gathers a group when the host gets to it. The host waits for the GPU in every MoE layer (for the
@@ -18,16 +16,16 @@ def chain_prefetches(
     one more layer, or of the layers that are gathered together.
 
     Args:
-        model: The root.
+        model: The root. An output head that is a group of its own is gathered when it is called: gathered ahead, in a
+            forward that does not come to it, it would wait with its old weights.
         embedding: The input embedding.
         layers: The decoder layers in the order of forward, those together that FSDP gathers together; a layer that is
             alone may have groups inside, for its experts.
-        head: The output head. Nothing gathers it ahead of backward: the loss without logits does not need it there.
     """
     # Experts come after their layer's own parameters in forward, and in backward too: a layer's hook fires with the
     # gradient of its output.
     groups = [[group[0], *_inner_groups(group[0])] for group in layers]
-    _chain([[embedding], *groups, [] if head is None else [head]], FSDPModule.set_modules_to_forward_prefetch)
+    _chain([[embedding], *groups], FSDPModule.set_modules_to_forward_prefetch)
     _chain([[model], *groups[::-1]], FSDPModule.set_modules_to_backward_prefetch)
 
 

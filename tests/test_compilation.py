@@ -14,18 +14,20 @@ from tests.distributed import device, run_ranks
 from tests.reference import batches, tiny_model
 
 
-def _train(mode: str, compile: bool, hook: bool) -> tuple[float, int]:
-    """The loss of a model of three layers, which share their graphs, and how many of these there are."""
+def _train(mode: str, compile: bool, hook_before: int | None) -> tuple[float, int]:
+    """The last loss of a model of three layers, which share their graphs, and how many of these there were."""
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
         model, layout = tiny_model(num_hidden_layers=3), ParallelLayout.resolve(1, "auto", 1, 1)
         parallelize(model, layout, device(), compile=compile, activation_checkpointing=mode)
-    for layer in model.model.layers if hook else ():
-        layer.mlp.register_forward_hook(_double)
-    for _ in range(2):
-        batch = {name: value.to(device()) for name, value in batches(1, 2)[0].items()}
+    for step in range(2):
+        for layer in model.model.layers if step == hook_before else ():
+            layer.mlp.register_forward_hook(_double)
+        # With hooks another length, for which the layers are compiled once more.
+        length = 8 + step * (hook_before is not None)
+        batch = {name: value[:, :length].to(device()) for name, value in batches(1, 2)[0].items()}
         loss = model(**batch, use_cache=False).loss
         loss.backward()
     return loss.item(), torch._dynamo.utils.counters["stats"]["unique_graphs"]
@@ -37,15 +39,16 @@ def _double(module: nn.Module, args: object, output: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("mode", ["none", "selective", "full"])
 def test_a_layer_is_one_graph_before_its_experts_and_one_behind(mode: str) -> None:
-    ((_, graphs),) = run_ranks(1, _train, mode, True, False)
+    ((_, graphs),) = run_ranks(1, _train, mode, True, None)
     assert graphs == 2
 
 
 @pytest.mark.parametrize("mode", ["none", "full"])
-def test_hooks_inside_a_layer_run(mode: str) -> None:
-    ((loss, graphs),) = run_ranks(1, _train, mode, True, True)
-    ((eager, _),) = run_ranks(1, _train, mode, False, True)
-    ((without, _),) = run_ranks(1, _train, mode, False, False)
+@pytest.mark.parametrize("hook_before", [0, 1])
+def test_hooks_inside_a_layer_run(mode: str, hook_before: int) -> None:
+    ((loss, graphs),) = run_ranks(1, _train, mode, True, hook_before)
+    ((eager, _),) = run_ranks(1, _train, mode, False, hook_before)
+    ((without, _),) = run_ranks(1, _train, mode, False, None)
     assert graphs > 2
     assert loss == pytest.approx(eager, rel=1e-5)
     assert loss != pytest.approx(without, rel=1e-3)

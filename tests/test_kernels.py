@@ -106,11 +106,15 @@ def test_swiglu(tokens: int, top_k: int, experts: int, width: int, dtype: torch.
         assert relative_error(found[index], exact[index]) <= limit
 
 
+@pytest.mark.parametrize("scanned", [True, False])
 @pytest.mark.parametrize("ranks", [2, 3, 8, 64])
 @pytest.mark.parametrize(("tokens", "top_k", "local"), [(37, 3, 5), (1, 1, 1), (300, 8, 16), (0, 2, 4), (130, 6, 3)])
-def test_destinations(tokens: int, top_k: int, local: int, ranks: int) -> None:
+def test_destinations(
+    tokens: int, top_k: int, local: int, ranks: int, scanned: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from lightning_ep.ops.kernels import routing as kernel
 
+    monkeypatch.setattr(kernel, "_SCANNED", 0 if scanned else 2**15)
     if top_k > local * ranks:
         pytest.skip("more slots than experts")
     ids = _ids(tokens, top_k, local * ranks)

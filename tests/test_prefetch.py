@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
 from lightning_ep import ParallelLayout, layer_groups, parallelize
@@ -13,7 +14,13 @@ from tests.distributed import device, run_ranks
 from tests.reference import batches, tiny_model
 
 
-def _events(ep: int, layers_together: int) -> list[list[str]]:
+class _Holder(nn.Module):
+    def __init__(self, model: nn.Module, calls_its_head: bool) -> None:
+        super().__init__()
+        self.model, self.calls_its_head = model, calls_its_head
+
+
+def _events(ep: int, layers_together: int, head_alone: bool = False) -> list[list[str]]:
     """Groups in the order in which they are gathered, and (with a star) layers in which computation starts.
 
     Of two steps, each forward then backward.
@@ -23,7 +30,8 @@ def _events(ep: int, layers_together: int) -> list[list[str]]:
     dense = sum(param.numel() for name, param in layer.named_parameters() if "experts" not in name)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(layer_groups, "_GROUPED_PARAMETERS", layers_together * dense)
-        parallelize(model, ParallelLayout.resolve(ep, "auto", 4, 4), device())
+        holder = _Holder(model, head_alone)
+        parallelize(holder, ParallelLayout.resolve(ep, "auto", 4, 4), device())
     events: list[str] = []
     seen = set()
     for name, module in model.named_modules():
@@ -63,14 +71,21 @@ def _expect(phases: list[list[str]], forward: list[str], backward: list[str]) ->
 
 
 def test_a_layer_is_gathered_while_the_one_before_computes() -> None:
-    forward = "root embed_tokens layers.0 layers.1 *layers.0 layers.2 *layers.1 layers.3 *layers.2 lm_head *layers.3"
+    forward = "root embed_tokens layers.0 layers.1 *layers.0 layers.2 *layers.1 layers.3 *layers.2 *layers.3"
     backward = "root layers.3 layers.2 *layers.3 layers.1 *layers.2 layers.0 *layers.1 embed_tokens *layers.0"
     for phases in run_ranks(4, _events, 4, 1):
         _expect(phases, forward.split(), backward.split())
 
 
+def test_a_head_by_itself_is_gathered_once() -> None:
+    forward = "root embed_tokens layers.0 layers.2 *layers.0 *layers.1 *layers.2 *layers.3 lm_head"
+    backward = "root layers.2 layers.0 *layers.3 *layers.2 embed_tokens *layers.1 *layers.0"
+    for phases in run_ranks(4, _events, 4, 2, True):
+        _expect(phases, forward.split(), backward.split())
+
+
 def test_small_layers_are_gathered_together() -> None:
-    forward = "root embed_tokens layers.0 layers.2 *layers.0 *layers.1 lm_head *layers.2 *layers.3"
+    forward = "root embed_tokens layers.0 layers.2 *layers.0 *layers.1 *layers.2 *layers.3"
     backward = "root layers.2 layers.0 *layers.3 *layers.2 embed_tokens *layers.1 *layers.0"
     for phases in run_ranks(4, _events, 4, 2):
         _expect(phases, forward.split(), backward.split())
@@ -81,7 +96,7 @@ def test_experts_that_are_sharded_are_gathered_a_layer_ahead_too(layers_together
     """Their layers stay alone."""
     forward = (
         "root embed_tokens layers.0 layers.0.mlp.experts layers.1 *layers.0 layers.1.mlp.experts layers.2 *layers.1 "
-        "layers.2.mlp.experts layers.3 *layers.2 layers.3.mlp.experts lm_head *layers.3"
+        "layers.2.mlp.experts layers.3 *layers.2 layers.3.mlp.experts *layers.3"
     )
     backward = (
         "root layers.3 layers.3.mlp.experts layers.2 layers.2.mlp.experts *layers.3 layers.1 layers.1.mlp.experts "

@@ -127,7 +127,7 @@ def _compare(ep: int) -> list[str]:
             wrong += [f"{family}, {mode}: gradient of {name}" for name in _different(grads, expected)]
             full, fused = mode == "full", family != "gpt_oss"
             travels, runs = layers * (ep > 1), layers * fused
-            # Counts, ids and weights, rows, outputs travel; the up and the down projection run.
+            # Counts, rows with their ids and weights, and outputs travel; the up and the down projection run.
             calls = Counts(gate=layers, experts=layers, self_attn=2, exchanges=3 * travels, gemms=2 * runs)
             # Gradients of outputs, of rows and of weights, and the rows again; of the activation, of the rows, and up.
             again = Counts(self_attn=2 * (mode != "none"), exchanges=(3 + full) * travels, gemms=(2 + full) * runs)

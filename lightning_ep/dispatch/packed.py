@@ -12,7 +12,7 @@ _ALIGNMENT = 16  # bytes; kernels load and store that much at a time
 
 @dataclass(frozen=True)
 class PackedRows:
-    """What lies where in rows of ``W`` elements of one dtype. Both parts have one unit stride.
+    """What lies where in rows of ``W`` int32, in which no check for NaNs finds any. Both parts have one unit stride.
 
     Attributes:
         hidden: ``H``, the elements of the row itself.
@@ -29,11 +29,11 @@ class PackedRows:
     def empty(self, num_rows: int, device: torch.device) -> Tensor:
         """Room for rows: ``[N, W]``."""
         width = self._begin + _aligned(self.slots * self.slots_dtype.itemsize)
-        return torch.empty(num_rows, width // self.dtype.itemsize, dtype=self.dtype, device=device)
+        return torch.empty(num_rows, width // torch.int32.itemsize, dtype=torch.int32, device=device)
 
     def rows(self, packed_NW: Tensor) -> Tensor:
         """The rows, a view ``[N, H]``."""
-        return packed_NW[:, : self.hidden]
+        return packed_NW.view(self.dtype)[:, : self.hidden]
 
     def numbers(self, packed_NW: Tensor) -> Tensor:
         """What is behind them, a view ``[N, X]``."""

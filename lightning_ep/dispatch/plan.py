@@ -25,5 +25,5 @@ class DispatchPlan:
     num_pairs: int
 
     def without_rows(self) -> DispatchPlan:
-        """The same plan, once the rows have arrived, without what keeps their memory."""
+        """The same plan, once the rows have arrived, for those who keep it but not the rows: without their memory."""
         return self

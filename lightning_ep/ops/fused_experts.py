@@ -42,6 +42,8 @@ class FusedExperts(LocalExperts):
         num_experts: Local experts.
     """
 
+    keeps_rows = True
+
     def __init__(self, num_experts: int) -> None:
         self._num_experts = num_experts
 

@@ -14,7 +14,12 @@ class LocalExperts(ABC):
     """A forward/backward pair over the rows that one rank received; it keeps no tensor of a call on itself.
 
     The backward is in two parts, so that the gradients of the rows can travel home under the weight-gradient GEMMs.
+
+    Attributes:
+        keeps_rows: Whether what a forward saves holds the received rows.
     """
+
+    keeps_rows: bool
 
     @abstractmethod
     def forward(

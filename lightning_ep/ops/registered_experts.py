@@ -57,6 +57,8 @@ class RegisteredExperts(LocalExperts):
         param_names: Names of the parameters of ``module``, in the order in which calls pass them.
     """
 
+    keeps_rows = False
+
     def __init__(self, module: nn.Module, function: ExpertsFunction, param_names: Sequence[str]) -> None:
         self._module = module
         self._template = stand_in(module, {})

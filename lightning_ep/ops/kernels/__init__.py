@@ -10,7 +10,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-LARGE = 2**20  # elements; below, one launch of torch's for many tensors is worth more than a kernel for each
+LARGE = 2**20  # elements written; below, one launch of torch's for many tensors is worth more than a kernel for each
 
 
 def runs_on(*tensors: Tensor) -> bool:

@@ -7,6 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+_SCANNED = 2**15  # counts, from which on they are summed beforehand
+
 
 @triton.jit
 def _owners(ids, block, T, LOCAL: tl.constexpr, TOP_K: tl.constexpr, K: tl.constexpr, BLOCK: tl.constexpr):
@@ -36,9 +38,9 @@ def _count_kernel(
 
 @triton.jit
 def _route_kernel(
-    ids, weights, counts, row, first, slots, totals, T, num_blocks, stride,
+    ids, weights, counts, ends, row, first, slots, totals, T, num_blocks, stride,
     LOCAL: tl.constexpr, TOP_K: tl.constexpr, RANKS: tl.constexpr,
-    K: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr,
+    K: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr, SCANNED: tl.constexpr,
 ):  # fmt: skip
     block = tl.program_id(0)
     token, expert, owner = _owners(ids, block, T, LOCAL, TOP_K, K, BLOCK)
@@ -50,7 +52,10 @@ def _route_kernel(
     rows = tl.zeros((D,), tl.int32)
     pairs = tl.zeros((D,), tl.int32)
     start = tl.zeros((D,), tl.int32)
-    for first_block in range(0, num_blocks, CHUNK):
+    limit = num_blocks
+    if SCANNED:
+        limit = tl.where(block == 0, num_blocks, 0)  # for the totals
+    for first_block in range(0, limit, CHUNK):
         other = first_block + tl.arange(0, CHUNK)
         mask = (d < RANKS)[:, None] & (other < num_blocks)[None, :]
         cell = d[:, None] * num_blocks + other[None, :]
@@ -60,6 +65,10 @@ def _route_kernel(
         if block == 0:
             pairs += tl.sum(tl.load(counts + RANKS * num_blocks + cell, mask=mask, other=0), axis=1)
     start += tl.cumsum(rows, axis=0) - rows
+    if SCANNED:
+        cell_of_block = d * num_blocks + block
+        start = tl.load(ends + cell_of_block, mask=d < RANKS, other=0)
+        start -= tl.load(counts + cell_of_block, mask=d < RANKS, other=0)
     if block == 0:
         tl.store(totals + 2 * d, rows.to(tl.int64), mask=d < RANKS)
         tl.store(totals + 2 * d + 1, pairs.to(tl.int64), mask=d < RANKS)
@@ -95,9 +104,12 @@ def destinations(
     _count_kernel[(num_blocks,)](ids_TK, counts, num_tokens, num_blocks, *sizes)
     row_TK = torch.empty_like(ids_TK, dtype=torch.int64)
     first_TK = torch.empty_like(ids_TK, dtype=torch.int32)
+    # Every block adds up what the others have counted, for many of them less quickly than a sum made once.
+    scanned = num_blocks * num_ranks > _SCANNED
+    ends = counts[:num_ranks].reshape(-1).cumsum(0, dtype=torch.int32) if scanned else counts
     counts_2D2 = ids_TK.new_empty(2, num_ranks, 2, dtype=torch.int64)
     _route_kernel[(num_blocks,)](
-        ids_TK, weights_TK, counts, row_TK, first_TK, slots_S2K, counts_2D2, num_tokens, num_blocks,
-        slots_S2K.stride(0), *sizes, max(2048 // ranks, 1),
+        ids_TK, weights_TK, counts, ends, row_TK, first_TK, slots_S2K, counts_2D2, num_tokens, num_blocks,
+        slots_S2K.stride(0), *sizes, max(2048 // ranks, 1), scanned,
     )  # fmt: skip
     return row_TK, first_TK, counts_2D2
