@@ -285,6 +285,37 @@ def test_nothing_keeps_received_rows_alive() -> None:
     assert run_ranks(2, _received_rows_are_freed) == [[True, True, True]] * 2
 
 
+def _keeps_rows_for_backward(implementation: str) -> bool:
+    rank, world = dist.get_rank(), dist.get_world_size()
+    experts = tiny_model(num_hidden_layers=1).model.layers[0].mlp.experts.to(device())
+    local = experts.num_experts = EXPERTS // world
+    mine = [
+        param.detach()[rank * local : (rank + 1) * local].clone().requires_grad_() for param in experts.parameters()
+    ]
+    received = []
+
+    class Watched(AllToAllDispatcher):
+        def _exchange(self, *args: Any) -> Any:
+            found = super()._exchange(*args)
+            received.append(StorageWeakRef(found[0].untyped_storage()))
+            return found
+
+    dispatcher = Watched(EXPERTS, dist.group.WORLD, "experts", Progress())
+    hidden, ids, weights, _ = _inputs("random", rank, world)
+    runner, hidden = _local_experts(experts, implementation), hidden.float().to(device()).requires_grad_()
+    out = moe_forward(dispatcher, runner, hidden, ids.to(device()), weights.float().to(device()), mine)
+    assert out.requires_grad
+    deadline = time.monotonic() + 5
+    while not received[0].expired() and time.monotonic() < deadline and not runner.keeps_rows:
+        time.sleep(0.01)  # gloo's own thread lets go a little later
+    return not received[0].expired()
+
+
+@pytest.mark.parametrize(("implementation", "keeps"), [("fused", True), ("eager", False)])
+def test_rows_are_kept_only_by_experts_that_need_them(implementation: str, keeps: bool) -> None:
+    assert run_ranks(2, _keeps_rows_for_backward, implementation) == [keeps] * 2
+
+
 @pytest.mark.parametrize("slots_dtype", [torch.int32, torch.int64])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
 @pytest.mark.parametrize(("hidden", "slots"), [(2048, 16), (33, 2), (1, 5)])

@@ -146,6 +146,26 @@ def evaluation_in_which_some_ranks_and_batches_have_no_target(root: Path) -> Non
 
 
 @row()
+def logs_of_a_module_with_hooks_of_its_own(root: Path) -> None:
+    seen = []
+
+    class OwnStep(_OfTinyModel):
+        def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
+            optimizer.step(closure=optimizer_closure)  # as Lightning's documentation has it
+
+    class OwnClipping(_OfTinyModel):
+        def configure_gradient_clipping(self, *args: Any, **kwargs: Any) -> None:
+            super().configure_gradient_clipping(*args, **kwargs)
+            seen.append(self.trainer.callback_metrics["train/grad_norm"].item())
+
+    for cls in (_OfTinyModel, OwnStep, OwnClipping):
+        trainer = quiet(root, use_distributed_sampler=False, max_steps=2)
+        trainer.fit(cls(), DataLoader(batches(2, 2, seed=_rank()), batch_size=None))
+        assert {"train/loss", "train/grad_norm", "lr", "loss"} <= set(trainer.callback_metrics), cls
+    assert len(seen) == 2
+
+
+@row()
 def evaluation_in_which_no_token_has_a_target(root: Path) -> None:
     def without_targets() -> DataLoader:
         data = batches(2, 2)
