@@ -7,13 +7,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lightning_ep.ops.kernels.slots import slot_offset, with_unit_stride
+
 _TILE = 2048  # elements of one half per program and step
-
-
-@triton.jit
-def _weights(weights, slot, inside, stride, TOP_K: tl.constexpr):
-    at = (slot // TOP_K).to(tl.int64) * stride + slot % TOP_K
-    return tl.load(weights + at, mask=inside, other=0.0).to(tl.float32)
 
 
 @triton.jit
@@ -26,7 +22,7 @@ def _swiglu_kernel(
     inside = row < P
     mask = inside[:, None] & (col < WIDTH)[None, :]
     slot = tl.load(slots + row, mask=inside, other=0)
-    weight = _weights(weights, slot, inside, stride, TOP_K)
+    weight = tl.load(weights + slot_offset(slot, stride, TOP_K), mask=inside, other=0.0).to(tl.float32)
     at = row[:, None] * (2 * WIDTH) + col[None, :]
     gate = tl.load(h + at, mask=mask, other=0.0).to(tl.float32)
     up = tl.load(h + at + WIDTH, mask=mask, other=0.0).to(tl.float32)
@@ -42,7 +38,7 @@ def _swiglu_backward_kernel(
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     inside = row < P
     slot = tl.load(slots + row, mask=inside, other=0)
-    weight = _weights(weights, slot, inside, stride, TOP_K)[:, None]
+    weight = tl.load(weights + slot_offset(slot, stride, TOP_K), mask=inside, other=0.0).to(tl.float32)[:, None]
     grad_weight = tl.zeros((ROWS,), tl.float32)
     for start in tl.static_range(0, WIDTH, BLOCK):
         col = start + tl.arange(0, BLOCK)
@@ -70,17 +66,12 @@ def _tile(width: int) -> tuple[int, int]:
     return max(_TILE // block, 1), block
 
 
-def _rows_of(weights_NK: Tensor) -> tuple[Tensor, int, int]:
-    """Weights with one unit stride, the other stride, and how many there are in a row."""
-    weights_NK = weights_NK if weights_NK.stride(1) == 1 else weights_NK.contiguous()
-    return weights_NK, weights_NK.stride(0), weights_NK.shape[1]
-
-
 def swiglu(h_PF: Tensor, weights_NK: Tensor, slot_P: Tensor) -> Tensor:
     """See `lightning_ep.ops.activation.swiglu`."""
     num_pairs, width = h_PF.shape[0], h_PF.shape[1] // 2
     out_PI = h_PF.new_empty(num_pairs, width)
-    weights_NK, *sizes = _rows_of(weights_NK)
+    weights_NK = with_unit_stride(weights_NK)
+    sizes = (weights_NK.stride(0), weights_NK.shape[1])
     rows, block = _tile(width)
     grid = (triton.cdiv(num_pairs, rows), triton.cdiv(width, block))
     _swiglu_kernel[grid](h_PF, weights_NK, slot_P, out_PI, num_pairs, *sizes, width, rows, block)
@@ -90,7 +81,8 @@ def swiglu(h_PF: Tensor, weights_NK: Tensor, slot_P: Tensor) -> Tensor:
 def swiglu_backward(grad_PI: Tensor, h_PF: Tensor, weights_NK: Tensor, slot_P: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """See `lightning_ep.ops.activation.swiglu_backward`."""
     num_pairs, width = grad_PI.shape
-    weights_NK, *sizes = _rows_of(weights_NK)
+    weights_NK = with_unit_stride(weights_NK)
+    sizes = (weights_NK.stride(0), weights_NK.shape[1])
     grad_h_PF, out_PI = torch.empty_like(h_PF), torch.empty_like(grad_PI)
     grad_weights_NK = weights_NK.new_zeros(weights_NK.shape)
     rows, block = _tile(width)

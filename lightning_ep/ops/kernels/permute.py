@@ -7,6 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lightning_ep.ops.kernels.slots import slot_offset, with_unit_stride
+
 _ROWS = 4  # rows per program: enough loads in flight to hide their latency
 
 
@@ -32,8 +34,7 @@ def permute(rows_NH: Tensor, place_NK: Tensor, num_places: int, out_PH: Tensor |
     out_PH = rows_NH.new_empty(num_places, hidden) if out_PH is None else out_PH
     if num_places == 0 or num_rows == 0:
         return out_PH
-    rows_NH = rows_NH if rows_NH.stride(1) == 1 else rows_NH.contiguous()
-    place_NK = place_NK.contiguous()
+    rows_NH, place_NK = with_unit_stride(rows_NH), place_NK.contiguous()
     block = min(triton.next_power_of_2(hidden), 4096)
     grid = (triton.cdiv(num_rows, _ROWS), triton.cdiv(hidden, block))
     strides = (rows_NH.stride(0), out_PH.stride(0))
@@ -69,8 +70,7 @@ def gather_sum(rows_NH: Tensor, index_TK: Tensor, dtype: torch.dtype) -> Tensor:
 @triton.jit
 def _experts(ids, slot, num_slots, stride, NUM_EXPERTS: tl.constexpr, TOP_K: tl.constexpr):
     """Which expert each slot names; none past the last slot."""
-    at = (slot // TOP_K).to(tl.int64) * stride + slot % TOP_K
-    return tl.load(ids + at, mask=slot < num_slots, other=NUM_EXPERTS).to(tl.int32)
+    return tl.load(ids + slot_offset(slot, stride, TOP_K), mask=slot < num_slots, other=NUM_EXPERTS).to(tl.int32)
 
 
 @triton.jit
@@ -110,7 +110,7 @@ def _place_kernel(
 
 def expert_order(ids_NK: Tensor, num_experts: int, num_pairs: int) -> tuple[Tensor, Tensor, Tensor]:
     """See `lightning_ep.ops.permute.expert_order`: a stable counting sort, two launches around one cumulative sum."""
-    ids_NK = ids_NK if ids_NK.stride(1) == 1 else ids_NK.contiguous()
+    ids_NK = with_unit_stride(ids_NK)
     num_slots, top_k = ids_NK.numel(), ids_NK.shape[1]
     block = 128
     num_blocks = max(triton.cdiv(num_slots, block), 1)
