@@ -40,29 +40,16 @@ def serve_parts_of(group: list[nn.Module], mp_policy: MixedPrecisionPolicy) -> N
     """Makes layers of a group do what single ones do.
 
     FSDP expects all of a group to run, forward and backward. A loss on hidden states in the middle (of an exit, a
-    probe) starts backward there, with weights that are not gathered. A forward that ends there, or raises, leaves the
-    group gathered or half-way (torch 2.11 without a backward), and the next one would use its weights as they were.
-    torch 2.11 also casts the inputs of the first layer only.
+    probe) starts backward there, with weights that are not gathered. torch 2.11 also casts the inputs of the first
+    layer only. What a forward leaves that ends in the middle, `interrupted` clears away.
     """
     first = group[0]
     assert isinstance(first, FSDPModule)
     state = first._get_fsdp_state()
-    if len(group) > 1:
-        first.register_forward_pre_hook(partial(_finish_earlier_pass, state), prepend=True)
     for layer in group[1:]:
         layer.register_forward_pre_hook(partial(_enter, state, mp_policy), with_kwargs=True)
     for layer in group[:-1]:
         layer.register_forward_hook(partial(_gather_for_backward, state))
-
-
-def _finish_earlier_pass(state: Any, layer: FSDPModule, args: Any) -> None:
-    if torch._C._current_graph_task_id() != -1:
-        return  # a checkpoint of the user's own runs the layer again in backward
-    states = type(state._training_state)
-    if state._modules_to_run_forward or state._training_state == states.FORWARD:
-        state._modules_to_run_forward.clear()
-        layer.reshard()
-        state._training_state = state._fsdp_param_group._training_state = states.IDLE
 
 
 def _enter(state: Any, mp_policy: MixedPrecisionPolicy, layer: nn.Module, args: Any, kwargs: Any) -> Any:

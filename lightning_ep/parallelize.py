@@ -20,6 +20,7 @@ from lightning_ep import transformers_adapter as adapter
 from lightning_ep.checkpoint.hub.load import stream_pretrained
 from lightning_ep.compilation import compile_forward
 from lightning_ep.initialize import materialize
+from lightning_ep.interrupted import recover_in_next_forward
 from lightning_ep.layer_groups import group_layers, serve_parts_of
 from lightning_ep.layout import Meshes, ParallelLayout
 from lightning_ep.masters import ModelMasters
@@ -132,6 +133,7 @@ def shard(
             context_parallel.use_context_parallel_attention(model)
     for child in _outside(module, models.values()):
         fully_shard(child, mesh=meshes.all_shards, mp_policy=mp_policy, reshard_after_forward=True)
+        recover_in_next_forward(child)
     if layout.world_size > 1:  # alone there is nothing to sum, and dividing by one would still read every gradient
         _sum_gradients(module)
 
@@ -248,6 +250,7 @@ def _fully_shard_dense(model: nn.Module, meshes: Meshes, mp_policy: MixedPrecisi
     # an optimizer built then would get plain copies of its parameters and train nothing; nor does it come in steps
     # that freeze the model, and the next forward would use weights from before the optimizer step.
     shard_dense(model, reshard_after_forward=True)
+    recover_in_next_forward(model)
     chain_prefetches(model, embedding, groups)
 
 
@@ -312,18 +315,6 @@ def set_gradient_sync(module: nn.Module, enabled: bool) -> None:
             keeps_reducing = adapter.is_parallel_experts(child) and _fsdp_size(child) > 1
             child.set_requires_gradient_sync(enabled or keeps_reducing, recurse=False)
             child.set_requires_all_reduce(enabled, recurse=False)
-
-
-def forget_gradients(module: nn.Module) -> None:
-    """Drops what groups have kept of an accumulation window that never ended; ``zero_grad`` does not reach it."""
-    for child in module.modules():
-        group = child._get_fsdp_state()._fsdp_param_group if isinstance(child, FSDPModule) else None
-        if group is not None:
-            group._partial_reduce_output = None
-            for param in group.fsdp_params:
-                param.unsharded_accumulated_grad = None
-                if (unsharded := getattr(param, "_unsharded_param", None)) is not None:
-                    unsharded.grad = None
 
 
 def _fsdp_size(experts: nn.Module) -> int:

@@ -37,11 +37,12 @@ from lightning_ep.checkpoint.training.run import RunCheckpoints
 from lightning_ep.context_parallel import described_by, documents_of, shard_sequence
 from lightning_ep.dispatch import Progress
 from lightning_ep.initialize import has_meta_tensors, materialize
+from lightning_ep.interrupted import forget_gradients
 from lightning_ep.layout import Meshes, ParallelLayout
 from lightning_ep.lockstep import lockstep, share_samples
 from lightning_ep.masters import ModelMasters
 from lightning_ep.optim import AdamW
-from lightning_ep.parallelize import forget_gradients, is_parallelized, own_masters, set_gradient_sync, shard
+from lightning_ep.parallelize import is_parallelized, own_masters, set_gradient_sync, shard
 from lightning_ep.plan import DispatcherName, expert_plan
 from lightning_ep.precision import ShardedPrecision, clip_grad_norm_
 from lightning_ep.recompute import ActivationCheckpointing, check_mode

@@ -80,36 +80,6 @@ def test_a_forward_that_ends_in_the_middle() -> None:
         assert run_ranks(2, _exit, training) == [[], []]
 
 
-class _Interrupted(Exception):
-    pass
-
-
-def _interrupted() -> list[str]:
-    plain, sharded = _models()
-
-    def interrupt(*_: Any) -> None:
-        raise _Interrupted
-
-    hook = sharded.model.layers[1].register_forward_pre_hook(interrupt)
-    with pytest.raises(_Interrupted):
-        _step(sharded, None, device())
-    hook.remove()
-    state = sharded.model.layers[0]._get_fsdp_state()
-    after_backward: list[bool] = []
-    embedding = sharded.model.embed_tokens.register_full_backward_hook(
-        lambda *_: after_backward.append(state._fsdp_param_group.is_unsharded)
-    )
-    for model, where in ((plain, torch.device("cpu")), (sharded, device())):
-        _step(model, None, where)
-    embedding.remove()
-    held = ["the group is still gathered when backward has left it"] if after_backward != [False] else []
-    return _far(plain, sharded) + held
-
-
-def test_a_step_after_one_that_raised_in_the_middle() -> None:
-    assert run_ranks(2, _interrupted) == [[], []]
-
-
 def _dtypes() -> list[torch.dtype]:
     model, world = tiny_model(num_hidden_layers=LAYERS), dist.get_world_size()
     rotary, seen = model.model.rotary_emb, []

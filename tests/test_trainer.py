@@ -96,6 +96,52 @@ def fit_after_a_fit_that_ended_inside_an_accumulation_window(root: Path) -> None
         assert all(torch.equal(found[name], grad) for name, grad in expected.items()), accumulate
 
 
+class _Interrupted(Exception):
+    pass
+
+
+class _Interruptible(TinyModule):
+    """As by a key in a notebook, in the middle of the second batch's forward or backward."""
+
+    def __init__(self, where: str = "") -> None:
+        super().__init__(num_hidden_layers=2)
+        self.where = where
+
+    def training_step(self, batch: dict[str, torch.Tensor], batch_idx: int) -> torch.Tensor:
+        def interrupt(*_: Any) -> None:
+            raise _Interrupted
+
+        layer, hook = self.model.model.layers[1].mlp, None
+        if self.where == "forward" and batch_idx == 1:
+            hook = layer.register_forward_hook(interrupt)
+        if self.where == "backward" and batch_idx == 1:
+            hook = layer.register_full_backward_pre_hook(interrupt)
+        try:
+            return super().training_step(batch, batch_idx)
+        finally:
+            if hook is not None:
+                hook.remove()
+
+
+@row()
+def fit_after_a_fit_that_raised(root: Path) -> None:
+    flags = {"use_distributed_sampler": False, "max_epochs": 1}
+    data = list(loader(6))
+
+    def weights(where: str, first: list[Any]) -> dict[str, Any]:
+        module = _Interruptible(where)
+        with pytest.raises(_Interrupted) if where else nullcontext():
+            quiet(root, **flags).fit(module, DataLoader(first, batch_size=None))
+        module.where = ""
+        quiet(root, **flags).fit(module, DataLoader(data[2:], batch_size=None))
+        return {name: whole(param) for name, param in module.model.named_parameters()}
+
+    expected = weights("", data[:1])
+    for where in ("forward", "backward"):
+        found = weights(where, data)
+        assert all(torch.equal(found[name], param) for name, param in expected.items()), where
+
+
 @row()
 def evaluate_before_and_after_fit(root: Path) -> None:
     module = TinyModule()

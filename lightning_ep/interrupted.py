@@ -1,0 +1,69 @@
+"""Passes that raised: FSDP takes the next forward for a part of them, and would use their weights and gradients."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
+
+
+def recover_in_next_forward(root: nn.Module) -> None:
+    """Has every forward of a root of FSDP start afresh, whatever became of the pass before.
+
+    Forward gathers weights, and marks how far it has come, until it gets to its end, or backward to its own. One that
+    raises (out of memory, an interrupted notebook), or ends in the middle, leaves weights gathered, which the next
+    forward would use as they were, before any optimizer step since; after a backward that raised nothing is gathered
+    or reduced on time any more. All of that is silent (torch 2.11 to 2.13).
+
+    Gradients follow the rule of plain modules: what earlier backward passes of an accumulation window have added stays
+    if a forward raises; if a backward does, call ``zero_grad`` and begin the window again.
+
+    Args:
+        root: A module to which `fully_shard` was applied last.
+    """
+    assert isinstance(root, FSDPModule)
+    state: Any = root._get_fsdp_state()
+    # The two ways into a forward: the module's own, and methods that `register_fsdp_forward_method` made one.
+    root.register_forward_pre_hook(lambda *_: _end_earlier_pass(root, state), prepend=True)
+    state._pre_forward = partial(_begin_pass, root, state, state._pre_forward)
+
+
+def _begin_pass(root: nn.Module, state: Any, pre_forward: Any, *args: Any) -> Any:
+    _end_earlier_pass(root, state)
+    return pre_forward(*args)
+
+
+def _end_earlier_pass(root: nn.Module, state: Any) -> None:
+    if state._is_root is False or torch._C._current_graph_task_id() != -1:
+        return  # part of a pass: of a root around this one, or a checkpoint of the user's own repeats it in backward
+    if state._state_ctx.post_backward_final_callback_queued:
+        forget_gradients(root)  # of groups that have not come to their reduction, which other ranks may have
+        state._root_post_backward_final_callback()
+    idle = type(state._training_state).IDLE
+    for inner in state._state_ctx.all_states:
+        group = inner._fsdp_param_group
+        gathers_ahead = group is not None and group._all_gather_result is not None
+        if inner._training_state == idle and not inner._modules_to_run_forward and not gathers_ahead:
+            continue
+        inner._training_state = idle
+        inner._modules_to_run_forward.clear()
+        if group is not None:
+            group._training_state = idle
+            group.reshard()
+            group.finalize_backward()  # waits for what it gathers, and drops it
+    state._state_ctx.iter_forward_root = None
+
+
+def forget_gradients(module: nn.Module) -> None:
+    """Drops what groups have kept of an accumulation window that never ended; ``zero_grad`` does not reach it."""
+    for child in module.modules():
+        group = child._get_fsdp_state()._fsdp_param_group if isinstance(child, FSDPModule) else None
+        if group is not None:
+            group._partial_reduce_output = None
+            for param in group.fsdp_params:
+                param.unsharded_accumulated_grad = None
+                if (unsharded := getattr(param, "_unsharded_param", None)) is not None:
+                    unsharded.grad = None
