@@ -9,6 +9,8 @@ import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
+from lightning_ep.accumulation import forget_gradients
+
 
 def recover_in_next_forward(root: nn.Module) -> None:
     """Has every forward of a root of FSDP start afresh, whatever became of the pass before.
@@ -55,15 +57,3 @@ def _end_earlier_pass(root: nn.Module, state: Any) -> None:
             group.reshard()
             group.finalize_backward()  # waits for what it gathers, and drops it
     state._state_ctx.iter_forward_root = None
-
-
-def forget_gradients(module: nn.Module) -> None:
-    """Drops what groups have kept of an accumulation window that never ended; ``zero_grad`` does not reach it."""
-    for child in module.modules():
-        group = child._get_fsdp_state()._fsdp_param_group if isinstance(child, FSDPModule) else None
-        if group is not None:
-            group._partial_reduce_output = None
-            for param in group.fsdp_params:
-                param.unsharded_accumulated_grad = None
-                if (unsharded := getattr(param, "_unsharded_param", None)) is not None:
-                    unsharded.grad = None

@@ -26,7 +26,7 @@ class LockstepLoader:
         gather: Collects one integer per rank, in rank order.
         lengths: Batches of every rank's loader, if all are known.
         limit: The loop leaves the loader after this many batches.
-        join: Runs a step on a batch and discards the result, or None for *stop*.
+        join: Runs a step on a batch, given its number, and discards the result, or None for *stop*.
     """
 
     def __init__(
@@ -35,7 +35,7 @@ class LockstepLoader:
         gather: Gather,
         lengths: list[int] | None,
         limit: float = float("inf"),
-        join: Callable[[Any], None] | None = None,
+        join: Callable[[Any, int], None] | None = None,
     ) -> None:
         self._loader = loader
         self._gather = gather
@@ -79,8 +79,8 @@ class LockstepLoader:
             yield batch
         if self._join is not None and taken < num_steps:
             last = self._any_batch() if last is None else last
-            for _ in range(num_steps - taken):
-                self._join(last)
+            for step in range(taken, num_steps):
+                self._join(last, step)
 
     def _iterate_agreeing(self) -> Iterator[Any]:
         batches = iter(self._loader)
@@ -105,7 +105,7 @@ class LockstepLoader:
             elif batch is not None:
                 yield batch
             else:
-                self._join(self._any_batch() if last is None else last)
+                self._join(self._any_batch() if last is None else last, taken - 1)
 
     def _any_batch(self) -> Any:
         """A batch for a rank that has none of its own."""
@@ -123,7 +123,7 @@ def lockstep(
     loader: Any,
     gather: Gather,
     limit: int | float | None = None,
-    join: Callable[[Any], None] | None = None,
+    join: Callable[[Any, int], None] | None = None,
 ) -> Any:
     """Returns ``loader`` itself where all ranks have equally many batches, else a `LockstepLoader`.
 

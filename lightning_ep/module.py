@@ -174,10 +174,21 @@ class CausalLM(LightningModule):
             loss = loss + config.router_aux_loss_coef * auxiliary * tokens
         if self.trainer.accumulate_grad_batches == 1:
             # The window is this batch, so its tokens are known before backward: no pass over the gradients is needed.
-            return loss / self._close_window(sums)
+            # The strategy takes the mean of all ranks' losses.
+            strategy = self.trainer.strategy
+            assert isinstance(strategy, ExpertParallelStrategy)
+            return loss * (strategy.layout.loss_world_size / self._close_window(sums))
+        self._open_window(sums)
+        return loss
+
+    def _open_window(self, sums: Tensor) -> None:
+        if type(self).training_step is not CausalLM.training_step:
+            rank_zero_warn(
+                "With accumulate_grad_batches > 1 CausalLM.training_step returns the *sum* of its token losses, which "
+                f"are divided by the tokens of the window at its end. What {type(self).__name__}.training_step adds is "
+                "divided with them: multiply a mean by the number of valid tokens of the batch first."
+            )
         self._window = sums if self._window is None else self._window + sums
-        # Lightning divides by the number of accumulated batches; `gradient_denominator` already counts their tokens.
-        return loss * self.trainer.accumulate_grad_batches
 
     def _close_window(self, sums: Tensor) -> Tensor:
         """Global number of valid tokens of a window from this rank's sums of losses and tokens; keeps the mean loss."""
@@ -187,16 +198,18 @@ class CausalLM(LightningModule):
         self._train_loss = (loss / tokens).float()
         return tokens.float()
 
-    def gradient_denominator(self) -> Tensor | None:
-        """Global number of valid tokens since the last step, by which the strategy divides the gradients.
+    @property
+    def gradient_denominator(self) -> Callable[[], Tensor] | None:
+        """Gives the global number of valid tokens since the last step, by which the strategy divides the gradients.
 
-        None if `training_step` has divided already.
+        None while no window is open: `training_step` has divided already, or is a subclass's and returns means.
         """
-        if self._window is None:
-            return None
-        tokens = self._close_window(self._window)
-        self._window = None
-        return tokens
+        return None if self._window is None else self._end_window
+
+    def _end_window(self) -> Tensor:
+        assert self._window is not None
+        sums, self._window = self._window, None
+        return self._close_window(sums)
 
     def _summed_over_ranks(self, sums: Tensor) -> Tensor:
         # Not `strategy.reduce`: Lightning puts a barrier before it, for which the host would wait in every step.

@@ -34,6 +34,7 @@ _NOT_TRANSFORMERS_OWN = (
     "(`model.gradient_checkpointing_disable()`) and give activation_checkpointing='full' (least memory) or 'selective' "
     "to ExpertParallelStrategy or parallelize instead."
 )
+_LAYOUT = "_lightning_ep_layout"  # attribute of a model that is sharded for it
 
 
 def parallelize(
@@ -87,6 +88,18 @@ def is_parallelized(module: nn.Module) -> bool:
     return any(isinstance(param, DTensor) for param in module.parameters())
 
 
+def check_sharded(module: nn.Module, layout: ParallelLayout) -> None:
+    """Raises ValueError if a model of the module was sharded for another layout, which cannot be changed any more."""
+    for name, model in adapter.pretrained_models(module).items():
+        found = getattr(model, _LAYOUT, layout)
+        if found != layout:
+            raise ValueError(
+                f"{name or type(model).__name__} was sharded for {found} by an earlier run or `parallelize`, and this "
+                f"one asks for {layout}. Pass the same sizes, or build the module anew (a checkpoint loads into any "
+                "layout)."
+            )
+
+
 def shard(
     module: nn.Module,
     layout: ParallelLayout,
@@ -131,6 +144,7 @@ def shard(
         adapter.use_expert_parallel_forward(model)
         if layout.cp > 1:
             context_parallel.use_context_parallel_attention(model)
+        setattr(model, _LAYOUT, layout)
     for child in _outside(module, models.values()):
         fully_shard(child, mesh=meshes.all_shards, mp_policy=mp_policy, reshard_after_forward=True)
         recover_in_next_forward(child)
@@ -300,24 +314,3 @@ def _sum_gradients(module: nn.Module) -> None:
         if isinstance(child, FSDPModule):
             child.set_gradient_divide_factor(1.0)
             child.set_force_sum_reduction_for_comms(True)
-
-
-def set_gradient_sync(module: nn.Module, enabled: bool) -> None:
-    """Switches the reduction of gradients, for accumulation over several backward passes.
-
-    The documented choice: while disabled, every group keeps unsharded gradients and reduces once at the end of the
-    window, except experts that FSDP shards. Those reduce in every pass: their unsharded gradients would take the
-    memory of all experts of an FSDP group, which is most of the model, on every rank. Copies of the model
-    (``replicate``) all-reduce once per window.
-    """
-    for child in module.modules():
-        if isinstance(child, FSDPModule):
-            keeps_reducing = adapter.is_parallel_experts(child) and _fsdp_size(child) > 1
-            child.set_requires_gradient_sync(enabled or keeps_reducing, recurse=False)
-            child.set_requires_all_reduce(enabled, recurse=False)
-
-
-def _fsdp_size(experts: nn.Module) -> int:
-    param = next(experts.parameters())
-    mesh = param.device_mesh if isinstance(param, DTensor) else None
-    return mesh["fsdp"].size() if mesh is not None and "fsdp" in (mesh.mesh_dim_names or ()) else 1

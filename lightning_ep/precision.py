@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from typing import Any, Literal
 
@@ -21,6 +21,7 @@ from torch.distributed.tensor import DTensor, Partial, Replicate
 from torch.optim import Optimizer
 from typing_extensions import override
 
+from lightning_ep.accumulation import reduce_kept_gradients
 from lightning_ep.masters import widen_gradient
 from lightning_ep.ops.norm import sum_of_squares
 from lightning_ep.ops.scale import scale_
@@ -28,6 +29,7 @@ from lightning_ep.optim import AdamW
 from lightning_ep.region import local_tensor
 
 ShardedPrecisionName = Literal["32-true", "bf16-mixed", "bf16-true"]
+_SHARDED_WITH = "_lightning_ep_precision"  # attribute of a module
 
 
 class ShardedPrecision(Precision):
@@ -67,6 +69,19 @@ class ShardedPrecision(Precision):
             return MixedPrecisionPolicy()
         return MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
 
+    def note_sharded(self, module: nn.Module) -> None:
+        """Remembers on a module that it was sharded with this precision."""
+        setattr(module, _SHARDED_WITH, self.precision)
+
+    def check_sharded(self, module: nn.Module) -> None:
+        """Raises ValueError if a module was sharded with another precision, which cannot be changed any more."""
+        found = getattr(module, _SHARDED_WITH, self.precision)
+        if found != self.precision:
+            raise ValueError(
+                f"{type(module).__name__} was sharded with precision={found!r} by an earlier run, and this Trainer has "
+                f"precision={self.precision!r}. Pass the same, or build the module anew (a checkpoint loads with any)."
+            )
+
     @override
     def convert_module(self, module: nn.Module) -> nn.Module:
         for param in module.parameters():
@@ -93,18 +108,22 @@ class ShardedPrecision(Precision):
         self, tensor: Tensor, model: LightningModule, optimizer: Steppable | None, *args: Any, **kwargs: Any
     ) -> None:
         # Gradients are sums over all ranks, tensor-parallel peers included; the mean of the losses enters backward
-        # here, once.
-        strategy = model.trainer.strategy
+        # here, once. Of sums Lightning has taken a mean over the window already.
+        trainer = model.trainer
         if gradient_denominator(model) is None:
-            tensor = tensor / strategy.layout.loss_world_size  # type: ignore[attr-defined]
+            tensor = tensor / trainer.strategy.layout.loss_world_size  # type: ignore[attr-defined]
+        else:
+            tensor = tensor * trainer.accumulate_grad_batches
         super().backward(tensor, model, optimizer, *args, **kwargs)
 
     @override
     def _after_closure(self, model: LightningModule, optimizer: Steppable) -> None:
         # Before on_before_optimizer_step, so that callbacks and clipping see the gradients of the step.
+        if model.trainer.accumulate_grad_batches > 1 or not model.automatic_optimization:
+            reduce_kept_gradients(model)
         denominator = gradient_denominator(model)
-        if denominator is not None and (terms := denominator()) is not None:
-            scale_gradients(self.main_params(optimizer), 1 / terms)  # type: ignore[arg-type]
+        if denominator is not None:
+            scale_gradients(self.main_params(optimizer), 1 / denominator())  # type: ignore[arg-type]
         super()._after_closure(model, optimizer)
 
     @override
@@ -139,13 +158,13 @@ class ShardedPrecision(Precision):
             torch._foreach_clamp_max_(grads, clip_val)
 
 
-def gradient_denominator(model: LightningModule) -> Any:
+def gradient_denominator(model: LightningModule) -> Callable[[], Tensor] | None:
     """The module's ``gradient_denominator`` method, if it has one.
 
     A LightningModule that returns *sums* as losses defines ``gradient_denominator() -> Tensor``: called once per
     optimizer step, on every rank, it returns the global number of summed terms in the accumulation window, by which
-    the strategy divides the gradients (or None if the losses were divided by it). Modules without it return means, as
-    Lightning expects.
+    the strategy divides the gradients. Modules without it return means, as Lightning expects; so do those in which it
+    is a property that is None in that step.
     """
     return getattr(model, "gradient_denominator", None)
 

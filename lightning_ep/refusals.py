@@ -12,6 +12,8 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.optim import Optimizer
 
+from lightning_ep.precision import gradient_denominator
+
 _AVERAGE = (
     "it copies the whole module, which FSDP2 does not allow. Average the shards (`param.to_local()`) in a callback of "
     "your own instead."
@@ -102,6 +104,13 @@ def refuse_unsupported(trainer: Trainer, layer_sync: object | None) -> None:
                 "ModelCheckpoint(save_on_exception=True) cannot run with ExpertParallelStrategy: every rank takes part "
                 "in saving, and after an exception one is missing. Use every_n_train_steps instead."
             )
+    module = trainer.lightning_module
+    if not module.automatic_optimization and gradient_denominator(module) is not None:
+        raise ValueError(
+            f"{type(module).__name__} has gradient_denominator and optimizes manually, where the strategy cannot know "
+            "before which clipping or step gradients are to be divided. Leave gradient_denominator out and pass "
+            "`loss * strategy.layout.loss_world_size / terms` to manual_backward instead, with the terms of all ranks."
+        )
     if layer_sync is not None:
         raise ValueError(
             "sync_batchnorm=True cannot run with ExpertParallelStrategy: it replaces modules before they are sharded. "

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from lightning.fabric.utilities.data import _auto_add_worker_init_fn
 from lightning.fabric.utilities.distributed import _set_num_threads_if_needed
 from lightning.fabric.utilities.optimizer import _optimizers_to_device
 from lightning.pytorch import Trainer
@@ -29,20 +30,21 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from typing_extensions import override
 
 from lightning_ep import transformers_adapter as adapter
+from lightning_ep.accumulation import forget_gradients, set_gradient_sync
 from lightning_ep.advice import warn_if_ep_crosses_nodes, warn_if_large_in_memory
 from lightning_ep.checkpoint.hub.load import stream_pretrained
 from lightning_ep.checkpoint.ranks import from_all_ranks
 from lightning_ep.checkpoint.training.files import local_path
+from lightning_ep.checkpoint.training.loops import close_finished_epoch, match_batches
 from lightning_ep.checkpoint.training.run import RunCheckpoints
 from lightning_ep.context_parallel import described_by, documents_of, shard_sequence
 from lightning_ep.dispatch import Progress
 from lightning_ep.initialize import has_meta_tensors, materialize
-from lightning_ep.interrupted import forget_gradients
 from lightning_ep.layout import Meshes, ParallelLayout
 from lightning_ep.lockstep import lockstep, share_samples
 from lightning_ep.masters import ModelMasters
 from lightning_ep.optim import AdamW
-from lightning_ep.parallelize import is_parallelized, own_masters, set_gradient_sync, shard
+from lightning_ep.parallelize import check_sharded, is_parallelized, own_masters, shard
 from lightning_ep.plan import DispatcherName, expert_plan
 from lightning_ep.precision import ShardedPrecision, clip_grad_norm_
 from lightning_ep.recompute import ActivationCheckpointing, check_mode
@@ -242,8 +244,12 @@ class ExpertParallelStrategy(ModelParallelStrategy):
         module = self.lightning_module
         assert module is not None
         assert self._meshes is not None
-        if is_parallelized(module) or not adapter.pretrained_models(module):
-            return  # a second run; or the model comes later, at the latest in `setup`
+        if is_parallelized(module):  # by an earlier run, or the user
+            check_sharded(module, self.layout)
+            self._sharded_precision.check_sharded(module)
+            return
+        if not adapter.pretrained_models(module):
+            return  # the model comes later, at the latest in `setup`
         warn_if_large_in_memory(module, self.layout, self.num_processes)
         self.precision_plugin.convert_module(module)
         plan = self._plan or expert_plan(module, self._dispatcher, self._experts_implementation, self._progress)
@@ -259,6 +265,7 @@ class ExpertParallelStrategy(ModelParallelStrategy):
             compile=self._compile,
             activation_checkpointing=self._activation_checkpointing,
         )
+        self._sharded_precision.note_sharded(module)
 
     @property
     def _sharded_precision(self) -> ShardedPrecision:
@@ -376,21 +383,33 @@ class ExpertParallelStrategy(ModelParallelStrategy):
     def process_dataloader(self, dataloader: object) -> object:
         assert self.lightning_module is not None
         trainer = self.lightning_module.trainer
+        # By data rank: Lightning would do it later, unequally for ranks that share a batch, and not behind `lockstep`.
+        _auto_add_worker_init_fn(dataloader, self.data_rank)
+        if trainer.training:
+            close_finished_epoch(trainer)
+            match_batches(trainer, dataloader)
         if self.data_world_size == 1:
             return dataloader
         if not trainer.predicting:
             return lockstep(dataloader, from_all_ranks)
         if trainer._accelerator_connector.use_distributed_sampler:
             share_samples(dataloader, self.data_world_size, self.data_rank)
-        return lockstep(dataloader, from_all_ranks, trainer.limit_predict_batches, self._join_predict_step)
 
-    def _join_predict_step(self, batch: Any) -> None:
+        def join(batch: Any, batch_idx: int) -> None:
+            self._join_predict_step(loader, batch, batch_idx)
+
+        loader = lockstep(dataloader, from_all_ranks, trainer.limit_predict_batches, join)
+        return loader
+
+    def _join_predict_step(self, loader: object, batch: Any, batch_idx: int) -> None:
         module = self.lightning_module
         assert module is not None
-        batch = self.precision_plugin.convert_input(batch)
-        batch = self.batch_to_device(module._on_before_batch_transfer(batch))
         loop = module.trainer.predict_loop
-        arguments = loop._build_kwargs(batch, 0, 0 if loop.num_dataloaders > 1 else None)
+        assert loop._combined_loader is not None
+        index = next(i for i, other in enumerate(loop._combined_loader.flattened) if other is loader)
+        batch = module._on_before_batch_transfer(self.precision_plugin.convert_input(batch), dataloader_idx=index)
+        batch = self.batch_to_device(batch, dataloader_idx=index)
+        arguments = loop._build_kwargs(batch, batch_idx, index if loop.num_dataloaders > 1 else None)
         self.predict_step(*loop._build_step_args_from_hook_kwargs(arguments, "predict_step"))
 
     def shard_sequence(self, batch: Mapping[str, Any]) -> dict[str, Any]:

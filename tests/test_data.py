@@ -13,11 +13,11 @@ import pytest
 import torch
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 
+from lightning_ep.checkpoint.training.loops import close_finished_epoch
 from lightning_ep.data import (
     ResumableLoader,
     TextDataModule,
     bigram_cross_entropy,
-    close_finished_epoch,
     corpus,
     data_ranks,
 )
@@ -92,13 +92,46 @@ def test_resumes_on_another_number_of_data_ranks() -> None:
         assert list(merged) == list(chain(*rest))
 
 
+@pytest.mark.parametrize(("size", "batch_size", "world"), [(18, 2, 4), (20, 4, 2), (37, 4, 2), (101, 3, 8), (29, 5, 1)])
+def test_with_uneven_batches_resumes_without_losing_or_repeating_a_sample(
+    size: int, batch_size: int, world: int
+) -> None:
+    def loaders(batch_size: int, world: int) -> list[ResumableLoader]:
+        return [ResumableLoader(torch.arange(size), batch_size, rank, world, shuffle=True) for rank in range(world)]
+
+    whole = [samples(loader) for loader in loaders(batch_size, world)]
+    for stop in range(1, len(whole[0])):
+        stopped = loaders(batch_size, world)
+        for loader in stopped:
+            taken = iter(loader)
+            for _ in range(stop):
+                next(taken)
+        handed_out = [index for batches in whole for batch in batches[:stop] for index in batch]
+        for here, size_here in ((world, batch_size), (1, batch_size), (2, 2 * batch_size)):
+            resumed = loaders(size_here, here)
+            for loader in resumed:
+                loader.load_state_dict(stopped[0].state_dict())
+            rest = [samples(loader) for loader in resumed]
+            if (here, size_here) == (world, batch_size):
+                assert rest == [batches[stop:] for batches in whole]
+            assert sorted(handed_out + [i for batches in rest for batch in batches for i in batch]) == list(range(size))
+            assert len({len(batches) for batches in rest}) == 1
+            assert resumed[0].state_dict()["samples"] == size
+
+
 def test_refuses_a_position_that_it_cannot_find() -> None:
     saved = ResumableLoader(torch.arange(48), 4, shuffle=True)
     next(iter(saved))
     with pytest.raises(ValueError, match=r"'dataset_size': 48.*'dataset_size': 50"):
         ResumableLoader(torch.arange(50), 4, shuffle=True).load_state_dict(saved.state_dict())
     with pytest.raises(ValueError, match=r"stops after 4 samples.*batch_size=3"):
-        ResumableLoader(torch.arange(48), 3, shuffle=True).load_state_dict(saved.state_dict())
+        ResumableLoader(torch.arange(48), 3, shuffle=True, drop_last=True).load_state_dict(saved.state_dict())
+    nearly = ResumableLoader(torch.arange(9), 2, shuffle=True)
+    taken = iter(nearly)
+    for _ in range(4):
+        next(taken)
+    with pytest.raises(ValueError, match=r"leaves 1 samples.*4 data ranks"):
+        ResumableLoader(torch.arange(9), 2, 0, 4, shuffle=True).load_state_dict(nearly.state_dict())
 
 
 def test_loader_leaves_the_global_random_state_alone() -> None:

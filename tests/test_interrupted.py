@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
 from lightning_ep import ParallelLayout, layer_groups, parallelize
+from lightning_ep.accumulation import set_gradient_sync
 from lightning_ep.loss import shifted, summed_loss
-from lightning_ep.parallelize import set_gradient_sync
 from tests.distributed import device, run_ranks
 from tests.reference import batches, grad_or_zero, relative_error, tiny_model
 from tests.rows import whole

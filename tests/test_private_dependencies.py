@@ -19,6 +19,7 @@ import lightning_ep
 PRIVATE = [
     "lightning.fabric.plugins.precision.utils:_DtypeContextManager",
     "lightning.fabric.plugins.precision.utils:_convert_fp_tensor",
+    "lightning.fabric.utilities.data:_auto_add_worker_init_fn",
     "lightning.fabric.utilities.distributed:_set_num_threads_if_needed",
     "lightning.fabric.utilities.optimizer:_optimizers_to_device",
     "lightning.pytorch.callbacks:ModelCheckpoint._link_checkpoint",
@@ -27,6 +28,7 @@ PRIVATE = [
     "lightning.pytorch.loops.fit_loop:_FitLoop._combined_loader_states_to_load",
     "lightning.pytorch.loops.loop:_Loop",
     "lightning.pytorch.loops.prediction_loop:_PredictionLoop._build_kwargs",
+    "lightning.pytorch.loops.prediction_loop:_PredictionLoop._combined_loader",
     "lightning.pytorch.loops.prediction_loop:_PredictionLoop._build_step_args_from_hook_kwargs",
     "lightning.pytorch.loops.training_epoch_loop:_TrainingEpochLoop._batches_that_stepped",
     "lightning.pytorch.overrides.distributed:_IndexBatchSamplerWrapper._batch_sampler",

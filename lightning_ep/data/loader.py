@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -91,18 +92,53 @@ class RankBatches:
         return full if self.equal_sizes else full + bool(rest)
 
     def __iter__(self) -> Iterator[list[int]]:
-        return self.skip(0)
+        return self.after(0)
 
-    def skip(self, batches: int) -> Iterator[list[int]]:
-        """Iterate over the sample indices of each batch after the first ``batches`` of this epoch."""
+    def after(self, samples: int) -> Iterator[list[int]]:
+        """Iterate over the sample indices of each batch that is left after so many samples of this epoch."""
         order = np.arange(self.num_samples)
         if self.shuffle:
             order = np.random.default_rng((self.seed, self.epoch)).permutation(self.num_samples)
-        if self.equal_sizes:
-            order = order[: len(self) * self.global_batch_size]
-        pieces = np.array_split(order, len(self) * self.data_world_size)
-        for piece in pieces[self.data_rank + batches * self.data_world_size :: self.data_world_size]:
+        batches = len(self) - self.batches_before(samples)
+        if batches == 0:
+            return
+        # The larger pieces come first, so that cutting what is left gives the pieces that a whole epoch has there.
+        pieces = np.array_split(order[samples : self._end], batches * self.data_world_size)
+        for piece in pieces[self.data_rank :: self.data_world_size]:
             yield piece.tolist()
+
+    def batches_before(self, samples: int) -> int:
+        """Of the epoch's batches, those that come before a position."""
+        left = max(self._end - samples, 0) / self.global_batch_size
+        return len(self) - (math.floor(left) if self.equal_sizes else math.ceil(left))
+
+    def samples_before(self, batches: int, since: int = 0) -> int:
+        """Samples that all data ranks together were handed in the epoch's first batches.
+
+        Args:
+            batches: These batches.
+            since: The position from which they were counted on, as this job began there.
+        """
+        before = self.batches_before(since)
+        if batches == before:
+            return since
+        per_piece, larger = divmod(self._end - since, (len(self) - before) * self.data_world_size)
+        pieces = (batches - before) * self.data_world_size
+        return since + pieces * per_piece + min(pieces, larger)
+
+    def check_left(self, samples: int) -> None:
+        """Raises ValueError if what is left after a position does not give every data rank its batches."""
+        left, batches = self._end - samples, len(self) - self.batches_before(samples)
+        if left < batches * self.data_world_size:
+            raise ValueError(
+                f"The checkpoint leaves {left} samples of its epoch, fewer than this run's {self.data_world_size} data "
+                "ranks. Resume on fewer, or from the end of an epoch."
+            )
+
+    @property
+    def _end(self) -> int:
+        """Samples per epoch that come at all."""
+        return len(self) * self.global_batch_size if self.equal_sizes else self.num_samples
 
 
 class ResumableLoader:
@@ -153,6 +189,7 @@ class ResumableLoader:
         self.pin_memory = pin_memory
         self._epoch = 0
         self._handed_out = 0  # batches of that epoch
+        self._began_at = 0  # samples of it that another job was handed
         self._resuming = False
 
     def __len__(self) -> int:
@@ -168,11 +205,11 @@ class ResumableLoader:
         # calls `set_epoch` afterwards, so a loader that chose its order (or started its workers) at once would resume
         # in the wrong epoch.
         if not (self._resuming and self._epoch == self.batch_sampler.epoch):
-            self._epoch, self._handed_out = self.batch_sampler.epoch, 0
+            self._epoch, self._handed_out, self._began_at = self.batch_sampler.epoch, 0, 0
         self._resuming = False
         batches = DataLoader(
             self._dataset,
-            batch_sampler=self.batch_sampler.skip(self._handed_out),
+            batch_sampler=self.batch_sampler.after(self._samples),
             collate_fn=self.collate_fn,
             num_workers=self.num_workers,
             pin_memory=self.pin_memory,
@@ -183,11 +220,15 @@ class ResumableLoader:
             self._handed_out += 1
             yield batch
 
+    @property
+    def _samples(self) -> int:
+        return self.batch_sampler.samples_before(self._handed_out, self._began_at)
+
     def state_dict(self) -> dict[str, int]:
         """Return the epoch and how many of its samples all data ranks together were handed; the same on every rank."""
         return {
             "epoch": self._epoch,
-            "samples": self._handed_out * self.batch_sampler.global_batch_size,
+            "samples": self._samples,
             "dataset_size": self.batch_sampler.num_samples,
             "seed": self.batch_sampler.seed,
         }
@@ -204,17 +245,19 @@ class ResumableLoader:
         here = {"dataset_size": self.batch_sampler.num_samples, "seed": self.batch_sampler.seed}
         there = {key: state_dict[key] for key in here}
         samples, step = state_dict["samples"], self.batch_sampler.global_batch_size
-        if 0 < samples <= state_dict["dataset_size"] - step:  # inside an epoch
+        if 0 < samples < state_dict["dataset_size"] - (step - 1 if self.batch_sampler.equal_sizes else 0):
             if here != there:
                 raise ValueError(
                     f"The checkpoint stops inside an epoch over data with {there}, and this run has {here}: the "
                     "samples that are left cannot be found. Resume with the same data and seed, or from an epoch's end."
                 )
-            if samples % step:
+            if self.batch_sampler.equal_sizes and samples % step:
                 raise ValueError(
                     f"The checkpoint stops after {samples} samples of an epoch, which is no multiple of this run's "
                     f"batch_size={self.batch_sampler.batch_size} x {self.batch_sampler.data_world_size} data ranks = "
                     f"{step}. Choose a batch_size whose product divides it, or resume from the end of an epoch."
                 )
-        self._epoch, self._handed_out, self._resuming = state_dict["epoch"], samples // step, True
+            self.batch_sampler.check_left(samples)
+        self._epoch, self._began_at, self._resuming = state_dict["epoch"], samples, True
+        self._handed_out = self.batch_sampler.batches_before(samples)
         self.set_epoch(self._epoch)

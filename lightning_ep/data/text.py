@@ -11,9 +11,9 @@ from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_info
 from typing_extensions import override
 
+from lightning_ep.checkpoint.training.loops import close_finished_epoch, match_batches
 from lightning_ep.data import corpus
 from lightning_ep.data.loader import ResumableLoader, data_ranks
-from lightning_ep.data.resume import close_finished_epoch, match_batches
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -125,7 +125,7 @@ class TextDataModule(LightningDataModule):
     def train_dataloader(self) -> ResumableLoader:
         """Return this data rank's training batches."""
         trainer = self.trainer
-        if trainer is not None:
+        if trainer is not None:  # as ExpertParallelStrategy does, under other strategies
             close_finished_epoch(trainer)
         # overfit_batches is meant to repeat the same batches
         shuffle = trainer is None or not trainer.overfit_batches  # type: ignore[attr-defined]

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from typing import Any
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.loops.loop import _Loop
-
-from lightning_ep.data.loader import ResumableLoader
 
 
 def close_finished_epoch(trainer: Trainer) -> None:
@@ -22,8 +21,8 @@ def close_finished_epoch(trainer: Trainer) -> None:
       leaves counters behind that make a second one start its epoch anew.
 
     Both become what Lightning gets right, a finished epoch from which nothing is left to restart. Call it between the
-    loading of the checkpoint and the start of the fit loop; ``train_dataloader`` is such a place. It does nothing to
-    other checkpoints, to a fresh run, or when called again.
+    loading of the checkpoint and the start of the fit loop, where training loaders are made or processed. It does
+    nothing to other checkpoints, to a fresh run, or when called again.
 
     Args:
         trainer: The trainer that is about to fit.
@@ -44,22 +43,23 @@ def close_finished_epoch(trainer: Trainer) -> None:
         _Loop.restarting.fset(fit_loop, False)  # type: ignore[attr-defined]
 
 
-def match_batches(trainer: Trainer, loader: ResumableLoader) -> None:
+def match_batches(trainer: Trainer, loader: Any) -> None:
     """Let a trainer count the batches of an epoch it resumes as this run cuts them.
 
     Lightning counts batches per rank, so its count means something else on another number of data ranks or with another
-    batch size, and an epoch would end early or late. The loader's position is kept in samples of the whole job. Call it
-    where the loader is made, before Lightning gives the loader its position. It does nothing otherwise.
+    batch size, and an epoch would end early or late. Call it before Lightning gives the loader its position. It does
+    nothing when called again, and to loaders whose position is not kept in samples of the whole job.
 
     Args:
         trainer: The trainer that is about to fit.
-        loader: The training loader, the only one.
+        loader: The training loader, the only one; `lightning_ep.data.ResumableLoader` keeps its position so.
     """
     states = trainer.fit_loop._combined_loader_states_to_load
     epoch_loop = trainer.fit_loop.epoch_loop
-    if not epoch_loop.restarting or len(states) != 1 or "samples" not in states[0]:
+    batches_before = getattr(getattr(loader, "batch_sampler", None), "batches_before", None)
+    if not epoch_loop.restarting or len(states) != 1 or "samples" not in states[0] or batches_before is None:
         return
     current = epoch_loop.batch_progress.current
-    shift = states[0]["samples"] // loader.batch_sampler.global_batch_size - current.ready
+    shift = batches_before(states[0]["samples"]) - current.ready
     for counter in ("ready", "started", "processed", "completed"):
         setattr(current, counter, getattr(current, counter) + shift)

@@ -1,0 +1,126 @@
+"""Loaders of a user's module under the Trainer, in two ranks: positions, numbers of steps, random transforms."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+import torch.distributed as dist
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from lightning_ep import ExpertParallelStrategy
+from lightning_ep.data import ResumableLoader
+from tests.rows import RowFailures, Rows
+from tests.tiny import Samples, TinyModule, loader, quiet
+
+row = Rows()
+
+
+class _Epochs(TinyModule):
+    """Three batches per epoch from a loader that can resume; notes what came in which epoch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.came: list[tuple[int, list[int]]] = []
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        self.came.append((self.trainer.current_epoch, batch["id"].tolist()))
+        return super().training_step(batch, batch_idx)
+
+    def train_dataloader(self) -> ResumableLoader:
+        strategy: Any = self.trainer.strategy
+        return ResumableLoader(Samples(12), 2, strategy.data_rank, strategy.data_world_size, shuffle=True, seed=1)
+
+
+def _every(root: Path, steps: int) -> ModelCheckpoint:
+    return ModelCheckpoint(root, every_n_train_steps=steps, save_top_k=-1, filename="{step}")
+
+
+@row()
+def a_resumable_loader_after_a_finished_epoch(root: Path) -> None:
+    for flags in ({"max_steps": 8}, {"max_epochs": 3}, {"max_epochs": 3, "max_steps": 100}):
+        keep = ModelCheckpoint(root / str(flags), every_n_epochs=1, save_top_k=-1, filename="{epoch}")
+        quiet(root, callbacks=[keep], **flags).fit(straight := _Epochs())
+        quiet(root, **flags).fit(resumed := _Epochs(), ckpt_path=root / str(flags) / "epoch=0.ckpt")
+        assert resumed.came == straight.came[3:], flags
+
+
+@row()
+def a_resumable_loader_twice_after_an_epochs_last_batch(root: Path) -> None:
+    quiet(root, callbacks=[_every(root / "one", 3)], max_steps=12).fit(straight := _Epochs())
+    quiet(root, callbacks=[_every(root / "two", 3)], max_steps=12).fit(_Epochs(), ckpt_path=root / "one/step=3.ckpt")
+    quiet(root, max_steps=12).fit(resumed := _Epochs(), ckpt_path=root / "two/step=6.ckpt")
+    assert resumed.came == straight.came[6:]
+
+
+@row()
+def a_resumable_loader_in_mid_epoch_on_another_number_of_data_ranks(root: Path) -> None:
+    """One data rank of two processes: their batches come one after the other."""
+    quiet(root, callbacks=[_every(root, 4)], max_steps=9).fit(straight := _Epochs())
+    strategy = ExpertParallelStrategy(ep=2, tp=2)
+    quiet(root, strategy=strategy, max_epochs=3).fit(resumed := _Epochs(), ckpt_path=root / "step=4.ckpt")
+    shares: list[Any] = [None, None]
+    dist.all_gather_object(shares, straight.came[4:])
+    assert resumed.came == [share for step in zip(*shares, strict=True) for share in step]
+
+
+@row()
+def predict_joins_a_loader_with_its_index(root: Path) -> None:
+    calls: list[tuple[int, int, list[int]]] = []
+
+    class Indexed(TinyModule):
+        def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+            return {**batch, "loader": torch.tensor(dataloader_idx)}
+
+        def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
+            calls.append((dataloader_idx, batch_idx, batch["id"].tolist()))
+            assert batch["loader"] == dataloader_idx
+            for _ in range(1 + dataloader_idx):  # a rank that took the other way would leave this one waiting
+                self.loss(batch)
+            return batch["id"]
+
+    quiet(root).predict(Indexed(), [loader(4, 1), loader(5, 1, first=100)])
+    first = int(os.environ["RANK"])
+    last = (1, 2, [104 if first == 0 else 103])  # the sample that rank 1 has had already, once more
+    expected = [(0, step, [first + 2 * step]) for step in range(2)]
+    assert calls == [*expected, *((1, step, [100 + first + 2 * step]) for step in range(2)), last]
+
+
+class _Random(Dataset):
+    def __len__(self) -> int:
+        return 4
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        ids = torch.randint(0, 128, (8,))
+        return {"id": torch.tensor(index), "input_ids": ids, "labels": ids}
+
+
+@row()
+def workers_of_tensor_parallel_peers_draw_the_same(root: Path) -> None:
+    for tp, alike in ((2, True), (1, False)):
+        L.seed_everything(1, workers=True, verbose=False)
+        batches: list[Tensor] = []
+
+        class Keeps(TinyModule):
+            def training_step(self, batch: Any, batch_idx: int, batches: list[Tensor] = batches) -> Tensor:
+                batches.append(batch["input_ids"])
+                return super().training_step(batch, batch_idx)
+
+        data = DataLoader(_Random(), batch_size=1, num_workers=1)
+        quiet(root, strategy=ExpertParallelStrategy(ep=2, tp=tp), max_epochs=1).fit(Keeps(), data)
+        for name in ("PL_GLOBAL_SEED", "PL_SEED_WORKERS"):
+            os.environ.pop(name)
+        both: list[Any] = [None, None]
+        dist.all_gather_object(both, torch.cat(batches))
+        assert torch.equal(*both) == alike, tp
+
+
+@pytest.mark.parametrize("name", row)
+def test_works_or_is_refused(name: str, row_failures: RowFailures) -> None:
+    row_failures.check(name)
