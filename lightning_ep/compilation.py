@@ -16,7 +16,8 @@ def compile_forward(layer: nn.Module) -> Callable[..., Any]:
 
     By default a call that cannot be traced ends the graphs of all functions that it is nested in, here the MoE block's
     and the layer's, and each of the four has guards and wrappers of its own, forward and backward: the host then takes
-    a fifth longer for a layer. The setting is torch's own and left as it was for all other code.
+    a fifth longer for a layer. Nor does torch ask by default whether the modules of a layer have the hooks that were
+    compiled with another one, and runs those. Both settings are torch's own and left as they were for all other code.
 
     Layers with hooks around such a call, as under tensor parallelism, keep the four: torch 2.11 goes on in the closure
     that calls hooks with the globals of another file (a NameError).
@@ -29,12 +30,14 @@ def compile_forward(layer: nn.Module) -> Callable[..., Any]:
         nonlocal callers
         if callers is None:
             callers = [module for module in layer.modules() if module is not layer and _may_not_be_traced(module)]
-        # Both are read whenever something is compiled: at a first call, or at a later one with other shapes.
-        before, config.nested_graph_breaks = config.nested_graph_breaks, not any(map(_has_hooks, callers))
+        # They are read whenever something is compiled: at a first call, or at a later one with other shapes.
+        before = config.nested_graph_breaks, config.skip_nnmodule_hook_guards
+        config.nested_graph_breaks = not any(map(_has_hooks, callers))
+        config.skip_nnmodule_hook_guards = False
         try:
             return compiled(*args, **kwargs)
         finally:
-            config.nested_graph_breaks = before
+            config.nested_graph_breaks, config.skip_nnmodule_hook_guards = before
 
     return nested
 

@@ -87,8 +87,8 @@ class _MoE(torch.autograd.Function):
     def backward(ctx: Any, grad_TH: Tensor) -> tuple[Tensor | None, ...]:
         if ctx.plan is None:
             raise RuntimeError(
-                "Trying to run backward through a MoE layer a second time. Its tensors are freed by the first, also with "
-                "retain_graph=True; sum the losses before calling backward, or run the forward again."
+                "Trying to run backward through a MoE layer a second time. Its tensors are freed by the first, also "
+                "with retain_graph=True; sum the losses before calling backward, or run the forward again."
             )
         plan, saved, computed, later = ctx.plan, ctx.saved, ctx.computed, ctx.later
         ctx.plan = ctx.saved = ctx.computed = ctx.later = None
