@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
@@ -30,14 +31,20 @@ def set_gradient_sync(module: nn.Module, enabled: bool) -> None:
 def reduce_kept_gradients(module: nn.Module) -> None:
     """Reduces what a window has kept in parts of the module to which its last backward did not come.
 
-    A backward reduces for all groups below the roots of FSDP that it comes to. A head or a model beside the first one
-    is a root of its own. Every rank must call it.
+    A backward reduces for all groups below the roots of FSDP that it comes to, and a head or a model beside the first
+    one is a root of its own. What copies of the model (``replicate``) have yet to add is added with a gradient only.
+    Every rank must call it.
     """
     for child in module.modules():
-        if isinstance(child, FSDPModule):
-            state: Any = child._get_fsdp_state()
-            if state._is_root and any(_keeps_gradients(group) for group in _groups(child)):
-                state._root_post_backward_final_callback()
+        if not isinstance(child, FSDPModule):
+            continue
+        state: Any = child._get_fsdp_state()
+        waiting = [group for group in _groups(child) if _keeps_gradients(group)] if state._is_root else []
+        for group in waiting:
+            if group._partial_reduce_output is not None:
+                _add_zero_gradients(group)
+        if waiting:
+            state._root_post_backward_final_callback()
 
 
 def forget_gradients(module: nn.Module) -> None:
@@ -50,8 +57,15 @@ def forget_gradients(module: nn.Module) -> None:
                 unsharded.grad = None
 
 
+def _add_zero_gradients(group: Any) -> None:
+    for param in group.fsdp_params:
+        if param.sharded_param.requires_grad and param.unsharded_accumulated_grad is None:
+            like = param._unsharded_param
+            param.unsharded_accumulated_grad = torch.zeros_like(like, dtype=param.reduce_dtype or like.dtype)
+
+
 def _keeps_gradients(group: Any) -> bool:
-    return any(
+    return group._partial_reduce_output is not None or any(
         param.unsharded_accumulated_grad is not None
         or ((unsharded := getattr(param, "_unsharded_param", None)) is not None and unsharded.grad is not None)
         for param in group.fsdp_params

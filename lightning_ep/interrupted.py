@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import partial
+import functools
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from torch.distributed.fsdp import FSDPModule
 from lightning_ep.accumulation import forget_gradients
 
 
-def recover_in_next_forward(root: nn.Module) -> None:
+def recover_from_interruptions(root: nn.Module) -> None:
     """Has every forward of a root of FSDP start afresh, whatever became of the pass before.
 
     Forward gathers weights, and marks how far it has come, until it gets to its end, or backward to its own. One that
@@ -21,7 +21,7 @@ def recover_in_next_forward(root: nn.Module) -> None:
     or reduced on time any more. All of that is silent (torch 2.11 to 2.13).
 
     Gradients follow the rule of plain modules: what earlier backward passes of an accumulation window have added stays
-    if a forward raises; if a backward does, call ``zero_grad`` and begin the window again.
+    if a forward raises; if a backward does, set them to zero and begin the window again.
 
     Args:
         root: A module to which `fully_shard` was applied last.
@@ -30,7 +30,28 @@ def recover_in_next_forward(root: nn.Module) -> None:
     state: Any = root._get_fsdp_state()
     # The two ways into a forward: the module's own, and methods that `register_fsdp_forward_method` made one.
     root.register_forward_pre_hook(lambda *_: _end_earlier_pass(root, state), prepend=True)
-    state._pre_forward = partial(_begin_pass, root, state, state._pre_forward)
+    state._pre_forward = functools.partial(_begin_pass, root, state, state._pre_forward)
+    root.forward = _released_if_it_raises(root, root.forward)
+
+
+def release_gathered(module: nn.Module) -> None:
+    """Shards what a pass that raised has left gathered: the parameters of its modules are copies until then."""
+    for child in module.modules():
+        if isinstance(child, FSDPModule) and _begins_passes(state := child._get_fsdp_state()):
+            for inner in state._state_ctx.all_states:
+                _make_idle(inner)
+
+
+def _released_if_it_raises(root: nn.Module, forward: Any) -> Any:
+    @functools.wraps(forward)
+    def released(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return forward(*args, **kwargs)
+        except BaseException:
+            release_gathered(root)
+            raise
+
+    return released
 
 
 def _begin_pass(root: nn.Module, state: Any, pre_forward: Any, *args: Any) -> Any:
@@ -39,21 +60,30 @@ def _begin_pass(root: nn.Module, state: Any, pre_forward: Any, *args: Any) -> An
 
 
 def _end_earlier_pass(root: nn.Module, state: Any) -> None:
-    if state._is_root is False or torch._C._current_graph_task_id() != -1:
-        return  # part of a pass: of a root around this one, or a checkpoint of the user's own repeats it in backward
+    if not _begins_passes(state):
+        return
     if state._state_ctx.post_backward_final_callback_queued:
         forget_gradients(root)  # of groups that have not come to their reduction, which other ranks may have
         state._root_post_backward_final_callback()
-    idle = type(state._training_state).IDLE
     for inner in state._state_ctx.all_states:
+        _make_idle(inner)
         group = inner._fsdp_param_group
-        gathers_ahead = group is not None and group._all_gather_result is not None
-        if inner._training_state == idle and not inner._modules_to_run_forward and not gathers_ahead:
-            continue
-        inner._training_state = idle
-        inner._modules_to_run_forward.clear()
-        if group is not None:
-            group._training_state = idle
-            group.reshard()
-            group.finalize_backward()  # waits for what it gathers, and drops it
+        if group is not None and group._all_gather_result is not None:
+            group.finalize_backward()  # waits for what it has gathered ahead, and drops it
     state._state_ctx.iter_forward_root = None
+
+
+def _begins_passes(state: Any) -> bool:
+    """Whether a call is no part of a pass: of a root around it, or of a checkpoint that repeats it in backward."""
+    return state._is_root is not False and torch._C._current_graph_task_id() == -1
+
+
+def _make_idle(state: Any) -> None:
+    idle = type(state._training_state).IDLE
+    if state._training_state == idle and not state._modules_to_run_forward:
+        return
+    state._training_state = idle
+    state._modules_to_run_forward.clear()
+    if state._fsdp_param_group is not None:
+        state._fsdp_param_group._training_state = idle
+        state._fsdp_param_group.reshard()

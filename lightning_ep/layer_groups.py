@@ -41,7 +41,8 @@ def serve_parts_of(group: list[nn.Module], mp_policy: MixedPrecisionPolicy) -> N
 
     FSDP expects all of a group to run, forward and backward. A loss on hidden states in the middle (of an exit, a
     probe) starts backward there, with weights that are not gathered. torch 2.11 also casts the inputs of the first
-    layer only. What a forward leaves that ends in the middle, `interrupted` clears away.
+    layer only. What a forward leaves that ends in the middle, `interrupted` clears away; a layer that is called by
+    itself (a probe) leaves nothing.
     """
     first = group[0]
     assert isinstance(first, FSDPModule)
@@ -50,6 +51,8 @@ def serve_parts_of(group: list[nn.Module], mp_policy: MixedPrecisionPolicy) -> N
         layer.register_forward_pre_hook(partial(_enter, state, mp_policy), with_kwargs=True)
     for layer in group[:-1]:
         layer.register_forward_hook(partial(_gather_for_backward, state))
+    for layer in group:
+        layer.register_forward_hook(partial(_end_call_alone, state))
 
 
 def _enter(state: Any, mp_policy: MixedPrecisionPolicy, layer: nn.Module, args: Any, kwargs: Any) -> Any:
@@ -88,3 +91,19 @@ def _gather_for_backward(state: Any, layer: nn.Module, args: Any, output: Any) -
     for tensor in output if isinstance(output, tuple) else (output,):
         if isinstance(tensor, Tensor) and tensor.requires_grad:
             tensor.register_hook(gather)
+
+
+def _end_call_alone(state: Any, layer: nn.Module, args: Any, output: Any) -> None:
+    context = state._state_ctx
+    if context.iter_forward_root not in (None, state) or torch._C._current_graph_task_id() != -1:
+        return  # part of a forward of the root, or of a checkpoint's recomputation
+    if state._modules_to_run_forward:
+        _gather_for_backward(state, layer, args, output)
+        state._modules_to_run_forward.clear()
+        state._training_state = state._fsdp_param_group._training_state = type(state._training_state).IDLE
+        state._fsdp_param_group.reshard()
+    for inner in context.all_states:
+        group = inner._fsdp_param_group
+        if group is not None and group._all_gather_result is not None:
+            group.finalize_backward()  # gathered ahead, for a layer that is not called next
+    context.iter_forward_root = None

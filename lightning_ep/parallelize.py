@@ -20,7 +20,7 @@ from lightning_ep import transformers_adapter as adapter
 from lightning_ep.checkpoint.hub.load import stream_pretrained
 from lightning_ep.compilation import compile_forward
 from lightning_ep.initialize import materialize
-from lightning_ep.interrupted import recover_in_next_forward
+from lightning_ep.interrupted import recover_from_interruptions
 from lightning_ep.layer_groups import group_layers, serve_parts_of
 from lightning_ep.layout import Meshes, ParallelLayout
 from lightning_ep.masters import ModelMasters
@@ -147,7 +147,7 @@ def shard(
         setattr(model, _LAYOUT, layout)
     for child in _outside(module, models.values()):
         fully_shard(child, mesh=meshes.all_shards, mp_policy=mp_policy, reshard_after_forward=True)
-        recover_in_next_forward(child)
+        recover_from_interruptions(child)
     if layout.world_size > 1:  # alone there is nothing to sum, and dividing by one would still read every gradient
         _sum_gradients(module)
 
@@ -173,7 +173,7 @@ def check(
     for model in models:
         if layout.cp > 1:
             context_parallel.check(model, layout)
-    list(_outside(module, models))
+    _refuse_shared_parameters(module, [*models, *_outside(module, models)], plan)
     return tensor_plans
 
 
@@ -264,7 +264,7 @@ def _fully_shard_dense(model: nn.Module, meshes: Meshes, mp_policy: MixedPrecisi
     # an optimizer built then would get plain copies of its parameters and train nothing; nor does it come in steps
     # that freeze the model, and the next forward would use weights from before the optimizer step.
     shard_dense(model, reshard_after_forward=True)
-    recover_in_next_forward(model)
+    recover_from_interruptions(model)
     chain_prefetches(model, embedding, groups)
 
 
@@ -289,6 +289,25 @@ def _outside(module: nn.Module, models: Iterable[nn.Module], name: str = "") -> 
             yield from _outside(child, models, where)
         elif next(child.parameters(), None) is not None:
             yield child
+
+
+def _refuse_shared_parameters(module: nn.Module, roots: Iterable[nn.Module], plan: Iterable[str]) -> None:
+    """Raises ValueError if parameters that are sharded apart are one: each module would go on with its own."""
+    names = {child: name for name, child in module.named_modules()}
+    # Experts last: they are apart from the model around them.
+    apart = [*roots, *(module.get_submodule(name) for name in plan)]
+    part_of = {child: part for part in apart for child in part.modules()}
+    found: dict[nn.Parameter, tuple[nn.Module, str]] = {}
+    for child, part in part_of.items():
+        for name, param in child.named_parameters(recurse=False):
+            where = f"{names[child]}.{name}" if names[child] else name
+            owner, first = found.setdefault(param, (part, where))
+            if owner is not part:
+                raise ValueError(
+                    f"{first} and {where} are one parameter, of modules that are sharded each by itself, and would "
+                    "become two that differ. Hold it in one of them and call that one, or put modules beside the model "
+                    "that share it into one nn.Module. (Within a transformers model only experts are apart.)"
+                )
 
 
 def _broadcast_weights(module: nn.Module, device: torch.device) -> None:

@@ -22,6 +22,7 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_ep.accumulation import reduce_kept_gradients
+from lightning_ep.interrupted import release_gathered
 from lightning_ep.masters import widen_gradient
 from lightning_ep.ops.norm import sum_of_squares
 from lightning_ep.ops.scale import scale_
@@ -114,7 +115,11 @@ class ShardedPrecision(Precision):
             tensor = tensor / trainer.strategy.layout.loss_world_size  # type: ignore[attr-defined]
         else:
             tensor = tensor * trainer.accumulate_grad_batches
-        super().backward(tensor, model, optimizer, *args, **kwargs)
+        try:
+            super().backward(tensor, model, optimizer, *args, **kwargs)
+        except BaseException:
+            release_gathered(model)
+            raise
 
     @override
     def _after_closure(self, model: LightningModule, optimizer: Steppable) -> None:
@@ -237,7 +242,8 @@ def global_grad_norm(params: Iterable[Tensor], norm_type: float = 2.0) -> Tensor
         dtype = torch.promote_types(grads[0].dtype, torch.float32)
         norms = torch.stack(torch._foreach_norm(grads, norm_type, dtype=dtype)).double()
         if math.isinf(norm_type):
-            total = torch.maximum(total, norms.max())
+            # Backends differ in what the larger of NaN and a number is.
+            total = torch.maximum(total, norms.max().nan_to_num(nan=math.inf, posinf=math.inf))
         else:
             total += norms.pow(norm_type).sum() / replicas
     if dist.is_initialized():

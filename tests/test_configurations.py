@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -21,7 +22,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from lightning_ep import CausalLM, ExpertParallelStrategy, ParallelLayout, expert_plan, from_config
 from lightning_ep.advice import warn_if_ep_crosses_nodes
-from lightning_ep.parallelize import shard
+from lightning_ep.parallelize import check, shard
 from tests.distributed import run_ranks
 from tests.reference import tiny_config, tiny_model
 from tests.tiny import Samples, TinyModule, loader
@@ -119,6 +120,48 @@ def test_a_parameter_of_the_module_itself_is_named(tmp_path: Path) -> None:
     module.temperature = nn.Parameter(torch.ones(()))
     with pytest.raises(ValueError, match=r"the parameter temperature of _Module .*submodule"):
         _trainer(tmp_path, strategy=ExpertParallelStrategy()).fit(module, DataLoader(Samples(2)))
+
+
+class _Shares(nn.Module):
+    """Modules that hold one parameter together."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__()
+        self.lm, self.a, self.b = tiny_model(), nn.Linear(32, 128, bias=False), nn.Linear(32, 128, bias=False)
+        self.other = tiny_model(seed=1) if what == "two models" else None
+        first, second = self.lm.model.layers
+        if what == "heads":
+            self.b.weight = self.a.weight
+        elif what == "head of the model":
+            self.a.weight = self.lm.lm_head.weight
+        elif what == "two models":
+            assert self.other is not None
+            self.other.lm_head.weight = self.lm.lm_head.weight
+        elif what == "experts":
+            second.mlp.experts.down_proj = first.mlp.experts.down_proj
+        elif what == "attention":  # one group of FSDP
+            second.self_attn.q_proj.weight = first.self_attn.q_proj.weight
+        elif what == "experts module":
+            second.mlp.experts = first.mlp.experts
+
+
+@pytest.mark.parametrize(
+    ("what", "names"),
+    [
+        ("heads", "a.weight and b.weight"),
+        ("head of the model", "lm.lm_head.weight and a.weight"),
+        ("two models", "lm.lm_head.weight and other.lm_head.weight"),
+        ("experts", "layers.0.mlp.experts.down_proj and lm.model.layers.1.mlp.experts.down_proj"),
+        ("attention", None),
+        ("experts module", None),
+        ("nothing", None),
+    ],
+)
+def test_parameters_that_would_become_two_are_refused(what: str, names: str | None) -> None:
+    module = _Shares(what)
+    raises = pytest.raises(ValueError, match=f"{names} are one parameter") if names else nullcontext()
+    with raises:
+        check(module, ParallelLayout.resolve(1, 1, 1, 1), expert_plan(module))
 
 
 def test_causal_lm_needs_this_strategy(tmp_path: Path) -> None:

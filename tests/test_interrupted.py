@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor
 
 from lightning_ep import ParallelLayout, layer_groups, parallelize
 from lightning_ep.accumulation import set_gradient_sync
@@ -21,8 +22,8 @@ FORWARD = ["embed_tokens", "layers.1.mlp", "layers.1", "layers.3", "norm"]
 BACKWARD = ["embed_tokens", "layers.1.mlp", "layers.1", "layers.3"]
 
 
-class _Interrupted(Exception):
-    pass
+class _Interrupted(BaseException):
+    """As KeyboardInterrupt is."""
 
 
 class _Pair:
@@ -83,6 +84,8 @@ def _next_step(ep: int, together: bool, fused: bool, mode: str) -> list[str]:
     for backward, places in ((False, FORWARD), (True, BACKWARD)):
         for where in places:
             pair.interrupted_step(where, backward, fused)
+            if not backward and not all(isinstance(param, DTensor) for param in pair.models[1].parameters()):
+                wrong.append(f"{where}: still gathered")
             pair.update()
             for model in pair.models:
                 pair.step(model, 2, fused)

@@ -17,11 +17,13 @@ from tests.rows import whole
 LAYERS = 4
 
 
-def _models() -> tuple[Any, Any]:
-    """One process's model, and the same sharded: its layers are one group."""
+def _models(ep: int | None = None) -> tuple[Any, Any]:
+    """One process's model, and the same sharded: its layers are one group, unless there is another ``ep``."""
     plain, sharded = tiny_model(num_hidden_layers=LAYERS), tiny_model(num_hidden_layers=LAYERS)
     world = dist.get_world_size()
-    parallelize(sharded, ParallelLayout.resolve(world, "auto", world, world), device())
+    parallelize(sharded, ParallelLayout.resolve(ep or world, "auto", world, world), device())
+    if ep is not None:
+        return plain, sharded
     layers = sharded.model.layers
     assert all(isinstance(layer, FSDPModule) for layer in layers)
     assert len({layer._get_fsdp_state() for layer in layers}) == 1
@@ -78,6 +80,41 @@ def _exit(training: bool) -> list[str]:
 def test_a_forward_that_ends_in_the_middle() -> None:
     for training in (True, False):
         assert run_ranks(2, _exit, training) == [[], []]
+
+
+def _alone(ep: int | None) -> list[str]:
+    """A probe of single layers, before and after an update, with and without gradients."""
+    plain, sharded = _models(ep)
+    found: list[list[float]] = []
+    for model, where in ((plain, torch.device("cpu")), (sharded, device())):
+        params = list(model.parameters())
+        ids = batches(1, 2)[0]["input_ids"].to(where)
+        positions = torch.arange(ids.shape[1], device=where)[None]
+        _step(model, None, where)
+        found.append([])
+        for index in (1, 3, 0, 2):
+            hidden = torch.full((*ids.shape, 32), 0.1, device=where)
+            kwargs = {"position_embeddings": model.model.rotary_emb(hidden, positions), "attention_mask": None}
+            for training in (False, True):
+                with torch.set_grad_enabled(training):
+                    output = model.model.layers[index](hidden, position_ids=positions, **kwargs)
+                    loss = (output if isinstance(output, torch.Tensor) else output[0]).square().mean()
+                found[-1].append(loss.item())
+                if training:
+                    loss.backward()
+                with torch.no_grad():
+                    for param in params:
+                        param.mul_(0.9)
+        _step(model, None, where)
+    wrong = _far(plain, sharded)
+    if found[1] != pytest.approx(found[0], rel=1e-5):
+        wrong.append(f"losses {found[1]} in place of {found[0]}")
+    return wrong
+
+
+@pytest.mark.parametrize("ep", [None, 1])
+def test_layers_that_are_called_by_themselves(ep: int | None) -> None:
+    assert run_ranks(2, _alone, ep) == [[], []]
 
 
 def _dtypes() -> list[torch.dtype]:

@@ -142,6 +142,34 @@ def fit_after_a_fit_that_raised(root: Path) -> None:
         assert all(torch.equal(found[name], param) for name, param in expected.items()), where
 
 
+class _Skips(_Interruptible):
+    """Goes on with the next batch, through the module's parameters rather than the optimizer's."""
+
+    automatic_optimization = False
+
+    def training_step(self, batch: dict[str, torch.Tensor], batch_idx: int) -> torch.Tensor:
+        try:
+            loss = super().training_step(batch, batch_idx)
+            self.manual_backward(loss)
+            self.trainer.strategy.clip_grad_norm_(max_norm=0.1)
+            self.optimizers().step()
+        except _Interrupted:
+            loss = torch.zeros(())
+        self.zero_grad()
+        return loss
+
+
+@row()
+def manual_optimization_goes_on_after_a_batch_that_raised(root: Path) -> None:
+    flags = {"use_distributed_sampler": False, "max_epochs": 1}
+    data = list(loader(6))
+    quiet(root, **flags).fit(expected := _Skips(), DataLoader([data[0], data[2]], batch_size=None))
+    for where in ("forward", "backward"):
+        quiet(root, **flags).fit(module := _Skips(where), DataLoader(data, batch_size=None))
+        for (name, param), other in zip(module.named_parameters(), expected.parameters(), strict=True):
+            assert torch.equal(whole(param), whole(other)), (where, name)
+
+
 @row()
 def evaluate_before_and_after_fit(root: Path) -> None:
     module = TinyModule()
