@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -265,7 +266,16 @@ def _fully_shard_dense(model: nn.Module, meshes: Meshes, mp_policy: MixedPrecisi
     # that freeze the model, and the next forward would use weights from before the optimizer step.
     shard_dense(model, reshard_after_forward=True)
     recover_from_interruptions(model)
+    for part in (embedding, *layers):
+        part.register_forward_pre_hook(partial(_root_comes_first, model), prepend=True)
     chain_prefetches(model, embedding, groups)
+
+
+def _root_comes_first(root: nn.Module, part: nn.Module, args: Any) -> None:
+    """The first call of a part by itself would make it a root, and what it gathers ahead of itself unknown."""
+    state: Any = root._get_fsdp_state()  # type: ignore[operator]
+    if state._is_root is None:
+        state._lazy_init()
 
 
 def _outside(module: nn.Module, models: Iterable[nn.Module], name: str = "") -> Iterable[nn.Module]:

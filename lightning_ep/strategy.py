@@ -22,6 +22,7 @@ from lightning.pytorch.strategies.launchers.subprocess_script import _Subprocess
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor
 from torch.distributed.tensor.parallel import ParallelStyle
@@ -356,10 +357,15 @@ class ExpertParallelStrategy(ModelParallelStrategy):
     def batch_to_device(self, batch: Any, device: torch.device | None = None, dataloader_idx: int = 0) -> Any:
         assert self.lightning_module is not None
         self._run.before_batch(self.lightning_module.trainer)
-        moved = super().batch_to_device(batch, device, dataloader_idx)
-        if self.layout.cp > 1 and (found := documents_of(batch, self.layout.cp)) is not None:
-            self._documents[described_by(moved)] = found
-        return moved
+        module = self.lightning_module
+        found = documents_of(batch, self.layout.cp) if self.layout.cp > 1 else None
+        if found is None or is_overridden("transfer_batch_to_device", module):
+            return super().batch_to_device(batch, device, dataloader_idx)
+        # In two steps, as Lightning's: a hook after the transfer may change what has been read here.
+        moved = module._call_batch_hook("transfer_batch_to_device", batch, device or self.root_device, dataloader_idx)
+        if (description := described_by(moved)) is not None:
+            self._documents[description] = found, description._version
+        return module._call_batch_hook("on_after_batch_transfer", moved, dataloader_idx)
 
     def wait_for_checkpoints(self) -> None:
         """Returns once every checkpoint that was saved before is on the disk; of use with ``async_save=True``.
@@ -428,7 +434,10 @@ class ExpertParallelStrategy(ModelParallelStrategy):
         """
         assert self._meshes is not None
         description = described_by(batch)
-        known = self._documents.get(description) if description is not None else None
+        known = None
+        if description is not None and description in self._documents:
+            found, version = self._documents[description]
+            known = found if description._version == version else None  # changed in place since
         return shard_sequence(batch, self._meshes.cp, known, self._progress)
 
     # ------------------------------------------------------------------ steps

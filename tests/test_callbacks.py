@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from pathlib import Path
 from types import SimpleNamespace
@@ -204,6 +205,18 @@ def test_bigram_baseline_is_logged_and_printed_beside_the_loss(data: TextDataMod
     lines = [line for line in capsys.readouterr().out.splitlines() if "bigram" in line]
     assert [line.split(":")[0] for line in lines] == ["step 2", "step 4", "after training"]
     assert lines[-1].endswith(f"validation loss {loss:.2f} nats/token, discounted bigram {expected:.2f}")
+
+
+def test_bigram_baseline_of_a_second_run_is_that_of_its_data(data: TextDataModule) -> None:
+    callback = BigramBaseline()
+    first = fit(Module(), data, callback).callback_metrics["val/bigram_loss"].item()
+    shorter = copy.copy(data)
+    shorter.setup = lambda stage: None  # type: ignore[method-assign]
+    shorter.train_dataset = data.train_dataset.select(range(20))
+    second = fit(Module(), shorter, callback).callback_metrics["val/bigram_loss"].item()
+    train, val = (torch.stack(list(part["input_ids"])).numpy() for part in (shorter.train_dataset, data.val_dataset))
+    assert second == pytest.approx(bigram_cross_entropy(train, val, len(data.tokenizer)), rel=1e-6)
+    assert second != first
 
 
 def test_bigram_baseline_says_when_the_loss_was_not_logged(data: TextDataModule, capsys: Any) -> None:

@@ -19,6 +19,7 @@ from lightning_ep import ExpertParallelStrategy
 from lightning_ep.checkpoint.errors import CheckpointError
 from lightning_ep.checkpoint.training import files
 from lightning_ep.checkpoint.training.background import JobQueue
+from lightning_ep.checkpoint.training.single_file import gather_optimizer
 from lightning_ep.checkpoint.training.staging import HostBuffer
 from tests.distributed import run_ranks
 from tests.tiny import TinyModule, loader, quiet
@@ -321,3 +322,10 @@ def test_generators_of_random_numbers_come_back() -> None:
     expected = [draw() for _ in range(3)]
     set_random_state(saved, device)
     assert [draw() for _ in range(3)] == expected
+
+
+def test_a_file_keeps_a_learning_rate_that_changes_while_it_is_written() -> None:
+    optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.ones(2))], lr=torch.tensor(0.1))
+    kept = gather_optimizer(optimizer, keep=True)
+    optimizer.param_groups[0]["lr"].mul_(0.5)
+    assert kept["param_groups"][0]["lr"] == pytest.approx(0.1)

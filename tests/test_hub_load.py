@@ -335,10 +335,29 @@ def test_other_architectures_and_formats_are_refused(tmp_path: Path) -> None:
         from_pretrained(pickled)
     with pytest.raises(CheckpointError, match="there is no directory"):
         from_pretrained("./nothing/here")
+    with pytest.raises(TypeError, match="Qwen3MoeConfig has no router_aux_loss_coeff"):
+        from_pretrained(good, router_aux_loss_coeff=0.5)
+    assert from_pretrained(good, router_aux_loss_coef=0.5, dtype="bfloat16").config.router_aux_loss_coef == 0.5
     config = json.loads((good / "config.json").read_text())
     (good / "config.json").write_text(json.dumps({**config, "quantization_config": {"quant_method": "fp8"}}))
     with pytest.raises(CheckpointError, match="quantized"):
         from_pretrained(good)
+
+
+def test_a_copy_of_a_tied_parameter_that_is_none_is_refused(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path, sharded=False)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": True}))
+    with pytest.raises(CheckpointError, match=r"tied .*\n.*lm_head.weight and model.embed_tokens.weight differ"):
+        stream_pretrained(from_pretrained(tmp_path), torch.device("cpu"))
+    apart = from_pretrained(tmp_path, tie_word_embeddings=False)
+    stream_pretrained(apart, torch.device("cpu"))
+    weights = load_file(tmp_path / "model.safetensors")
+    assert torch.equal(apart.lm_head.weight, weights["lm_head.weight"])
+    weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
+    save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
+    stream_pretrained(tied := from_pretrained(tmp_path), torch.device("cpu"))
+    assert tied.lm_head.weight is tied.model.embed_tokens.weight
 
 
 def tiny_sizes() -> dict[str, Any]:

@@ -117,6 +117,21 @@ def test_layers_that_are_called_by_themselves(ep: int | None) -> None:
     assert run_ranks(2, _alone, ep) == [[], []]
 
 
+def _embedding_first(ep: int | None) -> list[str]:
+    """As with soft prompts."""
+    plain, sharded = _models(ep)
+    for model, where in ((plain, torch.device("cpu")), (sharded, device())):
+        for _ in range(2):
+            embedded = model.get_input_embeddings()(batches(1, 2)[0]["input_ids"].to(where))
+            model(inputs_embeds=embedded, use_cache=False).logits.square().mean().backward()
+    return _far(plain, sharded)
+
+
+@pytest.mark.parametrize("ep", [None, 1])
+def test_an_embedding_that_is_called_before_the_model(ep: int | None) -> None:
+    assert run_ranks(2, _embedding_first, ep) == [[], []]
+
+
 def _dtypes() -> list[torch.dtype]:
     model, world = tiny_model(num_hidden_layers=LAYERS), dist.get_world_size()
     rotary, seen = model.model.rotary_emb, []

@@ -16,8 +16,9 @@ from torch.utils.data import DataLoader, Dataset
 
 from lightning_ep import ExpertParallelStrategy
 from lightning_ep.data import ResumableLoader
+from tests.reference import tiny_model
 from tests.rows import RowFailures, Rows
-from tests.tiny import Samples, TinyModule, loader, quiet
+from tests.tiny import SMALL, Samples, TinyModule, loader, quiet
 
 row = Rows()
 
@@ -90,6 +91,51 @@ def predict_joins_a_loader_with_its_index(root: Path) -> None:
     last = (1, 2, [104 if first == 0 else 103])  # the sample that rank 1 has had already, once more
     expected = [(0, step, [first + 2 * step]) for step in range(2)]
     assert calls == [*expected, *((1, step, [100 + first + 2 * step]) for step in range(2)), last]
+
+
+def _changed(batch: dict[str, Tensor], key: str) -> None:
+    if key == "attention_mask":
+        batch[key][0, :5] = 0
+        batch["labels"][0, :6] = -100
+    else:
+        batch[key][:, 5:] -= 5  # another document begins
+
+
+class _Changes(TinyModule):
+    """Changes what describes the documents of a batch, after it has come to the device."""
+
+    def __init__(self, key: str, where: str) -> None:
+        super().__init__()
+        self.key, self.where, self.found = key, where, 0.0
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        if "replaced" in self.where:
+            batch = {name: value.clone() for name, value in batch.items()}
+        if "hook" in self.where:
+            _changed(batch, self.key)
+        return batch
+
+    def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        strategy: Any = self.trainer.strategy
+        if "step" in self.where:
+            _changed(batch, self.key)
+        loss = self.model(**strategy.shard_sequence(batch), use_cache=False).loss
+        self.found = strategy.reduce(loss, reduce_op="mean").item()
+
+
+@row()
+def documents_that_change_on_the_device_under_context_parallelism(root: Path) -> None:
+    ids = torch.randint(1, 128, (2, 12), generator=torch.Generator().manual_seed(0))
+    rows = {"attention_mask": torch.ones(2, 12).long(), "position_ids": torch.arange(12).repeat(2, 1)}
+    for key, value in rows.items():
+        expected = {"input_ids": ids, "labels": ids.clone(), key: value.clone()}
+        _changed(expected, key)
+        loss = tiny_model(**SMALL)(**expected, use_cache=False).loss.item()
+        for where in ("hook", "replaced in hook", "step", "replaced, step"):
+            batch = {"input_ids": ids.clone(), "labels": ids.clone(), key: value.clone()}
+            trainer = quiet(root, strategy=ExpertParallelStrategy(ep=2, cp=2), num_sanity_val_steps=0)
+            trainer.validate(module := _Changes(key, where), DataLoader([batch], batch_size=None), verbose=False)
+            assert module.found == pytest.approx(loss, rel=1e-5), (key, where)
 
 
 class _Random(Dataset):

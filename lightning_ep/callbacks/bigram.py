@@ -40,6 +40,7 @@ class BigramBaseline(Callback):
                 f"BigramBaseline counts the tokens of the datamodule, but {type(datamodule).__name__} has no"
                 f" {', '.join(missing)}. Use lightning_ep.data.TextDataModule, or leave the callback out."
             )
+        self._loss = None  # of the datamodule of another run
 
     @override
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -58,6 +58,10 @@ class GenerateSamples(Callback):
         self._validations = 0
 
     @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._validations = 0
+
+    @override
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # here and not in `setup`: models are often built later, in `configure_model`
         if not callable(getattr(getattr(pl_module, "model", None), "generate", None)):

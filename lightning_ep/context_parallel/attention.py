@@ -132,9 +132,10 @@ class _LocalHeads:
         return values[self._heads]
 
     @property
-    def sinks(self) -> Tensor:
-        """Attention sinks, one per head, of the families that have them."""
-        return self.of_heads(self._module.sinks)  # type: ignore[arg-type]
+    def sinks(self) -> Tensor | None:
+        """Attention sinks, one per head, of the families and layers that have them."""
+        sinks: Any = self._module.sinks
+        return None if sinks is None else self.of_heads(sinks)
 
     @property
     def config(self) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -118,6 +119,19 @@ class Match:
             if not (readable and self._check_dtypes(conversion) and self._trace(conversion)):
                 unknown.update(self._siblings.get(conversion.target, {conversion.target}))
         self._find_missing(unknown)
+        self._check_tied()
+
+    def _check_tied(self) -> None:
+        """Notes copies of a tied parameter that a checkpoint stores and that are none: one of them would be lost."""
+        for copy, name in adapter.tied_names(self.model).items():
+            both = [self.filled[key].pieces for key in (copy, name) if key in self.filled]
+            keys = [piece.key for pieces in both for piece in pieces or ()]
+            if len(both) == len(keys) == 2 and _differ(*(self.stored[key] for key in keys)):
+                self.problems.add(
+                    "tied",
+                    f"{keys[0]} and {keys[1]} differ, and the config says that they are one (tie_word_embeddings): "
+                    "pass tie_word_embeddings=False to from_pretrained",
+                )
 
     @cached_property
     def _siblings(self) -> dict[str, set[str]]:
@@ -208,3 +222,18 @@ class Match:
             if id(filled.tensor) not in seen and filled.tensor.is_meta:
                 seen.add(id(filled.tensor))
                 yield name, filled
+
+
+def _differ(one: StoredTensor, two: StoredTensor) -> bool:
+    """Whether tensors of one shape and dtype differ at their beginning, middle or end: all of a trained one does."""
+    if (one.shape, one.dtype) != (two.shape, two.dtype):
+        return False
+    size = math.prod(one.shape) * one.dtype.itemsize
+    window = min(size, 1 << 16)
+    return any(_bytes(one, at, window) != _bytes(two, at, window) for at in (0, (size - window) // 2, size - window))
+
+
+def _bytes(stored: StoredTensor, at: int, count: int) -> bytes:
+    with stored.file.open("rb") as stream:
+        stream.seek(stored.offset + at)
+        return stream.read(count)

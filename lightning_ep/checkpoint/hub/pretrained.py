@@ -44,13 +44,21 @@ def from_pretrained(
         **config_overrides: Values that replace those of ``config.json``.
 
     Raises:
+        TypeError: For a keyword that the config does not have.
         CheckpointError: If there is no such checkpoint, if its weights are pickled or quantized, or if its config is
             that of another architecture than ``auto_class`` builds.
     """
     directory = _together(lambda: _find(os.fspath(path), revision, trust_remote_code))
     if config_overrides.get("dtype") == "auto":
         del config_overrides["dtype"]  # transformers' word for what the config says
-    config = AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code, **config_overrides)
+    config, unknown = AutoConfig.from_pretrained(
+        directory, trust_remote_code=trust_remote_code, return_unused_kwargs=True, **config_overrides
+    )
+    if unknown:
+        raise TypeError(
+            f"{type(config).__name__} has no {', '.join(sorted(unknown))}, and from_pretrained no such argument. "
+            "Look at config.json for the names that can be given."
+        )
     if getattr(config, "quantization_config", None) is not None:
         raise CheckpointError(
             f"{path} is quantized ({config.quantization_config.get('quant_method')!r}), and training needs weights in "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -37,7 +38,8 @@ def gather_optimizer(optimizer: Optimizer, keep: bool) -> dict[str, Any]:
     """``optimizer.state_dict()`` with full tensors, as an optimizer on one process has it; every rank must call it."""
     state = optimizer.state_dict()
     full = {number: gather(values, keep) for number, values in state["state"].items()}
-    return {"state": full, "param_groups": state["param_groups"]} if keep else {}
+    # A copy: training may go on before it is written, and a learning rate may be a tensor.
+    return {"state": full, "param_groups": copy.deepcopy(state["param_groups"])} if keep else {}
 
 
 def check_file(path: Path) -> None:
