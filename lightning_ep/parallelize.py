@@ -266,16 +266,21 @@ def _fully_shard_dense(model: nn.Module, meshes: Meshes, mp_policy: MixedPrecisi
     # that freeze the model, and the next forward would use weights from before the optimizer step.
     shard_dense(model, reshard_after_forward=True)
     recover_from_interruptions(model)
-    for part in (embedding, *layers):
-        part.register_forward_pre_hook(partial(_root_comes_first, model), prepend=True)
+    _initialize_with_any_part(model, [embedding, *layers])
     chain_prefetches(model, embedding, groups)
 
 
-def _root_comes_first(root: nn.Module, part: nn.Module, args: Any) -> None:
-    """The first call of a part by itself would make it a root, and what it gathers ahead of itself unknown."""
+def _initialize_with_any_part(root: nn.Module, parts: Iterable[nn.Module]) -> None:
+    """Has FSDP know its root when a part is called first: it would take the part for one, and not find the others."""
     state: Any = root._get_fsdp_state()  # type: ignore[operator]
-    if state._is_root is None:
-        state._lazy_init()
+
+    def initialize(*_: Any) -> None:
+        if state._is_root is None:
+            state._lazy_init()
+        for handle in handles:
+            handle.remove()
+
+    handles = [part.register_forward_pre_hook(initialize, prepend=True) for part in parts]
 
 
 def _outside(module: nn.Module, models: Iterable[nn.Module], name: str = "") -> Iterable[nn.Module]:
