@@ -13,6 +13,20 @@ from torch.distributed.tensor import DTensor
 from lightning_ep import transformers_adapter as adapter
 
 
+def roots(module: nn.Module) -> Iterator[Any]:
+    """States of the roots of FSDP in a module; none before their first forward."""
+    for child in module.modules():
+        if isinstance(child, FSDPModule) and (state := child._get_fsdp_state())._is_root:
+            yield state
+
+
+def groups_of(root: Any) -> Iterator[Any]:
+    """FSDP's groups of parameters below a root, each once."""
+    for state in root._state_ctx.all_states:
+        if state._fsdp_param_group is not None:
+            yield state._fsdp_param_group
+
+
 def set_gradient_sync(module: nn.Module, enabled: bool) -> None:
     """Switches the reduction of gradients, for accumulation over several backward passes.
 
@@ -35,21 +49,24 @@ def reduce_kept_gradients(module: nn.Module) -> None:
     one is a root of its own. What copies of the model (``replicate``) have yet to add is added with a gradient only.
     Every rank must call it.
     """
-    for child in module.modules():
-        if not isinstance(child, FSDPModule):
-            continue
-        state: Any = child._get_fsdp_state()
-        waiting = [group for group in _groups(child) if _keeps_gradients(group)] if state._is_root else []
+    for root in roots(module):
+        waiting = [group for group in groups_of(root) if _keeps_gradients(group)]
         for group in waiting:
             if group._partial_reduce_output is not None:
                 _add_zero_gradients(group)
         if waiting:
-            state._root_post_backward_final_callback()
+            root._root_post_backward_final_callback()
 
 
 def forget_gradients(module: nn.Module) -> None:
     """Drops what groups have kept of an accumulation window that never ended; ``zero_grad`` does not reach it."""
-    for group in _groups(module):
+    for root in roots(module):
+        forget_gradients_of(root)
+
+
+def forget_gradients_of(root: Any) -> None:
+    """`forget_gradients`, of the groups below one root."""
+    for group in groups_of(root):
         group._partial_reduce_output = None
         for param in group.fsdp_params:
             param.unsharded_accumulated_grad = None
@@ -70,13 +87,6 @@ def _keeps_gradients(group: Any) -> bool:
         or ((unsharded := getattr(param, "_unsharded_param", None)) is not None and unsharded.grad is not None)
         for param in group.fsdp_params
     )
-
-
-def _groups(module: nn.Module) -> Iterator[Any]:
-    for child in module.modules():
-        group = child._get_fsdp_state()._fsdp_param_group if isinstance(child, FSDPModule) else None
-        if group is not None:
-            yield group
 
 
 def _fsdp_size(experts: nn.Module) -> int:

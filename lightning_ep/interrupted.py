@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
-from lightning_ep.accumulation import forget_gradients
+from lightning_ep.accumulation import forget_gradients_of, groups_of, roots
 
 
 def recover_from_interruptions(root: nn.Module) -> None:
@@ -29,17 +29,27 @@ def recover_from_interruptions(root: nn.Module) -> None:
     assert isinstance(root, FSDPModule)
     state: Any = root._get_fsdp_state()
     # The two ways into a forward: the module's own, and methods that `register_fsdp_forward_method` made one.
-    root.register_forward_pre_hook(lambda *_: _end_earlier_pass(root, state), prepend=True)
-    state._pre_forward = functools.partial(_begin_pass, root, state, state._pre_forward)
+    root.register_forward_pre_hook(lambda *_: _end_earlier_pass(state), prepend=True)
+    state._pre_forward = functools.partial(_begin_pass, state, state._pre_forward)
     root.forward = _released_if_it_raises(root, root.forward)
 
 
 def release_gathered(module: nn.Module) -> None:
     """Shards what a pass that raised has left gathered: the parameters of its modules are copies until then."""
-    for child in module.modules():
-        if isinstance(child, FSDPModule) and _begins_passes(state := child._get_fsdp_state()):
-            for inner in state._state_ctx.all_states:
-                _make_idle(inner)
+    for root in roots(module):
+        if _begins_passes(root):
+            for state in root._state_ctx.all_states:
+                _make_idle(state)
+
+
+def end_pass(root: Any) -> None:
+    """Leaves nothing gathered, or marked as under way, below a root of FSDP (its state)."""
+    for state in root._state_ctx.all_states:
+        _make_idle(state)
+    for group in groups_of(root):
+        if group._all_gather_result is not None:
+            group.finalize_backward()  # waits for what it has gathered ahead, and drops it
+    root._state_ctx.iter_forward_root = None
 
 
 def _released_if_it_raises(root: nn.Module, forward: Any) -> Any:
@@ -54,23 +64,18 @@ def _released_if_it_raises(root: nn.Module, forward: Any) -> Any:
     return released
 
 
-def _begin_pass(root: nn.Module, state: Any, pre_forward: Any, *args: Any) -> Any:
-    _end_earlier_pass(root, state)
+def _begin_pass(state: Any, pre_forward: Any, *args: Any) -> Any:
+    _end_earlier_pass(state)
     return pre_forward(*args)
 
 
-def _end_earlier_pass(root: nn.Module, state: Any) -> None:
+def _end_earlier_pass(state: Any) -> None:
     if not _begins_passes(state):
         return
     if state._state_ctx.post_backward_final_callback_queued:
-        forget_gradients(root)  # of groups that have not come to their reduction, which other ranks may have
+        forget_gradients_of(state)  # of groups that have not come to their reduction, which other ranks may have
         state._root_post_backward_final_callback()
-    for inner in state._state_ctx.all_states:
-        _make_idle(inner)
-        group = inner._fsdp_param_group
-        if group is not None and group._all_gather_result is not None:
-            group.finalize_backward()  # waits for what it has gathered ahead, and drops it
-    state._state_ctx.iter_forward_root = None
+    end_pass(state)
 
 
 def _begins_passes(state: Any) -> bool:

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from torch.distributed.utils import _apply_to_tensors
 
+from lightning_ep.interrupted import end_pass
+
 # Up to this many parameters are gathered and reduced together: 320 MB in bf16, a millisecond between GPUs of a node.
 # FSDP's hooks take the host about 4 ms per group and step, more than the GPU needs for a layer of few tokens.
 _GROUPED_PARAMETERS = 160_000_000
@@ -94,16 +96,8 @@ def _gather_for_backward(state: Any, layer: nn.Module, args: Any, output: Any) -
 
 
 def _end_call_alone(state: Any, layer: nn.Module, args: Any, output: Any) -> None:
-    context = state._state_ctx
-    if context.iter_forward_root not in (None, state) or torch._C._current_graph_task_id() != -1:
+    if state._state_ctx.iter_forward_root not in (None, state) or torch._C._current_graph_task_id() != -1:
         return  # part of a forward of the root, or of a checkpoint's recomputation
-    if state._modules_to_run_forward:
+    if state._modules_to_run_forward:  # FSDP gathers for backward where all have run
         _gather_for_backward(state, layer, args, output)
-        state._modules_to_run_forward.clear()
-        state._training_state = state._fsdp_param_group._training_state = type(state._training_state).IDLE
-        state._fsdp_param_group.reshard()
-    for inner in context.all_states:
-        group = inner._fsdp_param_group
-        if group is not None and group._all_gather_result is not None:
-            group.finalize_backward()  # gathered ahead, for a layer that is not called next
-    context.iter_forward_root = None
+    end_pass(state)

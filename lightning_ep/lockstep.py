@@ -10,6 +10,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
 
 Gather = Callable[[int], list[int]]
+Join = Callable[[object, Any, int], None]
 
 
 class LockstepLoader:
@@ -26,7 +27,7 @@ class LockstepLoader:
         gather: Collects one integer per rank, in rank order.
         lengths: Batches of every rank's loader, if all are known.
         limit: The loop leaves the loader after this many batches.
-        join: Runs a step on a batch, given its number, and discards the result, or None for *stop*.
+        join: Runs a step, given this loader, a batch and its number, and discards the result; None for *stop*.
     """
 
     def __init__(
@@ -35,7 +36,7 @@ class LockstepLoader:
         gather: Gather,
         lengths: list[int] | None,
         limit: float = float("inf"),
-        join: Callable[[Any, int], None] | None = None,
+        join: Join | None = None,
     ) -> None:
         self._loader = loader
         self._gather = gather
@@ -80,7 +81,7 @@ class LockstepLoader:
         if self._join is not None and taken < num_steps:
             last = self._any_batch() if last is None else last
             for step in range(taken, num_steps):
-                self._join(last, step)
+                self._join(self, last, step)
 
     def _iterate_agreeing(self) -> Iterator[Any]:
         batches = iter(self._loader)
@@ -105,7 +106,7 @@ class LockstepLoader:
             elif batch is not None:
                 yield batch
             else:
-                self._join(self._any_batch() if last is None else last, taken - 1)
+                self._join(self, self._any_batch() if last is None else last, taken - 1)
 
     def _any_batch(self) -> Any:
         """A batch for a rank that has none of its own."""
@@ -123,7 +124,7 @@ def lockstep(
     loader: Any,
     gather: Gather,
     limit: int | float | None = None,
-    join: Callable[[Any, int], None] | None = None,
+    join: Join | None = None,
 ) -> Any:
     """Returns ``loader`` itself where all ranks have equally many batches, else a `LockstepLoader`.
 

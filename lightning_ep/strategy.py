@@ -355,9 +355,9 @@ class ExpertParallelStrategy(ModelParallelStrategy):
 
     @override
     def batch_to_device(self, batch: Any, device: torch.device | None = None, dataloader_idx: int = 0) -> Any:
-        assert self.lightning_module is not None
-        self._run.before_batch(self.lightning_module.trainer)
         module = self.lightning_module
+        assert module is not None
+        self._run.before_batch(module.trainer)
         found = documents_of(batch, self.layout.cp) if self.layout.cp > 1 else None
         if found is None or is_overridden("transfer_batch_to_device", module):
             return super().batch_to_device(batch, device, dataloader_idx)
@@ -400,12 +400,7 @@ class ExpertParallelStrategy(ModelParallelStrategy):
             return lockstep(dataloader, from_all_ranks)
         if trainer._accelerator_connector.use_distributed_sampler:
             share_samples(dataloader, self.data_world_size, self.data_rank)
-
-        def join(batch: Any, batch_idx: int) -> None:
-            self._join_predict_step(loader, batch, batch_idx)
-
-        loader = lockstep(dataloader, from_all_ranks, trainer.limit_predict_batches, join)
-        return loader
+        return lockstep(dataloader, from_all_ranks, trainer.limit_predict_batches, self._join_predict_step)
 
     def _join_predict_step(self, loader: object, batch: Any, batch_idx: int) -> None:
         module = self.lightning_module

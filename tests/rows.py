@@ -13,7 +13,7 @@ import importlib
 import re
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from tests.distributed import run_ranks
-from tests.reference import tiny_model
+from tests.reference import grad_or_zero, relative_error, tiny_model
 from tests.tiny import TinyModule, loader, quiet
 
 WORLD, STEPS = 2, 2
@@ -146,3 +146,13 @@ def check(trainer: L.Trainer, module: L.LightningModule, steps: int = STEPS) -> 
 
 def whole(param: Tensor) -> Tensor:
     return (param.detach().full_tensor() if isinstance(param, DTensor) else param.detach()).clone()
+
+
+def wrong_gradients(plain: Iterable[tuple[str, Tensor]], sharded: Iterable[Tensor], tolerance: float) -> list[str]:
+    """Parameters whose summed gradients are not one process's, when every rank has had the same batch."""
+    world, wrong = dist.get_world_size(), []
+    for (name, param), other in zip(plain, sharded, strict=True):
+        found = torch.zeros_like(param) if other.grad is None else whole(other.grad).cpu() / world
+        if not (error := relative_error(found, grad_or_zero(param))) <= tolerance:
+            wrong.append(f"{name} {error:.1e}")
+    return wrong

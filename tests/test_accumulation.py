@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
 from lightning_ep import ParallelLayout, parallelize
 from lightning_ep.accumulation import reduce_kept_gradients, set_gradient_sync
 from lightning_ep.precision import clip_grad_norm_
 from tests.distributed import device, run_ranks
-from tests.reference import batches, grad_or_zero, relative_error, tiny_model
-from tests.rows import whole
+from tests.reference import batches, tiny_model
+from tests.rows import wrong_gradients
 
 LAYERS = 3
 
@@ -30,10 +28,8 @@ def _early_exit(ep: int, fsdp: int, replicate: int, world: int) -> list[str]:
                 batch = {key: value.to(where) for key, value in batches(1, 2, seed=last)[0].items()}
                 model(**batch, use_cache=False).loss.backward()
         reduce_kept_gradients(sharded)
-        for (name, param), other in zip(plain.named_parameters(), sharded.parameters(), strict=True):
-            found: Any = torch.zeros_like(param) if other.grad is None else whole(other.grad).cpu() / world
-            if not relative_error(found, grad_or_zero(param)) <= 1e-5:
-                wrong.append(f"window {window}: {name} {relative_error(found, grad_or_zero(param)):.1e}")
+        found = wrong_gradients(plain.named_parameters(), sharded.parameters(), 1e-5)
+        wrong += [f"window {window}: {param}" for param in found]
     return wrong
 
 

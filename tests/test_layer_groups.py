@@ -11,8 +11,8 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 
 from lightning_ep import ParallelLayout, layer_groups, parallelize
 from tests.distributed import device, run_ranks
-from tests.reference import batches, grad_or_zero, relative_error, tiny_model
-from tests.rows import whole
+from tests.reference import batches, tiny_model
+from tests.rows import wrong_gradients
 
 LAYERS = 4
 
@@ -38,12 +38,7 @@ def _step(model: Any, hidden: int | None, where: torch.device) -> None:
 
 
 def _far(plain: Any, sharded: Any, tolerance: float = 1e-5) -> list[str]:
-    world, wrong = dist.get_world_size(), []
-    for (name, param), (_, other) in zip(plain.named_parameters(), sharded.named_parameters(), strict=True):
-        found = torch.zeros_like(param) if other.grad is None else whole(other.grad).cpu() / world
-        if not relative_error(found, grad_or_zero(param)) <= tolerance:
-            wrong.append(f"{name} {relative_error(found, grad_or_zero(param)):.1e}")
-    return wrong
+    return wrong_gradients(plain.named_parameters(), sharded.parameters(), tolerance)
 
 
 def _middle(hidden: int) -> list[str]:

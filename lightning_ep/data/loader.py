@@ -112,19 +112,11 @@ class RankBatches:
         left = max(self._end - samples, 0) / self.global_batch_size
         return len(self) - (math.floor(left) if self.equal_sizes else math.ceil(left))
 
-    def samples_before(self, batches: int, since: int = 0) -> int:
-        """Samples that all data ranks together were handed in the epoch's first batches.
-
-        Args:
-            batches: These batches.
-            since: The position from which they were counted on, as this job began there.
-        """
-        before = self.batches_before(since)
-        if batches == before:
-            return since
-        per_piece, larger = divmod(self._end - since, (len(self) - before) * self.data_world_size)
-        pieces = (batches - before) * self.data_world_size
-        return since + pieces * per_piece + min(pieces, larger)
+    def next_position(self, samples: int) -> int:
+        """The position behind the global batch at a position."""
+        pieces = (len(self) - self.batches_before(samples)) * self.data_world_size
+        per_piece, larger = divmod(self._end - samples, pieces)
+        return samples + self.data_world_size * per_piece + min(self.data_world_size, larger)
 
     def check_left(self, samples: int) -> None:
         """Raises ValueError if what is left after a position does not give every data rank its batches."""
@@ -146,7 +138,7 @@ class ResumableLoader:
 
     The loader is not a ``torch.utils.data.DataLoader``, so Lightning neither injects a sampler into it nor rebuilds it.
     It is an iterable with ``len``, ``state_dict`` and ``load_state_dict``, all that Lightning asks of a resumable
-    loader, and each pass runs a ``DataLoader`` over what is left of the epoch. It counts batches as it hands them out,
+    loader, and each pass runs a ``DataLoader`` over what is left of the epoch. It counts samples as it hands them out,
     so batches that workers have prefetched are not lost in a checkpoint. Its position is kept in samples of the whole
     job, so a checkpoint may be resumed on another number of data ranks. It draws nothing from the global random
     generators.
@@ -188,8 +180,7 @@ class ResumableLoader:
         self.num_workers = num_workers
         self.pin_memory = pin_memory
         self._epoch = 0
-        self._handed_out = 0  # batches of that epoch
-        self._began_at = 0  # samples of it that another job was handed
+        self._samples = 0  # of that epoch, which all data ranks were handed
         self._resuming = False
 
     def __len__(self) -> int:
@@ -205,7 +196,7 @@ class ResumableLoader:
         # calls `set_epoch` afterwards, so a loader that chose its order (or started its workers) at once would resume
         # in the wrong epoch.
         if not (self._resuming and self._epoch == self.batch_sampler.epoch):
-            self._epoch, self._handed_out, self._began_at = self.batch_sampler.epoch, 0, 0
+            self._epoch, self._samples = self.batch_sampler.epoch, 0
         self._resuming = False
         batches = DataLoader(
             self._dataset,
@@ -217,12 +208,8 @@ class ResumableLoader:
             generator=torch.Generator().manual_seed(self.batch_sampler.seed),
         )
         for batch in batches:
-            self._handed_out += 1
+            self._samples = self.batch_sampler.next_position(self._samples)
             yield batch
-
-    @property
-    def _samples(self) -> int:
-        return self.batch_sampler.samples_before(self._handed_out, self._began_at)
 
     def state_dict(self) -> dict[str, int]:
         """Return the epoch and how many of its samples all data ranks together were handed; the same on every rank."""
@@ -258,6 +245,5 @@ class ResumableLoader:
                     f"{step}. Choose a batch_size whose product divides it, or resume from the end of an epoch."
                 )
             self.batch_sampler.check_left(samples)
-        self._epoch, self._began_at, self._resuming = state_dict["epoch"], samples, True
-        self._handed_out = self.batch_sampler.batches_before(samples)
+        self._epoch, self._samples, self._resuming = state_dict["epoch"], samples, True
         self.set_epoch(self._epoch)
