@@ -19,15 +19,15 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 from typing_extensions import override
 
 from lightning_ep.checkpoint.errors import CheckpointError
-from lightning_ep.checkpoint.hub.directory import meta_model
-from lightning_ep.checkpoint.hub.pretrained import from_pretrained
-from lightning_ep.checkpoint.training.weights import SavedWeights
-from lightning_ep.initialize import materialize
-from lightning_ep.lagged import Lagged
+from lightning_ep.checkpoint.weights import SavedWeights
+from lightning_ep.distributed.lagged import Lagged
+from lightning_ep.hub.directory import meta_model
+from lightning_ep.hub.initialize import materialize
+from lightning_ep.hub.pretrained import from_pretrained
 from lightning_ep.loss import IGNORE, summed_loss, token_losses
-from lightning_ep.optim import AdamW
-from lightning_ep.precision import clip_grad_norm_, clip_in_step_
 from lightning_ep.strategy import ExpertParallelStrategy
+from lightning_ep.trainer.optim import AdamW
+from lightning_ep.trainer.precision import clip_grad_norm_, clip_in_step_
 
 
 def from_config(config: PreTrainedConfig) -> PreTrainedModel:

@@ -16,18 +16,17 @@ from torch.distributed.tensor.parallel import ParallelStyle, parallelize_module
 from transformers import PreTrainedModel
 
 from lightning_ep import context_parallel
-from lightning_ep import dtensor_rules as dtensor_rules  # registers them
 from lightning_ep import transformers_adapter as adapter
-from lightning_ep.checkpoint.hub.load import stream_pretrained
-from lightning_ep.compilation import compile_forward
-from lightning_ep.initialize import materialize
-from lightning_ep.interrupted import recover_from_interruptions
-from lightning_ep.layer_groups import group_layers, serve_parts_of
+from lightning_ep.fsdp.interrupted import recover_from_interruptions
+from lightning_ep.fsdp.layer_groups import group_layers, serve_parts_of
+from lightning_ep.fsdp.prefetch import chain_prefetches
+from lightning_ep.hub.initialize import materialize
+from lightning_ep.hub.load import stream_pretrained
+from lightning_ep.layers.compilation import compile_forward
+from lightning_ep.layers.recompute import ActivationCheckpointing, check_mode, checkpoint_layer
 from lightning_ep.layout import Meshes, ParallelLayout
-from lightning_ep.masters import ModelMasters
-from lightning_ep.plan import expert_plan
-from lightning_ep.prefetch import chain_prefetches
-from lightning_ep.recompute import ActivationCheckpointing, check_mode, checkpoint_layer
+from lightning_ep.moe.masters import ModelMasters
+from lightning_ep.moe.plan import expert_plan
 from lightning_ep.tensor_parallel import apply_tensor_plan, tensor_plan
 
 _NOT_TRANSFORMERS_OWN = (

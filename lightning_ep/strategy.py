@@ -31,25 +31,25 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from typing_extensions import override
 
 from lightning_ep import transformers_adapter as adapter
-from lightning_ep.accumulation import forget_gradients, set_gradient_sync
-from lightning_ep.advice import warn_if_ep_crosses_nodes, warn_if_large_in_memory
-from lightning_ep.checkpoint.hub.load import stream_pretrained
-from lightning_ep.checkpoint.ranks import from_all_ranks
-from lightning_ep.checkpoint.training.files import local_path
-from lightning_ep.checkpoint.training.loops import close_finished_epoch, match_batches
-from lightning_ep.checkpoint.training.run import RunCheckpoints
+from lightning_ep.checkpoint.files import local_path
+from lightning_ep.checkpoint.loops import close_finished_epoch, match_batches
+from lightning_ep.checkpoint.run import RunCheckpoints
 from lightning_ep.context_parallel import described_by, documents_of, shard_sequence
-from lightning_ep.dispatch import Progress
-from lightning_ep.initialize import has_meta_tensors, materialize
+from lightning_ep.distributed.progress import Progress
+from lightning_ep.distributed.ranks import from_all_ranks
+from lightning_ep.fsdp.accumulation import forget_gradients, set_gradient_sync
+from lightning_ep.hub.initialize import has_meta_tensors, materialize
+from lightning_ep.hub.load import stream_pretrained
+from lightning_ep.layers.recompute import ActivationCheckpointing, check_mode
 from lightning_ep.layout import Meshes, ParallelLayout
-from lightning_ep.lockstep import lockstep, share_samples
-from lightning_ep.masters import ModelMasters
-from lightning_ep.optim import AdamW
+from lightning_ep.moe.masters import ModelMasters
+from lightning_ep.moe.plan import DispatcherName, expert_plan
 from lightning_ep.parallelize import check_sharded, is_parallelized, own_masters, shard
-from lightning_ep.plan import DispatcherName, expert_plan
-from lightning_ep.precision import ShardedPrecision, clip_grad_norm_
-from lightning_ep.recompute import ActivationCheckpointing, check_mode
-from lightning_ep.refusals import refuse_optimizers, refuse_other_processes, refuse_unsupported
+from lightning_ep.trainer.advice import warn_if_ep_crosses_nodes, warn_if_large_in_memory
+from lightning_ep.trainer.lockstep import lockstep, share_samples
+from lightning_ep.trainer.optim import AdamW
+from lightning_ep.trainer.precision import ShardedPrecision, clip_grad_norm_
+from lightning_ep.trainer.refusals import refuse_optimizers, refuse_other_processes, refuse_unsupported
 
 _TIMEOUT = timedelta(minutes=30)  # Lightning's default
 

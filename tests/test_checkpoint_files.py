@@ -16,11 +16,11 @@ import pytest
 import torch
 
 from lightning_ep import ExpertParallelStrategy
+from lightning_ep.checkpoint import files
+from lightning_ep.checkpoint.background import JobQueue
 from lightning_ep.checkpoint.errors import CheckpointError
-from lightning_ep.checkpoint.training import files
-from lightning_ep.checkpoint.training.background import JobQueue
-from lightning_ep.checkpoint.training.single_file import gather_optimizer
-from lightning_ep.checkpoint.training.staging import HostBuffer
+from lightning_ep.checkpoint.single_file import gather_optimizer
+from lightning_ep.checkpoint.staging import HostBuffer
 from tests.distributed import run_ranks
 from tests.tiny import TinyModule, loader, quiet
 
@@ -297,7 +297,7 @@ def test_objects_are_loaded_only_when_asked_for(tmp_path: Path) -> None:
 
 
 def test_the_index_runs_no_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from lightning_ep.checkpoint.training.shards import SafeReader
+    from lightning_ep.checkpoint.shards import SafeReader
 
     monkeypatch.chdir(tmp_path)
     (tmp_path / ".metadata").write_bytes(pickle.dumps(_Evil()))
@@ -311,7 +311,7 @@ def test_generators_of_random_numbers_come_back() -> None:
 
     import numpy as np
 
-    from lightning_ep.checkpoint.training.state import random_state, serialize, set_random_state
+    from lightning_ep.checkpoint.state import random_state, serialize, set_random_state
 
     def draw() -> tuple[Any, ...]:
         return random.gauss(0, 1), float(np.random.normal()), torch.rand(2).tolist()

@@ -11,10 +11,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lightning_ep.checkpoint.hub import reader
-from lightning_ep.checkpoint.hub.safetensors_file import read_header
-from lightning_ep.checkpoint.hub.trace import NotTraceableError, Traced
-from lightning_ep.region import Region
+from lightning_ep.distributed.region import Region
+from lightning_ep.hub import reader
+from lightning_ep.hub.safetensors_file import read_header
+from lightning_ep.hub.trace import NotTraceableError, Traced
 
 Chain = Callable[[list[Tensor]], Tensor]
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from lightning_ep import ParallelLayout, parallelize
-from lightning_ep.compilation import compile_forward
+from lightning_ep.layers.compilation import compile_forward
 from tests.distributed import device, run_ranks
 from tests.reference import batches, tiny_model
 

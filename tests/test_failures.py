@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from lightning_ep import ExpertParallelStrategy
-from lightning_ep.dispatch import Progress
+from lightning_ep.distributed.progress import Progress
 from tests.distributed import RankFailure, device, run_ranks
 from tests.tiny import Samples, TinyModule, quiet
 

@@ -12,10 +12,10 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from transformers import PreTrainedModel
 
 from lightning_ep import ParallelLayout, expert_plan, parallelize
-from lightning_ep.dispatch import LocalDispatcher
-from lightning_ep.moe import moe_forward
+from lightning_ep.moe.dispatch import LocalDispatcher
+from lightning_ep.moe.moe import moe_forward
+from lightning_ep.moe.plan import ExpertParallel
 from lightning_ep.ops.fused_experts import FusedExperts
-from lightning_ep.plan import ExpertParallel
 from lightning_ep.transformers_adapter import experts_modules, why_not_fused
 from tests.distributed import device, run_ranks
 from tests.reference import batches, family_model, relative_error

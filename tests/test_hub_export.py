@@ -23,10 +23,10 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from lightning_ep import CausalLM, ExpertParallelStrategy, cli, from_pretrained, parallelize
 from lightning_ep.callbacks import HuggingFaceExport
+from lightning_ep.checkpoint import files
 from lightning_ep.checkpoint.errors import CheckpointError
-from lightning_ep.checkpoint.hub import export as export_module
-from lightning_ep.checkpoint.hub.export_sharded import export_sharded
-from lightning_ep.checkpoint.training import files
+from lightning_ep.hub import export as export_module
+from lightning_ep.hub.export_sharded import export_sharded
 from tests.distributed import device, run_ranks
 from tests.hub import FAMILIES, family_model, full_state, layout, write_checkpoint
 from tests.reference import VOCAB

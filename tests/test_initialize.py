@@ -11,7 +11,7 @@ from torch.distributed.tensor import DTensor
 from transformers.models.qwen3_moe import Qwen3MoeForCausalLM
 
 from lightning_ep import ParallelLayout, from_config, parallelize
-from lightning_ep.initialize import materialize
+from lightning_ep.hub.initialize import materialize
 from tests.distributed import device, run_ranks
 from tests.reference import tiny_config
 

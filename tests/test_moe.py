@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.flop_counter import FlopCounterMode
 
-from lightning_ep.dispatch import AllToAllDispatcher, Dispatcher, LocalDispatcher, Progress
-from lightning_ep.dispatch.packed import PackedRows
-from lightning_ep.masters import Masters
-from lightning_ep.moe import moe_forward
+from lightning_ep.distributed.progress import Progress
+from lightning_ep.moe.dispatch import AllToAllDispatcher, Dispatcher, LocalDispatcher
+from lightning_ep.moe.dispatch.packed import PackedRows
+from lightning_ep.moe.masters import Masters
+from lightning_ep.moe.moe import moe_forward
 from lightning_ep.ops.fused_experts import FusedExperts
 from lightning_ep.ops.local_experts import LocalExperts
 from lightning_ep.ops.registered_experts import RegisteredExperts

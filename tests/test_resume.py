@@ -13,9 +13,9 @@ from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lightning_ep import CausalLM, ExpertParallelStrategy, ParallelLayout
+from lightning_ep.checkpoint import files
 from lightning_ep.checkpoint.errors import CheckpointError
-from lightning_ep.checkpoint.training import files
-from lightning_ep.checkpoint.training.state import place_ranks
+from lightning_ep.checkpoint.state import place_ranks
 from lightning_ep.data import TextDataModule
 from tests.distributed import run_ranks
 from tests.reference import tiny_config

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
-from lightning_ep.refusals import refuse_optimizers
+from lightning_ep.trainer.refusals import refuse_optimizers
 from tests.reference import relative_error, tiny_model
 from tests.rows import STEPS, WORLD, RowFailures, Rows, fit, refused, whole
 from tests.tiny import SMALL, Samples, TinyModule, loader, quiet

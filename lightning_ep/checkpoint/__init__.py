@@ -1,1 +1,1 @@
-"""Weights and train state on disk."""
+"""Train state on disk: saved in full or not at all, loaded on any layout."""

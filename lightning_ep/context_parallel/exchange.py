@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lightning_ep.dispatch import Progress
+from lightning_ep.distributed.progress import Progress
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from lightning_ep.context_parallel.documents import Documents, find_documents
 from lightning_ep.context_parallel.exchange import SequencePeers
-from lightning_ep.dispatch import Progress
+from lightning_ep.distributed.progress import Progress
 from lightning_ep.loss import IGNORE, shifted
 
 KEY = "sequence"

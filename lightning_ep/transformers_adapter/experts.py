@@ -10,13 +10,13 @@ from transformers import PreTrainedModel
 from transformers.activations import SiLUActivation
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, ExpertsInterface, _default_apply_gate
 
-from lightning_ep.moe import moe_forward
+from lightning_ep.layers.recompute import handle_replay, left_to_checkpoint
+from lightning_ep.moe.moe import moe_forward
 from lightning_ep.ops.registered_experts import ExpertsFunction
-from lightning_ep.recompute import handle_replay, left_to_checkpoint
 
 if TYPE_CHECKING:
-    from lightning_ep.masters import Masters
-    from lightning_ep.plan import ExpertContext
+    from lightning_ep.moe.masters import Masters
+    from lightning_ep.moe.plan import ExpertContext
 
 EXPERTS_IMPLEMENTATION = "lightning_ep"
 FUSED_PARAMETERS = ("gate_up_proj", "down_proj")

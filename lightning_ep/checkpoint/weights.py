@@ -1,0 +1,106 @@
+"""The weights of a checkpoint for one process, one tensor at a time, without a process group."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor
+
+from lightning_ep.checkpoint import files, single_file
+from lightning_ep.checkpoint.errors import CheckpointError
+from lightning_ep.checkpoint.loader import check_fit, refuse_damaged
+from lightning_ep.checkpoint.shards import WEIGHTS, SafeReader, Saved, read_shards
+from lightning_ep.checkpoint.state import HEADER, check_header, deserialize
+from lightning_ep.hub.initialize import assign
+
+
+def open_verified(path: Path) -> Path:
+    """Returns where a checkpoint is, a directory or a file, once every byte of it has been compared with its checksum.
+
+    Raises:
+        CheckpointError: If there is none, or if it is damaged.
+    """
+    try:
+        found = files.find(path)
+        if not found.is_dir():
+            single_file.check_file(found)
+            return found
+        problems = files.damage(found, files.read_manifest(found))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(str(error)) from error
+    refuse_damaged(problems)
+    return found
+
+
+class SavedWeights:
+    """The tensors of a checkpoint of ExpertParallelStrategy, a directory or one file.
+
+    Attributes:
+        tensors: Shape and dtype of the module's parameters and buffers, by their name in the LightningModule.
+        configs: Config of every transformers model in the module as a dict, by its name there; empty if the checkpoint
+            does not say, or only among objects that may run code.
+
+    Args:
+        path: The checkpoint.
+        weights_only: Build no objects from it but tensors and plain values: others may run code.
+
+    Raises:
+        CheckpointError: If there is none, if it is damaged, or if it is a file with other objects.
+    """
+
+    tensors: dict[str, Saved]
+    configs: dict[str, dict[str, Any]]
+
+    def __init__(self, path: Path, weights_only: bool = True) -> None:
+        self._path = open_verified(path)
+        self._file: dict[str, Tensor] | None = None
+        self._reader: SafeReader | None = None
+        if self._path.is_dir():
+            self._open_directory(weights_only)
+        else:
+            self._open_file(weights_only)
+
+    def read(self, name: str) -> Tensor:
+        """One tensor, whole, on the CPU."""
+        if self._file is not None:
+            return self._file[name]
+        shape, dtype = self.tensors[name]
+        tensor = torch.empty(shape, dtype=dtype)
+        assert self._reader is not None
+        read_shards({f"{WEIGHTS}{name}": tensor}, self._reader, no_dist=True)
+        return tensor
+
+    def fill(self, module: LightningModule, strict: bool = True) -> None:
+        """Gives a module on meta the saved tensors, whole, on the CPU, in the dtypes that they were saved in.
+
+        Raises:
+            CheckpointError: If names (unless not ``strict``) or shapes differ.
+        """
+        target = module.state_dict(keep_vars=True)
+        check_fit(target, self.tensors, strict, self._path)
+        assign(module, {id(target[name]): self.read(name) for name in target if name in self.tensors})
+
+    def _open_directory(self, weights_only: bool) -> None:
+        self._reader = SafeReader(self._path)
+        self.tensors = self._reader.weights()
+        try:
+            content = deserialize(self._path / files.META, weights_only)
+        except CheckpointError:
+            content = {}  # hyperparameters may be of any class
+        self._read_header(content)
+
+    def _open_file(self, weights_only: bool) -> None:
+        content = deserialize(self._path, weights_only, mmap=True)
+        if not isinstance(content, dict) or "state_dict" not in content:
+            raise CheckpointError(f"{self._path} is no checkpoint of Lightning: it has no 'state_dict'.")
+        self._file = {name: value for name, value in content["state_dict"].items() if isinstance(value, Tensor)}
+        self.tensors = {name: (tensor.shape, tensor.dtype) for name, tensor in self._file.items()}
+        self._read_header(content)
+
+    def _read_header(self, content: dict[str, Any]) -> None:
+        header = content.get(HEADER, {})
+        check_header(header, self._path)
+        self.configs = header.get("configs", {})

@@ -1,0 +1,128 @@
+"""The command ``lightning-ep export``: a training checkpoint becomes a Hugging Face checkpoint, in one process."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig, GenerationConfig, PreTrainedModel
+
+from lightning_ep import transformers_adapter as adapter
+from lightning_ep.checkpoint.errors import CheckpointError
+from lightning_ep.checkpoint.weights import SavedWeights
+from lightning_ep.hub.directory import ExportDtype, HubDirectory, meta_model
+from lightning_ep.hub.export import Group, Part, plan_files, plan_groups, write_files
+from lightning_ep.hub.pretrained import small_files
+from lightning_ep.hub.problems import Problems
+
+
+def export(
+    checkpoint: str,
+    output: str,
+    model: str | None = None,
+    dtype: ExportDtype | None = None,
+    weights_only: bool = True,
+) -> None:
+    """Writes a training checkpoint as a directory that transformers and vLLM read.
+
+    Runs in one process without a GPU, with the parameters of one layer's experts in memory at a time.
+
+    Args:
+        checkpoint: A checkpoint of ExpertParallelStrategy: the directory of a distributed one, or a file.
+        output: The new directory. It appears when it is complete.
+        model: Directory or hub id of the model that was trained: where its tokenizer and generation config are, and its
+            config for checkpoints that do not contain it.
+        dtype: What parameters are in the files. Default: what they are in the checkpoint.
+        weights_only: Build no objects from the checkpoint but tensors and plain values: others may run code.
+
+    Raises:
+        CheckpointError: If the checkpoint is damaged, does not say what model it is of, or does not fit its config.
+        FileExistsError: If ``output`` is there already and not empty.
+    """
+    directory = HubDirectory(Path(output))
+    source = SavedWeights(Path(checkpoint), weights_only)
+    origin = small_files(model) if model is not None else None
+    name, plain = _model(source, origin)
+    prefix = f"{name}." if name else ""
+    dtypes = _match(source, plain, prefix, checkpoint)
+    cast = getattr(torch, dtype) if dtype is not None else None
+    groups = plan_groups(plain, dtypes, cast)
+    files = plan_files(groups, {spec.key: 0 for group in groups for spec in group.outputs}, 1)
+
+    def assemble(group: Group) -> dict[str, Tensor]:
+        loaded = {key: source.read(prefix + key) for key in group.conversion.inputs}
+        return {part.key: _assemble(part, loaded) for part in group.parts}
+
+    directory.create()
+    first_param = next(name for name, _ in plain.named_parameters())
+    directory.write_config(plain, cast or dtypes[first_param], None, origin)
+    problems = Problems(f"the export to {output} failed:")
+    write_files(directory.temporary, plain, groups, files, assemble, 0, problems)
+    if not problems.found:
+        directory.finish(files, problems)
+    problems.raise_on_all_ranks()
+    print(f"exported to {output}")
+
+
+def _assemble(part: Part, tensors: Mapping[str, Tensor]) -> Tensor:
+    boxes = [piece.arrange(piece.source_region().of(tensors[piece.key])) for piece in part.pieces]
+    if len(boxes) == 1:
+        return boxes[0]  # a view: an expert is not copied before it is written
+    tensor = torch.empty(part.shape, dtype=part.dtype)
+    for piece, box in zip(part.pieces, boxes, strict=True):
+        piece.target.of(tensor).copy_(box)
+    return tensor
+
+
+def _model(source: SavedWeights, origin: Path | None) -> tuple[str, PreTrainedModel]:
+    """The name of the transformers model in the LightningModule, and the model on meta."""
+    if len(source.configs) == 1:
+        ((name, values),) = source.configs.items()
+        model = meta_model(AutoConfig.for_model(**values))
+    elif source.configs:
+        raise CheckpointError(f"the checkpoint contains {len(source.configs)} models; exactly one can be exported.")
+    elif origin is None:
+        raise CheckpointError(
+            "the checkpoint does not contain the config of its model, or only among objects that may run code when "
+            "loaded; name the model with --model."
+        )
+    else:
+        model = meta_model(AutoConfig.from_pretrained(origin))
+        name = _name_in(source, model)
+    if origin is not None and (origin / "generation_config.json").exists():
+        model.generation_config = GenerationConfig.from_pretrained(origin)
+    return name, model
+
+
+def _name_in(source: SavedWeights, model: PreTrainedModel) -> str:
+    """The attribute of the LightningModule that holds the model: what is in front of the names."""
+    first = next(name for name, _ in model.named_parameters())
+    names = [key.removesuffix(first).removesuffix(".") for key in source.tensors if f".{key}".endswith(f".{first}")]
+    if len(names) != 1:
+        raise CheckpointError(
+            f"the checkpoint has {len(names)} tensors that end in {first}, the first parameter of a "
+            f"{type(model).__name__} as --model describes it; exactly one model can be exported."
+        )
+    return names[0]
+
+
+def _match(source: SavedWeights, model: PreTrainedModel, prefix: str, checkpoint: str) -> dict[str, torch.dtype]:
+    """Dtypes of the checkpoint by name in the model, if the two fit."""
+    problems = Problems(f"{checkpoint} does not fit the {type(model).__name__} of its config:")
+    state = model.state_dict(keep_vars=True)
+    tied = adapter.tied_names(model)
+    dtypes: dict[str, torch.dtype] = {}
+    for name, tensor in state.items():
+        shape, dtype = source.tensors.get(prefix + name, (None, None))
+        if shape is None or dtype is None:
+            problems.add("missing", *([prefix + name] if name not in tied else []))
+            continue
+        dtypes[name] = dtype
+        if shape != tuple(tensor.shape):
+            problems.add("shape", f"{prefix + name}: {list(shape)}, the config makes it {list(tensor.shape)}")
+    inside = [key.removeprefix(prefix) for key in source.tensors if key.startswith(prefix)]
+    problems.add("unexpected", *[prefix + name for name in inside if name not in state and prefix])
+    problems.raise_on_all_ranks()
+    return dtypes

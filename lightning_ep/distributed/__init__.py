@@ -1,0 +1,1 @@
+"""What ranks know of one another and of their parts of tensors."""

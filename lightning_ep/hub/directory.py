@@ -1,0 +1,152 @@
+"""The directory around exported weights: config, index, tokenizer, README; complete or not there."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Sequence
+from copy import deepcopy
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import transformers
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from lightning_ep.checkpoint.files import sync
+from lightning_ep.hub.export import OutputFile
+from lightning_ep.hub.problems import Problems
+from lightning_ep.hub.safetensors_file import INDEX_NAME, SINGLE_NAME
+
+ExportDtype = Literal["float32", "bfloat16", "float16"]
+
+_TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "vocab.*", "merges.txt", "chat_template*", "*.model")
+
+
+def meta_model(config: PreTrainedConfig, model_class: type[PreTrainedModel] | None = None) -> PreTrainedModel:
+    """A model on meta, in fp32, of the class that the config names or, if it names none, of the causal language model.
+
+    Raises:
+        ValueError: If the config names a class that transformers does not have.
+    """
+    config = deepcopy(config)
+    if model_class is None and config.architectures:
+        name = config.architectures[0]
+        model_class = getattr(transformers, name, None)
+        if model_class is None:
+            raise ValueError(
+                f"the config names the architecture {name}, which transformers does not have. Models whose code comes "
+                "with the checkpoint are exported in the run that trained them, by the callback HuggingFaceExport."
+            )
+    with torch.device("meta"):
+        if model_class is None:
+            return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        config.dtype = torch.float32
+        return model_class(config)
+
+
+class HubDirectory:
+    """An export in the making: written beside its place, moved there when it is complete.
+
+    Args:
+        path: Where it will be.
+
+    Raises:
+        FileExistsError: If something is there already.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.temporary = self.temporary_of(path)
+        refuse_existing(path)
+
+    @staticmethod
+    def temporary_of(path: Path) -> Path:
+        """Where an export to ``path`` is while it is incomplete."""
+        return path.with_name(f"{path.name}.incomplete")
+
+    def create(self) -> None:
+        """Makes the temporary directory, empty."""
+        if self.temporary.exists():
+            shutil.rmtree(self.temporary)
+        self.temporary.mkdir(parents=True)
+
+    def write_config(
+        self, model: PreTrainedModel, dtype: torch.dtype, tokenizer: Any | None, files_from: Path | None
+    ) -> None:
+        """Writes all that is not weights.
+
+        Args:
+            model: The model on meta.
+            dtype: What its parameters are in the files.
+            tokenizer: Anything with ``save_pretrained``.
+            files_from: A directory to copy tokenizer and code files from, if there is no ``tokenizer``.
+        """
+        config = deepcopy(model.config)
+        config.architectures = [type(model).__name__]
+        config.dtype = dtype
+        config.save_pretrained(self.temporary)
+        if model.can_generate() and model.generation_config is not None:
+            # Not its save_pretrained, which refuses values that hub checkpoints have.
+            model.generation_config.to_json_file(self.temporary / "generation_config.json")
+        if tokenizer is not None:
+            tokenizer.save_pretrained(self.temporary)
+        elif files_from is not None:
+            for pattern in (*_TOKENIZER_FILES, "*.py"):
+                for file in files_from.glob(pattern):
+                    shutil.copy(file, self.temporary)
+        (self.temporary / "README.md").write_text(_readme(self.path.name, type(model).__name__, dtype))
+
+    def finish(self, files: Sequence[OutputFile], problems: Problems) -> None:
+        """Writes the index, checks that every rank's files are there, and moves the directory to its place."""
+        size = 0
+        for file in files:
+            expected = sum(spec.nbytes for spec in file.specs)
+            path = self.temporary / file.name
+            found = path.stat().st_size if path.exists() else 0
+            if found <= expected:
+                problems.add(
+                    "incomplete files",
+                    f"{file.name} of rank {file.rank}: {found:,} bytes, {expected:,} and a header expected. Is "
+                    f"{self.path.parent} on a filesystem that all nodes share?",
+                )
+            size += expected
+        if problems.found:
+            return
+        if files[0].name != SINGLE_NAME:
+            weight_map = {spec.key: file.name for file in files for spec in file.specs}
+            index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))}
+            (self.temporary / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n")
+        for path in (*self.temporary.iterdir(), self.temporary):
+            sync(path)
+        if self.path.exists():
+            self.path.rmdir()  # empty, as `refuse_existing` has seen
+        self.temporary.rename(self.path)
+        sync(self.path.parent)
+
+
+def refuse_existing(path: Path) -> None:
+    """Raises FileExistsError unless ``path`` is free or an empty directory."""
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise FileExistsError(f"{path} exists already and is not replaced; remove it, or export to another path.")
+
+
+def _readme(name: str, model_class: str, dtype: torch.dtype) -> str:
+    return f"""# {name}
+
+A `{model_class}` with weights in {str(dtype).removeprefix("torch.")}, exported by lightning_ep.
+
+Serve it with vLLM, inside this directory; on several GPUs add `--tensor-parallel-size N --enable-expert-parallel`:
+
+```bash
+vllm serve . --served-model-name {name}
+```
+
+Load it with transformers:
+
+```python
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained(".")
+```
+"""

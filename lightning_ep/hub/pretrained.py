@@ -1,0 +1,156 @@
+"""`from_pretrained`: a model on the meta device that remembers the checkpoint to be streamed into its shards."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from huggingface_hub import snapshot_download
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+
+from lightning_ep.checkpoint.errors import CheckpointError
+from lightning_ep.hub.load import remember_source
+from lightning_ep.hub.problems import Problems
+from lightning_ep.hub.safetensors_file import INDEX_NAME, SINGLE_NAME
+
+_T = TypeVar("_T")
+_SMALL_FILES = ("*.json", "*.txt", "*.model", "*.jinja")
+
+
+def from_pretrained(
+    path: str | os.PathLike[str],
+    auto_class: Any = AutoModelForCausalLM,
+    revision: str | None = None,
+    attn_implementation: str | None = None,
+    trust_remote_code: bool = False,
+    **config_overrides: Any,
+) -> PreTrainedModel:
+    """A model on the meta device whose weights are streamed after it has been sharded: no rank holds it whole.
+
+    Every rank then reads the bytes of its own shards from the safetensors files, in the hub's layout or the model's.
+    Weights become the dtype that the strategy's precision gives to parameters (without a strategy: the config's).
+
+    Args:
+        path: A directory, or the id of a model on the Hugging Face hub, which is downloaded once per node.
+        auto_class: What builds the model from its config: an auto class of transformers.
+        revision: Branch, tag or commit on the hub.
+        attn_implementation: As in transformers.
+        trust_remote_code: Run Python code that comes with the model.
+        **config_overrides: Values that replace those of ``config.json``.
+
+    Raises:
+        TypeError: For a keyword that the config does not have.
+        CheckpointError: If there is no such checkpoint, if its weights are pickled or quantized, or if its config is
+            that of another architecture than ``auto_class`` builds.
+    """
+    directory = _together(lambda: _find(os.fspath(path), revision, trust_remote_code))
+    if config_overrides.get("dtype") == "auto":
+        del config_overrides["dtype"]  # transformers' word for what the config says
+    config, unknown = AutoConfig.from_pretrained(
+        directory, trust_remote_code=trust_remote_code, return_unused_kwargs=True, **config_overrides
+    )
+    if unknown:
+        raise TypeError(
+            f"{type(config).__name__} has no {', '.join(sorted(unknown))}, and from_pretrained no such argument. "
+            "Look at config.json for the names that can be given."
+        )
+    if getattr(config, "quantization_config", None) is not None:
+        raise CheckpointError(
+            f"{path} is quantized ({config.quantization_config.get('quant_method')!r}), and training needs weights in "
+            "bf16 or more. Use an unquantized checkpoint of this model, or write one with transformers "
+            "(from_pretrained with dequantize=True in its quantization config, then save_pretrained)."
+        )
+    options = {"trust_remote_code": trust_remote_code}
+    if attn_implementation is not None:
+        options["attn_implementation"] = attn_implementation  # type: ignore[assignment]
+    dtype = getattr(torch, config.dtype) if isinstance(config.dtype, str) else config.dtype
+    with torch.device("meta"):
+        # fp32 first: buffers would be built in the config's dtype, and some (expert biases) need fp32.
+        model = auto_class.from_config(config, dtype=torch.float32, **options)
+    _check_architecture(str(path), config, model)
+    model.config.dtype = dtype
+    if dtype is not None:
+        for param in model.parameters():
+            param.data = param.data.to(dtype)
+    if (directory / "generation_config.json").exists():
+        model.generation_config = GenerationConfig.from_pretrained(directory)
+    remember_source(model, directory)
+    return model
+
+
+def _check_architecture(path: str, config: Any, model: PreTrainedModel) -> None:
+    name, declared = type(model).__name__, config.architectures
+    if declared and name not in declared:
+        raise CheckpointError(
+            f"{path} holds {', '.join(declared)} (model_type {config.model_type!r}), and a {name} was asked for. Pass "
+            f"the auto_class that builds {declared[0]}; if the weights are those of a {name} all the same, pass "
+            f"architectures=[{name!r}]."
+        )
+
+
+def small_files(path: str, revision: str | None = None, code: bool = False) -> Path:
+    """The directory of a model with all but its weights, downloaded if ``path`` is no directory.
+
+    Raises:
+        CheckpointError: If ``path`` is neither a directory nor the id of a model that can be had from the hub.
+    """
+    directory = Path(path).expanduser()
+    if directory.is_dir():
+        return directory
+    if path.count("/") > 1 or path.startswith((".", "~", "/")):
+        raise CheckpointError(f"there is no directory {directory.absolute()}, and {path!r} is no id of a model.")
+    return _download(path, revision, [*_SMALL_FILES, *(["*.py"] if code else [])])
+
+
+def _download(path: str, revision: str | None, patterns: list[str]) -> Path:
+    try:
+        return Path(snapshot_download(path, revision=revision, allow_patterns=patterns))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path!r} is no directory here and cannot be had from the hub: {error}") from error
+
+
+def _find(path: str, revision: str | None, code: bool) -> Path:
+    """The directory of a checkpoint, downloaded if need be."""
+    directory = small_files(path, revision, code)
+    if not Path(path).expanduser().is_dir():
+        index = directory / INDEX_NAME
+        # By name: some repositories hold the same weights a second time, in another format.
+        weights = set(json.loads(index.read_text())["weight_map"].values()) if index.exists() else {SINGLE_NAME}
+        directory = _download(path, revision, sorted(weights))
+    _check_format(directory)
+    return directory
+
+
+def _check_format(directory: Path) -> None:
+    if (directory / INDEX_NAME).exists() or (directory / SINGLE_NAME).exists():
+        return
+    problem = f"{directory} has neither {SINGLE_NAME} nor {INDEX_NAME}."
+    if not (directory / "config.json").exists():
+        problem = f"{directory} is no checkpoint: it has no config.json."
+    raise CheckpointError(
+        f"{problem} Pickled weights (pytorch_model*.bin) are not read, since a pickle can run any code. If you trust "
+        "them, convert them once: `m = AutoModelForCausalLM.from_pretrained(path); m.save_pretrained(new_path)` "
+        "with transformers writes safetensors."
+    )
+
+
+def _together(action: Callable[[], _T]) -> _T:
+    """Calls ``action`` on one rank per node first (it may download), then on the others; all succeed or all raise."""
+    if not dist.is_initialized():
+        return action()
+    result: list[_T] = []
+    problems = Problems("the checkpoint could not be opened:")
+    first = int(os.environ.get("LOCAL_RANK", "0")) == 0
+    for turn in (first, not first):
+        if turn:
+            try:
+                result.append(action())
+            except (OSError, ValueError, CheckpointError) as error:
+                problems.add("on one rank or more", str(error))
+        problems.raise_on_all_ranks()
+    return result[0]

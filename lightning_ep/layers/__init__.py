@@ -1,0 +1,1 @@
+"""What is done to a decoder layer: activation checkpointing and compilation."""

@@ -1,0 +1,1 @@
+"""A token's way through a mixture-of-experts layer."""

@@ -1,0 +1,133 @@
+"""Rows travel by all-to-all with uneven splits, over NCCL or gloo."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch.distributed as dist
+from torch import Tensor
+from typing_extensions import override
+
+from lightning_ep.distributed.on_host import OnHost
+from lightning_ep.distributed.progress import Progress
+from lightning_ep.moe.dispatch.base import Dispatcher, Pending
+from lightning_ep.moe.dispatch.packed import PackedRows
+from lightning_ep.moe.dispatch.plan import DispatchPlan
+from lightning_ep.ops.permute import gather_sum, permute
+from lightning_ep.ops.routing import destinations, split_slots, wire_dtypes
+
+
+@dataclass(frozen=True)
+class AllToAllPlan(DispatchPlan):
+    """Adds how this rank's tokens travel, in ``S`` rows that are numbered by destination, then by token.
+
+    Attributes:
+        row_TK: int64 ``[T, K]``, the sent row that carries each slot.
+        first_TK: int32 ``[T, K]``, the same at the first slot of every (token, destination), -1 at the others.
+        send_splits: Rows sent to each rank.
+        recv_splits: Rows received from each rank.
+    """
+
+    row_TK: Tensor
+    first_TK: Tensor
+    send_splits: tuple[int, ...]
+    recv_splits: tuple[int, ...]
+
+    @override
+    def without_rows(self) -> AllToAllPlan:
+        return replace(self, ids_NK=self.ids_NK.contiguous(), weights_NK=self.weights_NK.contiguous())
+
+
+class AllToAllDispatcher(Dispatcher[AllToAllPlan]):
+    """Sends one row per (token, destination rank) with `torch.distributed.all_to_all_single`.
+
+    The design follows torchtitan's token dispatcher (a dispatch/combine pair with frozen metadata). Planning is the
+    one place where the host waits: counts of both directions come over in a single copy, under the permutation of
+    the rows.
+
+    Args:
+        num_experts: Experts of the layer over all ranks.
+        group: The EP group.
+        layer: Name of the layer, for messages.
+        progress: Where this rank notes what it is waiting for.
+    """
+
+    def __init__(self, num_experts: int, group: dist.ProcessGroup, layer: str, progress: Progress) -> None:
+        super().__init__(num_experts, num_ranks=group.size(), layer=layer)
+        self._group = group
+        self._progress = progress
+
+    @override
+    def route(self, ids_TK: Tensor, weights_TK: Tensor, x_TH: Tensor, hop: str) -> tuple[AllToAllPlan, Pending]:
+        num_tokens, top_k = ids_TK.shape
+        packing = PackedRows(x_TH.shape[1], x_TH.dtype, 2 * top_k, wire_dtypes(weights_TK.dtype)[1])
+        room = num_tokens * min(top_k, self.num_ranks)
+        packed_SW = packing.empty(room, x_TH.device)
+        slots_S2K = packing.numbers(packed_SW)
+        to = destinations(ids_TK, weights_TK, self.num_local_experts, self.num_ranks, slots_S2K)
+        with self._progress.blocking(self.layer, "exchange of counts"):
+            dist.all_to_all_single(to.counts_2D2[1], to.counts_2D2[0], group=self._group)
+            counts = OnHost(to.counts_2D2)
+            # The rows are put in order before the host knows how many there are, so that the GPU has work meanwhile.
+            permute(x_TH, to.first_TK, room, packing.rows(packed_SW))
+            sent, received = counts.wait().tolist()
+        send_splits = tuple(rows for rows, _ in sent)
+        recv_splits = tuple(rows for rows, _ in received)
+        num_rows = sum(send_splits)
+        num_pairs = sum(pairs for _, pairs in received)
+        with self.explains_out_of_memory(lambda: _describe(num_rows, sum(recv_splits), num_pairs)):
+            packed_NW, arrival = self._exchange(packed_SW[:num_rows], send_splits, recv_splits, hop)
+        ids_NK, weights_NK = split_slots(packing.numbers(packed_NW))
+        plan = AllToAllPlan(
+            ids_NK=ids_NK,
+            weights_NK=weights_NK,
+            num_pairs=num_pairs,
+            row_TK=to.row_TK,
+            first_TK=to.first_TK,
+            send_splits=send_splits,
+            recv_splits=recv_splits,
+        )
+        return plan, Pending(lambda: packing.rows(arrival.wait()))
+
+    def _exchange(
+        self, rows: Tensor, in_splits: tuple[int, ...], out_splits: tuple[int, ...], hop: str
+    ) -> tuple[Tensor, Pending]:
+        """Where rows will be, and what waits until they are."""
+        received = rows.new_empty(sum(out_splits), *rows.shape[1:])
+        work = dist.all_to_all_single(
+            received, rows.contiguous(), list(out_splits), list(in_splits), group=self._group, async_op=True
+        )
+        exchange = self._progress.started(self.layer, hop, work)
+
+        def finish() -> Tensor:
+            with self._progress.blocking(self.layer, hop):
+                work.wait()
+            exchange.waited(received.is_cuda)
+            return received
+
+        return received, Pending(finish)
+
+    @override
+    def dispatch(self, plan: AllToAllPlan, x_TH: Tensor, hop: str) -> Pending:
+        rows_SH = permute(x_TH, plan.first_TK, sum(plan.send_splits))
+        return self._exchange(rows_SH, plan.send_splits, plan.recv_splits, hop)[1]
+
+    @override
+    def combine(self, plan: AllToAllPlan, rows_NH: Tensor, hop: str) -> Pending:
+        _, pending = self._exchange(rows_NH, plan.recv_splits, plan.send_splits, hop)
+        return Pending(lambda: gather_sum(pending.wait(), plan.first_TK, rows_NH.dtype))
+
+    @override
+    def combine_slots(self, plan: AllToAllPlan, values_NK: Tensor, hop: str) -> Pending:
+        _, pending = self._exchange(values_NK, plan.recv_splits, plan.send_splits, hop)
+        return Pending(lambda: pending.wait().gather(0, plan.row_TK))
+
+    @override
+    def describe(self, plan: AllToAllPlan) -> str:
+        return _describe(sum(plan.send_splits), sum(plan.recv_splits), plan.num_pairs)
+
+
+def _describe(sent: int, received: int, pairs: int) -> str:
+    return (
+        f"rank {dist.get_rank()} receives {received:,} rows with {pairs:,} (row, expert) pairs and sends {sent:,} rows"
+    )

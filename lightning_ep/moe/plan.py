@@ -1,0 +1,177 @@
+"""The expert plan: which modules hold experts, and the style that shards them over the EP dimension of the mesh."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any, Literal
+
+import torch.distributed as dist
+from lightning.pytorch.utilities import rank_zero_info
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor.parallel import ParallelStyle
+from typing_extensions import override
+
+from lightning_ep import transformers_adapter as adapter
+from lightning_ep.distributed.progress import Progress
+from lightning_ep.moe.dispatch import AllToAllDispatcher, Dispatcher, LocalDispatcher
+from lightning_ep.moe.masters import Masters
+from lightning_ep.ops.fused_experts import FusedExperts
+from lightning_ep.ops.local_experts import LocalExperts
+from lightning_ep.ops.registered_experts import RegisteredExperts
+
+DispatcherName = Literal["all_to_all"]
+
+
+@dataclass(frozen=True)
+class ExpertContext:
+    """What an expert-parallel experts module needs in forward.
+
+    Attributes:
+        dispatcher: How rows travel to this layer's experts.
+        experts: The local experts.
+        param_names: Names of the experts' parameters on the module.
+        masters: How these parameters are cast for the GEMMs.
+    """
+
+    dispatcher: Dispatcher[Any]
+    experts: LocalExperts
+    param_names: tuple[str, ...]
+    masters: Masters = field(default_factory=Masters)
+
+
+class ExpertParallel(ParallelStyle):
+    """Whole experts per rank: ``Shard(0)`` over the EP mesh, reached by the dispatcher.
+
+    For `torch.distributed.tensor.parallel.parallelize_module`, on the experts module of a transformers MoE block and
+    with a 1-D mesh (the ``"ep"`` dimension).
+
+    Args:
+        layer: Name of the layer, for messages.
+        dispatcher: How rows travel; ``"all_to_all"``. A mesh of one rank needs no travel.
+        experts_implementation: Local kernel: ``"fused"`` (ours), ``"eager"`` or a name in transformers' experts
+            interface; ``"auto"`` is the fused one for the experts that it can serve.
+        progress: Where the ranks note what they wait for; a new one by default.
+    """
+
+    def __init__(
+        self,
+        layer: str = "experts",
+        dispatcher: DispatcherName = "all_to_all",
+        experts_implementation: str = "auto",
+        progress: Progress | None = None,
+    ) -> None:
+        super().__init__()
+        self.layer = layer
+        self.dispatcher = dispatcher
+        self.experts_implementation = experts_implementation
+        self.progress = progress or Progress()
+
+    def validate(self, module: nn.Module, num_ranks: int) -> None:
+        """Raises ValueError, before anything is sharded, if ``module`` cannot be split over ``num_ranks``."""
+        if self.dispatcher != "all_to_all":
+            raise ValueError(f"dispatcher={self.dispatcher!r} does not exist; choose 'all_to_all'.")
+        num_experts = getattr(module, "num_experts", None)
+        if not isinstance(num_experts, int) or num_experts % num_ranks != 0:
+            raise ValueError(f"ep={num_ranks} must divide the {num_experts} experts of {self.layer}.")
+        for name, param in module.named_parameters():
+            if "." in name or param.ndim < 2 or param.shape[0] != num_experts:
+                raise ValueError(
+                    f"{self.layer}.{name} of shape {tuple(param.shape)} has no expert dimension of size {num_experts} "
+                    "in front, so it cannot be split over experts. Such a family is not supported yet."
+                )
+        if self.experts_implementation == "fused":
+            reason = adapter.why_not_fused(module)
+            if reason is not None:
+                raise ValueError(
+                    f"experts_implementation='fused' cannot serve {self.layer}: {reason}. Use 'auto', which takes "
+                    "transformers' kernels for such experts."
+                )
+        else:
+            adapter.local_experts_function(module, self.experts_implementation)
+
+    @override
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        self.validate(module, device_mesh.size())
+        group = device_mesh.get_group()
+        num_experts: int = module.num_experts  # type: ignore[assignment]
+        dispatcher = self._build_dispatcher(num_experts, group)
+        fused = self._is_fused(module)
+        names = adapter.FUSED_PARAMETERS if fused else tuple(name for name, _ in module.named_parameters(recurse=False))
+        start = device_mesh.get_local_rank() * dispatcher.num_local_experts
+        for name in names:
+            param = module.get_parameter(name)
+            # Every rank already holds the weights, so nothing is scattered: a copy of the slice lets the rest go.
+            local = param.detach().narrow(0, start, dispatcher.num_local_experts).clone()
+            shards = DTensor.from_local(local, device_mesh, [Shard(0)], run_check=False)
+            module.register_parameter(name, nn.Parameter(shards, requires_grad=param.requires_grad))
+        module.num_experts = dispatcher.num_local_experts  # type: ignore[assignment]
+        experts: LocalExperts
+        if fused:
+            experts = FusedExperts(dispatcher.num_local_experts)
+        else:
+            function = adapter.local_experts_function(module, self.experts_implementation)
+            experts = RegisteredExperts(module, function, names)
+        adapter.attach_context(module, ExpertContext(dispatcher, experts, names))
+        return module
+
+    def _is_fused(self, module: nn.Module) -> bool:
+        if self.experts_implementation != "auto":
+            return self.experts_implementation == "fused"
+        reason = adapter.why_not_fused(module)
+        if reason is not None:
+            _say_once(f"{type(module).__name__} runs transformers' kernels instead of the fused experts: {reason}.")
+        return reason is None
+
+    def _build_dispatcher(self, num_experts: int, group: dist.ProcessGroup) -> Dispatcher[Any]:
+        if group.size() == 1:
+            return LocalDispatcher(num_experts, self.layer)
+        return AllToAllDispatcher(num_experts, group, self.layer, self.progress)
+
+
+@cache
+def _say_once(message: str) -> None:
+    rank_zero_info(message)
+
+
+def expert_plan(
+    model: nn.Module,
+    dispatcher: DispatcherName = "all_to_all",
+    experts_implementation: str = "auto",
+    progress: Progress | None = None,
+) -> dict[str, ParallelStyle]:
+    """The plan that `parallelize_module` takes to shard the experts of a model, and nothing else.
+
+    It is read from the model's own ``base_model_ep_plan`` (transformers), so that every family that declares one
+    works; attention is never in it.
+
+    Args:
+        model: A transformers MoE, or a module that contains some.
+        dispatcher: As in `ExpertParallel`.
+        experts_implementation: As in `ExpertParallel`.
+        progress: As in `ExpertParallel`.
+
+    Raises:
+        ValueError: If there is no transformers model, or one of them has no experts that its plan names.
+    """
+    models = adapter.pretrained_models(model)
+    if not models:
+        raise ValueError(
+            f"{type(model).__name__} contains no transformers model, so there are no experts to parallelise. Assign "
+            "one to an attribute in `configure_model` (or in `__init__`)."
+        )
+    plan: dict[str, ParallelStyle] = {}
+    for outer, pretrained in models.items():
+        experts = adapter.experts_modules(pretrained)
+        if not experts:
+            raise ValueError(
+                f"{type(pretrained).__name__} ({pretrained.config.model_type!r}) has no experts to parallelise: its "
+                "config declares no expert-parallel plan (`base_model_ep_plan`), or the plan matches none of its "
+                "modules. Use a mixture-of-experts model, or Lightning's FSDPStrategy for a dense one."
+            )
+        for name in experts:
+            full_name = f"{outer}.{name}" if outer else name
+            plan[full_name] = ExpertParallel(full_name, dispatcher, experts_implementation, progress)
+    return plan
