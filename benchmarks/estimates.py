@@ -40,7 +40,7 @@ def peak_gib(cell: Cell, device_name: str) -> float | None:
     """Largest allocation of a rank, at the end of forward: state, activations of all layers, and loss or last layer.
 
     Gradients of the step before are there until backward starts, as Lightning has it. The router is balanced. Copies of
-    the experts' weights are kept by the rule of `lightning_ep.moe.masters`.
+    the experts' weights are kept by the rule of `lightning_ep.moe.master_weights`.
 
     Returns:
         None for peers, tensor parallelism, other widths, CPUs and unknown devices.

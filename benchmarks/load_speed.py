@@ -31,10 +31,10 @@ from transformers import AutoModelForCausalLM
 from transformers.models.qwen3_moe import Qwen3MoeConfig
 
 from lightning_ep import ParallelLayout, expert_plan, from_pretrained
-from lightning_ep.hub.export import plan_files, plan_groups
 from lightning_ep.hub.initialize import materialize
 from lightning_ep.hub.load import stream_pretrained
 from lightning_ep.hub.safetensors_file import INDEX_NAME, SafetensorsWriter
+from lightning_ep.hub.writer import plan_files, plan_groups
 from lightning_ep.parallelize import shard
 
 READ_BYTES = 32 * 2**20

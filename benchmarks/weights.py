@@ -17,7 +17,7 @@ from benchmarks.cells import Cell
 from benchmarks.load_speed import drop_from_cache, weight_files
 from benchmarks.measure import fill_parameters
 from lightning_ep import ParallelLayout, expert_plan, from_config, from_pretrained
-from lightning_ep.hub.export_sharded import export_sharded
+from lightning_ep.hub.export import export_sharded
 from lightning_ep.hub.initialize import materialize
 from lightning_ep.hub.load import stream_pretrained
 from lightning_ep.parallelize import shard

@@ -17,16 +17,16 @@ from transformers import PreTrainedModel
 
 from lightning_ep import context_parallel
 from lightning_ep import transformers_adapter as adapter
-from lightning_ep.fsdp.interrupted import recover_from_interruptions
-from lightning_ep.fsdp.layer_groups import group_layers, serve_parts_of
+from lightning_ep.fsdp.groups import group_layers, serve_parts_of
+from lightning_ep.fsdp.passes import recover_from_interruptions
 from lightning_ep.fsdp.prefetch import chain_prefetches
 from lightning_ep.hub.initialize import materialize
 from lightning_ep.hub.load import stream_pretrained
 from lightning_ep.layers.compilation import compile_forward
 from lightning_ep.layers.recompute import ActivationCheckpointing, check_mode, checkpoint_layer
 from lightning_ep.layout import Meshes, ParallelLayout
-from lightning_ep.moe.masters import ModelMasters
-from lightning_ep.moe.plan import expert_plan
+from lightning_ep.moe.expert_parallel import expert_plan
+from lightning_ep.moe.master_weights import ModelMasterWeights
 from lightning_ep.tensor_parallel import apply_tensor_plan, tensor_plan
 
 _NOT_TRANSFORMERS_OWN = (
@@ -235,12 +235,12 @@ def _unmanaged_experts(model: nn.Module) -> list[nn.Module]:
     return [m for m in model.modules() if adapter.is_parallel_experts(m) and not isinstance(m, FSDPModule)]
 
 
-def own_masters(model: nn.Module, device: torch.device) -> ModelMasters:
+def own_master_weights(model: nn.Module, device: torch.device) -> ModelMasterWeights:
     """Puts the layers in charge of the gradients of experts that no FSDP reduces, once their weights are in memory."""
-    layers = {experts: adapter.masters_of(experts) for experts in _unmanaged_experts(model)}
+    layers = {experts: adapter.master_weights_of(experts) for experts in _unmanaged_experts(model)}
     for experts, masters in layers.items():
         masters.own(experts.parameters())
-    return ModelMasters(list(layers.values()), device)
+    return ModelMasterWeights(list(layers.values()), device)
 
 
 def _fully_shard_dense(model: nn.Module, meshes: Meshes, mp_policy: MixedPrecisionPolicy, head_alone: bool) -> None:

@@ -32,24 +32,24 @@ from typing_extensions import override
 
 from lightning_ep import transformers_adapter as adapter
 from lightning_ep.checkpoint.files import local_path
-from lightning_ep.checkpoint.loops import close_finished_epoch, match_batches
+from lightning_ep.checkpoint.loop_state import close_finished_epoch, match_batches
 from lightning_ep.checkpoint.run import RunCheckpoints
 from lightning_ep.context_parallel import described_by, documents_of, shard_sequence
+from lightning_ep.distributed.agreement import from_all_ranks
 from lightning_ep.distributed.progress import Progress
-from lightning_ep.distributed.ranks import from_all_ranks
 from lightning_ep.fsdp.accumulation import forget_gradients, set_gradient_sync
 from lightning_ep.hub.initialize import has_meta_tensors, materialize
 from lightning_ep.hub.load import stream_pretrained
 from lightning_ep.layers.recompute import ActivationCheckpointing, check_mode
 from lightning_ep.layout import Meshes, ParallelLayout
-from lightning_ep.moe.masters import ModelMasters
-from lightning_ep.moe.plan import DispatcherName, expert_plan
-from lightning_ep.parallelize import check_sharded, is_parallelized, own_masters, shard
-from lightning_ep.trainer.advice import warn_if_ep_crosses_nodes, warn_if_large_in_memory
-from lightning_ep.trainer.lockstep import lockstep, share_samples
-from lightning_ep.trainer.optim import AdamW
+from lightning_ep.moe.expert_parallel import DispatcherName, expert_plan
+from lightning_ep.moe.master_weights import ModelMasterWeights
+from lightning_ep.parallelize import check_sharded, is_parallelized, own_master_weights, shard
+from lightning_ep.trainer.adamw import AdamW
+from lightning_ep.trainer.cost_warnings import warn_if_ep_crosses_nodes, warn_if_large_in_memory
 from lightning_ep.trainer.precision import ShardedPrecision, clip_grad_norm_
 from lightning_ep.trainer.refusals import refuse_optimizers, refuse_other_processes, refuse_unsupported
+from lightning_ep.trainer.uneven_inputs import lockstep, share_samples
 
 _TIMEOUT = timedelta(minutes=30)  # Lightning's default
 
@@ -121,7 +121,7 @@ class ExpertParallelStrategy(ModelParallelStrategy):
         self._compile = compile
         self._layout: ParallelLayout | None = None
         self._meshes: Meshes | None = None
-        self._masters: ModelMasters | None = None
+        self._masters: ModelMasterWeights | None = None
         self._progress = Progress()
         self._refusal: ValueError | None = None
         self._async_save = async_save
@@ -293,7 +293,7 @@ class ExpertParallelStrategy(ModelParallelStrategy):
             forget_gradients(module)
             self.setup_optimizers(trainer)
             refuse_optimizers(self.optimizers)
-            self._masters = own_masters(module, self.root_device)
+            self._masters = own_master_weights(module, self.root_device)
         self.setup_precision_plugin()
         if trainer.state.fn == TrainerFn.FITTING:
             _optimizers_to_device(self.optimizers, self.root_device)

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from lightning_ep import CausalLM, ExpertParallelStrategy
 from lightning_ep import loss as loss_module
-from lightning_ep.fsdp import layer_groups
+from lightning_ep.fsdp import groups as layer_groups
 from tests.distributed import accelerator
 from tests.reference import Trace, batches, relative_error, tiny_config, tiny_model, train
 

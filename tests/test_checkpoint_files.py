@@ -297,7 +297,7 @@ def test_objects_are_loaded_only_when_asked_for(tmp_path: Path) -> None:
 
 
 def test_the_index_runs_no_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from lightning_ep.checkpoint.shards import SafeReader
+    from lightning_ep.checkpoint.tensor_files import SafeReader
 
     monkeypatch.chdir(tmp_path)
     (tmp_path / ".metadata").write_bytes(pickle.dumps(_Evil()))

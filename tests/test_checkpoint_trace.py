@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lightning_ep.distributed.region import Region
+from lightning_ep.distributed.shards import Region
 from lightning_ep.hub import reader
 from lightning_ep.hub.safetensors_file import read_header
 from lightning_ep.hub.trace import NotTraceableError, Traced

@@ -13,7 +13,7 @@ import pytest
 import torch
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 
-from lightning_ep.checkpoint.loops import close_finished_epoch
+from lightning_ep.checkpoint.loop_state import close_finished_epoch
 from lightning_ep.data import (
     ResumableLoader,
     TextDataModule,

@@ -13,8 +13,8 @@ from transformers import PreTrainedModel
 
 from lightning_ep import ParallelLayout, expert_plan, parallelize
 from lightning_ep.moe.dispatch import LocalDispatcher
-from lightning_ep.moe.moe import moe_forward
-from lightning_ep.moe.plan import ExpertParallel
+from lightning_ep.moe.expert_parallel import ExpertParallel
+from lightning_ep.moe.function import moe_forward
 from lightning_ep.ops.fused_experts import FusedExperts
 from lightning_ep.transformers_adapter import experts_modules, why_not_fused
 from tests.distributed import device, run_ranks

@@ -19,7 +19,7 @@ from lightning_ep.callbacks import Throughput
 from lightning_ep.context_parallel import SequencePiece, find_documents
 from lightning_ep.context_parallel.attention import _attend
 from lightning_ep.moe.dispatch import LocalDispatcher
-from lightning_ep.moe.moe import moe_forward
+from lightning_ep.moe.function import moe_forward
 from lightning_ep.ops.fused_experts import FusedExperts
 from lightning_ep.ops.local_experts import LocalExperts
 from lightning_ep.ops.registered_experts import RegisteredExperts, stand_in

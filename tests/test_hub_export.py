@@ -25,8 +25,8 @@ from lightning_ep import CausalLM, ExpertParallelStrategy, cli, from_pretrained,
 from lightning_ep.callbacks import HuggingFaceExport
 from lightning_ep.checkpoint import files
 from lightning_ep.checkpoint.errors import CheckpointError
-from lightning_ep.hub import export as export_module
-from lightning_ep.hub.export_sharded import export_sharded
+from lightning_ep.hub import writer as export_module
+from lightning_ep.hub.export import export_sharded
 from tests.distributed import device, run_ranks
 from tests.hub import FAMILIES, family_model, full_state, layout, write_checkpoint
 from tests.reference import VOCAB

@@ -32,13 +32,13 @@ from transformers.core_model_loading import WeightConverter
 from lightning_ep import CausalLM, expert_plan, from_pretrained, parallelize
 from lightning_ep.checkpoint.errors import CheckpointError
 from lightning_ep.hub import reader
-from lightning_ep.hub.export_sharded import export_sharded
+from lightning_ep.hub.export import export_sharded
 from lightning_ep.hub.initialize import materialize
 from lightning_ep.hub.load import LoadStatistics, stream_pretrained
 from lightning_ep.hub.safetensors_file import read_header
 from lightning_ep.hub.trace import Traced
 from lightning_ep.parallelize import shard
-from lightning_ep.trainer import advice
+from lightning_ep.trainer import cost_warnings as advice
 from tests.distributed import device, run_ranks
 from tests.hub import FAMILIES, family_model, full_state, layout, write_checkpoint
 from tests.reference import VOCAB

@@ -12,7 +12,7 @@ from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 
 from lightning_ep import ParallelLayout, parallelize
-from lightning_ep.fsdp import layer_groups
+from lightning_ep.fsdp import groups as layer_groups
 from lightning_ep.fsdp.accumulation import set_gradient_sync
 from lightning_ep.loss import shifted, summed_loss
 from tests.distributed import device, run_ranks

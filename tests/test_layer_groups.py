@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 
 from lightning_ep import ParallelLayout, parallelize
-from lightning_ep.fsdp import layer_groups
+from lightning_ep.fsdp import groups as layer_groups
 from tests.distributed import device, run_ranks
 from tests.reference import batches, tiny_model
 from tests.rows import wrong_gradients

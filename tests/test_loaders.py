@@ -17,7 +17,7 @@ from lightning.pytorch.callbacks import BasePredictionWriter
 from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, IterableDataset
 
 from lightning_ep import ExpertParallelStrategy
-from lightning_ep.trainer.lockstep import lockstep
+from lightning_ep.trainer.uneven_inputs import lockstep
 from tests.distributed import RankFailure, run_ranks
 from tests.tiny import Samples, TinyModule, loader, quiet
 

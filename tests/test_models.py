@@ -28,7 +28,7 @@ from transformers import (
 
 from lightning_ep import CausalLM, ExpertParallelStrategy, from_config
 from lightning_ep.callbacks import GenerateSamples
-from lightning_ep.trainer import advice
+from lightning_ep.trainer import cost_warnings as advice
 from tests.reference import VOCAB, relative_error, tiny_config, tiny_model
 from tests.rows import RowFailures, Rows, agreed, fit, refused, whole
 from tests.tiny import SMALL, TinyModule, loader, mean_loss, quiet

@@ -15,8 +15,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from lightning_ep.distributed.progress import Progress
 from lightning_ep.moe.dispatch import AllToAllDispatcher, Dispatcher, LocalDispatcher
 from lightning_ep.moe.dispatch.packed import PackedRows
-from lightning_ep.moe.masters import Masters
-from lightning_ep.moe.moe import moe_forward
+from lightning_ep.moe.function import moe_forward
+from lightning_ep.moe.master_weights import MasterWeights
 from lightning_ep.ops.fused_experts import FusedExperts
 from lightning_ep.ops.local_experts import LocalExperts
 from lightning_ep.ops.registered_experts import RegisteredExperts
@@ -222,7 +222,7 @@ def test_copies_of_wider_parameters(seen: int | None, kept: bool) -> None:
     """
     experts = tiny_model(num_hidden_layers=1).model.layers[0].mlp.experts
     inputs, ids = [torch.randn(3, HIDDEN).bfloat16(), torch.rand(3, 2)], torch.tensor([[0, 1], [1, 5], [5, 0]])
-    masters = Masters()
+    masters = MasterWeights()
     if seen is not None:
         masters.begin_call([], torch.bfloat16, seen, needs_grad=True)
         masters.begin_call([], torch.bfloat16, 9, needs_grad=False)  # of a validation
@@ -242,7 +242,7 @@ def test_copies_of_wider_parameters(seen: int | None, kept: bool) -> None:
 
 
 def test_copies_are_not_kept_before_a_run_has_shown_its_memory() -> None:
-    masters = Masters()
+    masters = MasterWeights()
     masters.keep_copies = True  # an earlier run with smaller batches
     masters.own([torch.zeros(2, requires_grad=True)])
     assert not masters.keep_copies

@@ -9,7 +9,7 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
 from lightning_ep import ParallelLayout, parallelize
-from lightning_ep.fsdp import layer_groups
+from lightning_ep.fsdp import groups as layer_groups
 from lightning_ep.loss import shifted, summed_loss
 from tests.distributed import device, run_ranks
 from tests.reference import batches, tiny_model

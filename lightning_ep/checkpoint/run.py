@@ -14,10 +14,10 @@ from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
 from torch.optim import Optimizer
 
-from lightning_ep.checkpoint.loader import Resume
 from lightning_ep.checkpoint.model_checkpoint import adopt
 from lightning_ep.checkpoint.optimizers import clean, name_state
 from lightning_ep.checkpoint.pack import pack_directory, pack_file
+from lightning_ep.checkpoint.resume import Resume
 from lightning_ep.checkpoint.saver import Checkpoints
 from lightning_ep.checkpoint.single_file import gather, gather_optimizer
 from lightning_ep.checkpoint.state import rank_state, set_random_state

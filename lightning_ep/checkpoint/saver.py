@@ -20,10 +20,10 @@ from lightning_ep.checkpoint import files
 from lightning_ep.checkpoint.background import JobQueue
 from lightning_ep.checkpoint.errors import CheckpointError
 from lightning_ep.checkpoint.files import FileRecord
-from lightning_ep.checkpoint.shards import State, flatten, write_shards
 from lightning_ep.checkpoint.staging import HostBuffer
-from lightning_ep.distributed.ranks import Ranks
-from lightning_ep.distributed.region import local_tensor
+from lightning_ep.checkpoint.tensor_files import State, flatten, write_shards
+from lightning_ep.distributed.agreement import Ranks
+from lightning_ep.distributed.shards import local_tensor
 
 _MAX_THREADS = 4
 

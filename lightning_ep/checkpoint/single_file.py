@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from lightning_ep.checkpoint.errors import CheckpointError
-from lightning_ep.distributed.region import local_region, local_tensor
+from lightning_ep.distributed.shards import local_region, local_tensor
 
 
 def gather(tensors: Mapping[str, Any], keep: bool) -> dict[str, Any]:

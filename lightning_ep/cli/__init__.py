@@ -21,7 +21,7 @@ PROG = "lightning-ep"
 
 COMMANDS: dict[str, str] = {
     "consolidate": "lightning_ep.cli.consolidate:consolidate",
-    "export": "lightning_ep.cli.export_checkpoint:export",
+    "export": "lightning_ep.cli.export:export",
 }
 """Commands that run without a Trainer: the name, and ``module:function`` to call. The function's signature and
 docstring become the command's options and help; its module is imported only when the command is called."""

@@ -11,7 +11,7 @@ from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_info
 from typing_extensions import override
 
-from lightning_ep.checkpoint.loops import close_finished_epoch, match_batches
+from lightning_ep.checkpoint.loop_state import close_finished_epoch, match_batches
 from lightning_ep.data import corpus
 from lightning_ep.data.loader import ResumableLoader, data_ranks
 

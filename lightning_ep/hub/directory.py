@@ -10,39 +10,16 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import transformers
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from lightning_ep.checkpoint.files import sync
-from lightning_ep.hub.export import OutputFile
 from lightning_ep.hub.problems import Problems
 from lightning_ep.hub.safetensors_file import INDEX_NAME, SINGLE_NAME
+from lightning_ep.hub.writer import OutputFile
 
 ExportDtype = Literal["float32", "bfloat16", "float16"]
 
 _TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "vocab.*", "merges.txt", "chat_template*", "*.model")
-
-
-def meta_model(config: PreTrainedConfig, model_class: type[PreTrainedModel] | None = None) -> PreTrainedModel:
-    """A model on meta, in fp32, of the class that the config names or, if it names none, of the causal language model.
-
-    Raises:
-        ValueError: If the config names a class that transformers does not have.
-    """
-    config = deepcopy(config)
-    if model_class is None and config.architectures:
-        name = config.architectures[0]
-        model_class = getattr(transformers, name, None)
-        if model_class is None:
-            raise ValueError(
-                f"the config names the architecture {name}, which transformers does not have. Models whose code comes "
-                "with the checkpoint are exported in the run that trained them, by the callback HuggingFaceExport."
-            )
-    with torch.device("meta"):
-        if model_class is None:
-            return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-        config.dtype = torch.float32
-        return model_class(config)
 
 
 class HubDirectory:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from lightning_ep import transformers_adapter as adapter
-from lightning_ep.distributed.region import Region, local_region
+from lightning_ep.distributed.shards import Region, local_region
 from lightning_ep.ops.registered_experts import stand_in
 
 Initializer = Callable[[nn.Module], None]

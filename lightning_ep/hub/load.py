@@ -14,7 +14,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from lightning_ep import transformers_adapter as adapter
-from lightning_ep.distributed.region import Region, local_region
+from lightning_ep.distributed.shards import Region, local_region
 from lightning_ep.hub.initialize import assign
 from lightning_ep.hub.matching import Match, Source
 from lightning_ep.hub.reader import Read, ReadError, batches_of, read_all, reads_of

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 from lightning_ep.checkpoint.errors import CheckpointError
-from lightning_ep.distributed.ranks import from_all_ranks
+from lightning_ep.distributed.agreement import from_all_ranks
 
 _LISTED = 40
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from lightning_ep.distributed.region import Region, as_bytes
+from lightning_ep.distributed.shards import Region, as_bytes
 from lightning_ep.hub.safetensors_file import StoredTensor
 from lightning_ep.hub.trace import Piece
 

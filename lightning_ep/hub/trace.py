@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_ep.distributed.region import Region
+from lightning_ep.distributed.shards import Region
 
 
 class NotTraceableError(Exception):

@@ -21,13 +21,13 @@ from torch.distributed.tensor import DTensor, Partial, Replicate
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_ep.distributed.region import local_tensor
+from lightning_ep.distributed.shards import local_tensor
 from lightning_ep.fsdp.accumulation import reduce_kept_gradients
-from lightning_ep.fsdp.interrupted import release_gathered
-from lightning_ep.moe.masters import widen_gradient
+from lightning_ep.fsdp.passes import release_gathered
+from lightning_ep.moe.master_weights import widen_gradient
 from lightning_ep.ops.norm import sum_of_squares
 from lightning_ep.ops.scale import scale_
-from lightning_ep.trainer.optim import AdamW
+from lightning_ep.trainer.adamw import AdamW
 
 ShardedPrecisionName = Literal["32-true", "bf16-mixed", "bf16-true"]
 _SHARDED_WITH = "_lightning_ep_precision"  # attribute of a module

@@ -1,10 +1,11 @@
 """All that touches names of transformers that are not its public API.
 
-One file for each question: where things are in a model (`structure`), who runs experts (`experts`) and attention
-(`attention`), and how weights come in and leave (`weights`). Everyone else uses them through this package.
+One file for each question: where things are in a model (`structure`), who runs experts (`experts_interface`) and attention
+(`attention_interface`), how random weights are drawn (`initialization`), and how weights come in and leave (`conversion`).
+Everyone else uses them through this package.
 """
 
-from lightning_ep.transformers_adapter.attention import (
+from lightning_ep.transformers_adapter.attention_interface import (
     attention_function,
     attention_heads,
     attention_implementation,
@@ -15,16 +16,26 @@ from lightning_ep.transformers_adapter.attention import (
     why_not_context_parallel,
     without_packing,
 )
-from lightning_ep.transformers_adapter.experts import (
+from lightning_ep.transformers_adapter.conversion import (
+    Conversion,
+    export_conversions,
+    hub_transforms,
+    is_optional,
+    load_conversions,
+    not_saved,
+    tied_names,
+)
+from lightning_ep.transformers_adapter.experts_interface import (
     EXPERTS_IMPLEMENTATION,
     FUSED_PARAMETERS,
     attach_context,
     is_parallel_experts,
     local_experts_function,
-    masters_of,
+    master_weights_of,
     use_expert_parallel_forward,
     why_not_fused,
 )
+from lightning_ep.transformers_adapter.initialization import apply_init_rule, init_rules, mark_initialized
 from lightning_ep.transformers_adapter.structure import (
     decoder_layers,
     experts_modules,
@@ -33,18 +44,6 @@ from lightning_ep.transformers_adapter.structure import (
     routers,
     tensor_parallel_styles,
     tied,
-)
-from lightning_ep.transformers_adapter.weights import (
-    Conversion,
-    apply_init_rule,
-    export_conversions,
-    hub_transforms,
-    init_rules,
-    is_optional,
-    load_conversions,
-    mark_initialized,
-    not_saved,
-    tied_names,
 )
 
 __all__ = [
@@ -69,7 +68,7 @@ __all__ = [
     "load_conversions",
     "local_experts_function",
     "mark_initialized",
-    "masters_of",
+    "master_weights_of",
     "not_saved",
     "pretrained_models",
     "refuse_own_checkpointing",

@@ -8,11 +8,10 @@ import torch.distributed as dist
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_ep.distributed.on_host import OnHost
+from lightning_ep.distributed.host_copies import OnHost
 from lightning_ep.distributed.progress import Progress
-from lightning_ep.moe.dispatch.base import Dispatcher, Pending
+from lightning_ep.moe.dispatch.base import Dispatcher, DispatchPlan, Pending
 from lightning_ep.moe.dispatch.packed import PackedRows
-from lightning_ep.moe.dispatch.plan import DispatchPlan
 from lightning_ep.ops.permute import gather_sum, permute
 from lightning_ep.ops.routing import destinations, split_slots, wire_dtypes
 

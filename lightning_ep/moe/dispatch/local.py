@@ -5,8 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_ep.moe.dispatch.base import Dispatcher, Pending
-from lightning_ep.moe.dispatch.plan import DispatchPlan
+from lightning_ep.moe.dispatch.base import Dispatcher, DispatchPlan, Pending
 
 
 class LocalDispatcher(Dispatcher[DispatchPlan]):

@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from lightning_ep.distributed.region import local_tensor
+from lightning_ep.distributed.shards import local_tensor
 
 _STEPS_TO_PEAK = 2  # the first makes the optimizer's state
 _SPARE = 0.1  # of the GPU's memory stays free beside kept copies: rows of a step with an unlucky router
 
 
-class Masters:
+class MasterWeights:
     """How one layer casts its experts' parameters, and in which dtype it returns their gradients.
 
     Attributes:
@@ -86,7 +86,7 @@ class Masters:
 class CallWeights:
     """The parameters of one call as its GEMMs take them: this rank's parts, in the dtype of the rows."""
 
-    def __init__(self, masters: Masters, params: Sequence[Tensor], dtype: torch.dtype, keep: bool) -> None:
+    def __init__(self, masters: MasterWeights, params: Sequence[Tensor], dtype: torch.dtype, keep: bool) -> None:
         self.params = params
         self._masters = masters
         self._dtype = dtype
@@ -135,26 +135,26 @@ def _like(local: Tensor, param: Tensor) -> Tensor:
     return DTensor(local, spec, requires_grad=False)
 
 
-class ModelMasters:
-    """The `Masters` of all layers of a model in training.
+class ModelMasterWeights:
+    """The `MasterWeights` of all layers of a model in training.
 
     Args:
         layers: Those in charge of their gradients.
         device: This rank's device.
     """
 
-    def __init__(self, layers: Sequence[Masters], device: torch.device) -> None:
+    def __init__(self, layers: Sequence[MasterWeights], device: torch.device) -> None:
         self._layers = layers
         self._device = device
         self._steps = 0
 
     def begin_step(self, narrow_gradients: bool) -> None:
-        """See `Masters.begin_step`."""
+        """See `MasterWeights.begin_step`."""
         for layer in self._layers:
             layer.begin_step(narrow_gradients)
 
     def end_run(self) -> None:
-        """See `Masters.end_run`."""
+        """See `MasterWeights.end_run`."""
         for layer in self._layers:
             layer.end_run()
 

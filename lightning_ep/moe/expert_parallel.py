@@ -17,7 +17,7 @@ from typing_extensions import override
 from lightning_ep import transformers_adapter as adapter
 from lightning_ep.distributed.progress import Progress
 from lightning_ep.moe.dispatch import AllToAllDispatcher, Dispatcher, LocalDispatcher
-from lightning_ep.moe.masters import Masters
+from lightning_ep.moe.master_weights import MasterWeights
 from lightning_ep.ops.fused_experts import FusedExperts
 from lightning_ep.ops.local_experts import LocalExperts
 from lightning_ep.ops.registered_experts import RegisteredExperts
@@ -39,7 +39,7 @@ class ExpertContext:
     dispatcher: Dispatcher[Any]
     experts: LocalExperts
     param_names: tuple[str, ...]
-    masters: Masters = field(default_factory=Masters)
+    masters: MasterWeights = field(default_factory=MasterWeights)
 
 
 class ExpertParallel(ParallelStyle):

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 from typing_extensions import override
 
-from lightning_ep.distributed.region import local_tensor
+from lightning_ep.distributed.shards import local_tensor
 from lightning_ep.ops.adamw import Rule, Update, adamw_
 
 

@@ -31,7 +31,7 @@ from typing_extensions import override
 
 from lightning_ep.checkpoint.errors import CheckpointError
 from lightning_ep.checkpoint.files import ChecksumFile, FileRecord, checksum
-from lightning_ep.distributed.ranks import join
+from lightning_ep.distributed.agreement import join
 
 State = dict[str, Any]
 """Nested dicts whose leaves are tensors; keys of a leaf are joined by dots in the files."""

@@ -1,17 +1,19 @@
-"""`from_pretrained`: a model on the meta device that remembers the checkpoint to be streamed into its shards."""
+"""Models on the meta device, whose weights come once they are sharded: streamed from a checkpoint, or drawn."""
 
 from __future__ import annotations
 
 import json
 import os
 from collections.abc import Callable
+from copy import deepcopy
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+import transformers
 from huggingface_hub import snapshot_download
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from lightning_ep.checkpoint.errors import CheckpointError
 from lightning_ep.hub.load import remember_source
@@ -81,6 +83,38 @@ def from_pretrained(
         model.generation_config = GenerationConfig.from_pretrained(directory)
     remember_source(model, directory)
     return model
+
+
+def from_config(config: PreTrainedConfig) -> PreTrainedModel:
+    """A causal language model on the meta device, whose random weights the strategy initialises after sharding.
+
+    Args:
+        config: Any configuration that `transformers.AutoModelForCausalLM` knows.
+    """
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config)
+
+
+def meta_model(config: PreTrainedConfig, model_class: type[PreTrainedModel] | None = None) -> PreTrainedModel:
+    """A model on meta, in fp32, of the class that the config names or, if it names none, of the causal language model.
+
+    Raises:
+        ValueError: If the config names a class that transformers does not have.
+    """
+    config = deepcopy(config)
+    if model_class is None and config.architectures:
+        name = config.architectures[0]
+        model_class = getattr(transformers, name, None)
+        if model_class is None:
+            raise ValueError(
+                f"the config names the architecture {name}, which transformers does not have. Models whose code comes "
+                "with the checkpoint are exported in the run that trained them, by the callback HuggingFaceExport."
+            )
+    with torch.device("meta"):
+        if model_class is None:
+            return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        config.dtype = torch.float32
+        return model_class(config)
 
 
 def _check_architecture(path: str, config: Any, model: PreTrainedModel) -> None:

@@ -1,13 +1,13 @@
-"""How weights come into a model and leave it: initialisation rules, and the conversion of the hub's layout."""
+"""How the hub's layout of weights becomes the model's, and back."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
 
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
@@ -20,26 +20,6 @@ from transformers.core_model_loading import (
     dot_natural_key,
     rename_source_key,
 )
-
-
-def init_rules(model: PreTrainedModel) -> Iterator[tuple[str, nn.Module, PreTrainedModel]]:
-    """Every submodule with the model whose initialisation rules are responsible for it."""
-    owners: dict[str, PreTrainedModel] = {}
-    for name, child in model.named_modules():
-        owner = child if isinstance(child, PreTrainedModel) else owners[name.rpartition(".")[0]]
-        owners[name] = owner
-        yield name, child, owner
-
-
-def apply_init_rule(owner: PreTrainedModel, module: nn.Module) -> None:
-    """Initialises in place the parameters and buffers of ``module`` that are not marked as done."""
-    owner._init_weights(module)
-
-
-def mark_initialized(tensor: Tensor) -> Tensor:
-    """Marks a tensor so that the initialisation rules leave it alone."""
-    tensor._is_hf_initialized = True  # type: ignore[attr-defined]
-    return tensor
 
 
 @dataclass

@@ -13,7 +13,7 @@ from typing_extensions import override
 from lightning_ep import transformers_adapter as adapter
 from lightning_ep.callbacks.console import print_once
 from lightning_ep.hub.directory import ExportDtype, refuse_existing
-from lightning_ep.hub.export_sharded import export_sharded
+from lightning_ep.hub.export import export_sharded
 
 
 class HuggingFaceExport(Callback):

@@ -11,12 +11,12 @@ from transformers.activations import SiLUActivation
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, ExpertsInterface, _default_apply_gate
 
 from lightning_ep.layers.recompute import handle_replay, left_to_checkpoint
-from lightning_ep.moe.moe import moe_forward
+from lightning_ep.moe.function import moe_forward
 from lightning_ep.ops.registered_experts import ExpertsFunction
 
 if TYPE_CHECKING:
-    from lightning_ep.moe.masters import Masters
-    from lightning_ep.moe.plan import ExpertContext
+    from lightning_ep.moe.expert_parallel import ExpertContext
+    from lightning_ep.moe.master_weights import MasterWeights
 
 EXPERTS_IMPLEMENTATION = "lightning_ep"
 FUSED_PARAMETERS = ("gate_up_proj", "down_proj")
@@ -85,8 +85,8 @@ def attach_context(module: nn.Module, context: ExpertContext) -> None:
     setattr(module, _CONTEXT, context)
 
 
-def masters_of(module: nn.Module) -> Masters:
-    """The `Masters` of a module for which `attach_context` was called."""
+def master_weights_of(module: nn.Module) -> MasterWeights:
+    """The `MasterWeights` of a module for which `attach_context` was called."""
     context: ExpertContext = getattr(module, _CONTEXT)
     return context.masters
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from torch.distributed.utils import _apply_to_tensors
 
-from lightning_ep.fsdp.interrupted import end_pass
+from lightning_ep.fsdp.passes import end_pass
 
 # Up to this many parameters are gathered and reduced together: 320 MB in bf16, a millisecond between GPUs of a node.
 # FSDP's hooks take the host about 4 ms per group and step, more than the GPU needs for a layer of few tokens.

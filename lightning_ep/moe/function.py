@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lightning_ep.moe.dispatch import Dispatcher, DispatchPlan
-from lightning_ep.moe.masters import CallWeights, Masters
+from lightning_ep.moe.master_weights import CallWeights, MasterWeights
 from lightning_ep.ops.local_experts import LocalExperts
 
 
@@ -22,7 +22,7 @@ def moe_forward(
     weights_TK: Tensor,
     params: Sequence[Tensor],
     leave: Callable[[Tensor], Callable[[], Tensor] | None] | None = None,
-    masters: Masters | None = None,
+    masters: MasterWeights | None = None,
 ) -> Tensor:
     """Sends tokens to the ranks of their experts, runs the experts and brings the weighted sums back.
 
@@ -46,7 +46,7 @@ def moe_forward(
     """
     needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in (hidden_TH, weights_TK, *params))
     later = leave(hidden_TH) if needs_grad and leave is not None else None
-    computed = (masters or Masters()).begin_call(params, hidden_TH.dtype, hidden_TH.shape[0], needs_grad)
+    computed = (masters or MasterWeights()).begin_call(params, hidden_TH.dtype, hidden_TH.shape[0], needs_grad)
     return _MoE.apply(dispatcher, experts, computed, needs_grad, later, hidden_TH, ids_TK, weights_TK, *params)
 
 

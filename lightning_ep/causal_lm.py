@@ -15,29 +15,18 @@ from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 from torch.optim import Optimizer
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from typing_extensions import override
 
 from lightning_ep.checkpoint.errors import CheckpointError
-from lightning_ep.checkpoint.weights import SavedWeights
-from lightning_ep.distributed.lagged import Lagged
-from lightning_ep.hub.directory import meta_model
+from lightning_ep.checkpoint.saved_weights import SavedWeights
+from lightning_ep.distributed.host_copies import Lagged
 from lightning_ep.hub.initialize import materialize
-from lightning_ep.hub.pretrained import from_pretrained
+from lightning_ep.hub.meta_models import from_config, from_pretrained, meta_model
 from lightning_ep.loss import IGNORE, summed_loss, token_losses
 from lightning_ep.strategy import ExpertParallelStrategy
-from lightning_ep.trainer.optim import AdamW
+from lightning_ep.trainer.adamw import AdamW
 from lightning_ep.trainer.precision import clip_grad_norm_, clip_in_step_
-
-
-def from_config(config: PreTrainedConfig) -> PreTrainedModel:
-    """A causal language model on the meta device, whose random weights the strategy initialises after sharding.
-
-    Args:
-        config: Any configuration that `transformers.AutoModelForCausalLM` knows.
-    """
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config)
 
 
 class CausalLM(LightningModule):
