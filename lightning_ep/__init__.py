@@ -4,19 +4,21 @@ from lightning.pytorch.strategies import StrategyRegistry
 
 from lightning_ep.causal_lm import CausalLM
 from lightning_ep.context_parallel import shard_sequence, whole_sequences
+from lightning_ep.hub.errors import CheckpointError
 from lightning_ep.hub.meta_models import from_config, from_pretrained
 from lightning_ep.layout import ParallelLayout
 from lightning_ep.moe.expert_parallel import ExpertParallel, expert_plan
 from lightning_ep.parallelize import parallelize
 from lightning_ep.strategy import ExpertParallelStrategy
 from lightning_ep.trainer.adamw import AdamW
-from lightning_ep.trainer.precision import clip_grad_norm_
+from lightning_ep.trainer.clipping import clip_grad_norm_
 
 __version__ = "0.1.0"
 
 __all__ = [
     "AdamW",
     "CausalLM",
+    "CheckpointError",
     "ExpertParallel",
     "ExpertParallelStrategy",
     "ParallelLayout",

@@ -18,15 +18,17 @@ from torch.optim import Optimizer
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from typing_extensions import override
 
-from lightning_ep.checkpoint.errors import CheckpointError
 from lightning_ep.checkpoint.saved_weights import SavedWeights
 from lightning_ep.distributed.host_copies import Lagged
+from lightning_ep.hub.errors import CheckpointError
 from lightning_ep.hub.initialize import materialize
 from lightning_ep.hub.meta_models import from_config, from_pretrained, meta_model
-from lightning_ep.loss import IGNORE, summed_loss, token_losses
+from lightning_ep.loss import summed_loss, token_losses
+from lightning_ep.ops.cross_entropy import IGNORE
 from lightning_ep.strategy import ExpertParallelStrategy
 from lightning_ep.trainer.adamw import AdamW
-from lightning_ep.trainer.precision import clip_grad_norm_, clip_in_step_
+from lightning_ep.trainer.clipping import clip_grad_norm_, clip_in_step_
+from lightning_ep.trainer.loss_scale import sum_to_mean
 
 
 class CausalLM(LightningModule):
@@ -163,10 +165,9 @@ class CausalLM(LightningModule):
             loss = loss + config.router_aux_loss_coef * auxiliary * tokens
         if self.trainer.accumulate_grad_batches == 1:
             # The window is this batch, so its tokens are known before backward: no pass over the gradients is needed.
-            # The strategy takes the mean of all ranks' losses.
             strategy = self.trainer.strategy
             assert isinstance(strategy, ExpertParallelStrategy)
-            return loss * (strategy.layout.loss_world_size / self._close_window(sums))
+            return loss * sum_to_mean(self._close_window(sums), strategy.layout, accumulated=1)
         self._open_window(sums)
         return loss
 
@@ -187,16 +188,13 @@ class CausalLM(LightningModule):
         self._train_loss = (loss / tokens).float()
         return tokens.float()
 
-    @property
-    def gradient_denominator(self) -> Callable[[], Tensor] | None:
-        """Gives the global number of valid tokens since the last step, by which the strategy divides the gradients.
+    def gradient_denominator(self) -> Tensor | None:
+        """The global number of valid tokens since the last step, by which the strategy divides the gradients.
 
-        None while no window is open: `training_step` has divided already, or is a subclass's and returns means.
+        None if no window is open: `training_step` has divided already, or is a subclass's and returns means.
         """
-        return None if self._window is None else self._end_window
-
-    def _end_window(self) -> Tensor:
-        assert self._window is not None
+        if self._window is None:
+            return None
         sums, self._window = self._window, None
         return self._close_window(sums)
 

@@ -3,27 +3,26 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
-from types import MethodType
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch.nn.functional as F
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
-from torch.distributed.fsdp import register_fsdp_forward_method
 from transformers import PreTrainedModel
 
 from lightning_ep import transformers_adapter as adapter
+from lightning_ep.fsdp.passes import run_as_forward
+from lightning_ep.ops.cross_entropy import IGNORE
 from lightning_ep.tensor_parallel.vocabulary import head_cross_entropy, is_plain_head
 
-IGNORE = -100
-"""Label of a token that is no target."""
 
-_METHOD = "_lightning_ep_summed_loss"
+@dataclass(frozen=True)
+class _Head:
+    """What is remembered of a model: whether its logits are all that its head does, so that the loss may replace it."""
 
-
-def shifted(labels_BS: Tensor) -> Tensor:
-    """The target of every position: the next label, and none for the last position."""
-    return F.pad(labels_BS[:, 1:], (0, 1), value=IGNORE)
+    gives_the_logits: bool
 
 
 def token_losses(model: PreTrainedModel, targets_BS: Tensor, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
@@ -57,17 +56,15 @@ def summed_loss(model: PreTrainedModel, targets_BS: Tensor, inputs: dict[str, An
     Returns:
         0-dim fp32 tensor, and the auxiliary loss as in `token_losses`.
     """
-    if not hasattr(model, _METHOD):
-        setattr(model, _METHOD, MethodType(_fused, model) if is_plain_head(model.get_output_embeddings()) else None)
-        if getattr(model, _METHOD) is not None:
-            # What no layer holds is gathered only inside a forward of the root, and this is one.
-            register_fsdp_forward_method(model, _METHOD)
-    if (fused := getattr(model, _METHOD)) is not None:
-        found: tuple[Tensor, Tensor] | None = fused(targets_BS, inputs)
+    head = adapter.recall(model, _Head) or _Head(is_plain_head(model.get_output_embeddings()))
+    if head.gives_the_logits:
+        # What no layer holds is gathered only inside a forward of the root, and this is one.
+        found: tuple[Tensor, Tensor] | None = run_as_forward(model, partial(_fused, model), targets_BS, inputs)
         if found is not None:
+            adapter.remember(model, head)
             return found
         rank_zero_info(f"{type(model).__name__} changes its logits after the head: the loss holds them all.")
-        setattr(model, _METHOD, None)
+    adapter.remember(model, _Head(False))
     losses_BS, auxiliary = token_losses(model, targets_BS, inputs)
     return losses_BS.sum(), auxiliary
 

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from lightning.fabric.utilities.data import _auto_add_worker_init_fn
 from lightning.fabric.utilities.distributed import _set_num_threads_if_needed
 from lightning.fabric.utilities.optimizer import _optimizers_to_device
 from lightning.pytorch import Trainer
@@ -27,29 +26,29 @@ from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor
 from torch.distributed.tensor.parallel import ParallelStyle
 from torch.optim import Optimizer
-from torch.utils.weak import WeakTensorKeyDictionary
 from typing_extensions import override
 
 from lightning_ep import transformers_adapter as adapter
 from lightning_ep.checkpoint.files import local_path
-from lightning_ep.checkpoint.loop_state import close_finished_epoch, match_batches
 from lightning_ep.checkpoint.run import RunCheckpoints
-from lightning_ep.context_parallel import described_by, documents_of, shard_sequence
-from lightning_ep.distributed.agreement import from_all_ranks
+from lightning_ep.context_parallel import KnownDocuments, documents_of, shard_sequence
 from lightning_ep.distributed.progress import Progress
 from lightning_ep.fsdp.accumulation import forget_gradients, set_gradient_sync
+from lightning_ep.fsdp.groups import own_master_weights
 from lightning_ep.hub.initialize import has_meta_tensors, materialize
 from lightning_ep.hub.load import stream_pretrained
 from lightning_ep.layers.recompute import ActivationCheckpointing, check_mode
 from lightning_ep.layout import Meshes, ParallelLayout
-from lightning_ep.moe.expert_parallel import DispatcherName, expert_plan
+from lightning_ep.moe.expert_parallel import expert_plan
 from lightning_ep.moe.master_weights import ModelMasterWeights
-from lightning_ep.parallelize import check_sharded, is_parallelized, own_master_weights, shard
+from lightning_ep.parallelize import check_sharded, is_parallelized, shard
 from lightning_ep.trainer.adamw import AdamW
+from lightning_ep.trainer.clipping import clip_grad_norm_
 from lightning_ep.trainer.cost_warnings import warn_if_ep_crosses_nodes, warn_if_large_in_memory
-from lightning_ep.trainer.precision import ShardedPrecision, clip_grad_norm_
+from lightning_ep.trainer.loaders import prepare_loader
+from lightning_ep.trainer.precision import ShardedPrecision
 from lightning_ep.trainer.refusals import refuse_optimizers, refuse_other_processes, refuse_unsupported
-from lightning_ep.trainer.uneven_inputs import lockstep, share_samples
+from lightning_ep.trainer.signals import AgreeOnSignals
 
 _TIMEOUT = timedelta(minutes=30)  # Lightning's default
 
@@ -71,7 +70,6 @@ class ExpertParallelStrategy(ModelParallelStrategy):
             of some heads. Must divide the attention heads and ``ep * fsdp``; the ranks get the same batch. `CausalLM`
             splits it; a module of yours passes `shard_sequence` of it to its model.
         plan: Expert plan (module name to style), as `expert_plan` returns it. Default: the model's own.
-        dispatcher: How rows travel to their experts.
         experts_implementation: Kernel for the experts of one rank: ``"fused"`` (ours), ``"eager"`` or any name
             registered in transformers' ``ExpertsInterface``. ``"auto"``: the fused one where it can serve the experts.
         activation_checkpointing: What backward computes again to save memory. ``"none"``: nothing. ``"selective"``: the
@@ -94,7 +92,6 @@ class ExpertParallelStrategy(ModelParallelStrategy):
         tp: int = 1,
         cp: int = 1,
         plan: dict[str, ParallelStyle] | None = None,
-        dispatcher: DispatcherName = "all_to_all",
         experts_implementation: str = "auto",
         activation_checkpointing: ActivationCheckpointing = "none",
         compile: bool = False,
@@ -113,9 +110,8 @@ class ExpertParallelStrategy(ModelParallelStrategy):
         self._replicate = replicate
         self._tp = tp
         self._cp = cp
-        self._documents = WeakTensorKeyDictionary()  # of batches in use, by the tensor that describes them
+        self._documents = KnownDocuments()
         self._plan = plan
-        self._dispatcher = dispatcher
         self._experts_implementation = experts_implementation
         self._activation_checkpointing = activation_checkpointing
         self._compile = compile
@@ -126,6 +122,7 @@ class ExpertParallelStrategy(ModelParallelStrategy):
         self._refusal: ValueError | None = None
         self._async_save = async_save
         self._checkpoints: RunCheckpoints | None = None
+        self._signals: AgreeOnSignals | None = None
         if "pytorch_lightning" in sys.modules:
             rank_zero_warn(
                 "`pytorch_lightning` is imported beside `lightning`. Its Trainer does not know this strategy and calls "
@@ -217,6 +214,9 @@ class ExpertParallelStrategy(ModelParallelStrategy):
                 self._save_distributed_checkpoint,
                 self._async_save,
             )
+            self._signals = AgreeOnSignals(self._timeout or _TIMEOUT, self._checkpoints.at_once)
+        assert self._signals is not None
+        self._signals.watch(trainer)
         self._run.begin(trainer)
         self.lightning_module._device_mesh = self._device_mesh
 
@@ -253,7 +253,7 @@ class ExpertParallelStrategy(ModelParallelStrategy):
             return  # the model comes later, at the latest in `setup`
         warn_if_large_in_memory(module, self.layout, self.num_processes)
         self.precision_plugin.convert_module(module)
-        plan = self._plan or expert_plan(module, self._dispatcher, self._experts_implementation, self._progress)
+        plan = self._plan or expert_plan(module, self._experts_implementation, self._progress)
         warn_if_ep_crosses_nodes(module, self.layout, self.num_processes)
         policy = self._sharded_precision.mp_policy
         shard(
@@ -363,8 +363,7 @@ class ExpertParallelStrategy(ModelParallelStrategy):
             return super().batch_to_device(batch, device, dataloader_idx)
         # In two steps, as Lightning's: a hook after the transfer may change what has been read here.
         moved = module._call_batch_hook("transfer_batch_to_device", batch, device or self.root_device, dataloader_idx)
-        if (description := described_by(moved)) is not None:
-            self._documents[description] = found, description._version
+        self._documents.note(moved, found)
         return module._call_batch_hook("on_after_batch_transfer", moved, dataloader_idx)
 
     def wait_for_checkpoints(self) -> None:
@@ -388,30 +387,7 @@ class ExpertParallelStrategy(ModelParallelStrategy):
     @override
     def process_dataloader(self, dataloader: object) -> object:
         assert self.lightning_module is not None
-        trainer = self.lightning_module.trainer
-        # By data rank: Lightning would do it later, unequally for ranks that share a batch, and not behind `lockstep`.
-        _auto_add_worker_init_fn(dataloader, self.data_rank)
-        if trainer.training:
-            close_finished_epoch(trainer)
-            match_batches(trainer, dataloader)
-        if self.data_world_size == 1:
-            return dataloader
-        if not trainer.predicting:
-            return lockstep(dataloader, from_all_ranks)
-        if trainer._accelerator_connector.use_distributed_sampler:
-            share_samples(dataloader, self.data_world_size, self.data_rank)
-        return lockstep(dataloader, from_all_ranks, trainer.limit_predict_batches, self._join_predict_step)
-
-    def _join_predict_step(self, loader: object, batch: Any, batch_idx: int) -> None:
-        module = self.lightning_module
-        assert module is not None
-        loop = module.trainer.predict_loop
-        assert loop._combined_loader is not None
-        index = next(i for i, other in enumerate(loop._combined_loader.flattened) if other is loader)
-        batch = module._on_before_batch_transfer(self.precision_plugin.convert_input(batch), dataloader_idx=index)
-        batch = self.batch_to_device(batch, dataloader_idx=index)
-        arguments = loop._build_kwargs(batch, batch_idx, index if loop.num_dataloaders > 1 else None)
-        self.predict_step(*loop._build_step_args_from_hook_kwargs(arguments, "predict_step"))
+        return prepare_loader(dataloader, self.lightning_module, self.data_rank, self.data_world_size)
 
     def shard_sequence(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         """This rank's piece of a batch of whole sequences, for a transformers model under ``cp``.
@@ -428,12 +404,7 @@ class ExpertParallelStrategy(ModelParallelStrategy):
             Arguments for the model; all of them must reach it.
         """
         assert self._meshes is not None
-        description = described_by(batch)
-        known = None
-        if description is not None and description in self._documents:
-            found, version = self._documents[description]
-            known = found if description._version == version else None  # changed in place since
-        return shard_sequence(batch, self._meshes.cp, known, self._progress)
+        return shard_sequence(batch, self._meshes.cp, self._documents.of(batch), self._progress)
 
     # ------------------------------------------------------------------ steps
 

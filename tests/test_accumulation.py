@@ -6,7 +6,7 @@ import torch
 
 from lightning_ep import ParallelLayout, parallelize
 from lightning_ep.fsdp.accumulation import reduce_kept_gradients, set_gradient_sync
-from lightning_ep.trainer.precision import clip_grad_norm_
+from lightning_ep.trainer.clipping import clip_grad_norm_
 from tests.distributed import device, run_ranks
 from tests.reference import batches, tiny_model
 from tests.rows import wrong_gradients

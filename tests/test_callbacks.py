@@ -15,8 +15,9 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-from lightning_ep.callbacks import BigramBaseline, GenerateSamples, Throughput
-from lightning_ep.data import TextDataModule, bigram_cross_entropy
+from lightning_ep.callbacks import GenerateSamples, Throughput
+from lightning_ep.data import TextDataModule
+from lightning_ep.data.examples import BigramBaseline, bigram_cross_entropy
 
 
 @pytest.fixture(scope="module")

@@ -29,8 +29,8 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from lightning_ep import ExpertParallelStrategy
 from lightning_ep.checkpoint import files
-from lightning_ep.checkpoint.errors import CheckpointError
 from lightning_ep.checkpoint.saved_weights import open_verified
+from lightning_ep.hub.errors import CheckpointError
 from tests.distributed import RankFailure, run_ranks
 from tests.tiny import TinyModule, loader, quiet
 

@@ -15,8 +15,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.distributed.tensor import DTensor
 
 from lightning_ep import ExpertParallelStrategy
-from lightning_ep.checkpoint.errors import CheckpointError
 from lightning_ep.cli.consolidate import consolidate
+from lightning_ep.hub.errors import CheckpointError
 from tests.distributed import RankFailure, run_ranks
 from tests.reference import tiny_model
 from tests.tiny import TinyModule, loader, quiet

@@ -17,10 +17,10 @@ from lightning_ep.checkpoint.loop_state import close_finished_epoch
 from lightning_ep.data import (
     ResumableLoader,
     TextDataModule,
-    bigram_cross_entropy,
     corpus,
     data_ranks,
 )
+from lightning_ep.data.examples import bigram_cross_entropy
 
 
 def samples(loader: ResumableLoader) -> list[list[int]]:

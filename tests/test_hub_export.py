@@ -24,8 +24,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from lightning_ep import CausalLM, ExpertParallelStrategy, cli, from_pretrained, parallelize
 from lightning_ep.callbacks import HuggingFaceExport
 from lightning_ep.checkpoint import files
-from lightning_ep.checkpoint.errors import CheckpointError
 from lightning_ep.hub import writer as export_module
+from lightning_ep.hub.errors import CheckpointError
 from lightning_ep.hub.export import export_sharded
 from tests.distributed import device, run_ranks
 from tests.hub import FAMILIES, family_model, full_state, layout, write_checkpoint

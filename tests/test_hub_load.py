@@ -30,8 +30,8 @@ from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 from transformers.core_model_loading import WeightConverter
 
 from lightning_ep import CausalLM, expert_plan, from_pretrained, parallelize
-from lightning_ep.checkpoint.errors import CheckpointError
 from lightning_ep.hub import reader
+from lightning_ep.hub.errors import CheckpointError
 from lightning_ep.hub.export import export_sharded
 from lightning_ep.hub.initialize import materialize
 from lightning_ep.hub.load import LoadStatistics, stream_pretrained

@@ -17,8 +17,8 @@ from transformers import AutoModelForCausalLM
 
 from lightning_ep import CausalLM, ExpertParallelStrategy, cli
 from lightning_ep.callbacks import HuggingFaceExport
-from lightning_ep.checkpoint.errors import CheckpointError
 from lightning_ep.hub import initialize
+from lightning_ep.hub.errors import CheckpointError
 from tests.distributed import run_ranks
 from tests.hub import full_state, write_checkpoint
 from tests.tiny import Samples, quiet

@@ -14,7 +14,8 @@ from torch.distributed.tensor import DTensor
 from lightning_ep import ParallelLayout, parallelize
 from lightning_ep.fsdp import groups as layer_groups
 from lightning_ep.fsdp.accumulation import set_gradient_sync
-from lightning_ep.loss import shifted, summed_loss
+from lightning_ep.loss import summed_loss
+from lightning_ep.ops.cross_entropy import shifted
 from tests.distributed import device, run_ranks
 from tests.reference import batches, tiny_model
 from tests.rows import wrong_gradients

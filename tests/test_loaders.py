@@ -17,7 +17,7 @@ from lightning.pytorch.callbacks import BasePredictionWriter
 from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, IterableDataset
 
 from lightning_ep import ExpertParallelStrategy
-from lightning_ep.trainer.uneven_inputs import lockstep
+from lightning_ep.trainer.uneven_inputs import with_equal_steps
 from tests.distributed import RankFailure, run_ranks
 from tests.tiny import Samples, TinyModule, loader, quiet
 
@@ -346,6 +346,6 @@ def test_validation_with_the_default_sampler_has_equal_lengths(tmp_path: Path) -
 
 def test_lockstep_leaves_equal_loaders_alone() -> None:
     equal = DataLoader(torch.arange(4))
-    assert lockstep(equal, lambda value: [value, value]) is equal
+    assert with_equal_steps(equal, lambda value: [value, value]) is equal
     with pytest.warns(UserWarning, match=r"\[4, 2\] batches; all ranks stop after 2"):
-        assert len(lockstep(equal, lambda value: [value, 2])) == 2
+        assert len(with_equal_steps(equal, lambda value: [value, 2])) == 2

@@ -10,7 +10,8 @@ from torch import Tensor
 from transformers.models.qwen3_moe import Qwen3MoeForCausalLM
 
 from lightning_ep import loss as module
-from lightning_ep.loss import shifted, summed_loss, token_losses
+from lightning_ep.loss import summed_loss, token_losses
+from lightning_ep.ops.cross_entropy import shifted
 from tests.reference import batches, grad_or_zero, relative_error, tiny_config, tiny_model
 
 

@@ -1,8 +1,7 @@
 """What users add to a Trainer."""
 
-from lightning_ep.callbacks.bigram import BigramBaseline
 from lightning_ep.callbacks.generate import GenerateSamples
 from lightning_ep.callbacks.huggingface_export import HuggingFaceExport
 from lightning_ep.callbacks.throughput import Throughput
 
-__all__ = ["BigramBaseline", "GenerateSamples", "HuggingFaceExport", "Throughput"]
+__all__ = ["GenerateSamples", "HuggingFaceExport", "Throughput"]

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
-import errno
 import io
 import json
 import os
@@ -19,6 +17,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from lightning_ep.hub.durable import sync
+
 MANIFEST = "manifest.json"
 META = "meta.pt"
 FORMAT = 1
@@ -27,9 +27,6 @@ FORMAT = 1
 _HIDDEN = ".lightning_ep-"
 _STALE_SECONDS = 24 * 3600
 _CHUNK = 1 << 22
-_RENAME_EXCHANGE = 2
-_AT_FDCWD = -100
-_NO_EXCHANGE = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EPERM)
 
 
 @dataclass(frozen=True)
@@ -231,53 +228,25 @@ def refuse_foreign_directory(path: Path) -> None:
         )
 
 
-def sync(path: Path) -> None:
-    """Makes a file, or the names in a directory, durable, where the file system knows of such a thing."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
-            raise
-    finally:
-        os.close(descriptor)
+def publish(staged: Path, final: Path) -> None:
+    """Gives a complete file or directory its name, whatever has that name now, which is deleted afterwards.
 
-
-def publish(staged: Path, final: Path, exchange: bool = True) -> None:
-    """Gives a complete file or directory its name, in one atomic step, whatever has that name now.
+    A file takes the place of another in one atomic step. A directory cannot: what it replaces first gets a visible name
+    of its own, which `find` knows, so that at no moment neither is there.
 
     Args:
         staged: A durable file or directory beside ``final``.
-        final: The name. What has it now is deleted afterwards.
-        exchange: Swap the two in one system call where the file system can. Otherwise (NFS) a directory that is
-            replaced first gets a visible name of its own, which `find` knows, so that at no moment neither is there.
+        final: The name.
     """
     if not os.path.lexists(final) or not (staged.is_dir() or (final.is_dir() and not final.is_symlink())):
         os.replace(staged, final)
         sync(final.parent)
-        return
-    if exchange and _exchange(staged, final):
-        sync(final.parent)
-        delete(staged)
         return
     replaced = final.with_name(f"{final.stem}.replaced-{uuid.uuid4().hex[:12]}{final.suffix}")
     os.rename(final, replaced)
     os.rename(staged, final)
     sync(final.parent)
     withdraw(replaced)
-
-
-def _exchange(one: Path, other: Path) -> bool:
-    """Swaps two names; False where the system or the file system cannot."""
-    renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
-    if renameat2 is None:
-        return False
-    if renameat2(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _RENAME_EXCHANGE) == 0:
-        return True
-    code = ctypes.get_errno()
-    if code in _NO_EXCHANGE:
-        return False
-    raise OSError(code, os.strerror(code), str(other))
 
 
 def withdraw(path: Path) -> None:

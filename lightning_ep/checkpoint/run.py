@@ -22,13 +22,12 @@ from lightning_ep.checkpoint.saver import Checkpoints
 from lightning_ep.checkpoint.single_file import gather, gather_optimizer
 from lightning_ep.checkpoint.state import rank_state, set_random_state
 from lightning_ep.layout import ParallelLayout
-from lightning_ep.trainer.signals import AgreeOnSignals
 
 _SETTLE_SECONDS = 60.0
 
 
 class RunCheckpoints:
-    """Saving, resuming and stopping for the runs of one strategy. Every rank must make the same calls.
+    """Saving and resuming for the runs of one strategy. Every rank must make the same calls.
 
     Args:
         layout: The layout of this job.
@@ -53,7 +52,6 @@ class RunCheckpoints:
         self._distributed = distributed
         self._asynchronous = asynchronous
         self._checkpoints = Checkpoints(timeout, ranks_per_node)
-        self._signals = AgreeOnSignals(timeout, self.at_once)
         self._resume: Resume | None = None
         self._random: dict[str, Any] | None = None
         self._may_write_behind = True
@@ -67,7 +65,6 @@ class RunCheckpoints:
         """Prepares a Trainer that is about to fit, validate, test or predict."""
         self._failed = False
         self._resume = self._random = None
-        self._signals.watch(trainer)
         adopt(trainer, self._checkpoints)
 
     # ------------------------------------------------------------------ saving

@@ -18,12 +18,12 @@ from torch import Tensor
 
 from lightning_ep.checkpoint import files
 from lightning_ep.checkpoint.background import JobQueue
-from lightning_ep.checkpoint.errors import CheckpointError
 from lightning_ep.checkpoint.files import FileRecord
 from lightning_ep.checkpoint.staging import HostBuffer
 from lightning_ep.checkpoint.tensor_files import State, flatten, write_shards
 from lightning_ep.distributed.agreement import Ranks
 from lightning_ep.distributed.shards import local_tensor
+from lightning_ep.hub.errors import CheckpointError
 
 _MAX_THREADS = 4
 
@@ -54,7 +54,7 @@ class Checkpoints:
     """
 
     def __init__(self, timeout: timedelta, ranks_per_node: int = 1) -> None:
-        self.ranks = Ranks(timeout)
+        self.ranks = Ranks(CheckpointError, timeout)
         self._queue = JobQueue()
         self._buffer = HostBuffer()
         self._threads = max(1, min(_MAX_THREADS, (os.cpu_count() or 1) // ranks_per_node))

@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from lightning_ep.checkpoint.errors import CheckpointError
 from lightning_ep.distributed.shards import local_region, local_tensor
+from lightning_ep.hub.errors import CheckpointError
 
 
 def gather(tensors: Mapping[str, Any], keep: bool) -> dict[str, Any]:

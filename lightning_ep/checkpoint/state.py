@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from lightning_ep import transformers_adapter as adapter
-from lightning_ep.checkpoint.errors import CheckpointError
 from lightning_ep.checkpoint.files import FORMAT
+from lightning_ep.hub.errors import CheckpointError
 from lightning_ep.layout import ParallelLayout
 
 HEADER = "lightning_ep"

@@ -29,9 +29,9 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 from typing_extensions import override
 
-from lightning_ep.checkpoint.errors import CheckpointError
 from lightning_ep.checkpoint.files import ChecksumFile, FileRecord, checksum
 from lightning_ep.distributed.agreement import join
+from lightning_ep.hub.errors import CheckpointError
 
 State = dict[str, Any]
 """Nested dicts whose leaves are tensors; keys of a leaf are joined by dots in the files."""

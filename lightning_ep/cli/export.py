@@ -10,9 +10,9 @@ from torch import Tensor
 from transformers import AutoConfig, GenerationConfig, PreTrainedModel
 
 from lightning_ep import transformers_adapter as adapter
-from lightning_ep.checkpoint.errors import CheckpointError
 from lightning_ep.checkpoint.saved_weights import SavedWeights
 from lightning_ep.hub.directory import ExportDtype, HubDirectory
+from lightning_ep.hub.errors import CheckpointError
 from lightning_ep.hub.meta_models import meta_model, small_files
 from lightning_ep.hub.problems import Problems
 from lightning_ep.hub.writer import Group, Part, plan_files, plan_groups, write_files

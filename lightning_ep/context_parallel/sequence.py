@@ -11,11 +11,12 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from lightning_ep.context_parallel.documents import Documents, find_documents
 from lightning_ep.context_parallel.exchange import SequencePeers
 from lightning_ep.distributed.progress import Progress
-from lightning_ep.loss import IGNORE, shifted
+from lightning_ep.ops.cross_entropy import IGNORE, shifted
 
 KEY = "sequence"
 """The argument with which a `SequencePiece` travels through a transformers model to its attention."""
@@ -128,14 +129,34 @@ def shard_sequence(
 
 def documents_of(batch: Any, cp: int) -> Documents | None:
     """What `shard_sequence` will want to know of the batch, asked while it is still in host memory; None if nothing."""
-    if described_by(batch) is None:
+    if _described_by(batch) is None:
         return None
     tokens = _tokens(batch)
     _refuse_other_descriptions(batch, tokens)
     return find_documents(*_whole(batch, tokens.shape[0], -tokens.shape[1] % cp))
 
 
-def described_by(batch: Any) -> Tensor | None:
+class KnownDocuments:
+    """What `documents_of` gave for batches that are in use, while what describes them is as it was then."""
+
+    def __init__(self) -> None:
+        self._known = WeakTensorKeyDictionary()
+
+    def note(self, batch: Any, documents: Documents) -> None:
+        """Keeps the documents of a batch, on the device by now."""
+        if (description := _described_by(batch)) is not None:
+            self._known[description] = documents, description._version
+
+    def of(self, batch: Any) -> Documents | None:
+        """Those of a batch, None if they are not known, or its mask or positions have been changed since."""
+        description = _described_by(batch)
+        if description is None or description not in self._known:
+            return None
+        documents, version = self._known[description]
+        return documents if description._version == version else None
+
+
+def _described_by(batch: Any) -> Tensor | None:
     """The tensor of the batch that decides about its documents, None if there is none or it is no batch of tokens."""
     if not isinstance(batch, Mapping) or not any(key in batch for key in _TOKENS):
         return None

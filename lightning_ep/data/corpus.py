@@ -6,7 +6,6 @@ import glob
 import hashlib
 import os
 import shutil
-import sysconfig
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -14,18 +13,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from lightning_ep.data.examples.standard_library import standard_library, walk
+
 if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerFast
 
 END_OF_TEXT = "<|endoftext|>"
-
-# Tests, tables of characters and help texts are no source code to learn from, and distributions leave some of the rest
-# out.
-_STDLIB_SKIP = {
-    *("test", "tests", "idlelib", "lib2to3", "tkinter", "turtledemo", "encodings", "pydoc_data", "__phello__"),
-    *("site-packages", "dist-packages", "__pycache__"),
-}
 
 
 def find_files(source: str) -> list[Path]:
@@ -39,10 +33,9 @@ def find_files(source: str) -> list[Path]:
         FileNotFoundError: If nothing is there.
     """
     if source == "stdlib":
-        found = _walk(Path(sysconfig.get_paths()["stdlib"]), lambda name: name in _STDLIB_SKIP)
-        files = [path for path in found if path.suffix == ".py"]
+        files = standard_library()
     elif Path(source).expanduser().is_dir():
-        files = list(_walk(Path(source).expanduser(), lambda name: name.startswith(".")))
+        files = list(walk(Path(source).expanduser(), lambda name: name.startswith(".")))
     else:
         files = [Path(path) for path in glob.glob(str(Path(source).expanduser()), recursive=True)]
     files = sorted(path for path in files if path.is_file())
@@ -52,12 +45,6 @@ def find_files(source: str) -> list[Path]:
             " 'corpus/**/*.txt' (quoted, so that the shell leaves it alone)."
         )
     return files
-
-
-def _walk(root: Path, skip: Callable[[str], bool]) -> Iterator[Path]:
-    for directory, names, files in os.walk(root):
-        names[:] = [name for name in names if not skip(name)]  # site-packages may hold 100,000 files: do not enter
-        yield from (Path(directory, name) for name in files if not skip(name))
 
 
 def read_text(path: Path) -> str:

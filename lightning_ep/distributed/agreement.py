@@ -1,16 +1,15 @@
-"""What all ranks know of one another: objects, and errors, so that all go on or all raise the same one."""
+"""What all ranks know of one another: values, and errors, so that all go on or all raise alike."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch.distributed as dist
 
-from lightning_ep.checkpoint.errors import CheckpointError
-
 T = TypeVar("T")
+P = TypeVar("P")
 
 
 def from_all_ranks(value: T, group: dist.ProcessGroup | None = None) -> list[T]:
@@ -22,23 +21,51 @@ def from_all_ranks(value: T, group: dist.ProcessGroup | None = None) -> list[T]:
     return gathered
 
 
-class Ranks:
-    """A gloo group over all ranks, for one thread: collectives of two threads on one group would mix.
+def agree(
+    value: T, problem: P | None, error: Callable[[Mapping[int, P]], Exception], group: dist.ProcessGroup | None = None
+) -> list[T]:
+    """The one way in which ranks go on, or raise, together; every rank must call it.
 
     Args:
-        timeout: How long a rank waits for the others, which may be writing.
+        value: What this rank has found; sent to all.
+        problem: What keeps it from going on, None if nothing does; sent to all.
+        error: Makes the exception of the problems of all ranks, by rank.
+        group: The ranks. Default: all.
+
+    Returns:
+        The values of all ranks, by rank.
+
+    Raises:
+        Exception: What ``error`` gives, on every rank, if any has a problem.
+    """
+    gathered = from_all_ranks((problem, value), group)
+    problems = {rank: found for rank, (found, _) in enumerate(gathered) if found is not None}
+    if problems:
+        raise error(problems)
+    return [found for _, found in gathered]
+
+
+class Ranks:
+    """Ranks that do things together: a function is called on all, and all return or all raise.
+
+    Args:
+        error: The type of what is raised.
+        timeout: How long a rank waits for the others, which may be writing: a group for one thread, over gloo, since
+            collectives of two threads on one group would mix. None: the group of all, from the main thread.
     """
 
-    def __init__(self, timeout: timedelta) -> None:
-        self.group = dist.new_group(backend="gloo", timeout=timeout)
-        self.rank = dist.get_rank()
-        self.size = dist.get_world_size()
+    def __init__(self, error: type[Exception], timeout: timedelta | None = None) -> None:
+        self.error = error
+        self.group = None if timeout is None else dist.new_group(backend="gloo", timeout=timeout)
+        self.rank = dist.get_rank() if dist.is_initialized() else 0
+        self.size = dist.get_world_size() if dist.is_initialized() else 1
 
     def together(self, what: str, function: Callable[[], T]) -> list[T]:
         """Calls ``function`` on every rank and returns the results of all, by rank.
 
         Raises:
-            CheckpointError: On every rank, if the function raised on any; names those ranks and their errors.
+            Exception: Of the type ``error``, on every rank, if the function raised on any; names those ranks and their
+                errors.
         """
         result: Any = None
         cause: Exception | None = None
@@ -46,11 +73,13 @@ class Ranks:
             result = function()
         except Exception as exception:
             cause = exception
-        gathered = from_all_ranks((_describe(cause), result), self.group)
-        errors = {rank: error for rank, (error, _) in enumerate(gathered) if error is not None}
-        if errors:
-            raise CheckpointError(f"{what}: {join(errors, self.size)}") from cause
-        return [result for _, result in gathered]
+
+        def error(texts: Mapping[int, str]) -> Exception:
+            exception = self.error(f"{what}: {join(texts, self.size)}")
+            exception.__cause__ = cause
+            return exception
+
+        return agree(result, self._text(cause), error, self.group)
 
     def alone(self, what: str, function: Callable[[], T]) -> T:
         """Calls ``function`` on every rank, returns the rank's own result, sends only errors; raises as `together`."""
@@ -62,14 +91,20 @@ class Ranks:
         """Calls ``function`` on rank 0 and returns its result on every rank; raises as `together`."""
         return self.together(what, lambda: function() if self.rank == 0 else None)[0]  # type: ignore[return-value]
 
+    def in_turns(self, what: str, first: bool, function: Callable[[], T]) -> T:
+        """Calls ``function`` on the ranks that are ``first``, then on the others; raises as `together`."""
+        result: list[T] = []
+        for turn in (first, not first):
+            self.together(what, lambda: result.append(function()) if turn else None)  # noqa: B023
+        return result[0]
 
-def _describe(error: Exception | None) -> str | None:
-    if error is None or isinstance(error, CheckpointError):
-        return None if error is None else str(error)
-    return f"{type(error).__name__}: {error}"
+    def _text(self, error: Exception | None) -> str | None:
+        if error is None or isinstance(error, self.error):
+            return None if error is None else str(error)
+        return f"{type(error).__name__}: {error}"
 
 
-def join(errors: dict[int, str], num_ranks: int) -> str:
+def join(errors: Mapping[int, str], num_ranks: int) -> str:
     """One text from the errors of several ranks; what all say is said once."""
     texts = list(dict.fromkeys(errors.values()))
     if len(texts) == 1 and (len(errors) == num_ranks or num_ranks == 1):

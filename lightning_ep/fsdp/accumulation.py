@@ -2,29 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
-
-import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from lightning_ep import transformers_adapter as adapter
-
-
-def roots(module: nn.Module) -> Iterator[Any]:
-    """States of the roots of FSDP in a module; none before their first forward."""
-    for child in module.modules():
-        if isinstance(child, FSDPModule) and (state := child._get_fsdp_state())._is_root:
-            yield state
-
-
-def groups_of(root: Any) -> Iterator[Any]:
-    """FSDP's groups of parameters below a root, each once."""
-    for state in root._state_ctx.all_states:
-        if state._fsdp_param_group is not None:
-            yield state._fsdp_param_group
+from lightning_ep.fsdp import state as fsdp
+from lightning_ep.moe.experts import is_parallel_experts
 
 
 def set_gradient_sync(module: nn.Module, enabled: bool) -> None:
@@ -37,7 +20,7 @@ def set_gradient_sync(module: nn.Module, enabled: bool) -> None:
     """
     for child in module.modules():
         if isinstance(child, FSDPModule):
-            keeps_reducing = adapter.is_parallel_experts(child) and _fsdp_size(child) > 1
+            keeps_reducing = is_parallel_experts(child) and _fsdp_size(child) > 1
             child.set_requires_gradient_sync(enabled or keeps_reducing, recurse=False)
             child.set_requires_all_reduce(enabled, recurse=False)
 
@@ -49,44 +32,19 @@ def reduce_kept_gradients(module: nn.Module) -> None:
     one is a root of its own. What copies of the model (``replicate``) have yet to add is added with a gradient only.
     Every rank must call it.
     """
-    for root in roots(module):
-        waiting = [group for group in groups_of(root) if _keeps_gradients(group)]
+    for root in fsdp.roots(module):
+        waiting = [group for group in fsdp.groups_of(root) if fsdp.keeps_gradients(group)]
         for group in waiting:
-            if group._partial_reduce_output is not None:
-                _add_zero_gradients(group)
+            if fsdp.awaits_all_reduce(group):
+                fsdp.add_zero_gradients(group)
         if waiting:
-            root._root_post_backward_final_callback()
+            fsdp.finish_backward(root)
 
 
 def forget_gradients(module: nn.Module) -> None:
     """Drops what groups have kept of an accumulation window that never ended; ``zero_grad`` does not reach it."""
-    for root in roots(module):
-        forget_gradients_of(root)
-
-
-def forget_gradients_of(root: Any) -> None:
-    """`forget_gradients`, of the groups below one root."""
-    for group in groups_of(root):
-        group._partial_reduce_output = None
-        for param in group.fsdp_params:
-            param.unsharded_accumulated_grad = None
-            if (unsharded := getattr(param, "_unsharded_param", None)) is not None:
-                unsharded.grad = None
-
-
-def _add_zero_gradients(group: Any) -> None:
-    for param in group.fsdp_params:
-        if param.sharded_param.requires_grad and param.unsharded_accumulated_grad is None:
-            like = param._unsharded_param
-            param.unsharded_accumulated_grad = torch.zeros_like(like, dtype=param.reduce_dtype or like.dtype)
-
-
-def _keeps_gradients(group: Any) -> bool:
-    return group._partial_reduce_output is not None or any(
-        param.unsharded_accumulated_grad is not None
-        or ((unsharded := getattr(param, "_unsharded_param", None)) is not None and unsharded.grad is not None)
-        for param in group.fsdp_params
-    )
+    for root in fsdp.roots(module):
+        fsdp.forget_gradients(root)
 
 
 def _fsdp_size(experts: nn.Module) -> int:

@@ -1,17 +1,23 @@
-"""Consecutive decoder layers as one group of FSDP: one gather and one reduction, and hooks for the host once."""
+"""FSDP2's groups: which parameters are gathered and reduced together, over which ranks, and that all of them sum."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable
+from dataclasses import replace
 from functools import partial
-from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
-from torch.distributed.utils import _apply_to_tensors
+from torch import nn
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, Shard
+from transformers import PreTrainedModel
 
-from lightning_ep.fsdp.passes import end_pass
+from lightning_ep import transformers_adapter as adapter
+from lightning_ep.fsdp.passes import shard_after_backward, watch_layers, watch_root
+from lightning_ep.fsdp.prefetch import chain_prefetches
+from lightning_ep.layout import Meshes
+from lightning_ep.moe.experts import expert_context, is_parallel_experts
+from lightning_ep.moe.master_weights import ModelMasterWeights
 
 # Up to this many parameters are gathered and reduced together: 320 MB in bf16, a millisecond between GPUs of a node.
 # FSDP's hooks take the host about 4 ms per group and step, more than the GPU needs for a layer of few tokens.
@@ -38,66 +44,94 @@ def group_layers(layers: Iterable[nn.Module], ignored: Collection[nn.Parameter])
     return groups
 
 
-def serve_parts_of(group: list[nn.Module], mp_policy: MixedPrecisionPolicy) -> None:
-    """Makes layers of a group do what single ones do.
+def shard_experts(experts: nn.Module, meshes: Meshes, mp_policy: MixedPrecisionPolicy, device: torch.device) -> None:
+    """Shards the matrices of this rank's experts over the ``fsdp`` dimension, in a group of their own.
 
-    FSDP expects all of a group to run, forward and backward. A loss on hidden states in the middle (of an exit, a
-    probe) starts backward there, with weights that are not gathered. torch 2.11 also casts the inputs of the first
-    layer only. What a forward leaves that ends in the middle, `interrupted` clears away; a layer that is called by
-    itself (a probe) leaves nothing.
+    Args:
+        experts: A module that `is_parallel_experts`.
+        meshes: The meshes of the layout.
+        mp_policy: FSDP2 mixed precision.
+        device: This rank's device.
     """
-    first = group[0]
-    assert isinstance(first, FSDPModule)
-    state = first._get_fsdp_state()
-    for layer in group[1:]:
-        layer.register_forward_pre_hook(partial(_enter, state, mp_policy), with_kwargs=True)
-    for layer in group[:-1]:
-        layer.register_forward_hook(partial(_gather_for_backward, state))
-    for layer in group:
-        layer.register_forward_hook(partial(_end_call_alone, state))
+    mesh = meshes.expert_shards
+    num_shards = meshes.expert["fsdp"].size()
+    # Dim 1 keeps whole experts on every rank, so that checkpoints need no strided shards; FSDP refuses it if uneven.
+    even = all(param.shape[1] % num_shards == 0 for param in experts.parameters())
+    placement = Shard(1 if even else 0)
+    if mesh.size() > 1:
+        # Its inputs come as the layer made them: many routers give weights in fp32, which FSDP would round.
+        mp_policy = replace(mp_policy, cast_forward_inputs=False)
+        fully_shard(experts, mesh=mesh, mp_policy=mp_policy, shard_placement_fn=lambda _: placement)
+        expert_context(experts).after_repeat = partial(shard_after_backward, experts)
+        return
+    # A group of one rank has nothing to gather or reduce, and FSDP's copies around that nothing cost more than the
+    # experts' arithmetic at 4k tokens. The placements are those that FSDP would give; the MoE body casts.
+    for name, param in list(experts.named_parameters()):
+        assert isinstance(param, DTensor)
+        local = param.to_local().detach()
+        local = local if local.is_meta else local.to(device)
+        shards = DTensor.from_local(local, meshes.expert, [placement, Shard(0)], run_check=False)
+        experts.register_parameter(name, nn.Parameter(shards, requires_grad=param.requires_grad))
 
 
-def _enter(state: Any, mp_policy: MixedPrecisionPolicy, layer: nn.Module, args: Any, kwargs: Any) -> Any:
-    if not state._fsdp_param_group.is_unsharded:
-        raise RuntimeError(
-            "The weights of a decoder layer are not gathered, because the layers that FSDP gathers with it have been "
-            "through backward already: a reentrant checkpoint around single layers does that. Use "
-            "activation_checkpointing='selective' or 'full' instead, or use_reentrant=False."
-        )
-    dtype = mp_policy.param_dtype
-    if dtype is None or not mp_policy.cast_forward_inputs or not any(map(partial(_may_cast, dtype), (args, kwargs))):
-        return None
-
-    def cast(tensor: Tensor) -> Tensor:
-        return tensor.to(dtype) if tensor.is_floating_point() else tensor
-
-    return _apply_to_tensors(cast, args), _apply_to_tensors(cast, kwargs)
+def unmanaged_experts(model: nn.Module) -> list[nn.Module]:
+    """Experts that `shard_experts` left out of FSDP."""
+    return [m for m in model.modules() if is_parallel_experts(m) and not isinstance(m, FSDPModule)]
 
 
-def _may_cast(dtype: torch.dtype, value: Any) -> bool:
-    """Whether there may be a floating tensor of another dtype in ``value``: mostly not, and rebuilding takes long."""
-    if isinstance(value, Tensor):
-        return value.is_floating_point() and value.dtype != dtype
-    if isinstance(value, dict):
-        value = value.values()
-    elif not isinstance(value, tuple):
-        return not isinstance(value, bool | int | str | None)
-    return any(_may_cast(dtype, item) for item in value)
+def own_master_weights(model: nn.Module, device: torch.device) -> ModelMasterWeights:
+    """Puts the layers in charge of the gradients of experts that no FSDP reduces, once their weights are in memory."""
+    layers = {experts: expert_context(experts).masters for experts in unmanaged_experts(model)}
+    for experts, masters in layers.items():
+        masters.own(experts.parameters())
+    return ModelMasterWeights(list(layers.values()), device)
 
 
-def _gather_for_backward(state: Any, layer: nn.Module, args: Any, output: Any) -> None:
-    def gather(grad: Tensor) -> None:
-        if not state._fsdp_param_group.is_unsharded:
-            state._pre_backward(grad)
+def shard_dense(model: PreTrainedModel, meshes: Meshes, mp_policy: MixedPrecisionPolicy, head_alone: bool) -> None:
+    """Shards all of a model but its experts: decoder layers in groups, the embedding, the head, and the rest as root.
 
-    for tensor in output if isinstance(output, tuple) else (output,):
-        if isinstance(tensor, Tensor) and tensor.requires_grad:
-            tensor.register_hook(gather)
+    Args:
+        model: A model whose experts are sharded, and whose layers are wrapped.
+        meshes: The meshes of the layout.
+        mp_policy: FSDP2 mixed precision.
+        head_alone: The output head's weight is read in calls of the head only.
+    """
+    ignored = {param for experts in unmanaged_experts(model) for param in experts.parameters()}
+    shard = partial(fully_shard, mesh=meshes.dense_shards, mp_policy=mp_policy, ignored_params=ignored)
+    layers = adapter.decoder_layers(model)
+    groups = group_layers(layers, ignored)
+    for group in groups:
+        shard(group)
+        watch_layers(group, mp_policy)
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    # A parameter that two modules share must be in the group of the module that contains both.
+    if not adapter.tied(model):
+        shard(embedding)
+        # By itself the head's gradient is reduced under backward. With the root it is gathered in all of a forward, as
+        # losses expect that read its weight.
+        if head_alone and head is not None:
+            shard(head)
+    # Said explicitly: by default a root stays gathered until a backward comes to it. After validation none comes, and
+    # an optimizer built then would get plain copies of its parameters and train nothing; nor does it come in steps
+    # that freeze the model, and the next forward would use weights from before the optimizer step.
+    shard(model, reshard_after_forward=True)
+    watch_root(model, [embedding, *layers])
+    chain_prefetches(model, embedding, groups)
 
 
-def _end_call_alone(state: Any, layer: nn.Module, args: Any, output: Any) -> None:
-    if state._state_ctx.iter_forward_root not in (None, state) or torch._C._current_graph_task_id() != -1:
-        return  # part of a forward of the root, or of a checkpoint's recomputation
-    if state._modules_to_run_forward:  # FSDP gathers for backward where all have run
-        _gather_for_backward(state, layer, args, output)
-    end_pass(state)
+def shard_beside(module: nn.Module, meshes: Meshes, mp_policy: MixedPrecisionPolicy) -> None:
+    """Shards a module that belongs to no transformers model (a value head): a group and a root of its own."""
+    fully_shard(module, mesh=meshes.all_shards, mp_policy=mp_policy, reshard_after_forward=True)
+    watch_root(module)
+
+
+def sum_gradients(module: nn.Module) -> None:
+    """The one gradient rule: every FSDP group sums, and the loss (or `CausalLM`'s step) scales once.
+
+    A divide factor per group would divide twice in groups of one rank and need a pre-multiplied sum, which gloo
+    refuses and NCCL zeroes in bf16.
+    """
+    for child in module.modules():
+        if isinstance(child, FSDPModule):
+            child.set_gradient_divide_factor(1.0)
+            child.set_force_sum_reduction_for_comms(True)

@@ -1,94 +1,177 @@
-"""Passes that raised: FSDP takes the next forward for a part of them, and would use their weights and gradients."""
+"""Passes of FSDP2: where they begin, where they end, and what becomes of those that break off.
+
+A *pass* is one forward of a root and the backward that follows. FSDP2 keeps how far a pass has come in marks on its
+states and in what is gathered, takes the first module that is called for the root, expects all layers of a group to
+run, and never asks whether the pass before got to its end. Where that is not so, weights from before an optimizer step
+are used and gradients are lost, without a word. So this file says of every call what it is to a pass:
+
+==================================================  ===================================================================
+a call                                              is
+==================================================  ===================================================================
+of the root, or of a method that is a forward, too  the **beginning** of a pass: what the one before has left ends first
+of an embedding or a layer before any forward       a call of a part, which must not become the root: the root is first
+of a layer of a group inside a forward              a part, whose inputs are cast, and from which a backward may start
+of a layer by itself (a probe)                      a pass of its own, which **ends** with the call
+that raises, or whose backward does                 **broken off**: the pass ends at once, everything is a shard again
+of experts again in backward, by a checkpoint of    a forward that nobody ends: it ends with this backward
+the user's
+==================================================  ===================================================================
+
+Gradients follow the rule of plain modules: what earlier backward passes of an accumulation window have added stays if a
+forward raises; if a backward does, set them to zero and begin the window again.
+"""
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable, Generator, Iterable
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
-from torch.distributed.fsdp import FSDPModule
+from torch import Tensor, nn
+from torch.autograd import Variable
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
+from torch.distributed.utils import _apply_to_tensors
 
-from lightning_ep.fsdp.accumulation import forget_gradients_of, groups_of, roots
+from lightning_ep.fsdp import state as fsdp
+from lightning_ep.fsdp.state import State
 
 
-def recover_from_interruptions(root: nn.Module) -> None:
-    """Has every forward of a root of FSDP start afresh, whatever became of the pass before.
+def begin_pass(state: State) -> None:
+    """Ends what the pass before has left, if this call begins one."""
+    if fsdp.begins_pass(state):
+        end_pass(state)
 
-    Forward gathers weights, and marks how far it has come, until it gets to its end, or backward to its own. One that
-    raises (out of memory, an interrupted notebook), or ends in the middle, leaves weights gathered, which the next
-    forward would use as they were, before any optimizer step since; after a backward that raised nothing is gathered
-    or reduced on time any more. All of that is silent (torch 2.11 to 2.13).
 
-    Gradients follow the rule of plain modules: what earlier backward passes of an accumulation window have added stays
-    if a forward raises; if a backward does, set them to zero and begin the window again.
+def end_pass(root: State) -> None:
+    """Leaves nothing gathered, or marked as under way, below a root; sends nothing to other ranks."""
+    if fsdp.backward_is_unfinished(root):
+        fsdp.forget_gradients(root)  # of groups that have not come to their reduction, which other ranks may have
+        fsdp.finish_backward(root)
+    fsdp.make_idle(root)
+
+
+@contextmanager
+def break_off_if_it_raises(module: nn.Module) -> Generator[None, None, None]:
+    """Ends the pass inside if it raises; until then the parameters of ``module`` are gathered copies."""
+    try:
+        yield
+    except BaseException:
+        for root in fsdp.roots(module):
+            begin_pass(root)
+        raise
+
+
+def run_as_forward(root: nn.Module, function: Callable[..., Any], *args: Any) -> Any:
+    """Runs ``function(*args)`` as a forward of ``root``, inside of which what no layer holds is gathered, too.
+
+    Args:
+        root: A module, under FSDP or not.
+        function: What to run; of the root's own it calls ``forward`` and no hooks.
+        *args: Its arguments, which are cast like those of a forward.
+    """
+    if not isinstance(root, FSDPModule):
+        return function(*args)
+    with break_off_if_it_raises(root):
+        return fsdp.run_as_forward(root, function, *args)
+
+
+# ---------------------------------------------------------------------------------------------------- who is watched
+
+
+def watch_root(root: nn.Module, parts: Iterable[nn.Module] = ()) -> None:
+    """Has every forward of a root begin a pass, and break it off if it raises.
 
     Args:
         root: A module to which `fully_shard` was applied last.
+        parts: Modules of it that user code may call before its first forward.
     """
-    assert isinstance(root, FSDPModule)
-    state: Any = root._get_fsdp_state()
-    # The two ways into a forward: the module's own, and methods that `register_fsdp_forward_method` made one.
-    root.register_forward_pre_hook(lambda *_: _end_earlier_pass(state), prepend=True)
-    state._pre_forward = functools.partial(_begin_pass, state, state._pre_forward)
-    root.forward = _released_if_it_raises(root, root.forward)
+    state = fsdp.state_of(root)
+    root.register_forward_pre_hook(lambda *_: begin_pass(state), prepend=True)
+    fsdp.before_every_forward(state, partial(begin_pass, state))
+    root.forward = _broken_off_if_it_raises(root, root.forward)
+
+    def know_root(*_: Any) -> None:
+        fsdp.make_root(state)
+        for handle in handles:  # hooks cost the host time, and these have done what they are for
+            handle.remove()
+
+    handles = [part.register_forward_pre_hook(know_root, prepend=True) for part in parts]
 
 
-def release_gathered(module: nn.Module) -> None:
-    """Shards what a pass that raised has left gathered: the parameters of its modules are copies until then."""
-    for root in roots(module):
-        if _begins_passes(root):
-            for state in root._state_ctx.all_states:
-                _make_idle(state)
-
-
-def end_pass(root: Any) -> None:
-    """Leaves nothing gathered, or marked as under way, below a root of FSDP (its state)."""
-    for state in root._state_ctx.all_states:
-        _make_idle(state)
-    for group in groups_of(root):
-        if group._all_gather_result is not None:
-            group.finalize_backward()  # waits for what it has gathered ahead, and drops it
-    root._state_ctx.iter_forward_root = None
-
-
-def _released_if_it_raises(root: nn.Module, forward: Any) -> Any:
+def _broken_off_if_it_raises(root: nn.Module, forward: Any) -> Any:
     @functools.wraps(forward)
-    def released(*args: Any, **kwargs: Any) -> Any:
-        try:
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        with break_off_if_it_raises(root):
             return forward(*args, **kwargs)
-        except BaseException:
-            release_gathered(root)
-            raise
 
-    return released
+    return watched
 
 
-def _begin_pass(state: Any, pre_forward: Any, *args: Any) -> Any:
-    _end_earlier_pass(state)
-    return pre_forward(*args)
+def watch_layers(group: list[nn.Module], mp_policy: MixedPrecisionPolicy) -> None:
+    """Has layers that are one group do what single ones do, where a pass comes to some of them only.
+
+    A loss on hidden states in the middle (of an exit, a probe) starts backward there, with weights that are not
+    gathered. torch 2.11 also casts the inputs of the first layer only.
+
+    Args:
+        group: Modules to which `fully_shard` was applied together.
+        mp_policy: The policy that it was given.
+    """
+    state = fsdp.state_of(group[0])
+    for layer in group[1:]:
+        layer.register_forward_pre_hook(partial(_enter_layer, state, mp_policy), with_kwargs=True)
+    for layer in group:
+        layer.register_forward_hook(partial(_leave_layer, state))
 
 
-def _end_earlier_pass(state: Any) -> None:
-    if not _begins_passes(state):
-        return
-    if state._state_ctx.post_backward_final_callback_queued:
-        forget_gradients_of(state)  # of groups that have not come to their reduction, which other ranks may have
-        state._root_post_backward_final_callback()
-    end_pass(state)
+def _enter_layer(state: State, mp_policy: MixedPrecisionPolicy, layer: nn.Module, args: Any, kwargs: Any) -> Any:
+    if not fsdp.is_gathered(state):
+        raise RuntimeError(
+            "The weights of a decoder layer are not gathered, because the layers that FSDP gathers with it have been "
+            "through backward already: a reentrant checkpoint around single layers does that. Use "
+            "activation_checkpointing='selective' or 'full' instead, or use_reentrant=False."
+        )
+    dtype = mp_policy.param_dtype
+    if dtype is None or not mp_policy.cast_forward_inputs or not any(map(partial(_may_cast, dtype), (args, kwargs))):
+        return None
+
+    def cast(tensor: Tensor) -> Tensor:
+        return tensor.to(dtype) if tensor.is_floating_point() else tensor
+
+    return _apply_to_tensors(cast, args), _apply_to_tensors(cast, kwargs)
 
 
-def _begins_passes(state: Any) -> bool:
-    """Whether a call is no part of a pass: of a root around it, or of a checkpoint that repeats it in backward."""
-    return state._is_root is not False and torch._C._current_graph_task_id() == -1
+def _may_cast(dtype: torch.dtype, value: Any) -> bool:
+    """Whether there may be a floating tensor of another dtype in ``value``: mostly not, and rebuilding takes long."""
+    if isinstance(value, Tensor):
+        return value.is_floating_point() and value.dtype != dtype
+    if isinstance(value, dict):
+        value = value.values()
+    elif not isinstance(value, tuple):
+        return not isinstance(value, bool | int | str | None)
+    return any(_may_cast(dtype, item) for item in value)
 
 
-def _make_idle(state: Any) -> None:
-    idle = type(state._training_state).IDLE
-    if state._training_state == idle and not state._modules_to_run_forward:
-        return
-    state._training_state = idle
-    state._modules_to_run_forward.clear()
-    if state._fsdp_param_group is not None:
-        state._fsdp_param_group._training_state = idle
-        state._fsdp_param_group.reshard()
+def _leave_layer(state: State, layer: nn.Module, args: Any, output: Any) -> None:
+    def gather(grad: Tensor) -> None:
+        if not fsdp.is_gathered(state):
+            fsdp.gather_for_backward(state, grad)
+
+    for tensor in output if isinstance(output, tuple) else (output,):
+        if isinstance(tensor, Tensor) and tensor.requires_grad:
+            tensor.register_hook(gather)
+    if fsdp.is_alone(state):
+        end_pass(state)
+
+
+def shard_after_backward(experts: nn.Module) -> None:
+    """Ends, with this backward, a forward of experts that a checkpoint of the user's runs again inside of it.
+
+    When that comes after their own backward (checkpointing without early stop), FSDP gathers their parameters again,
+    and nobody would let go of them: the next forward would run on weights from before the optimizer step.
+    """
+    assert isinstance(experts, FSDPModule)
+    Variable._execution_engine.queue_callback(experts.reshard)

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 from transformers import PreTrainedModel
 
-from lightning_ep.checkpoint.files import sync
+from lightning_ep.hub.durable import sync
 from lightning_ep.hub.problems import Problems
 from lightning_ep.hub.safetensors_file import INDEX_NAME, SINGLE_NAME
 from lightning_ep.hub.writer import OutputFile

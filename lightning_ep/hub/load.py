@@ -20,19 +20,17 @@ from lightning_ep.hub.matching import Match, Source
 from lightning_ep.hub.reader import Read, ReadError, batches_of, read_all, reads_of
 from lightning_ep.hub.trace import Piece, Traced
 
-_SOURCE = "_lightning_ep_source"
-
 
 def remember_source(model: PreTrainedModel, directory: Path) -> None:
     """Makes `stream_pretrained` fill ``model``, which is on meta and not sharded yet, from ``directory``."""
     # The transforms are looked up by class, and FSDP replaces the classes.
     source = Source(directory, adapter.hub_transforms(model), adapter.hub_transforms(model, saving=True))
-    setattr(model, _SOURCE, source)
+    adapter.remember(model, source)
 
 
 def source_directory(model: PreTrainedModel) -> Path | None:
     """The checkpoint that a model from `from_pretrained` came from."""
-    source: Source | None = getattr(model, _SOURCE, None)
+    source = adapter.recall(model, Source)
     return source.directory if source is not None else None
 
 
@@ -70,7 +68,7 @@ def stream_pretrained(module: nn.Module, device: torch.device) -> LoadStatistics
     start = time.perf_counter()
     read = needed = 0
     for model in module.modules():
-        source: Source | None = getattr(model, _SOURCE, None)
+        source = adapter.recall(model, Source)
         if source is None or not any(t.is_meta for t in model.state_dict().values()):
             continue
         assert isinstance(model, PreTrainedModel)

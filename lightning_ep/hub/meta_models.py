@@ -4,23 +4,20 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
 from copy import deepcopy
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
-import torch.distributed as dist
 import transformers
 from huggingface_hub import snapshot_download
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
 
-from lightning_ep.checkpoint.errors import CheckpointError
+from lightning_ep.distributed.agreement import Ranks
+from lightning_ep.hub.errors import CheckpointError
 from lightning_ep.hub.load import remember_source
-from lightning_ep.hub.problems import Problems
 from lightning_ep.hub.safetensors_file import INDEX_NAME, SINGLE_NAME
 
-_T = TypeVar("_T")
 _SMALL_FILES = ("*.json", "*.txt", "*.model", "*.jinja")
 
 
@@ -50,7 +47,11 @@ def from_pretrained(
         CheckpointError: If there is no such checkpoint, if its weights are pickled or quantized, or if its config is
             that of another architecture than ``auto_class`` builds.
     """
-    directory = _together(lambda: _find(os.fspath(path), revision, trust_remote_code))
+    # Of every node one rank first, which may download.
+    first = int(os.environ.get("LOCAL_RANK", "0")) == 0
+    directory = Ranks(CheckpointError).in_turns(
+        f"{path} cannot be opened", first, lambda: _find(os.fspath(path), revision, trust_remote_code)
+    )
     if config_overrides.get("dtype") == "auto":
         del config_overrides["dtype"]  # transformers' word for what the config says
     config, unknown = AutoConfig.from_pretrained(
@@ -171,20 +172,3 @@ def _check_format(directory: Path) -> None:
         "them, convert them once: `m = AutoModelForCausalLM.from_pretrained(path); m.save_pretrained(new_path)` "
         "with transformers writes safetensors."
     )
-
-
-def _together(action: Callable[[], _T]) -> _T:
-    """Calls ``action`` on one rank per node first (it may download), then on the others; all succeed or all raise."""
-    if not dist.is_initialized():
-        return action()
-    result: list[_T] = []
-    problems = Problems("the checkpoint could not be opened:")
-    first = int(os.environ.get("LOCAL_RANK", "0")) == 0
-    for turn in (first, not first):
-        if turn:
-            try:
-                result.append(action())
-            except (OSError, ValueError, CheckpointError) as error:
-                problems.add("on one rank or more", str(error))
-        problems.raise_on_all_ranks()
-    return result[0]

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 
-from lightning_ep.checkpoint.errors import CheckpointError
-from lightning_ep.distributed.agreement import from_all_ranks
+from lightning_ep.distributed.agreement import agree
+from lightning_ep.hub.errors import CheckpointError
 
 _LISTED = 40
 
@@ -32,13 +33,15 @@ class Problems:
 
     def raise_on_all_ranks(self) -> None:
         """Raises `CheckpointError` on every rank if any rank has found something. Every rank must call it."""
+        agree(None, self._found if self.found else None, self._error)
+
+    def _error(self, found_by_rank: Mapping[int, dict[str, list[str]]]) -> CheckpointError:
         merged: dict[str, dict[str, None]] = {}
-        for found in from_all_ranks(self._found):
+        for found in found_by_rank.values():
             for kind, findings in found.items():
                 merged.setdefault(kind, {}).update(dict.fromkeys(findings))
         lines = [line for kind, findings in merged.items() if findings for line in _section(kind, list(findings))]
-        if lines:
-            raise CheckpointError("\n".join([self.headline, *lines]))
+        return CheckpointError("\n".join([self.headline, *lines]))
 
 
 def _section(kind: str, findings: list[str]) -> list[str]:

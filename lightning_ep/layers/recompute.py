@@ -32,15 +32,13 @@ from typing import Any, Literal, get_args
 from weakref import WeakSet
 
 import torch
-from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
-from torch.autograd import Variable
 from torch.autograd.graph import saved_tensors_hooks
-from torch.distributed.fsdp import FSDPModule
 from torch.utils.checkpoint import checkpoint
 
 from lightning_ep.layers.compilation import compile_forward
 from lightning_ep.moe.dispatch import ExplainedOutOfMemoryError
+from lightning_ep.moe.experts import expert_context
 
 ActivationCheckpointing = Literal["none", "selective", "full"]
 Later = Callable[[], Tensor]
@@ -81,6 +79,8 @@ def checkpoint_layer(
             # A graph break of its own, at which the layer's code really calls the router. It runs as it is: its few
             # kernels cost the host less than another graph.
             router.forward = torch.compiler.disable(router.forward)
+    for module in experts:
+        expert_context(module).leave = left_to_checkpoint
     for module in (*routers, *experts):
         # What `nn.Module.compile` sets, too: called in place of the module and its hooks.
         module._compiled_call_impl = functools.partial(_call, module)
@@ -365,21 +365,3 @@ def _is_copy(tensor: Tensor, source: Tensor) -> bool:
             return False
         node = node.next_functions[0][0]
     return node is not None
-
-
-def handle_replay(experts: nn.Module) -> None:
-    """To be called in the forward of an experts module; does nothing outside of backward.
-
-    A checkpoint that is not ours may run the experts again in backward. When that comes after their own backward
-    (checkpointing without early stop), FSDP gathers their parameters again, and nobody would let go of them: the next
-    forward would run on weights from before the optimizer step. So they are resharded when this backward ends.
-    """
-    if torch._C._current_graph_task_id() == -1:
-        return
-    rank_zero_warn(
-        "Activation checkpointing that the strategy knows nothing of runs the experts again in backward, so that "
-        "routing and (with ep > 1) every exchange of tokens between ranks is repeated. Use "
-        "ExpertParallelStrategy(activation_checkpointing='full'), or 'selective', in its place."
-    )
-    if isinstance(experts, FSDPModule):
-        Variable._execution_engine.queue_callback(experts.reshard)

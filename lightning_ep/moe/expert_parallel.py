@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from functools import cache
-from typing import Any, Literal
+from typing import Any
 
 import torch.distributed as dist
-from lightning.pytorch.utilities import rank_zero_info
+from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
@@ -16,30 +15,12 @@ from typing_extensions import override
 
 from lightning_ep import transformers_adapter as adapter
 from lightning_ep.distributed.progress import Progress
+from lightning_ep.layout import ParallelLayout
 from lightning_ep.moe.dispatch import AllToAllDispatcher, Dispatcher, LocalDispatcher
-from lightning_ep.moe.master_weights import MasterWeights
+from lightning_ep.moe.experts import ExpertContext
 from lightning_ep.ops.fused_experts import FusedExperts
 from lightning_ep.ops.local_experts import LocalExperts
 from lightning_ep.ops.registered_experts import RegisteredExperts
-
-DispatcherName = Literal["all_to_all"]
-
-
-@dataclass(frozen=True)
-class ExpertContext:
-    """What an expert-parallel experts module needs in forward.
-
-    Attributes:
-        dispatcher: How rows travel to this layer's experts.
-        experts: The local experts.
-        param_names: Names of the experts' parameters on the module.
-        masters: How these parameters are cast for the GEMMs.
-    """
-
-    dispatcher: Dispatcher[Any]
-    experts: LocalExperts
-    param_names: tuple[str, ...]
-    masters: MasterWeights = field(default_factory=MasterWeights)
 
 
 class ExpertParallel(ParallelStyle):
@@ -50,7 +31,6 @@ class ExpertParallel(ParallelStyle):
 
     Args:
         layer: Name of the layer, for messages.
-        dispatcher: How rows travel; ``"all_to_all"``. A mesh of one rank needs no travel.
         experts_implementation: Local kernel: ``"fused"`` (ours), ``"eager"`` or a name in transformers' experts
             interface; ``"auto"`` is the fused one for the experts that it can serve.
         progress: Where the ranks note what they wait for; a new one by default.
@@ -59,23 +39,20 @@ class ExpertParallel(ParallelStyle):
     def __init__(
         self,
         layer: str = "experts",
-        dispatcher: DispatcherName = "all_to_all",
         experts_implementation: str = "auto",
         progress: Progress | None = None,
     ) -> None:
         super().__init__()
         self.layer = layer
-        self.dispatcher = dispatcher
         self.experts_implementation = experts_implementation
         self.progress = progress or Progress()
 
-    def validate(self, module: nn.Module, num_ranks: int) -> None:
-        """Raises ValueError, before anything is sharded, if ``module`` cannot be split over ``num_ranks``."""
-        if self.dispatcher != "all_to_all":
-            raise ValueError(f"dispatcher={self.dispatcher!r} does not exist; choose 'all_to_all'.")
+    def validate(self, module: nn.Module, layout: ParallelLayout) -> None:
+        """Raises ValueError, before anything is sharded, if ``module`` cannot be split over ``layout.ep`` ranks."""
         num_experts = getattr(module, "num_experts", None)
-        if not isinstance(num_experts, int) or num_experts % num_ranks != 0:
-            raise ValueError(f"ep={num_ranks} must divide the {num_experts} experts of {self.layer}.")
+        if not isinstance(num_experts, int):
+            raise ValueError(f"{self.layer} ({type(module).__name__}) does not say how many experts it has.")
+        layout.check_num_experts(num_experts, self.layer)
         for name, param in module.named_parameters():
             if "." in name or param.ndim < 2 or param.shape[0] != num_experts:
                 raise ValueError(
@@ -94,7 +71,7 @@ class ExpertParallel(ParallelStyle):
 
     @override
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
-        self.validate(module, device_mesh.size())
+        self.validate(module, ParallelLayout(device_mesh.size(), ep=device_mesh.size()))
         group = device_mesh.get_group()
         num_experts: int = module.num_experts  # type: ignore[assignment]
         dispatcher = self._build_dispatcher(num_experts, group)
@@ -114,7 +91,7 @@ class ExpertParallel(ParallelStyle):
         else:
             function = adapter.local_experts_function(module, self.experts_implementation)
             experts = RegisteredExperts(module, function, names)
-        adapter.attach_context(module, ExpertContext(dispatcher, experts, names))
+        adapter.remember(module, ExpertContext(dispatcher, experts, names))
         return module
 
     def _is_fused(self, module: nn.Module) -> bool:
@@ -138,7 +115,6 @@ def _say_once(message: str) -> None:
 
 def expert_plan(
     model: nn.Module,
-    dispatcher: DispatcherName = "all_to_all",
     experts_implementation: str = "auto",
     progress: Progress | None = None,
 ) -> dict[str, ParallelStyle]:
@@ -149,7 +125,6 @@ def expert_plan(
 
     Args:
         model: A transformers MoE, or a module that contains some.
-        dispatcher: As in `ExpertParallel`.
         experts_implementation: As in `ExpertParallel`.
         progress: As in `ExpertParallel`.
 
@@ -173,5 +148,5 @@ def expert_plan(
             )
         for name in experts:
             full_name = f"{outer}.{name}" if outer else name
-            plan[full_name] = ExpertParallel(full_name, dispatcher, experts_implementation, progress)
+            plan[full_name] = ExpertParallel(full_name, experts_implementation, progress)
     return plan

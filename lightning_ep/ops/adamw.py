@@ -55,7 +55,7 @@ def adamw_(updates: Sequence[Update], rule: Rule, factor: Tensor | None) -> None
         if kernels.runs_on_large(*update):
             from lightning_ep.ops.kernels import adamw as triton_adamw
 
-            triton_adamw.adamw_(update, rule, factor)
+            triton_adamw.adamw_(*update, factor, *rule)
         else:
             rest.append(update)
     by_kind: dict[tuple[torch.device, torch.dtype], list[Update]] = {}  # torch's kernel takes one dtype at a time

@@ -7,13 +7,22 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lightning_ep.ops import kernels
 from lightning_ep.ops.scale import scale_
 
+IGNORE = -100
+"""Label of a token that is no target, as in torch and transformers."""
+
 _CHUNK = 4096  # tokens; 1.2 GiB of bf16 logits at a vocabulary of 152k, and GEMMs at full speed
+
+
+def shifted(labels_BS: Tensor) -> Tensor:
+    """The target of every position: the next label, and none for the last position."""
+    return F.pad(labels_BS[:, 1:], (0, 1), value=IGNORE)
 
 
 @dataclass(frozen=True)
@@ -33,7 +42,7 @@ def linear_cross_entropy(
     hidden_TH: Tensor,
     weight_VH: Tensor,
     targets_T: Tensor,
-    ignore_index: int = -100,
+    ignore_index: int = IGNORE,
     shard: VocabularyShard | None = None,
 ) -> Tensor:
     """Sum over tokens of the cross entropy of ``hidden @ weight.T``, in fp32.

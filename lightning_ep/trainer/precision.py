@@ -1,14 +1,11 @@
-"""Precision of sharded models, and gradient clipping that is exact across meshes."""
+"""Precision of sharded models, and what happens to a gradient between backward and the optimizer's step."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from typing import Any, Literal
 
 import torch
-import torch.distributed as dist
 from lightning.fabric.plugins.precision.utils import _convert_fp_tensor, _DtypeContextManager
 from lightning.fabric.utilities.types import Steppable
 from lightning.pytorch import LightningModule
@@ -17,20 +14,16 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning_utilities import apply_to_collection
 from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
-from torch.distributed.tensor import DTensor, Partial, Replicate
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_ep.distributed.shards import local_tensor
+from lightning_ep import transformers_adapter as adapter
 from lightning_ep.fsdp.accumulation import reduce_kept_gradients
-from lightning_ep.fsdp.passes import release_gathered
-from lightning_ep.moe.master_weights import widen_gradient
-from lightning_ep.ops.norm import sum_of_squares
-from lightning_ep.ops.scale import scale_
-from lightning_ep.trainer.adamw import AdamW
+from lightning_ep.fsdp.passes import break_off_if_it_raises
+from lightning_ep.trainer.clipping import clip_grad_norm_, clip_grad_value_, clip_in_step_, scale_gradients
+from lightning_ep.trainer.loss_scale import SumsLosses, mean_over_ranks, sum_to_mean
 
 ShardedPrecisionName = Literal["32-true", "bf16-mixed", "bf16-true"]
-_SHARDED_WITH = "_lightning_ep_precision"  # attribute of a module
 
 
 class ShardedPrecision(Precision):
@@ -71,17 +64,20 @@ class ShardedPrecision(Precision):
         return MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
 
     def note_sharded(self, module: nn.Module) -> None:
-        """Remembers on a module that it was sharded with this precision."""
-        setattr(module, _SHARDED_WITH, self.precision)
+        """Remembers on the models of a module that they were sharded with this precision."""
+        for model in adapter.pretrained_models(module).values():
+            adapter.remember(model, self)
 
     def check_sharded(self, module: nn.Module) -> None:
         """Raises ValueError if a module was sharded with another precision, which cannot be changed any more."""
-        found = getattr(module, _SHARDED_WITH, self.precision)
-        if found != self.precision:
-            raise ValueError(
-                f"{type(module).__name__} was sharded with precision={found!r} by an earlier run, and this Trainer has "
-                f"precision={self.precision!r}. Pass the same, or build the module anew (a checkpoint loads with any)."
-            )
+        for model in adapter.pretrained_models(module).values():
+            found = adapter.recall(model, ShardedPrecision)
+            if found is not None and found.precision != self.precision:
+                raise ValueError(
+                    f"{type(module).__name__} was sharded with precision={found.precision!r} by an earlier run, and "
+                    f"this Trainer has precision={self.precision!r}. Pass the same, or build the module anew (a "
+                    "checkpoint loads with any)."
+                )
 
     @override
     def convert_module(self, module: nn.Module) -> nn.Module:
@@ -108,27 +104,19 @@ class ShardedPrecision(Precision):
     def backward(  # type: ignore[override]
         self, tensor: Tensor, model: LightningModule, optimizer: Steppable | None, *args: Any, **kwargs: Any
     ) -> None:
-        # Gradients are sums over all ranks, tensor-parallel peers included; the mean of the losses enters backward
-        # here, once. Of sums Lightning has taken a mean over the window already.
-        trainer = model.trainer
-        if gradient_denominator(model) is None:
-            tensor = tensor / trainer.strategy.layout.loss_world_size  # type: ignore[attr-defined]
-        else:
-            tensor = tensor * trainer.accumulate_grad_batches
-        try:
+        tensor = mean_over_ranks(tensor, model.trainer.strategy.layout)  # type: ignore[attr-defined]
+        with break_off_if_it_raises(model):
             super().backward(tensor, model, optimizer, *args, **kwargs)
-        except BaseException:
-            release_gathered(model)
-            raise
 
     @override
     def _after_closure(self, model: LightningModule, optimizer: Steppable) -> None:
         # Before on_before_optimizer_step, so that callbacks and clipping see the gradients of the step.
         if model.trainer.accumulate_grad_batches > 1 or not model.automatic_optimization:
             reduce_kept_gradients(model)
-        denominator = gradient_denominator(model)
-        if denominator is not None:
-            scale_gradients(self.main_params(optimizer), 1 / denominator())  # type: ignore[arg-type]
+        if isinstance(model, SumsLosses) and (terms := model.gradient_denominator()) is not None:
+            layout = model.trainer.strategy.layout  # type: ignore[attr-defined]
+            factor = sum_to_mean(terms, layout, model.trainer.accumulate_grad_batches)
+            scale_gradients(self.main_params(optimizer), factor)  # type: ignore[arg-type]
         super()._after_closure(model, optimizer)
 
     @override
@@ -154,148 +142,4 @@ class ShardedPrecision(Precision):
 
     @override
     def clip_grad_by_value(self, optimizer: Optimizer, clip_val: int | float) -> None:
-        params = list(self.main_params(optimizer))
-        for param in params:
-            widen_gradient(param)
-        grads = _local_gradients(params)
-        if grads:
-            torch._foreach_clamp_min_(grads, -clip_val)
-            torch._foreach_clamp_max_(grads, clip_val)
-
-
-def gradient_denominator(model: LightningModule) -> Callable[[], Tensor] | None:
-    """The module's ``gradient_denominator`` method, if it has one.
-
-    A LightningModule that returns *sums* as losses defines ``gradient_denominator() -> Tensor``: called once per
-    optimizer step, on every rank, it returns the global number of summed terms in the accumulation window, by which
-    the strategy divides the gradients. Modules without it return means, as Lightning expects; so do those in which it
-    is a property that is None in that step.
-    """
-    return getattr(model, "gradient_denominator", None)
-
-
-def _local_gradients(params: Iterable[Tensor]) -> list[Tensor]:
-    local = [local_tensor(param.grad) for param in params if param.grad is not None]
-    return [grad for grad in local if grad.numel() > 0]
-
-
-@torch.no_grad()
-def scale_gradients(params: Iterable[Tensor], factor: Tensor) -> None:
-    """Multiplies every gradient in place by a number, a 0-dim tensor on their device."""
-    params = list(params)
-    for param in params:
-        widen_gradient(param)
-    grads = _local_gradients(params)
-    if grads:
-        scale_(grads, factor)
-
-
-def _replicas(grad: Tensor, known: dict[Any, int]) -> int:
-    """How many ranks hold the same elements as this one; asked once for each kind of placement."""
-    key = (id(grad.device_mesh), grad.placements) if isinstance(grad, DTensor) else None
-    if key not in known:
-        known[key] = _count_replicas(grad)
-    return known[key]
-
-
-def _count_replicas(grad: Tensor) -> int:
-    world = dist.get_world_size() if dist.is_initialized() else 1
-    if not isinstance(grad, DTensor):
-        return world
-    if any(isinstance(placement, Partial) for placement in grad.placements):
-        raise RuntimeError(f"a gradient with placements {grad.placements} has not been reduced yet.")
-    sizes = zip(grad.device_mesh.shape, grad.placements, strict=True)
-    # Not the product over replicated dimensions: the mesh need not have all ranks (tensor-parallel peers of a norm).
-    return world // math.prod(size for size, placement in sizes if not isinstance(placement, Replicate))
-
-
-@torch.no_grad()
-def global_grad_norm(params: Iterable[Tensor], norm_type: float = 2.0) -> Tensor:
-    """Norm of all gradients as if they were one vector, over parameters on any number of meshes.
-
-    Every rank must call it, also one that holds no gradient. Unlike `torch.nn.utils.get_total_norm` it needs no common
-    mesh: each rank sums its own elements, weighted by one over their copies, and one all-reduce adds the ranks.
-
-    Args:
-        params: Parameters; those without a gradient count as zero.
-        norm_type: The p of the p-norm, ``inf`` included.
-
-    Returns:
-        0-dim fp32 tensor on the parameters' device, the same on every rank; not finite if any gradient is not.
-    """
-    params = list(params)
-    device = params[0].device if params else torch.device("cpu")
-    # By dtype too: torch's fast norms are of one.
-    groups: dict[tuple[int, str], list[Tensor]] = {}
-    known: dict[Any, int] = {}
-    for param in params:
-        if param.grad is not None:
-            groups.setdefault((_replicas(param.grad, known), str(param.grad.dtype)), []).append(param)
-    total = torch.zeros((), dtype=torch.float64, device=device)
-    for (replicas, _), group in sorted(groups.items()):
-        grads = _local_gradients(group)
-        if not grads:
-            continue
-        if norm_type == 2.0:
-            total += sum_of_squares(grads) / replicas
-            continue
-        dtype = torch.promote_types(grads[0].dtype, torch.float32)
-        norms = torch.stack(torch._foreach_norm(grads, norm_type, dtype=dtype)).double()
-        if math.isinf(norm_type):
-            # Backends differ in what the larger of NaN and a number is.
-            total = torch.maximum(total, norms.max().nan_to_num(nan=math.inf, posinf=math.inf))
-        else:
-            total += norms.pow(norm_type).sum() / replicas
-    if dist.is_initialized():
-        dist.all_reduce(total, op=dist.ReduceOp.MAX if math.isinf(norm_type) else dist.ReduceOp.SUM)
-    return (total if math.isinf(norm_type) else total.pow(1.0 / norm_type)).float()
-
-
-@torch.no_grad()
-def clip_grad_norm_(
-    params: Iterable[Tensor], max_norm: float, norm_type: float = 2.0, error_if_nonfinite: bool = False
-) -> Tensor:
-    """Scales gradients in place so that their global norm is at most ``max_norm``.
-
-    As `torch.nn.utils.clip_grad_norm_`, for parameters on different meshes. Every rank must call it.
-
-    Args:
-        params: Parameters, DTensors on any meshes.
-        max_norm: The bound; ``inf`` only computes the norm.
-        norm_type: The p of the p-norm.
-        error_if_nonfinite: Raise instead of spreading a non-finite norm (on all ranks alike).
-
-    Returns:
-        The norm before clipping, a 0-dim fp32 tensor, the same on every rank.
-
-    Raises:
-        RuntimeError: If ``error_if_nonfinite`` and the norm is not finite.
-    """
-    params = list(params)
-    norm = global_grad_norm(params, norm_type)
-    if error_if_nonfinite and not torch.isfinite(norm):
-        raise RuntimeError(
-            f"the gradient norm of order {norm_type} is {norm.item()}, so gradients cannot be clipped; look for the "
-            "step's loss, or pass error_if_nonfinite=False to go on."
-        )
-    if not math.isinf(max_norm):
-        scale_gradients(params, _clip_factor(norm, max_norm))
-    return norm
-
-
-@torch.no_grad()
-def clip_in_step_(optimizer: Optimizer, max_norm: float) -> Tensor:
-    """`clip_grad_norm_` of all parameters of an optimizer whose step follows, with nothing in between.
-
-    `lightning_ep.AdamW` scales gradients as its step reads them: until then they are not clipped.
-    """
-    params = [param for group in optimizer.param_groups for param in group["params"]]
-    if not isinstance(optimizer, AdamW) or math.isinf(max_norm):
-        return clip_grad_norm_(params, max_norm)
-    norm = global_grad_norm(params)
-    optimizer.multiply_gradients(_clip_factor(norm, max_norm))
-    return norm
-
-
-def _clip_factor(norm: Tensor, max_norm: float) -> Tensor:
-    return (max_norm / (norm + 1e-6)).clamp(max=1.0)
+        clip_grad_value_(self.main_params(optimizer), clip_val)

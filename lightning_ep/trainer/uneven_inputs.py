@@ -13,7 +13,7 @@ Gather = Callable[[int], list[int]]
 Join = Callable[[object, Any, int], None]
 
 
-class LockstepLoader:
+class EqualStepsLoader:
     """Wraps a dataloader so that every rank leaves it after the same step.
 
     Two ways, both without losing or repeating a sample in what the loop sees:
@@ -120,19 +120,19 @@ class LockstepLoader:
             ) from error
 
 
-def lockstep(
+def with_equal_steps(
     loader: Any,
     gather: Gather,
     limit: int | float | None = None,
     join: Join | None = None,
 ) -> Any:
-    """Returns ``loader`` itself where all ranks have equally many batches, else a `LockstepLoader`.
+    """Returns ``loader`` itself where all ranks have equally many batches, else a `EqualStepsLoader`.
 
     Args:
         loader: The rank's loader, sized or not.
         gather: Collects one integer per rank, in rank order; every rank must call this function.
         limit: Lightning's ``limit_*_batches``: a number of batches (int) or a share of them (float).
-        join: As in `LockstepLoader`.
+        join: As in `EqualStepsLoader`.
     """
     try:
         length = len(loader)
@@ -141,7 +141,7 @@ def lockstep(
     lengths = gather(length)
     if min(lengths) < 0:
         # Lightning takes no share of a length that it does not know.
-        return LockstepLoader(loader, gather, None, limit if isinstance(limit, int) else float("inf"), join)
+        return EqualStepsLoader(loader, gather, None, limit if isinstance(limit, int) else float("inf"), join)
     if len(set(lengths)) == 1:
         return loader
     steps = max(lengths) if join is not None else min(lengths)
@@ -151,7 +151,7 @@ def lockstep(
             "number of batches to use all data."
         )
     bound = float("inf") if limit is None else limit if isinstance(limit, int) else int(steps * limit)
-    return LockstepLoader(loader, gather, lengths, bound, join)
+    return EqualStepsLoader(loader, gather, lengths, bound, join)
 
 
 def share_samples(loader: Any, num_ranks: int, rank: int) -> None:

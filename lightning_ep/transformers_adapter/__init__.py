@@ -1,8 +1,9 @@
 """All that touches names of transformers that are not its public API.
 
-One file for each question: where things are in a model (`structure`), who runs experts (`experts_interface`) and attention
-(`attention_interface`), how random weights are drawn (`initialization`), and how weights come in and leave (`conversion`).
-Everyone else uses them through this package.
+One file for each question: where things are in a model (`structure`), who runs experts (`experts_interface`) and
+attention (`attention_interface`), how random weights are drawn (`initialization`), how weights come in and leave
+(`conversion`), and what is remembered of a model (`record`). Everyone else uses them through this package, which
+imports nothing of ours but `ops` and `distributed`.
 """
 
 from lightning_ep.transformers_adapter.attention_interface import (
@@ -28,14 +29,14 @@ from lightning_ep.transformers_adapter.conversion import (
 from lightning_ep.transformers_adapter.experts_interface import (
     EXPERTS_IMPLEMENTATION,
     FUSED_PARAMETERS,
-    attach_context,
-    is_parallel_experts,
     local_experts_function,
-    master_weights_of,
-    use_expert_parallel_forward,
+    register_experts,
+    runs_registered_experts,
+    use_registered_experts,
     why_not_fused,
 )
 from lightning_ep.transformers_adapter.initialization import apply_init_rule, init_rules, mark_initialized
+from lightning_ep.transformers_adapter.record import recall, remember
 from lightning_ep.transformers_adapter.structure import (
     decoder_layers,
     experts_modules,
@@ -51,7 +52,6 @@ __all__ = [
     "EXPERTS_IMPLEMENTATION",
     "FUSED_PARAMETERS",
     "apply_init_rule",
-    "attach_context",
     "attention_function",
     "attention_heads",
     "attention_implementation",
@@ -64,20 +64,22 @@ __all__ = [
     "init_rules",
     "is_flash_attention",
     "is_optional",
-    "is_parallel_experts",
     "load_conversions",
     "local_experts_function",
     "mark_initialized",
-    "master_weights_of",
     "not_saved",
     "pretrained_models",
+    "recall",
     "refuse_own_checkpointing",
+    "register_experts",
+    "remember",
     "routers",
+    "runs_registered_experts",
     "select_attention",
     "tensor_parallel_styles",
     "tied",
     "tied_names",
-    "use_expert_parallel_forward",
+    "use_registered_experts",
     "why_not_context_parallel",
     "why_not_fused",
     "without_packing",

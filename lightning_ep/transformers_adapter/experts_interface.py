@@ -1,8 +1,6 @@
-"""The experts interface: which function runs a layer's experts, and ours in front of it."""
+"""The experts interface: which function runs a layer's experts."""
 
 from __future__ import annotations
-
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -10,17 +8,10 @@ from transformers import PreTrainedModel
 from transformers.activations import SiLUActivation
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, ExpertsInterface, _default_apply_gate
 
-from lightning_ep.layers.recompute import handle_replay, left_to_checkpoint
-from lightning_ep.moe.function import moe_forward
 from lightning_ep.ops.registered_experts import ExpertsFunction
-
-if TYPE_CHECKING:
-    from lightning_ep.moe.expert_parallel import ExpertContext
-    from lightning_ep.moe.master_weights import MasterWeights
 
 EXPERTS_IMPLEMENTATION = "lightning_ep"
 FUSED_PARAMETERS = ("gate_up_proj", "down_proj")
-_CONTEXT = "_lightning_ep_context"
 
 
 def why_not_fused(module: nn.Module) -> str | None:
@@ -80,38 +71,21 @@ def _auto_experts(module: nn.Module, hidden_TH: Tensor, ids_TK: Tensor, weights_
     return function(module, hidden_TH, ids_TK, weights_TK)
 
 
-def attach_context(module: nn.Module, context: ExpertContext) -> None:
-    """Makes ``module`` an expert-parallel one: from now on its forward goes through ``context``."""
-    setattr(module, _CONTEXT, context)
+def register_experts(function: ExpertsFunction) -> None:
+    """Makes ``function`` what runs the experts of models for which `use_registered_experts` is called."""
+    ExpertsInterface.register(EXPERTS_IMPLEMENTATION, function)
 
 
-def master_weights_of(module: nn.Module) -> MasterWeights:
-    """The `MasterWeights` of a module for which `attach_context` was called."""
-    context: ExpertContext = getattr(module, _CONTEXT)
-    return context.masters
+def use_registered_experts(model: PreTrainedModel) -> None:
+    """Selects, in the whole model, the function that `register_experts` was given.
 
-
-def is_parallel_experts(module: nn.Module) -> bool:
-    """Whether `attach_context` was called on ``module``."""
-    return hasattr(module, _CONTEXT)
-
-
-def use_expert_parallel_forward(model: PreTrainedModel) -> None:
-    """Selects our function in the experts interface for the whole model."""
+    transformers looks for the experts of a class in the source file of that class, so this comes before FSDP replaces
+    the class by one of torch's.
+    """
     model.set_experts_implementation(EXPERTS_IMPLEMENTATION)
 
 
-# Opaque to torch.compile: its sizes are not known before it runs, and its kernels are already fused.
-@torch.compiler.disable
-def _experts_forward(module: nn.Module, hidden_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
-    context: ExpertContext | None = getattr(module, _CONTEXT, None)
-    if context is None:
-        # A model that shares its config object with a parallelised one shares the implementation name too.
-        return _auto_experts(module, hidden_TH, ids_TK, weights_TK)
-    handle_replay(module)
-    params = [getattr(module, name) for name in context.param_names]
-    dispatcher, experts, masters = context.dispatcher, context.experts, context.masters
-    return moe_forward(dispatcher, experts, hidden_TH, ids_TK, weights_TK, params, left_to_checkpoint, masters)
-
-
-ExpertsInterface.register(EXPERTS_IMPLEMENTATION, _experts_forward)
+def runs_registered_experts(module: nn.Module) -> bool:
+    """Whether an experts module calls the function that `register_experts` was given."""
+    config = getattr(module, "config", None)
+    return getattr(config, "_experts_implementation", None) == EXPERTS_IMPLEMENTATION

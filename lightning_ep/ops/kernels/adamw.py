@@ -9,8 +9,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lightning_ep.ops.adamw import Rule, Update
-
 _BLOCK = 4096
 
 
@@ -39,15 +37,18 @@ def _adamw_kernel(
     tl.store(exp_avg_sq + at, v.to(exp_avg_sq.dtype.element_ty), mask=mask)
 
 
-def adamw_(update: Update, rule: Rule, factor: Tensor | None) -> None:
+def adamw_(
+    param: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, step: Tensor, factor: Tensor | None,
+    lr: float, betas: tuple[float, float], eps: float, weight_decay: float,
+) -> None:  # fmt: skip
     """See `lightning_ep.ops.adamw.adamw_`; for one parameter with contiguous tensors."""
-    logs = [math.log(beta) if beta > 0 else -math.inf for beta in rule.betas]
-    beta1, beta2 = rule.betas
-    num_elements = update.param.numel()
+    logs = [math.log(beta) if beta > 0 else -math.inf for beta in betas]
+    beta1, beta2 = betas
+    num_elements = param.numel()
     _adamw_kernel[(triton.cdiv(num_elements, _BLOCK),)](
-        *update, update.step if factor is None else factor,
-        rule.lr, rule.lr * rule.weight_decay, *logs, beta1, beta2, 1 - beta1, 1 - beta2, rule.eps, num_elements,
+        param, grad, exp_avg, exp_avg_sq, step, step if factor is None else factor,
+        lr, lr * weight_decay, *logs, beta1, beta2, 1 - beta1, 1 - beta2, eps, num_elements,
         factor is not None, _BLOCK,
         num_warps=8,
     )  # fmt: skip
-    torch.autograd.graph.increment_version(update.param)
+    torch.autograd.graph.increment_version(param)

@@ -1,4 +1,4 @@
-"""The one error of checkpoints."""
+"""The one error of checkpoints, those of a run and those in the hub's layout."""
 
 
 class CheckpointError(RuntimeError):

@@ -1,0 +1,161 @@
+"""FSDP2's private state, as questions and orders in words: this file alone knows the private names.
+
+A *state* belongs to a module to which `fully_shard` was applied, or to several that are one group; that of the module
+that is called first becomes the *root* of those below it. A *group* holds the parameters that are gathered and reduced
+together. The names are the same in torch 2.11 to 2.13; `docs/workarounds.md` says what each is needed for.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+
+from lightning_ep.ops.autograd import in_backward
+
+State = Any  # torch.distributed.fsdp._fully_shard._fsdp_state.FSDPState
+Group = Any  # torch.distributed.fsdp._fully_shard._fsdp_param_group.FSDPParamGroup
+
+
+def state_of(module: nn.Module) -> State:
+    """The state of a module to which `fully_shard` was applied."""
+    assert isinstance(module, FSDPModule)
+    return module._get_fsdp_state()
+
+
+def roots(module: nn.Module) -> Iterator[State]:
+    """The roots in a module; none before their first forward."""
+    for child in module.modules():
+        if isinstance(child, FSDPModule) and (state := state_of(child))._is_root:
+            yield state
+
+
+def groups_of(root: State) -> Iterator[Group]:
+    """The groups below a root, each once."""
+    for state in root._state_ctx.all_states:
+        if state._fsdp_param_group is not None:
+            yield state._fsdp_param_group
+
+
+# ---------------------------------------------------------------------------------------------------- a pass
+
+
+def make_root(state: State) -> None:
+    """Makes a state the root of those below it, unless it is one or has one."""
+    if state._is_root is None:
+        state._lazy_init()
+
+
+def begins_pass(state: State) -> bool:
+    """Whether a call that comes now is no part of a pass: of a root around it, or of a checkpoint in backward."""
+    return state._is_root is not False and not in_backward()
+
+
+def is_alone(state: State) -> bool:
+    """Whether the call that ends now was no part of a pass of a root around it, or of a checkpoint in backward."""
+    return state._state_ctx.iter_forward_root in (None, state) and not in_backward()
+
+
+def backward_is_unfinished(root: State) -> bool:
+    """Whether a backward began and did not get to its end."""
+    unfinished: bool = root._state_ctx.post_backward_final_callback_queued
+    return unfinished
+
+
+def finish_backward(root: State) -> None:
+    """What comes at the end of a backward: reduces what groups have kept that it did not come to, and shards them."""
+    root._root_post_backward_final_callback()
+
+
+def make_idle(root: State) -> None:
+    """Shards what is gathered below a root, drops what is being gathered, and forgets how far a pass had come."""
+    for state in root._state_ctx.all_states:
+        idle = type(state._training_state).IDLE
+        if state._training_state == idle and not state._modules_to_run_forward:
+            continue
+        state._training_state = idle
+        state._modules_to_run_forward.clear()
+        if state._fsdp_param_group is not None:
+            state._fsdp_param_group._training_state = idle
+            state._fsdp_param_group.reshard()
+    for group in groups_of(root):
+        if group._all_gather_result is not None:
+            group.finalize_backward()  # waits for what it has gathered ahead, and drops it
+    root._state_ctx.iter_forward_root = None
+
+
+def is_gathered(state: State) -> bool:
+    """Whether the parameters of a state's group are gathered."""
+    gathered: bool = state._fsdp_param_group.is_unsharded
+    return gathered
+
+
+def gather_for_backward(state: State, grad: Tensor) -> None:
+    """Gathers a group's parameters for the backward that comes to it with ``grad``."""
+    state._pre_backward(grad)
+
+
+# ---------------------------------------------------------------------------------------------------- ways in
+
+
+def before_every_forward(state: State, function: Callable[[], None]) -> None:
+    """Calls ``function`` before forwards that a module's hooks do not see: methods that torch was told are forwards."""
+    enter = state._pre_forward
+
+    @functools.wraps(enter)
+    def entered(*args: Any) -> Any:
+        function()
+        return enter(*args)
+
+    state._pre_forward = entered
+
+
+def run_as_forward(module: nn.Module, function: Callable[..., Any], *args: Any) -> Any:
+    """Runs a function as if it were the module's forward, as `register_fsdp_forward_method` has methods run."""
+    state = state_of(module)
+    args, _ = state._pre_forward(module, args, {})
+    return state._post_forward(module, args, function(*args))
+
+
+# ---------------------------------------------------------------------------------------------------- gradients
+
+
+def keeps_gradients(group: Group) -> bool:
+    """Whether a group keeps gradients of an accumulation window that have not been reduced."""
+    return awaits_all_reduce(group) or any(
+        param.unsharded_accumulated_grad is not None
+        or ((unsharded := _unsharded(param)) is not None and unsharded.grad is not None)
+        for param in group.fsdp_params
+    )
+
+
+def awaits_all_reduce(group: Group) -> bool:
+    """Whether a group keeps what its ranks have summed and copies of the model (``replicate``) have not."""
+    return group._partial_reduce_output is not None
+
+
+def add_zero_gradients(group: Group) -> None:
+    """Gives parameters without a gradient one of zeros, with which the group reduces."""
+    for param in group.fsdp_params:
+        if param.sharded_param.requires_grad and param.unsharded_accumulated_grad is None:
+            like = param._unsharded_param
+            param.unsharded_accumulated_grad = torch.zeros_like(like, dtype=param.reduce_dtype or like.dtype)
+
+
+def forget_gradients(root: State) -> None:
+    """Drops what the groups below a root have kept and not reduced; ``zero_grad`` does not reach it."""
+    for group in groups_of(root):
+        group._partial_reduce_output = None
+        for param in group.fsdp_params:
+            param.unsharded_accumulated_grad = None
+            if (unsharded := _unsharded(param)) is not None:
+                unsharded.grad = None
+
+
+def _unsharded(param: Any) -> Tensor | None:
+    """What forward computes with, once it has been gathered for the first time."""
+    return getattr(param, "_unsharded_param", None)

@@ -1,0 +1,75 @@
+"""An experts module whose experts are spread over ranks: what it knows, and the forward that transformers calls."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from lightning_utilities.core.rank_zero import rank_zero_warn
+from torch import Tensor, nn
+
+from lightning_ep import transformers_adapter as adapter
+from lightning_ep.moe.dispatch import Dispatcher
+from lightning_ep.moe.function import moe_forward
+from lightning_ep.moe.master_weights import MasterWeights
+from lightning_ep.ops.autograd import in_backward
+from lightning_ep.ops.local_experts import LocalExperts
+
+
+@dataclass
+class ExpertContext:
+    """What an expert-parallel experts module needs in forward; `remember`ed on it.
+
+    Attributes:
+        dispatcher: How rows travel to this layer's experts.
+        experts: The local experts.
+        param_names: Names of the experts' parameters on the module.
+        masters: How these parameters are cast for the GEMMs.
+        leave: As in `moe_forward`; set by the activation checkpointing of a layer.
+        after_repeat: Called where a checkpoint that is not ours runs the module again in backward; set by whoever
+            gathers the parameters for a forward and would not let go of them then.
+    """
+
+    dispatcher: Dispatcher[Any]
+    experts: LocalExperts
+    param_names: tuple[str, ...]
+    masters: MasterWeights = field(default_factory=MasterWeights)
+    leave: Callable[[Tensor], Callable[[], Tensor] | None] | None = None
+    after_repeat: Callable[[], None] | None = None
+
+
+def expert_context(module: nn.Module) -> ExpertContext:
+    """The context of a module that `is_parallel_experts`."""
+    context = adapter.recall(module, ExpertContext)
+    assert context is not None, f"the experts of {type(module).__name__} are not spread over ranks"
+    return context
+
+
+def is_parallel_experts(module: nn.Module) -> bool:
+    """Whether ``module`` holds experts that `ExpertParallel` has spread over ranks."""
+    return adapter.recall(module, ExpertContext) is not None
+
+
+# Opaque to torch.compile: its sizes are not known before it runs, and its kernels are already fused.
+@torch.compiler.disable
+def _experts_forward(module: nn.Module, hidden_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
+    context = adapter.recall(module, ExpertContext)
+    if context is None:
+        # A model that shares its config object with a parallelised one shares the implementation name too.
+        return adapter.local_experts_function(module, "auto")(module, hidden_TH, ids_TK, weights_TK)
+    if in_backward():
+        rank_zero_warn(
+            "Activation checkpointing that the strategy knows nothing of runs the experts again in backward, so that "
+            "routing and (with ep > 1) every exchange of tokens between ranks is repeated. Use "
+            "ExpertParallelStrategy(activation_checkpointing='full'), or 'selective', in its place."
+        )
+        if context.after_repeat is not None:
+            context.after_repeat()
+    params = [getattr(module, name) for name in context.param_names]
+    dispatcher, experts = context.dispatcher, context.experts
+    return moe_forward(dispatcher, experts, hidden_TH, ids_TK, weights_TK, params, context.leave, context.masters)
+
+
+adapter.register_experts(_experts_forward)
