@@ -1,4 +1,4 @@
-"""What a step costs on paper: floating-point operations, and the time that DESIGN section 7 budgets for it."""
+"""What a step costs on paper: floating-point operations, and the time that measured parts budget for it."""
 
 from __future__ import annotations
 
@@ -52,8 +52,8 @@ def mfu(cell: Cell, tokens_per_second: float, device_name: str) -> float | None:
     return tokens_per_second * flops_per_token(cell.widths, cell.layers, cell.sequence) / PEAK_FLOPS[kind]
 
 
-# DESIGN section 7, milliseconds, forward and backward, on an H200: per layer at 16,384 tokens of 4,096-token
-# sequences, and per step at that shape, 12 layers over 2 ranks with fp32 masters.
+# Measured on an H200, milliseconds, forward and backward: per layer at 16,384 tokens of 4,096-token sequences,
+# and per step at that shape, 12 layers over 2 ranks with fp32 masters.
 _TOKENS, _SEQUENCE = 16_384, 4_096
 _COMPUTE_MS = {"attention projections": 2.9, "attention core": 4.0, "expert GEMMs": 6.0}
 _MEMORY_MS = {"glue": 1.7, "norms and rotary": 1.0}
@@ -87,7 +87,7 @@ _EXPERT_COPY_BYTES = 48
 
 
 def estimate_ms(cell: Cell, device_name: str) -> dict[str, float] | None:
-    """The budget of DESIGN section 7 for one step of ours, scaled to this cell, by part, in GPU milliseconds.
+    """The budget of the measured parts for one step of ours, scaled to this cell, by part, in GPU milliseconds.
 
     Compute scales with tokens (the attention core with the sequence too), what is bound by memory also with the
     device's bandwidth, passes over weights with the bytes that they move. Beyond the budget: recompute, clipping, rows
@@ -173,7 +173,7 @@ def _expert_fsdp_ms(cell: Cell, bandwidth: float, forward_ms: float, backward_ms
     """Per layer: FSDP's copies around its collectives, and what of these a layer's arithmetic does not cover.
 
     Experts are gathered in bf16 in forward and in backward, one layer ahead, and their gradients reduced in fp32.
-    Links are as fast as DESIGN's exchange: 64 MiB per hop, four hops in 0.8 ms, 335 GB/s in each direction.
+    Links are as fast as the measured exchange: 64 MiB per hop, four hops in 0.8 ms, 335 GB/s in each direction.
     """
     fsdp = cell.ranks // cell.ep
     if fsdp <= 1:

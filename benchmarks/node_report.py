@@ -33,12 +33,12 @@ measured) and 5 for the weights. `--layers` cuts the depth, `--ranks` the GPUs, 
   [checkpoints.md](checkpoints.md#speed)).
 - *not run yet*: no machine with 8 GPUs was lent."""
 
-_MODEL = """What the estimates assume beyond the budget of the design's section 7, which has 2 GPUs and no recompute:
+_MODEL = """What the estimates assume beyond the measured parts, which are of 2 GPUs without recompute:
 
 - *Recompute*: `selective` repeats the forward of attention and norms; `full` also the up projection, a
   permutation and one of four exchanges. Neither routes again or gathers weights again.
 - *Exchange*: one row per token and other rank that holds any of its experts (4.6 rows at ep=8, 1.0 at ep=2),
-  at the rate of the design's figure, 335 GB/s per GPU and direction, and as if nothing hid it.
+  at the rate that was measured, 335 GB/s per GPU and direction, and as if nothing hid it.
 - *FSDP of experts* (ep < GPUs): two gathers in bf16 and one reduction in fp32 per layer over the same links,
   hidden under the layer's arithmetic as far as that lasts; FSDP's copies around them, 48 bytes per gathered
   parameter by a rehearsal of ep=1, are not hidden.

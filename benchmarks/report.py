@@ -28,7 +28,7 @@ Written by `python -m benchmarks.report` from the files of the runs named below;
   its own: transformers' and torchtitan's activation checkpointing beside ours). *,cp=2* or *,tp=2*: two GPUs share
   what the title counts per GPU.
 - *MFU* counts causal attention and active experts, no recompute, against 989 TFLOP/s.
-- *estimate* is the budget of the design's section 7 scaled to the case (`benchmarks/costs.py`): compute and memory
+- *estimate* is the budget of measured parts, scaled to the case (`benchmarks/costs.py`): compute and memory
   traffic at the rates seen on an H200, without launch overhead and exposed gathers. It was written down before the run.
 - *peak* is the allocator's largest allocation in the measured steps, in GiB (in brackets: reserved).
 - *launch* is the time until the host has launched a step, *CPU* the processor time of that, both with a
@@ -264,7 +264,7 @@ def draw(records: Sequence[dict[str, Any]], path: Path) -> bool:
         axis.invert_yaxis()
         axis.set_title(f"{title(group)}, {group[0]['device_name']}", fontsize=7)
         axis.tick_params(labelsize=7)
-    axes[-1, 0].set_xlabel("tokens per second and GPU (dotted: the design's estimate)", fontsize=8)
+    axes[-1, 0].set_xlabel("tokens per second and GPU (dotted: estimate)", fontsize=8)
     figure.tight_layout()
     figure.savefig(path, dpi=150)
     pyplot.close(figure)

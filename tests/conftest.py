@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from types import CodeType
+from typing import Any
 
 import pytest
 import torch
@@ -12,8 +15,45 @@ import torch.distributed as dist
 from tests import distributed
 from tests.rows import RowFailures
 
+_PROCESSES = {"run_ranks", "row_failures", "run_cell", "subprocess", "multiprocessing", "TwoNodes"}
+"""What tests that start processes name, themselves or through functions and fixtures of ``tests``."""
 
+
+def _starts_processes(function: Callable[..., Any], seen: set[Callable[..., Any]]) -> bool:
+    function = inspect.unwrap(function)
+    if not inspect.isfunction(function) or function in seen:
+        return False
+    seen.add(function)
+    names = _names(function.__code__)
+    if names & _PROCESSES:
+        return True
+    called = [function.__globals__.get(name) for name in names]
+    return any(_starts_processes(f, seen) for f in called if str(getattr(f, "__module__", "")).startswith("tests."))
+
+
+def _names(code: CodeType) -> set[str]:
+    inner = [constant for constant in code.co_consts if isinstance(constant, CodeType)]
+    return {*code.co_names, *(name for function in inner for name in _names(function))}
+
+
+def _is_quick(item: pytest.Item) -> bool:
+    """Whether a test needs no ranks and is not marked as anything that takes long."""
+    if not isinstance(item, pytest.Function) or any(map(item.get_closest_marker, ("slow", "gpu", "fault_injection"))):
+        return False
+    if set(item.fixturenames) & _PROCESSES:
+        return False
+    fixtures = [
+        definition.func for definitions in item._fixtureinfo.name2fixturedefs.values() for definition in definitions
+    ]
+    seen: set[Callable[..., Any]] = set()
+    return not any(_starts_processes(function, seen) for function in (item.function, *fixtures))
+
+
+@pytest.hookimpl(tryfirst=True)  # before `-m` selects
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    for item in items:
+        if _is_quick(item):
+            item.add_marker("quick")
     if "fault_injection" not in config.option.markexpr:
         for item in items:
             if item.get_closest_marker("fault_injection"):
@@ -25,9 +65,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
-    modules = {getattr(item, "module", None) for item in session.items}
     # Started early: its imports run beside the first tests.
-    if not session.config.option.collectonly and any(hasattr(m, "run_ranks") or hasattr(m, "row") for m in modules):
+    if not session.config.option.collectonly and any(
+        item.get_closest_marker("quick") is None for item in session.items
+    ):
         distributed.start_fork_server()
 
 

@@ -39,8 +39,9 @@ def test_an_early_exit_in_one_micro_batch() -> None:
 
 
 def _nan(norm_type: float, rank: int) -> float:
-    param = torch.nn.Parameter(torch.ones(3))
-    param.grad = torch.full((3,), float("nan") if torch.distributed.get_rank() == rank else 1.0)
+    param = torch.nn.Parameter(torch.ones(3, device=device()))
+    value = float("nan") if torch.distributed.get_rank() == rank else 1.0
+    param.grad = torch.full((3,), value, device=device())
     return clip_grad_norm_([param], 1.0, norm_type).item()
 
 

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from graphlib import TopologicalSorter
 from pathlib import Path
@@ -37,6 +38,7 @@ ROOMS = [  # from the top to the ground; an import points to a later line, or st
     ["layout"],
     ["ops"],
 ]
+_FACES = ("__main__", "lightning_ep")  # no rooms to look into
 FLOOR = {room: floor for floor, rooms in enumerate(ROOMS) for room in rooms}
 # Where the private names of a library may be used, beside rooms that only say so in a comment.
 PRIVATE_ROOMS = {
@@ -158,6 +160,49 @@ def test_private_names_stay_in_their_rooms(library: str) -> None:
         used |= {part for name in _imports(tree) if name.startswith(library) for part in name.split(".")}
         wrong += [f"{module} uses {name}" for name in sorted((used & names) - own - elsewhere)]
     assert not wrong, wrong
+
+
+MAP = Path(__file__).parents[1] / "docs" / "architecture.md"
+
+
+def test_the_map_shows_the_rooms_in_their_order() -> None:
+    rows = re.findall(r"^\| (`[^|]+`) \| [^|]+ \|$", MAP.read_text(), re.MULTILINE)
+    shown = [[name.removesuffix("/").removesuffix(".py") for name in re.findall(r"`([^`]+)`", row)] for row in rows]
+    shown = [names for names in shown if names[0] in FLOOR]
+    assert [name for names in shown for name in names] == [r for rooms in ROOMS for r in rooms if r not in _FACES]
+
+
+def test_the_map_names_what_exists() -> None:
+    text = re.sub(r"\s+", " ", MAP.read_text())
+    entries = re.findall(r"`([\w/]+\.py)(?:: ([\w.]+))?`", text)
+    assert len(entries) > 100
+    for file, name in entries:
+        found = [PACKAGE / file, PACKAGE.parent / file] if "/" in file else list(PACKAGE.rglob(file))
+        paths = [path for path in found if path.is_file()]
+        assert paths, f"{file} does not exist"
+        if name:
+            defined = [
+                node.name
+                for node in ast.walk(ast.parse(paths[0].read_text()))
+                if isinstance(node, ast.FunctionDef | ast.ClassDef)
+            ]
+            assert set(name.split(".")) <= set(defined), f"{file}: {name}"
+    for module in FILES:
+        if module not in FLOOR and "kernels" not in module and (PACKAGE / f"{module.replace('.', '/')}.py").exists():
+            assert f"{module.rpartition('.')[2]}.py`" in text, f"{module} is not on the map"
+
+
+def test_a_name_means_one_thing() -> None:
+    found: dict[str, list[str]] = {}
+    for module in FILES:
+        if "." in module:
+            found.setdefault(module.rpartition(".")[2], []).append(module)
+    twins = {"ops.kernels"}  # each kernel is called like the module of `ops` that defines it
+    repeated = {n: where for n, where in found.items() if len({w.rpartition(".")[0] for w in where} - twins) > 1}
+    assert set(repeated) == {
+        "adamw",  # the optimizer, and its arithmetic
+        "export",  # the command, and what it shares with the callback
+    }, repeated
 
 
 def test_a_file_is_one_thing() -> None:

@@ -310,7 +310,7 @@ def test_generators_of_random_numbers_come_back() -> None:
 
     import numpy as np
 
-    from lightning_ep.checkpoint.state import random_state, serialize, set_random_state
+    from lightning_ep.checkpoint.metadata import random_state, serialize, set_random_state
 
     def draw() -> tuple[Any, ...]:
         return random.gauss(0, 1), float(np.random.normal()), torch.rand(2).tolist()

@@ -14,7 +14,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lightning_ep import CausalLM, ExpertParallelStrategy, ParallelLayout
 from lightning_ep.checkpoint import files
-from lightning_ep.checkpoint.state import place_ranks
+from lightning_ep.checkpoint.metadata import place_ranks
 from lightning_ep.data import TextDataModule
 from lightning_ep.hub.errors import CheckpointError
 from tests.distributed import run_ranks

@@ -61,6 +61,7 @@ def model_checkpoint_top_k_and_last(root: Path) -> None:
     assert found == ["last.ckpt", "step=3.ckpt", "step=4.ckpt"], found
     assert (root / "step=4.ckpt").is_dir()
     assert keep.best_model_path == str(root / "step=4.ckpt")
+    assert not {"_link_checkpoint", "file_exists"} & set(vars(keep)), "the callback is not as it was before the run"
 
 
 @row("ModelCheckpoint")

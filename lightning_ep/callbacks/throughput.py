@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from typing_extensions import override
 
-from lightning_ep.data.loader import data_ranks
+from lightning_ep.data.resumable_loader import data_ranks
 
 
 class Throughput(Callback):

@@ -10,12 +10,27 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lightning_ep.checkpoint.saver import Checkpoints
 
+_METHODS = ("_link_checkpoint", "file_exists")
 
-def adopt(trainer: Trainer, checkpoints: Checkpoints) -> None:
-    """Lets every ModelCheckpoint swap its ``last`` link atomically and see checkpoints that are still being written."""
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        if isinstance(callback, ModelCheckpoint):
+
+class AdoptedCallbacks:
+    """Every ModelCheckpoint of a run: swaps its ``last`` link atomically, and sees checkpoints being written behind.
+
+    Args:
+        trainer: Its Trainer.
+        checkpoints: What writes them.
+    """
+
+    def __init__(self, trainer: Trainer, checkpoints: Checkpoints) -> None:
+        self._callbacks = [c for c in trainer.callbacks if isinstance(c, ModelCheckpoint)]  # type: ignore[attr-defined]
+        for callback in self._callbacks:
             _adopt(callback, checkpoints)
+
+    def release(self) -> None:
+        """Leaves the callbacks as they were."""
+        for callback in self._callbacks:
+            for name in _METHODS:
+                vars(callback).pop(name, None)
 
 
 def _adopt(callback: ModelCheckpoint, checkpoints: Checkpoints) -> None:

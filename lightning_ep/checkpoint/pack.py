@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lightning_ep.checkpoint import optimizers
 from lightning_ep.checkpoint.files import META
-from lightning_ep.checkpoint.state import HEADER, RANKS, header, refuse_sharded_metadata, serialize
+from lightning_ep.checkpoint.metadata import HEADER, RANKS, header, refuse_sharded_metadata, serialize
 from lightning_ep.checkpoint.tensor_files import State
 from lightning_ep.layout import ParallelLayout
 

@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_ep.checkpoint import files, optimizers, single_file
+from lightning_ep.checkpoint.metadata import HEADER, RANKS, check_header, deserialize, place_ranks
 from lightning_ep.checkpoint.optimizers import clean, listed
-from lightning_ep.checkpoint.state import HEADER, RANKS, check_header, deserialize, place_ranks
 from lightning_ep.checkpoint.tensor_files import SafeReader, Saved, read_shards
 from lightning_ep.distributed.agreement import Ranks
 from lightning_ep.distributed.shards import local_tensor

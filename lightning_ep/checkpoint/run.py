@@ -14,13 +14,13 @@ from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
 from torch.optim import Optimizer
 
-from lightning_ep.checkpoint.model_checkpoint import adopt
+from lightning_ep.checkpoint.metadata import rank_state, set_random_state
+from lightning_ep.checkpoint.model_checkpoint import AdoptedCallbacks
 from lightning_ep.checkpoint.optimizers import clean, name_state
 from lightning_ep.checkpoint.pack import pack_directory, pack_file
 from lightning_ep.checkpoint.resume import Resume
 from lightning_ep.checkpoint.saver import Checkpoints
 from lightning_ep.checkpoint.single_file import gather, gather_optimizer
-from lightning_ep.checkpoint.state import rank_state, set_random_state
 from lightning_ep.layout import ParallelLayout
 
 _SETTLE_SECONDS = 60.0
@@ -52,6 +52,7 @@ class RunCheckpoints:
         self._distributed = distributed
         self._asynchronous = asynchronous
         self._checkpoints = Checkpoints(timeout, ranks_per_node)
+        self._adopted: AdoptedCallbacks | None = None
         self._resume: Resume | None = None
         self._random: dict[str, Any] | None = None
         self._may_write_behind = True
@@ -65,7 +66,7 @@ class RunCheckpoints:
         """Prepares a Trainer that is about to fit, validate, test or predict."""
         self._failed = False
         self._resume = self._random = None
-        adopt(trainer, self._checkpoints)
+        self._adopted = AdoptedCallbacks(trainer, self._checkpoints)
 
     # ------------------------------------------------------------------ saving
 
@@ -163,10 +164,12 @@ class RunCheckpoints:
         self._checkpoints.settle(_SETTLE_SECONDS)
 
     def finish(self) -> None:
-        """Waits for what is being written behind.
+        """Ends a run: waits for what is being written behind.
 
         Raises:
             CheckpointError: On every rank, if it could not be saved and the run has not failed for another reason.
         """
+        if self._adopted is not None:
+            self._adopted.release()
         if not self._failed:
             self._checkpoints.wait()

@@ -10,8 +10,8 @@ from lightning.pytorch import LightningModule
 from torch import Tensor
 
 from lightning_ep.checkpoint import files, single_file
+from lightning_ep.checkpoint.metadata import HEADER, check_header, deserialize
 from lightning_ep.checkpoint.resume import check_fit, refuse_damaged
-from lightning_ep.checkpoint.state import HEADER, check_header, deserialize
 from lightning_ep.checkpoint.tensor_files import WEIGHTS, SafeReader, Saved, read_shards
 from lightning_ep.hub.errors import CheckpointError
 from lightning_ep.hub.initialize import assign

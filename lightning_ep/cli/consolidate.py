@@ -8,9 +8,9 @@ from typing import Any
 import torch
 
 from lightning_ep.checkpoint import files
+from lightning_ep.checkpoint.metadata import HEADER, RANKS, deserialize
 from lightning_ep.checkpoint.resume import split_key
 from lightning_ep.checkpoint.saved_weights import open_verified
-from lightning_ep.checkpoint.state import HEADER, RANKS, deserialize
 from lightning_ep.checkpoint.tensor_files import WEIGHTS, SafeReader, read_shards
 from lightning_ep.hub.errors import CheckpointError
 

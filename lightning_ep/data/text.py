@@ -13,7 +13,7 @@ from typing_extensions import override
 
 from lightning_ep.checkpoint.loop_state import close_finished_epoch, match_batches
 from lightning_ep.data import corpus
-from lightning_ep.data.loader import ResumableLoader, data_ranks
+from lightning_ep.data.resumable_loader import ResumableLoader, data_ranks
 
 if TYPE_CHECKING:
     from datasets import Dataset

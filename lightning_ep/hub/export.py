@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
+from lightning_ep import transformers_adapter as adapter
 from lightning_ep.hub.directory import HubDirectory
 from lightning_ep.hub.load import source_directory
 from lightning_ep.hub.meta_models import meta_model
@@ -32,7 +32,7 @@ def export_sharded(
     """
     problems = Problems(f"the export to {path} failed:")
     sharded = ShardedTensors(model)
-    plain = meta_model(model.config, _original_class(model))
+    plain = meta_model(model.config, adapter.model_class(model))
     plain.generation_config = model.generation_config
     groups = plan_groups(plain, sharded.dtypes, dtype)
     owners = sharded.choose_owners(groups)
@@ -56,10 +56,3 @@ def export_sharded(
         except OSError as error:
             problems.add("on rank 0", str(error))
     problems.raise_on_all_ranks()
-
-
-def _original_class(model: PreTrainedModel) -> type[PreTrainedModel]:
-    """The model's class as transformers has it: FSDP2 replaces it by one derived from it."""
-    return next(
-        cls for cls in type(model).__mro__ if issubclass(cls, PreTrainedModel) and not issubclass(cls, FSDPModule)
-    )

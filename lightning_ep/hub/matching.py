@@ -100,7 +100,7 @@ class Match:
     opaque: list[adapter.Conversion] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        name = next(c.__name__ for c in type(self.model).__mro__ if not c.__name__.startswith("FSDP"))
+        name = adapter.model_class(self.model).__name__
         self.problems = Problems(f"the checkpoint in {self.source.directory} does not fit {name}:")
         self.tensors: dict[str, Tensor] = dict(self.model.state_dict(keep_vars=True))
         self.stored, unreadable = open_checkpoint(self.source.directory, self.problems)

@@ -40,6 +40,7 @@ from lightning_ep.transformers_adapter.record import recall, remember
 from lightning_ep.transformers_adapter.structure import (
     decoder_layers,
     experts_modules,
+    model_class,
     pretrained_models,
     refuse_own_checkpointing,
     routers,
@@ -67,6 +68,7 @@ __all__ = [
     "load_conversions",
     "local_experts_function",
     "mark_initialized",
+    "model_class",
     "not_saved",
     "pretrained_models",
     "recall",

@@ -8,7 +8,7 @@ from torch import nn
 
 T = TypeVar("T")
 
-_RECORD = "_lightning_ep"  # the one attribute that this package sets on a transformers model or a module inside it
+_RECORD = "_lightning_ep"  # the one attribute in which anything is remembered
 
 
 def remember(module: nn.Module, value: Any) -> None:

@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Iterable
 
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
 _DISPATCHED_EXPERTS = "ep_dispatch_experts"
@@ -42,6 +43,13 @@ def tensor_parallel_styles(model: PreTrainedModel) -> dict[str, str]:
         match = _matcher(pattern)
         found |= {name: style for name in names if match(name)}
     return {k: v for k, v in found.items() if k not in experts and not any(k.startswith(f"{e}.") for e in experts)}
+
+
+def model_class(model: PreTrainedModel) -> type[PreTrainedModel]:
+    """The model's class as transformers has it: FSDP2 replaces it by one derived from it."""
+    return next(
+        cls for cls in type(model).__mro__ if issubclass(cls, PreTrainedModel) and not issubclass(cls, FSDPModule)
+    )
 
 
 def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:

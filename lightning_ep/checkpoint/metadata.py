@@ -31,8 +31,8 @@ def header(module: nn.Module, layout: ParallelLayout) -> dict[str, Any]:
     """What identifies a checkpoint of ours: format version, layout, the configuration of each transformers model."""
     configs = {}
     for name, model in adapter.pretrained_models(module).items():
-        # As transformers' `save_pretrained` does: FSDP2 gives the model a class of its own.
-        configs[name] = {**model.config.to_dict(), "architectures": [type(model).__name__.removeprefix("FSDP")]}
+        # As transformers' `save_pretrained` does.
+        configs[name] = {**model.config.to_dict(), "architectures": [adapter.model_class(model).__name__]}
     return {
         "format": FORMAT,
         "layout": {**asdict(layout), "data_world_size": layout.data_world_size},

@@ -1,0 +1,98 @@
+"""The steps that shard a model say so where their order is wrong, by name, before they change anything."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.fsdp import MixedPrecisionPolicy
+
+from lightning_ep import ParallelLayout, expert_plan
+from lightning_ep.parallelize import Steps
+from tests.distributed import device, run_ranks
+from tests.reference import tiny_model
+
+
+class _WithHead(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.model, self.head = tiny_model(), nn.Linear(4, 4)
+
+
+def _spread(steps: Steps) -> None:
+    for experts in steps.experts:
+        steps.spread_experts(experts)
+
+
+def _select(steps: Steps) -> None:
+    _spread(steps)
+    steps.select_experts_forward(steps.models[0])
+
+
+def _dense(steps: Steps) -> None:
+    _select(steps)
+    steps.shard_dense(steps.models[0])
+
+
+def _first_experts(steps: Steps) -> nn.Module:
+    return next(iter(steps.experts))
+
+
+# Name of the step, what it needs, the steps before, and the step itself.
+ORDERS: list[tuple[str, str, Callable[[Steps], Any], Callable[[Steps], Any]]] = [
+    ("broadcast_weights", "whole weights", _spread, lambda s: s.broadcast_weights()),
+    ("split_matrices", "FSDP has not taken over", _dense, lambda s: s.split_matrices(s.models[0], {})),
+    ("split_matrices", "experts that are whole", _spread, lambda s: s.split_matrices(s.models[0], {})),
+    ("spread_experts", "FSDP has not taken over", _dense, lambda s: s.spread_experts(_first_experts(s))),
+    ("select_experts_forward", "spread", lambda s: None, lambda s: s.select_experts_forward(s.models[0])),
+    ("select_experts_forward", "before FSDP", _dense, lambda s: s.select_experts_forward(s.models[0])),
+    ("wrap_layers", "experts that are spread", lambda s: None, lambda s: s.wrap_layers(s.models[0], "full", False)),
+    ("wrap_layers", "FSDP has not taken over", _dense, lambda s: s.wrap_layers(s.models[0], "full", False)),
+    ("shard_dense", "experts that are spread", lambda s: None, lambda s: s.shard_dense(s.models[0])),
+    ("shard_dense", "forward to be selected", _spread, lambda s: s.shard_dense(s.models[0])),
+    ("shard_beside", "under FSDP", _select, lambda s: s.shard_beside()),
+    ("sum_gradients", r"to be sharded, and \['head.weight', 'head.bias'\]", _dense, lambda s: s.sum_gradients()),
+]
+
+
+def _out_of_order(index: int) -> None:
+    name, needed, before, step = ORDERS[index]
+    world, module = dist.get_world_size(), _WithHead()
+    layout = ParallelLayout.resolve(world, "auto", world, world)
+    meshes = layout.build_meshes(device().type)
+    steps = Steps(module, meshes, device(), expert_plan(module), MixedPrecisionPolicy())
+    before(steps)
+    with pytest.raises(RuntimeError, match=f"^{name} needs .*{needed}.*out of order"):
+        step(steps)
+
+
+def _all_out_of_order() -> None:
+    for index in range(len(ORDERS)):
+        _out_of_order(index)
+
+
+def test_every_step_says_what_it_needs() -> None:
+    names = {name for name, *_ in ORDERS}
+    assert names == {name for name in vars(Steps) if not name.startswith("_")}
+    run_ranks(2, _all_out_of_order)
+
+
+def _other_style() -> None:
+    from torch.distributed.tensor.parallel import ParallelStyle
+
+    class Other(ParallelStyle):
+        def _apply(self, module: nn.Module, device_mesh: Any) -> nn.Module:
+            return module
+
+    model, layout = tiny_model(), ParallelLayout(2, ep=2)
+    plan = {name: Other() for name in expert_plan(model)}
+    steps = Steps(model, layout.build_meshes(device().type), device(), plan, MixedPrecisionPolicy())
+    with pytest.raises(RuntimeError, match="spread_experts needs an ExpertParallel style, no Other"):
+        steps.spread_experts(_first_experts(steps))
+
+
+def test_a_style_that_spreads_nothing_is_named() -> None:
+    run_ranks(2, _other_style)
