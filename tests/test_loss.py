@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers.models.qwen3_moe import Qwen3MoeForCausalLM
 
 from lightning_ep import loss as module
+from lightning_ep import transformers_adapter as adapter
 from lightning_ep.loss import summed_loss, token_losses
 from lightning_ep.ops.cross_entropy import shifted
 from tests.reference import batches, grad_or_zero, relative_error, tiny_config, tiny_model
@@ -91,7 +92,9 @@ def test_the_head_keeps_its_weight_and_its_hooks() -> None:
     targets, inputs = _batch()
     losses, _ = token_losses(model, targets, inputs)
     loss, _ = summed_loss(model, targets, inputs)
-    assert getattr(model, module._METHOD) is not None
+    head = adapter.recall(model, module._Head)
+    assert head is not None
+    assert head.gives_the_logits
     assert relative_error(loss, losses.sum()) < 1e-6
     # A hook that changes what the head gives takes the plain path, and is not lost.
     model.lm_head.register_forward_hook(lambda head, args, logits: logits * 3)

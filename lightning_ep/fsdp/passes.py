@@ -41,7 +41,7 @@ from lightning_ep.fsdp.state import State
 
 def begin_pass(state: State) -> None:
     """Ends what the pass before has left, if this call begins one."""
-    if fsdp.begins_pass(state):
+    if fsdp.is_outermost(state):
         end_pass(state)
 
 
@@ -60,7 +60,8 @@ def break_off_if_it_raises(module: nn.Module) -> Generator[None, None, None]:
         yield
     except BaseException:
         for root in fsdp.roots(module):
-            begin_pass(root)
+            if fsdp.is_outermost(root):
+                end_pass(root)
         raise
 
 

@@ -50,13 +50,13 @@ def make_root(state: State) -> None:
         state._lazy_init()
 
 
-def begins_pass(state: State) -> bool:
-    """Whether a call that comes now is no part of a pass: of a root around it, or of a checkpoint in backward."""
+def is_outermost(state: State) -> bool:
+    """Whether nothing is around a call of a root: no other root, and no checkpoint that repeats it in backward."""
     return state._is_root is not False and not in_backward()
 
 
 def is_alone(state: State) -> bool:
-    """Whether the call that ends now was no part of a pass of a root around it, or of a checkpoint in backward."""
+    """Whether a call of a part came from outside of a pass: not from its root, nor from a checkpoint in backward."""
     return state._state_ctx.iter_forward_root in (None, state) and not in_backward()
 
 
