@@ -328,3 +328,27 @@ def test_a_file_keeps_a_learning_rate_that_changes_while_it_is_written() -> None
     kept = gather_optimizer(optimizer, keep=True)
     optimizer.param_groups[0]["lr"].mul_(0.5)
     assert kept["param_groups"][0]["lr"] == pytest.approx(0.1)
+
+
+class _ByGetattr:
+    """Pickled as Python 3.11.2 pickles the members of enumerations."""
+
+    def __init__(self, owner: Any, name: str) -> None:
+        self._owner, self._name = owner, name
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return getattr, (self._owner, self._name)
+
+
+def test_members_of_enumerations_are_no_code(tmp_path: Path) -> None:
+    from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING
+
+    from lightning_ep.checkpoint.tensor_files import SafeReader
+
+    member = _MEM_FORMAT_ENCODING.TORCH_CHANNELS_LAST
+    (tmp_path / ".metadata").write_bytes(pickle.dumps(_ByGetattr(_MEM_FORMAT_ENCODING, member.name)))
+    assert SafeReader(tmp_path).read_metadata() is member
+    for owner, name in ((torch.Size, "__init__"), (_MEM_FORMAT_ENCODING, "__class__")):
+        (tmp_path / ".metadata").write_bytes(pickle.dumps(_ByGetattr(owner, name)))
+        with pytest.raises(CheckpointError, match="may run code"):
+            SafeReader(tmp_path).read_metadata()

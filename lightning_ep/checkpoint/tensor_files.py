@@ -7,6 +7,7 @@ import pickle
 import warnings
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -203,9 +204,20 @@ class SafeReader(FileSystemReader):
         return {name: (entry.size, entry.properties.dtype) for name, entry in weights.items()}
 
 
+def _member(kind: Any, name: str) -> Any:
+    """A member of an enumeration, for which the pickles of Python 3.11.2 (Debian 12) call `getattr`."""
+    if isinstance(kind, type) and issubclass(kind, Enum) and name in kind.__members__:
+        return kind[name]
+    raise CheckpointError(
+        f"the index {INDEX} of the checkpoint asks {kind} for {name!r}: it may run code. Do not use it."
+    )
+
+
 class _SafeUnpickler(pickle.Unpickler):
     @override
     def find_class(self, module: str, name: str) -> Any:
+        if (module, name) == ("builtins", "getattr"):
+            return _member
         is_dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
         if not is_dtype and name not in _SAFE.get(module, ()):
             raise CheckpointError(
