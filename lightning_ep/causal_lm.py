@@ -28,7 +28,7 @@ from lightning_ep.ops.cross_entropy import IGNORE
 from lightning_ep.strategy import ExpertParallelStrategy
 from lightning_ep.trainer.adamw import AdamW
 from lightning_ep.trainer.clipping import clip_grad_norm_, clip_in_step_
-from lightning_ep.trainer.loss_scale import sum_to_mean
+from lightning_ep.trainer.loss_scale import mean_of_sum
 
 
 class CausalLM(LightningModule):
@@ -167,7 +167,7 @@ class CausalLM(LightningModule):
             # The window is this batch, so its tokens are known before backward: no pass over the gradients is needed.
             strategy = self.trainer.strategy
             assert isinstance(strategy, ExpertParallelStrategy)
-            return loss * sum_to_mean(self._close_window(sums), strategy.layout, accumulated=1)
+            return mean_of_sum(loss, self._close_window(sums), strategy.layout)
         self._open_window(sums)
         return loss
 
@@ -188,13 +188,16 @@ class CausalLM(LightningModule):
         self._train_loss = (loss / tokens).float()
         return tokens.float()
 
-    def gradient_denominator(self) -> Tensor | None:
-        """The global number of valid tokens since the last step, by which the strategy divides the gradients.
+    @property
+    def gradient_denominator(self) -> Callable[[], Tensor] | None:
+        """Gives the global number of valid tokens since the last step, by which the strategy divides the gradients.
 
-        None if no window is open: `training_step` has divided already, or is a subclass's and returns means.
+        None while no window is open: `training_step` has divided already, or is a subclass's and returns means.
         """
-        if self._window is None:
-            return None
+        return None if self._window is None else self._end_window
+
+    def _end_window(self) -> Tensor:
+        assert self._window is not None
         sums, self._window = self._window, None
         return self._close_window(sums)
 

@@ -21,7 +21,7 @@ from lightning_ep.hub.load import stream_pretrained
 from lightning_ep.layers.recompute import ActivationCheckpointing
 from lightning_ep.layers.wrap import check_recompute, wrap_layers
 from lightning_ep.layout import Meshes, ParallelLayout
-from lightning_ep.moe.expert_parallel import ExpertParallel, expert_plan
+from lightning_ep.moe.expert_parallel import expert_plan
 from lightning_ep.moe.experts import is_parallel_experts
 from lightning_ep.tensor_parallel import apply_tensor_plan, tensor_plan
 
@@ -185,14 +185,19 @@ class Steps:
         _needs("spread_experts", not _under_fsdp(self.module, but=self.experts), "layers that FSDP has not taken over")
         style = self.experts[experts]
         parallelize_module(experts, self._meshes.expert["ep"], style)
-        _needs("spread_experts", is_parallel_experts(experts), f"an ExpertParallel style, no {type(style).__name__}")
+        if not is_parallel_experts(experts):
+            raise ValueError(
+                f"{type(style).__name__} in the plan spreads no experts. Use lightning_ep.ExpertParallel, as "
+                "`lightning_ep.expert_plan` does, or a style that applies it."
+            )
         shard_experts(experts, self._meshes, self._mp_policy, self._device)
 
     def select_experts_forward(self, model: PreTrainedModel) -> None:
         """Has `lightning_ep.moe.experts` run the experts of a model."""
         _needs("select_experts_forward", all(map(is_parallel_experts, self.experts)), "experts that are spread")
         _needs("select_experts_forward", not isinstance(model, FSDPModule), "the model's class as it was before FSDP")
-        adapter.use_registered_experts(model)
+        inside = set(model.modules())
+        adapter.use_registered_experts(model, [experts for experts in self.experts if experts in inside])
 
     def wrap_layers(self, model: PreTrainedModel, mode: ActivationCheckpointing, compile: bool) -> None:
         """Recompute and compilation: around experts that are spread, inside of FSDP's hooks."""
@@ -243,8 +248,12 @@ def check(
     """
     for name, style in plan.items():
         experts = module.get_submodule(name)
-        if isinstance(style, ExpertParallel):
-            style.validate(experts, layout)
+        num_experts = getattr(experts, "num_experts", None)
+        if isinstance(num_experts, int):
+            layout.check_num_experts(num_experts, name)
+        validate = getattr(style, "validate", None)
+        if validate is not None:
+            validate(experts, layout.ep)
     models = adapter.pretrained_models(module).values()
     tensor_plans = {model: tensor_plan(model, layout) for model in models} if layout.tp > 1 else {}
     for model in models:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor.parallel import parallelize_module
+from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
-from lightning_ep import ParallelLayout, parallelize
+from lightning_ep import ParallelLayout, expert_plan, parallelize
 from lightning_ep.fsdp import groups as layer_groups
 from lightning_ep.fsdp.accumulation import set_gradient_sync
 from lightning_ep.loss import summed_loss
@@ -178,3 +182,30 @@ def _root_around() -> list[str]:
 
 def test_a_root_of_the_users_around_ours_goes_on() -> None:
     assert run_ranks(2, _root_around) == [[], []]
+
+
+def _experts_of_the_users() -> list[bool]:
+    """Experts spread by the plan alone, under a `fully_shard` and a checkpoint of the user's that stops late."""
+    mesh = init_device_mesh(device().type, (dist.get_world_size(), 1), mesh_dim_names=("fsdp", "ep"))
+    model = tiny_model().to(device())
+    plan = expert_plan(model)
+    parallelize_module(model, mesh["ep"], plan)
+    model.set_experts_implementation("lightning_ep")
+    experts = [model.get_submodule(name) for name in plan]
+    for module in experts:
+        fully_shard(module, mesh=mesh["fsdp"], shard_placement_fn=lambda _: Shard(1))
+    for layer in model.model.layers:
+        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
+        fully_shard(layer, mesh=mesh["fsdp"])
+    fully_shard(model, mesh=mesh["fsdp"])
+    ids = batches(1, 2)[0]["input_ids"].to(device())
+    with set_checkpoint_early_stop(False):
+        model(input_ids=ids, use_cache=False).logits.square().mean().backward()
+    # Gathered, they are DTensors of the experts' mesh alone.
+    return [param.device_mesh.ndim == 2 for module in experts for param in module.parameters()]
+
+
+def test_experts_that_a_users_checkpoint_runs_again_are_shards_after_backward() -> None:
+    shards = run_ranks(2, _experts_of_the_users)
+    assert all(shards[0])
+    assert all(shards[1])

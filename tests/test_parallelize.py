@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import deepcopy
 from typing import Any
 
 import pytest
+import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
+from torch.distributed.tensor.parallel import ParallelStyle
+from transformers import Qwen3MoeForCausalLM
 
-from lightning_ep import ParallelLayout, expert_plan
-from lightning_ep.parallelize import Steps
+from lightning_ep import ParallelLayout, expert_plan, parallelize
+from lightning_ep.parallelize import Steps, check
 from tests.distributed import device, run_ranks
 from tests.reference import tiny_model
 
@@ -81,8 +85,6 @@ def test_every_step_says_what_it_needs() -> None:
 
 
 def _other_style() -> None:
-    from torch.distributed.tensor.parallel import ParallelStyle
-
     class Other(ParallelStyle):
         def _apply(self, module: nn.Module, device_mesh: Any) -> nn.Module:
             return module
@@ -90,9 +92,51 @@ def _other_style() -> None:
     model, layout = tiny_model(), ParallelLayout(2, ep=2)
     plan = {name: Other() for name in expert_plan(model)}
     steps = Steps(model, layout.build_meshes(device().type), device(), plan, MixedPrecisionPolicy())
-    with pytest.raises(RuntimeError, match="spread_experts needs an ExpertParallel style, no Other"):
+    with pytest.raises(ValueError, match=r"Other in the plan spreads no experts. Use lightning_ep.ExpertParallel"):
         steps.spread_experts(_first_experts(steps))
 
 
 def test_a_style_that_spreads_nothing_is_named() -> None:
     run_ranks(2, _other_style)
+
+
+class _Mine(Qwen3MoeForCausalLM):
+    """A class in a file where transformers finds no experts."""
+
+
+def _own_class() -> float:
+    from tests.reference import batches, relative_error, tiny_config
+
+    torch.manual_seed(0)
+    model, world = _Mine(tiny_config()), dist.get_world_size()
+    plain = deepcopy(model)
+    parallelize(model, ParallelLayout(world, ep=world), device())
+    batch = batches(1, 2)[0]
+    expected = plain(**batch, use_cache=False).loss
+    found = model(**{key: value.to(device()) for key, value in batch.items()}, use_cache=False).loss
+    return relative_error(found.detach().cpu(), expected.detach())
+
+
+def test_a_model_class_of_the_users_runs_its_experts_over_ranks() -> None:
+    assert max(run_ranks(2, _own_class)) < 1e-5
+
+
+class _Delegating(ParallelStyle):
+    """A style of the user's around ours, with a check of its own."""
+
+    def __init__(self, inner: ParallelStyle) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def validate(self, module: nn.Module, num_ranks: int) -> None:
+        raise ValueError(f"my own check for {num_ranks} ranks")
+
+    def _apply(self, module: nn.Module, device_mesh: Any) -> nn.Module:
+        return self.inner._apply(module, device_mesh)
+
+
+def test_a_style_of_the_users_is_asked_before_anything_changes() -> None:
+    model = tiny_model()
+    plan = {name: _Delegating(style) for name, style in expert_plan(model).items()}
+    with pytest.raises(ValueError, match="my own check for 2 ranks"):
+        check(model, ParallelLayout(2, ep=2), plan)

@@ -38,7 +38,6 @@ OURS = [
     ("data/corpus.py", {"pre_tokenizer", "decoder"}, "a tokenizer in the making"),
     ("data/resumable_loader.py", {"manual_seed"}, "a generator of its own"),
     ("distributed/agreement.py", {"__cause__"}, "an exception that it raises"),
-    ("fsdp/groups.py", {"after_repeat"}, "an ExpertContext"),
     ("hub/directory.py", {"architectures", "dtype"}, "a copy of the config"),
     ("hub/export.py", {"generation_config"}, "a model that `meta_model` has made"),
     ("hub/meta_models.py", {"data", "dtype", "generation_config"}, "a model in the making, on meta"),

@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor, Shard
 from transformers import PreTrainedModel
 
 from lightning_ep import transformers_adapter as adapter
-from lightning_ep.fsdp.passes import shard_after_backward, watch_layers, watch_root
+from lightning_ep.fsdp.passes import watch_layers, watch_root
 from lightning_ep.fsdp.prefetch import chain_prefetches
 from lightning_ep.layout import Meshes
 from lightning_ep.moe.experts import expert_context, is_parallel_experts
@@ -62,7 +62,6 @@ def shard_experts(experts: nn.Module, meshes: Meshes, mp_policy: MixedPrecisionP
         # Its inputs come as the layer made them: many routers give weights in fp32, which FSDP would round.
         mp_policy = replace(mp_policy, cast_forward_inputs=False)
         fully_shard(experts, mesh=mesh, mp_policy=mp_policy, shard_placement_fn=lambda _: placement)
-        expert_context(experts).after_repeat = partial(shard_after_backward, experts)
         return
     # A group of one rank has nothing to gather or reduce, and FSDP's copies around that nothing cost more than the
     # experts' arithmetic at 4k tokens. The placements are those that FSDP would give; the MoE body casts.

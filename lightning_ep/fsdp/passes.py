@@ -13,8 +13,8 @@ of an embedding or a layer before any forward       a call of a part, which must
 of a layer of a group inside a forward              a part, whose inputs are cast, and from which a backward may start
 of a layer by itself (a probe)                      a pass of its own, which **ends** with the call
 that raises, or whose backward does                 **broken off**: the pass ends at once, everything is a shard again
-of experts again in backward, by a checkpoint of    a forward that nobody ends: it ends with this backward
-the user's
+of experts again in backward, by a checkpoint of    a forward that nobody ends: it ends with this backward, as
+the user's                                          `lightning_ep.moe.experts` asks FSDP by its public method
 ==================================================  ===================================================================
 
 Gradients follow the rule of plain modules: what earlier backward passes of an accumulation window have added stays if a
@@ -25,13 +25,12 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Generator, Iterable
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import Variable
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from torch.distributed.utils import _apply_to_tensors
 
@@ -59,8 +58,8 @@ def break_off_if_it_raises(module: nn.Module) -> Generator[None, None, None]:
     try:
         yield
     except BaseException:
-        for root in fsdp.roots(module):
-            if fsdp.is_outermost(root):
+        with suppress(Exception):  # what fails now (a broken GPU) would hide the error; the next pass begins with it
+            for root in filter(fsdp.is_outermost, fsdp.roots(module)):
                 end_pass(root)
         raise
 
@@ -166,13 +165,3 @@ def _leave_layer(state: State, layer: nn.Module, args: Any, output: Any) -> None
             tensor.register_hook(gather)
     if fsdp.is_alone(state):
         end_pass(state)
-
-
-def shard_after_backward(experts: nn.Module) -> None:
-    """Ends, with this backward, a forward of experts that a checkpoint of the user's runs again inside of it.
-
-    When that comes after their own backward (checkpointing without early stop), FSDP gathers their parameters again,
-    and nobody would let go of them: the next forward would run on weights from before the optimizer step.
-    """
-    assert isinstance(experts, FSDPModule)
-    Variable._execution_engine.queue_callback(experts.reshard)

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import os
 from copy import deepcopy
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import transformers
 from huggingface_hub import snapshot_download
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
@@ -47,11 +49,13 @@ def from_pretrained(
         CheckpointError: If there is no such checkpoint, if its weights are pickled or quantized, or if its config is
             that of another architecture than ``auto_class`` builds.
     """
-    # Of every node one rank first, which may download.
-    first = int(os.environ.get("LOCAL_RANK", "0")) == 0
-    directory = Ranks(CheckpointError).in_turns(
-        f"{path} cannot be opened", first, lambda: _find(os.fspath(path), revision, trust_remote_code)
-    )
+    find = partial(_find, os.fspath(path), revision, trust_remote_code)
+    if dist.is_initialized():
+        # Of every node one rank first, which may download.
+        first = int(os.environ.get("LOCAL_RANK", "0")) == 0
+        directory = Ranks(CheckpointError).in_turns(f"{path} cannot be opened", first, find)
+    else:
+        directory = find()
     if config_overrides.get("dtype") == "auto":
         del config_overrides["dtype"]  # transformers' word for what the config says
     config, unknown = AutoConfig.from_pretrained(

@@ -47,12 +47,12 @@ class ExpertParallel(ParallelStyle):
         self.experts_implementation = experts_implementation
         self.progress = progress or Progress()
 
-    def validate(self, module: nn.Module, layout: ParallelLayout) -> None:
-        """Raises ValueError, before anything is sharded, if ``module`` cannot be split over ``layout.ep`` ranks."""
+    def validate(self, module: nn.Module, num_ranks: int) -> None:
+        """Raises ValueError, before anything is sharded, if ``module`` cannot be split over ``num_ranks``."""
         num_experts = getattr(module, "num_experts", None)
         if not isinstance(num_experts, int):
             raise ValueError(f"{self.layer} ({type(module).__name__}) does not say how many experts it has.")
-        layout.check_num_experts(num_experts, self.layer)
+        ParallelLayout(num_ranks, ep=num_ranks).check_num_experts(num_experts, self.layer)
         for name, param in module.named_parameters():
             if "." in name or param.ndim < 2 or param.shape[0] != num_experts:
                 raise ValueError(
@@ -71,7 +71,7 @@ class ExpertParallel(ParallelStyle):
 
     @override
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
-        self.validate(module, ParallelLayout(device_mesh.size(), ep=device_mesh.size()))
+        self.validate(module, device_mesh.size())
         group = device_mesh.get_group()
         num_experts: int = module.num_experts  # type: ignore[assignment]
         dispatcher = self._build_dispatcher(num_experts, group)

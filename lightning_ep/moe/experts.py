@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor, nn
+from torch.autograd import Variable
+from torch.distributed.fsdp import FSDPModule
 
 from lightning_ep import transformers_adapter as adapter
 from lightning_ep.moe.dispatch import Dispatcher
@@ -28,8 +30,6 @@ class ExpertContext:
         param_names: Names of the experts' parameters on the module.
         masters: How these parameters are cast for the GEMMs.
         leave: As in `moe_forward`; set by the activation checkpointing of a layer.
-        after_repeat: Called where a checkpoint that is not ours runs the module again in backward; set by whoever
-            gathers the parameters for a forward and would not let go of them then.
     """
 
     dispatcher: Dispatcher[Any]
@@ -37,7 +37,6 @@ class ExpertContext:
     param_names: tuple[str, ...]
     masters: MasterWeights = field(default_factory=MasterWeights)
     leave: Callable[[Tensor], Callable[[], Tensor] | None] | None = None
-    after_repeat: Callable[[], None] | None = None
 
 
 def expert_context(module: nn.Module) -> ExpertContext:
@@ -65,8 +64,10 @@ def _experts_forward(module: nn.Module, hidden_TH: Tensor, ids_TK: Tensor, weigh
             "routing and (with ep > 1) every exchange of tokens between ranks is repeated. Use "
             "ExpertParallelStrategy(activation_checkpointing='full'), or 'selective', in its place."
         )
-        if context.after_repeat is not None:
-            context.after_repeat()
+        if isinstance(module, FSDPModule):
+            # After their own backward (checkpointing without early stop) FSDP has gathered them again, and nobody would
+            # let go of them: the next forward would run on weights from before the optimizer step.
+            Variable._execution_engine.queue_callback(module.reshard)
     params = [getattr(module, name) for name in context.param_names]
     dispatcher, experts = context.dispatcher, context.experts
     return moe_forward(dispatcher, experts, hidden_TH, ids_TK, weights_TK, params, context.leave, context.masters)

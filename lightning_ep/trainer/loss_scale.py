@@ -1,17 +1,21 @@
 """What a loss is divided by: the one place that knows.
 
-FSDP groups *sum* gradients over ranks, and Lightning divides every loss by ``accumulate_grad_batches``. So the gradient
-of a step is that of the sum over ranks and micro-batches of ``loss / accumulate_grad_batches``, scaled from here:
+FSDP groups *sum* gradients over ranks, and Lightning divides every loss by ``accumulate_grad_batches``. A step is to
+follow a mean all the same, so a loss that is
 
-- every loss enters backward through `mean_over_ranks`, which makes the whole the mean that Lightning promises;
-- what was a *sum* of terms is multiplied by `sum_to_mean`, which takes both divisions back and divides by the terms of
-  the whole window instead: the loss itself where the terms are known before its backward, else the gradients.
+- a mean, as Lightning has losses, is divided by the ranks as it enters backward (`into_backward`);
+- a sum, of a module that is a `SumsLosses`, loses Lightning's division there, and gradients are divided by the terms of
+  the whole window when that ends (`at_step`);
+- a sum whose terms are known before its backward becomes a mean there and then (`mean_of_sum`), without a pass over
+  the gradients.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol, runtime_checkable
 
+from lightning.pytorch import LightningModule
 from torch import Tensor
 
 from lightning_ep.layout import ParallelLayout
@@ -21,30 +25,39 @@ from lightning_ep.layout import ParallelLayout
 class SumsLosses(Protocol):
     """A LightningModule whose ``training_step`` returns sums of terms, of which a step follows the mean."""
 
-    def gradient_denominator(self) -> Tensor | None:
-        """The number of terms, of all ranks (tp and cp peers included), since the last optimizer step.
+    @property
+    def gradient_denominator(self) -> Callable[[], Tensor] | None:
+        """A method that gives the number of terms since the last step, of all ranks (tp and cp peers included).
 
-        Called once per optimizer step, on every rank, before hooks, clipping and the step see the gradients.
-
-        Returns:
-            0-dim, on the gradients' device, the same on every rank; None if the losses of this step were means.
+        It is called once per optimizer step, on every rank, before hooks, clipping and the step see the gradients, and
+        returns a 0-dim tensor on their device, the same on every rank. A module that sums in some steps only makes it a
+        property, which is None while its losses are means.
         """
 
 
-def mean_over_ranks(loss: Tensor, layout: ParallelLayout) -> Tensor:
-    """A loss as it enters backward; tensor-parallel peers add parts of one sum and count as ranks."""
-    return loss / layout.loss_world_size
+def denominator_of(module: LightningModule) -> Callable[[], Tensor] | None:
+    """What gives the terms of the losses that ``module`` returns now, or None if they are means."""
+    return module.gradient_denominator if isinstance(module, SumsLosses) else None
 
 
-def sum_to_mean(terms: Tensor, layout: ParallelLayout, accumulated: int) -> Tensor:
-    """The factor that makes a mean over ``terms`` of a sum that is scaled as a mean of losses.
+def into_backward(loss: Tensor, module: LightningModule, layout: ParallelLayout, accumulated: int) -> Tensor:
+    """A loss as it enters backward.
 
     Args:
-        terms: 0-dim, all terms of the window on all ranks.
-        layout: The layout.
-        accumulated: ``accumulate_grad_batches``, by which Lightning divides every loss.
-
-    Returns:
-        0-dim.
+        loss: As Lightning gives it, divided by ``accumulated``.
+        module: What returned it.
+        layout: The layout; tensor-parallel peers add parts of one sum and count as ranks.
+        accumulated: ``accumulate_grad_batches``.
     """
-    return layout.loss_world_size * accumulated / terms
+    return loss / layout.loss_world_size if denominator_of(module) is None else loss * accumulated
+
+
+def at_step(module: LightningModule) -> Tensor | None:
+    """The factor of the gradients of a window that ends, 0-dim; None if they are right. To be called once per step."""
+    denominator = denominator_of(module)
+    return None if denominator is None else 1 / denominator()
+
+
+def mean_of_sum(loss: Tensor, terms: Tensor, layout: ParallelLayout) -> Tensor:
+    """A sum over this rank's terms as a loss whose mean over the ranks is that over all ``terms`` (0-dim)."""
+    return loss * (layout.loss_world_size / terms)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -21,7 +22,15 @@ from lightning_ep import transformers_adapter as adapter
 from lightning_ep.fsdp.accumulation import reduce_kept_gradients
 from lightning_ep.fsdp.passes import break_off_if_it_raises
 from lightning_ep.trainer.clipping import clip_grad_norm_, clip_grad_value_, clip_in_step_, scale_gradients
-from lightning_ep.trainer.loss_scale import SumsLosses, mean_over_ranks, sum_to_mean
+from lightning_ep.trainer.loss_scale import at_step, into_backward
+
+
+@dataclass(frozen=True)
+class _ShardedWith:
+    """What is remembered of a model: the precision that it was sharded with, which cannot be changed any more."""
+
+    precision: str
+
 
 ShardedPrecisionName = Literal["32-true", "bf16-mixed", "bf16-true"]
 
@@ -66,12 +75,12 @@ class ShardedPrecision(Precision):
     def note_sharded(self, module: nn.Module) -> None:
         """Remembers on the models of a module that they were sharded with this precision."""
         for model in adapter.pretrained_models(module).values():
-            adapter.remember(model, self)
+            adapter.remember(model, _ShardedWith(self.precision))
 
     def check_sharded(self, module: nn.Module) -> None:
         """Raises ValueError if a module was sharded with another precision, which cannot be changed any more."""
         for model in adapter.pretrained_models(module).values():
-            found = adapter.recall(model, ShardedPrecision)
+            found = adapter.recall(model, _ShardedWith)
             if found is not None and found.precision != self.precision:
                 raise ValueError(
                     f"{type(module).__name__} was sharded with precision={found.precision!r} by an earlier run, and "
@@ -104,7 +113,9 @@ class ShardedPrecision(Precision):
     def backward(  # type: ignore[override]
         self, tensor: Tensor, model: LightningModule, optimizer: Steppable | None, *args: Any, **kwargs: Any
     ) -> None:
-        tensor = mean_over_ranks(tensor, model.trainer.strategy.layout)  # type: ignore[attr-defined]
+        trainer = model.trainer
+        layout = trainer.strategy.layout  # type: ignore[attr-defined]
+        tensor = into_backward(tensor, model, layout, trainer.accumulate_grad_batches)
         with break_off_if_it_raises(model):
             super().backward(tensor, model, optimizer, *args, **kwargs)
 
@@ -113,9 +124,7 @@ class ShardedPrecision(Precision):
         # Before on_before_optimizer_step, so that callbacks and clipping see the gradients of the step.
         if model.trainer.accumulate_grad_batches > 1 or not model.automatic_optimization:
             reduce_kept_gradients(model)
-        if isinstance(model, SumsLosses) and (terms := model.gradient_denominator()) is not None:
-            layout = model.trainer.strategy.layout  # type: ignore[attr-defined]
-            factor = sum_to_mean(terms, layout, model.trainer.accumulate_grad_batches)
+        if (factor := at_step(model)) is not None:
             scale_gradients(self.main_params(optimizer), factor)  # type: ignore[arg-type]
         super()._after_closure(model, optimizer)
 

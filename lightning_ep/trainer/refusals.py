@@ -12,7 +12,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.optim import Optimizer
 
-from lightning_ep.trainer.loss_scale import SumsLosses
+from lightning_ep.trainer.loss_scale import denominator_of
 
 _AVERAGE = (
     "it copies the whole module, which FSDP2 does not allow. Average the shards (`param.to_local()`) in a callback of "
@@ -105,7 +105,7 @@ def refuse_unsupported(trainer: Trainer, layer_sync: object | None) -> None:
                 "in saving, and after an exception one is missing. Use every_n_train_steps instead."
             )
     module = trainer.lightning_module
-    if not module.automatic_optimization and isinstance(module, SumsLosses) and _is_users_own(module):
+    if not module.automatic_optimization and denominator_of(module) is not None:
         raise ValueError(
             f"{type(module).__name__} has gradient_denominator and optimizes manually, where the strategy cannot know "
             "before which clipping or step gradients are to be divided. Leave gradient_denominator out and pass "
@@ -116,12 +116,6 @@ def refuse_unsupported(trainer: Trainer, layer_sync: object | None) -> None:
             "sync_batchnorm=True cannot run with ExpertParallelStrategy: it replaces modules before they are sharded. "
             "Use normalisation without running statistics (RMSNorm, LayerNorm) instead."
         )
-
-
-def _is_users_own(module: SumsLosses) -> bool:
-    """Whether ``gradient_denominator`` is the user's: that of `CausalLM` is None without accumulation by Lightning."""
-    owner = next((cls for cls in type(module).__mro__ if "gradient_denominator" in vars(cls)), None)
-    return owner is None or not owner.__module__.startswith("lightning_ep.")
 
 
 def refuse_optimizers(optimizers: list[Optimizer]) -> None:

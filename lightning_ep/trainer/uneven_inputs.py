@@ -126,7 +126,7 @@ def with_equal_steps(
     limit: int | float | None = None,
     join: Join | None = None,
 ) -> Any:
-    """Returns ``loader`` itself where all ranks have equally many batches, else a `EqualStepsLoader`.
+    """Returns ``loader`` itself where all ranks have equally many batches, else an `EqualStepsLoader`.
 
     Args:
         loader: The rank's loader, sized or not.

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -76,13 +79,21 @@ def register_experts(function: ExpertsFunction) -> None:
     ExpertsInterface.register(EXPERTS_IMPLEMENTATION, function)
 
 
-def use_registered_experts(model: PreTrainedModel) -> None:
+def use_registered_experts(model: PreTrainedModel, experts: Iterable[nn.Module]) -> None:
     """Selects, in the whole model, the function that `register_experts` was given.
 
     transformers looks for the experts of a class in the source file of that class, so this comes before FSDP replaces
-    the class by one of torch's.
+    the class by one of torch's. In the file of a class of the user's it finds none, and sets nothing.
+
+    Args:
+        model: A model.
+        experts: Those of its experts modules that must run the function.
     """
     model.set_experts_implementation(EXPERTS_IMPLEMENTATION)
+    for module in experts:
+        config: Any = getattr(module, "config", None)
+        if config is not None and not runs_registered_experts(module):
+            config._experts_implementation_internal = EXPERTS_IMPLEMENTATION
 
 
 def runs_registered_experts(module: nn.Module) -> bool:
