@@ -9,8 +9,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.seed import isolate_rng
 from typing_extensions import override
 
-from lightning_ep.callbacks.console import print_once
 from lightning_ep.context_parallel import whole_sequences
+from lightning_ep.distributed.console import print_once
 
 
 class GenerateSamples(Callback):

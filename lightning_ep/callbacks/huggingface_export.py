@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from typing_extensions import override
 
 from lightning_ep import transformers_adapter as adapter
-from lightning_ep.callbacks.console import print_once
+from lightning_ep.distributed.console import print_once
 from lightning_ep.hub.directory import ExportDtype, refuse_existing
 from lightning_ep.hub.export import export_sharded
 

@@ -1,1 +1,1 @@
-"""Hugging Face checkpoints: streamed into shards, and exported from them."""
+"""Hugging Face weights: streamed into shards, written out of them; what is on meta gets its values here."""

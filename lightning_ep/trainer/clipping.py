@@ -19,20 +19,24 @@ from lightning_ep.ops.scale import scale_
 from lightning_ep.trainer.adamw import AdamW
 
 
-def local_gradients(params: Iterable[Tensor]) -> list[Tensor]:
+def _local_gradients(params: Iterable[Tensor]) -> list[Tensor]:
     """This rank's parts of the gradients that there are, those without elements left out."""
     local = [local_tensor(param.grad) for param in params if param.grad is not None]
     return [grad for grad in local if grad.numel() > 0]
 
 
-@torch.no_grad()
-def scale_gradients(params: Iterable[Tensor], factor: Tensor) -> None:
-    """Multiplies every gradient in place by a number, a 0-dim tensor on their device."""
+def _widened_gradients(params: Iterable[Tensor]) -> list[Tensor]:
+    """The same in their parameters' dtypes, to be changed in place."""
     params = list(params)
     for param in params:
         widen_gradient(param)
-    grads = local_gradients(params)
-    if grads:
+    return _local_gradients(params)
+
+
+@torch.no_grad()
+def scale_gradients(params: Iterable[Tensor], factor: Tensor) -> None:
+    """Multiplies every gradient in place by a number, a 0-dim tensor on their device."""
+    if grads := _widened_gradients(params):
         scale_(grads, factor)
 
 
@@ -79,7 +83,7 @@ def global_grad_norm(params: Iterable[Tensor], norm_type: float = 2.0) -> Tensor
             groups.setdefault((_replicas(param.grad, known), str(param.grad.dtype)), []).append(param)
     total = torch.zeros((), dtype=torch.float64, device=device)
     for (replicas, _), group in sorted(groups.items()):
-        grads = local_gradients(group)
+        grads = _local_gradients(group)
         if not grads:
             continue
         if norm_type == 2.0:
@@ -150,10 +154,6 @@ def _clip_factor(norm: Tensor, max_norm: float) -> Tensor:
 @torch.no_grad()
 def clip_grad_value_(params: Iterable[Tensor], bound: float) -> None:
     """Clamps every element of the gradients to ``[-bound, bound]``, in place."""
-    params = list(params)
-    for param in params:
-        widen_gradient(param)
-    grads = local_gradients(params)
-    if grads:
+    if grads := _widened_gradients(params):
         torch._foreach_clamp_min_(grads, -bound)
         torch._foreach_clamp_max_(grads, bound)

@@ -6,6 +6,8 @@ import numpy as np
 from lightning.pytorch import Callback, LightningModule, Trainer
 from typing_extensions import override
 
+from lightning_ep.distributed.console import print_once
+
 
 def bigram_cross_entropy(train: np.ndarray, validation: np.ndarray, vocab_size: int) -> float:
     """Cross-entropy of an interpolated Kneser-Ney bigram model on the predictions that a causal language model makes.
@@ -103,7 +105,7 @@ class BigramBaseline(Callback):
     @override
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not trainer.sanity_checking:
-            _print_once(trainer, f"step {trainer.global_step}: {self._comparison(trainer)}")
+            print_once(trainer, f"step {trainer.global_step}: {self._comparison(trainer)}")
 
     @override
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -116,10 +118,3 @@ class BigramBaseline(Callback):
         name = "validation loss" if loss is not None else f"{self.monitor} was not logged"
         value = f" {loss:.2f} nats/token" if loss is not None else ""
         return f"{name}{value}, discounted bigram {self._loss:.2f}"
-
-
-def _print_once(trainer: Trainer, text: str) -> None:
-    """On the first process only, above the progress bar if there is one."""
-    if trainer.is_global_zero:
-        bar = trainer.progress_bar_callback
-        (bar.print if bar is not None else print)(text)
