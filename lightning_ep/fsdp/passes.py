@@ -23,7 +23,6 @@ forward raises; if a backward does, set them to zero and begin the window again.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Generator, Iterable
 from contextlib import contextmanager, suppress
 from functools import partial
@@ -91,7 +90,7 @@ def watch_root(root: nn.Module, parts: Iterable[nn.Module] = ()) -> None:
     state = fsdp.state_of(root)
     root.register_forward_pre_hook(lambda *_: begin_pass(state), prepend=True)
     fsdp.before_every_forward(state, partial(begin_pass, state))
-    root.forward = _broken_off_if_it_raises(root, root.forward)
+    root.forward = break_off_if_it_raises(root)(root.forward)  # the context, anew around every call
 
     def know_root(*_: Any) -> None:
         fsdp.make_root(state)
@@ -99,15 +98,6 @@ def watch_root(root: nn.Module, parts: Iterable[nn.Module] = ()) -> None:
             handle.remove()
 
     handles = [part.register_forward_pre_hook(know_root, prepend=True) for part in parts]
-
-
-def _broken_off_if_it_raises(root: nn.Module, forward: Any) -> Any:
-    @functools.wraps(forward)
-    def watched(*args: Any, **kwargs: Any) -> Any:
-        with break_off_if_it_raises(root):
-            return forward(*args, **kwargs)
-
-    return watched
 
 
 def watch_layers(group: list[nn.Module], mp_policy: MixedPrecisionPolicy) -> None:
