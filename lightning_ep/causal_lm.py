@@ -27,7 +27,7 @@ from lightning_ep.loss import summed_loss, token_losses
 from lightning_ep.ops.cross_entropy import IGNORE
 from lightning_ep.strategy import ExpertParallelStrategy
 from lightning_ep.trainer.adamw import AdamW
-from lightning_ep.trainer.clipping import clip_grad_norm_, clip_in_step_
+from lightning_ep.trainer.clipping import clip_grad_norm_
 from lightning_ep.trainer.loss_scale import mean_of_sum
 
 
@@ -140,11 +140,15 @@ class CausalLM(LightningModule):
         assert self.model is not None
         return self.model(**inputs)
 
+    @property
+    def _strategy(self) -> ExpertParallelStrategy:
+        strategy = self.trainer.strategy
+        assert isinstance(strategy, ExpertParallelStrategy)  # `configure_model` has refused others
+        return strategy
+
     def _targets_and_inputs(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Any]]:
         """Next tokens and the model's arguments, of this rank's piece of the sequences."""
-        strategy = self.trainer.strategy
-        assert isinstance(strategy, ExpertParallelStrategy)
-        inputs = strategy.shard_sequence(batch)
+        inputs = self._strategy.shard_sequence(batch)
         for key in ("labels", "num_items_in_batch"):
             inputs.pop(key, None)
         return inputs.pop("shift_labels"), inputs
@@ -165,9 +169,7 @@ class CausalLM(LightningModule):
             loss = loss + config.router_aux_loss_coef * auxiliary * tokens
         if self.trainer.accumulate_grad_batches == 1:
             # The window is this batch, so its tokens are known before backward: no pass over the gradients is needed.
-            strategy = self.trainer.strategy
-            assert isinstance(strategy, ExpertParallelStrategy)
-            return mean_of_sum(loss, self._close_window(sums), strategy.layout)
+            return mean_of_sum(loss, self._close_window(sums), self._strategy.layout)
         self._open_window(sums)
         return loss
 
@@ -219,7 +221,7 @@ class CausalLM(LightningModule):
         by_norm = clips and gradient_clip_algorithm != "value"
         max_norm = float(gradient_clip_val) if by_norm else float("inf")  # type: ignore[arg-type]
         if type(self).configure_gradient_clipping is CausalLM.configure_gradient_clipping:
-            self._grad_norm = clip_in_step_(optimizer, max_norm)
+            self._grad_norm = self._strategy.precision_plugin.clip_in_step(optimizer, max_norm)
         else:  # a subclass that may look at the clipped gradients
             params = [param for group in optimizer.param_groups for param in group["params"]]
             self._grad_norm = clip_grad_norm_(params, max_norm)
@@ -256,6 +258,8 @@ class CausalLM(LightningModule):
             self.log("train/loss", self._train_loss)
             # Of what is in the progress bar, Lightning asks for the number after every step.
             self.log("loss", self._shown_loss.swap(self._train_loss), prog_bar=True, logger=False)
+        if self._strategy.precision_plugin.guard.limit:
+            self.log("train/skipped_steps", torch.tensor(float(self._strategy.skipped_steps)))
         # A tensor, on the CPU: of a number Lightning would make one on the GPU, for which the host waits.
         self.log("lr", torch.tensor(optimizer.param_groups[0]["lr"]))
 

@@ -24,6 +24,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor
+from torch.distributed import ReduceOp
 from torch.distributed.tensor.parallel import ParallelStyle
 from torch.optim import Optimizer
 from typing_extensions import override
@@ -46,9 +47,11 @@ from lightning_ep.trainer.adamw import AdamW
 from lightning_ep.trainer.clipping import clip_grad_norm_
 from lightning_ep.trainer.cost_warnings import warn_if_ep_crosses_nodes, warn_if_large_in_memory
 from lightning_ep.trainer.loaders import prepare_loader
+from lightning_ep.trainer.nonfinite import NonfiniteGuard
 from lightning_ep.trainer.precision import ShardedPrecision
 from lightning_ep.trainer.refusals import refuse_optimizers, refuse_other_processes, refuse_unsupported
 from lightning_ep.trainer.signals import AgreeOnSignals
+from lightning_ep.trainer.steering import CheckMonitored
 
 _TIMEOUT = timedelta(minutes=30)  # Lightning's default
 
@@ -76,6 +79,8 @@ class ExpertParallelStrategy(ModelParallelStrategy):
             decoder layers, but neither their routing nor their experts, whose received rows are kept. ``"full"``: only
             each layer's input and routing are kept; rows travel once more and the experts' up projection is repeated.
         compile: Compile every decoder layer with `torch.compile`; its experts and collectives run as they are.
+        skip_nonfinite_steps: Leave out a step whose gradient norm is not finite, on all ranks, at most so many in a
+            row; the next one raises a RuntimeError. 0: such a step is taken. The host waits for the norm of every step.
         save_distributed_checkpoint: Save a directory to which every rank writes its shards, or (False) one file that
             rank 0 assembles.
         async_save: Copy what a checkpoint holds to host memory and write it behind the training, one checkpoint at a
@@ -95,6 +100,7 @@ class ExpertParallelStrategy(ModelParallelStrategy):
         experts_implementation: str = "auto",
         activation_checkpointing: ActivationCheckpointing = "none",
         compile: bool = False,
+        skip_nonfinite_steps: int = 0,
         save_distributed_checkpoint: bool = True,
         async_save: bool = False,
         process_group_backend: str | None = None,
@@ -115,6 +121,7 @@ class ExpertParallelStrategy(ModelParallelStrategy):
         self._experts_implementation = experts_implementation
         self._activation_checkpointing = activation_checkpointing
         self._compile = compile
+        self._guard = NonfiniteGuard(skip_nonfinite_steps)
         self._layout: ParallelLayout | None = None
         self._meshes: Meshes | None = None
         self._masters: ModelMasterWeights | None = None
@@ -123,6 +130,7 @@ class ExpertParallelStrategy(ModelParallelStrategy):
         self._async_save = async_save
         self._checkpoints: RunCheckpoints | None = None
         self._signals: AgreeOnSignals | None = None
+        self._monitored = CheckMonitored()
         if "pytorch_lightning" in sys.modules:
             rank_zero_warn(
                 "`pytorch_lightning` is imported beside `lightning`. Its Trainer does not know this strategy and calls "
@@ -158,15 +166,24 @@ class ExpertParallelStrategy(ModelParallelStrategy):
 
     @property
     @override
-    def precision_plugin(self) -> Precision:
-        return self._precision_plugin or ShardedPrecision()
+    def precision_plugin(self) -> ShardedPrecision:
+        plugin = self._precision_plugin or ShardedPrecision()
+        assert isinstance(plugin, ShardedPrecision)
+        return plugin
 
     @precision_plugin.setter
     def precision_plugin(self, plugin: Precision | None) -> None:
         # The Trainer builds a plugin for `precision=...` without asking the strategy; ours takes its place.
         if plugin is not None and not isinstance(plugin, ShardedPrecision):
             plugin = ShardedPrecision(plugin.precision)  # type: ignore[arg-type]
+        if plugin is not None:
+            plugin.guard = self._guard
         self._precision_plugin = plugin
+
+    @property
+    def skipped_steps(self) -> int:
+        """Number of steps that were left out since the strategy was made, with ``skip_nonfinite_steps``."""
+        return self._guard.skipped
 
     # ------------------------------------------------------------------ processes
 
@@ -175,6 +192,7 @@ class ExpertParallelStrategy(ModelParallelStrategy):
         # The earliest place that knows the number of processes: before any of them is launched.
         assert self.cluster_environment is not None
         check_mode(self._activation_checkpointing)
+        self._guard.check()
         expected = self.num_nodes * self.num_processes
         refuse_other_processes(self.cluster_environment, self.num_processes, self.num_nodes)
         self._layout = ParallelLayout.resolve(
@@ -217,6 +235,7 @@ class ExpertParallelStrategy(ModelParallelStrategy):
             self._signals = AgreeOnSignals(self._timeout or _TIMEOUT, self._checkpoints.at_once)
         assert self._signals is not None
         self._signals.watch(trainer)
+        self._monitored.watch(trainer)
         self._run.begin(trainer)
         self.lightning_module._device_mesh = self._device_mesh
 
@@ -247,7 +266,7 @@ class ExpertParallelStrategy(ModelParallelStrategy):
         assert self._meshes is not None
         if is_parallelized(module):  # by an earlier run, or the user
             check_sharded(module, self.layout)
-            self._sharded_precision.check_sharded(module)
+            self.precision_plugin.check_sharded(module)
             return
         if not adapter.pretrained_models(module):
             return  # the model comes later, at the latest in `setup`
@@ -255,7 +274,7 @@ class ExpertParallelStrategy(ModelParallelStrategy):
         self.precision_plugin.convert_module(module)
         plan = self._plan or expert_plan(module, self._experts_implementation, self._progress)
         warn_if_ep_crosses_nodes(module, self.layout, self.num_processes)
-        policy = self._sharded_precision.mp_policy
+        policy = self.precision_plugin.mp_policy
         shard(
             module,
             self.layout,
@@ -266,13 +285,7 @@ class ExpertParallelStrategy(ModelParallelStrategy):
             compile=self._compile,
             activation_checkpointing=self._activation_checkpointing,
         )
-        self._sharded_precision.note_sharded(module)
-
-    @property
-    def _sharded_precision(self) -> ShardedPrecision:
-        plugin = self.precision_plugin
-        assert isinstance(plugin, ShardedPrecision)
-        return plugin
+        self.precision_plugin.note_sharded(module)
 
     @override
     def setup(self, trainer: Trainer) -> None:
@@ -380,6 +393,7 @@ class ExpertParallelStrategy(ModelParallelStrategy):
             self._checkpoints.finish()
         if self._masters is not None:
             self._masters.end_run()
+        self._monitored.release()
         super().teardown()
 
     # ------------------------------------------------------------------ data
@@ -405,6 +419,17 @@ class ExpertParallelStrategy(ModelParallelStrategy):
         """
         assert self._meshes is not None
         return shard_sequence(batch, self._meshes.cp, self._documents.of(batch), self._progress)
+
+    @override
+    def reduce(self, tensor: Any, group: Any | None = None, reduce_op: ReduceOp | str | None = "mean") -> Any:
+        """As Lightning's, but the mean of whole numbers is not rounded.
+
+        With ``self.log(..., sync_dist=True)`` Lightning divides by the mean of the ranks' samples, 7.5 for 8 and 7.
+        """
+        means = reduce_op in ("mean", "avg", ReduceOp.AVG)
+        if means and isinstance(tensor, Tensor) and not (tensor.is_floating_point() or tensor.is_complex()):
+            tensor = tensor.to(torch.get_default_dtype())
+        return super().reduce(tensor, group, reduce_op)
 
     # ------------------------------------------------------------------ steps
 

@@ -95,18 +95,6 @@ def early_stopping(root: Path) -> None:
     assert agreed(trainer.current_epoch)
 
 
-@row("EarlyStopping")
-def early_stopping_on_a_metric_of_one_rank(root: Path) -> None:
-    class Unequal(TinyModule):
-        def on_validation_epoch_end(self) -> None:
-            self.log("mine", float(self.global_step if self.global_rank == 0 else -self.global_step))
-
-    stop = builtin.EarlyStopping("mine", patience=1, mode="max")
-    trainer = quiet(root, callbacks=[stop], max_epochs=4, limit_train_batches=1)
-    trainer.fit(Unequal(), loader(), loader(4))
-    assert agreed(trainer.global_step)
-
-
 @row("LearningRateMonitor")
 def learning_rate_monitor(root: Path) -> None:
     logger = CSVLogger(root, name="", version="log")

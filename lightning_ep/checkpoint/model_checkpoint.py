@@ -1,4 +1,4 @@
-"""The two places where Lightning's ModelCheckpoint touches files itself instead of asking the strategy."""
+"""Where Lightning's ModelCheckpoint touches files itself, or decides by what only its own rank has seen."""
 
 from __future__ import annotations
 
@@ -9,12 +9,15 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lightning_ep.checkpoint.saver import Checkpoints
+from lightning_ep.distributed.decisions import check_shared
 
-_METHODS = ("_link_checkpoint", "file_exists")
+_METHODS = ("_link_checkpoint", "file_exists", "_monitor_candidates")
 
 
 class AdoptedCallbacks:
-    """Every ModelCheckpoint of a run: swaps its ``last`` link atomically, and sees checkpoints being written behind.
+    """Every ModelCheckpoint of a run: what it links, sees on the disk, decides by and makes names of.
+
+    It swaps its ``last`` link atomically, sees checkpoints being written behind, and has rank 0's metrics everywhere.
 
     Args:
         trainer: Its Trainer.
@@ -45,5 +48,11 @@ def _adopt(callback: ModelCheckpoint, checkpoints: Checkpoints) -> None:
             callback, filepath, trainer
         )
 
+    def monitor_candidates(trainer: Trainer) -> dict[str, Any]:
+        # By these it decides, and makes the names of files: a metric that is not synced would give each rank its own.
+        candidates = type(callback)._monitor_candidates(callback, trainer)
+        return check_shared(candidates, [callback.monitor] if callback.monitor else [])
+
+    callback._monitor_candidates = monitor_candidates  # type: ignore[method-assign]
     callback._link_checkpoint = link  # type: ignore[method-assign]
     callback.file_exists = file_exists  # type: ignore[method-assign]

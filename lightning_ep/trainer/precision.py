@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -23,6 +24,7 @@ from lightning_ep.fsdp.accumulation import reduce_kept_gradients
 from lightning_ep.fsdp.passes import break_off_if_it_raises
 from lightning_ep.trainer.clipping import clip_grad_norm_, clip_grad_value_, clip_in_step_, scale_gradients
 from lightning_ep.trainer.loss_scale import at_step, into_backward
+from lightning_ep.trainer.nonfinite import NonfiniteGuard
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,7 @@ class ShardedPrecision(Precision):
                 "range and needs none."
             )
         self.precision = precision
+        self.guard = NonfiniteGuard(0)
         self.param_dtype = torch.bfloat16 if precision == "bf16-true" else torch.float32
 
     @property
@@ -129,6 +132,34 @@ class ShardedPrecision(Precision):
         super()._after_closure(model, optimizer)
 
     @override
+    def optimizer_step(  # type: ignore[override]
+        self, optimizer: Steppable, model: LightningModule, closure: Callable[[], Any], **kwargs: Any
+    ) -> Any:
+        if not self.guard.limit:
+            return super().optimizer_step(optimizer, model, closure, **kwargs)
+        # Before the optimizer is asked, since its step cannot be broken off.
+        result = closure()
+        self._after_closure(model, optimizer)
+        assert isinstance(optimizer, Optimizer)
+        if self.guard.skips(optimizer, self.main_params(optimizer), model.trainer.global_step):
+            return result
+        return optimizer.step(closure=lambda: result, **kwargs)
+
+    def clip_in_step(self, optimizer: Optimizer, max_norm: float) -> Tensor:
+        """Clips all gradients of an optimizer whose step follows, with nothing of the user's in between.
+
+        Args:
+            optimizer: The optimizer.
+            max_norm: The bound; ``inf`` only computes the norm.
+
+        Returns:
+            The norm before clipping, a 0-dim fp32 tensor, the same on every rank.
+        """
+        norm = clip_in_step_(optimizer, max_norm)
+        self.guard.note(norm)
+        return norm
+
+    @override
     def _clip_gradients(
         self,
         model: LightningModule | nn.Module,
@@ -141,7 +172,7 @@ class ShardedPrecision(Precision):
         theirs = any(is_overridden(name, model) for name in ("configure_gradient_clipping", "clip_gradients"))
         by_norm = clip_val is not None and clip_val > 0 and gradient_clip_algorithm != "value"
         if by_norm and not theirs and model.automatic_optimization:
-            clip_in_step_(optimizer, clip_val)  # type: ignore[arg-type]
+            self.clip_in_step(optimizer, clip_val)  # type: ignore[arg-type]
         else:
             super()._clip_gradients(model, optimizer, clip_val, gradient_clip_algorithm)
 
@@ -151,4 +182,5 @@ class ShardedPrecision(Precision):
 
     @override
     def clip_grad_by_value(self, optimizer: Optimizer, clip_val: int | float) -> None:
+        self.guard.note_norm_of(self.main_params(optimizer))
         clip_grad_value_(self.main_params(optimizer), clip_val)

@@ -21,6 +21,8 @@ from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from typing_extensions import override
 
+from lightning_ep.trainer.steering import fingerprint, raise_difference
+
 LAST = "last-sigterm.ckpt"
 """Name of the checkpoint that SIGTERM leaves: ``fit(ckpt_path="last")`` takes the newest that begins with "last"."""
 
@@ -80,7 +82,9 @@ class SignalFlags(_SignalConnector):
 class AgreeOnSignals(Callback):
     """Once per optimizer step all ranks learn whether any of them was signalled; then they save and stop together.
 
-    The exchange is a CPU all-reduce of one number that runs behind the next step, so nothing waits for it: ranks act
+    They also learn whether the settings of their optimizers differ (`steering.py`), and then raise together.
+
+    The exchange is a CPU all-reduce of three numbers that runs behind the next step, so nothing waits for it: ranks act
     one step after the signal.
 
     Args:
@@ -92,7 +96,7 @@ class AgreeOnSignals(Callback):
         self._at_once = at_once
         self._flags: SignalFlags | None = None
         self._group = dist.new_group(backend="gloo", timeout=timeout)
-        self._value = torch.zeros(1, dtype=torch.int32)
+        self._value = torch.zeros(3, dtype=torch.int64)
         self._exchange: Any = None
         self._step = 0
 
@@ -117,9 +121,10 @@ class AgreeOnSignals(Callback):
             return  # inside an accumulation window
         self._step = trainer.global_step
         assert self._flags is not None
-        agreed = self._finish_exchange()
+        agreed = self._finish_exchange(trainer)
         if agreed == _NOTHING:
-            self._value = torch.tensor([self._flags.flag], dtype=torch.int32)
+            settings = fingerprint(trainer.optimizers)
+            self._value = torch.tensor([self._flags.flag, settings, -settings])
             self._exchange = dist.all_reduce(self._value, dist.ReduceOp.MAX, group=self._group, async_op=True)
             return
         with self._at_once():
@@ -132,14 +137,18 @@ class AgreeOnSignals(Callback):
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._finish_exchange()
+        self._finish_exchange(trainer)
 
-    def _finish_exchange(self) -> int:
+    def _finish_exchange(self, trainer: Trainer) -> int:
+        """The strongest signal of all ranks; raises on all if their optimizers' settings differ."""
         if self._exchange is None:
             return _NOTHING
         self._exchange.wait()
         self._exchange = None
-        return int(self._value)
+        flag, largest, smallest_negated = self._value.tolist()
+        if largest != -smallest_negated:
+            raise_difference(trainer, self._group)
+        return int(flag)
 
     def _save(self, trainer: Trainer) -> None:
         """Saves where `ckpt_path="last"` looks; nowhere, if the user has no ModelCheckpoint."""
