@@ -52,31 +52,33 @@ class Rows(dict[str, Row]):
 
 
 class RowFailures:
-    """What went wrong in the rows of a module: by rank, the tracebacks by row."""
+    """What became of the rows of a module: by rank and row, the traceback or, where it passed, nothing."""
 
     def __init__(self, module: str, names: list[str], root: Path) -> None:
         self._ranks = run_ranks(WORLD, _worker, module, names, root, init_process_group=False, timeout=100)
 
     def check(self, name: str) -> None:
-        errors = [f"rank {rank}: {failed[name]}" for rank, failed in enumerate(self._ranks) if name in failed]
-        assert not errors, "\n".join(errors)
+        assert len(self._ranks) == WORLD
+        ended = [rows.get(name, "the row did not run") for rows in self._ranks]
+        assert not any(ended), "\n".join(f"rank {rank}: {error}" for rank, error in enumerate(ended) if error)
 
 
 def _worker(module: str, names: list[str], root: Path) -> dict[str, str]:
-    """Runs the rows and returns the traceback of each that failed on this rank."""
+    """Runs the rows and returns of each the traceback on this rank, empty if it passed."""
     row: Rows = importlib.import_module(module).row
-    failed: dict[str, str] = {}
+    ended: dict[str, str] = {}
     for index, name in enumerate(names):
         _state_of_process()
         start = time.perf_counter()
         try:
             row[name](root / name)
+            ended[name] = ""
         except BaseException:  # a failed checkpoint is no Exception
-            failed[name] = traceback.format_exc()
+            ended[name] = traceback.format_exc()
         print(f"row {name}: {time.perf_counter() - start:.2f} s", flush=True)
         if hung := _others_hang(index):
-            raise AssertionError(f"rank(s) {hung} hang in row {name}, which here {failed.get(name, 'passed')}")
-    return failed
+            raise AssertionError(f"rank(s) {hung} hang in row {name}, which here {ended[name] or 'passed'}")
+    return ended
 
 
 def _state_of_process() -> None:

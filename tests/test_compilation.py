@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import pytest
 import torch
@@ -51,16 +52,23 @@ def test_hooks_inside_a_layer_run(mode: str, hook_before: int, hooked: tuple[int
     assert loss != pytest.approx(without, rel=1e-3)
 
 
-def test_the_setting_of_other_code_is_left_alone() -> None:
-    before = torch._dynamo.config.nested_graph_breaks
+def test_the_settings_of_other_code_are_left_alone() -> None:
+    """Those that a layer is compiled with are torch's own again after it, also where it raises."""
+    inside = {"nested_graph_breaks": True, "skip_nnmodule_hook_guards": False}
 
     class Fails(nn.Module):
         def forward(self, x: int) -> int:
-            raise RuntimeError(str(torch._dynamo.config.nested_graph_breaks))
+            raise RuntimeError(str(changed()))
 
+    def changed() -> dict[str, Any]:
+        now = torch._dynamo.config.get_config_copy()
+        return {name: now[name] for name in before if now[name] != before[name]}
+
+    before = torch._dynamo.config.get_config_copy()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch, "compile", lambda function: function)
         compiled = compile_forward(Fails())
-    with pytest.raises(RuntimeError, match="True"):
+    with pytest.raises(RuntimeError) as raised:
         compiled(1)
-    assert torch._dynamo.config.nested_graph_breaks is before
+    assert str(raised.value) == str({name: inside[name] for name in before if name in inside})
+    assert changed() == {}
