@@ -110,7 +110,6 @@ PRIVATE = [
     "transformers.masking_utils:find_packed_sequence_indices",
     "transformers:PreTrainedModel._can_record_outputs",
     "transformers:PreTrainedConfig._attn_implementation",
-    "transformers:PreTrainedConfig._experts_implementation_internal",
     "transformers:PreTrainedModel._init_weights",
     "transformers:PreTrainedModel._keys_to_ignore_on_load_missing",
     "transformers:PreTrainedModel._keys_to_ignore_on_load_unexpected",

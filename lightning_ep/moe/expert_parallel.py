@@ -17,7 +17,7 @@ from lightning_ep import transformers_adapter as adapter
 from lightning_ep.distributed.progress import Progress
 from lightning_ep.layout import ParallelLayout
 from lightning_ep.moe.dispatch import AllToAllDispatcher, Dispatcher, LocalDispatcher
-from lightning_ep.moe.experts import ExpertContext
+from lightning_ep.moe.experts import ExpertContext, spread_over_ranks
 from lightning_ep.ops.fused_experts import FusedExperts
 from lightning_ep.ops.local_experts import LocalExperts
 from lightning_ep.ops.registered_experts import RegisteredExperts
@@ -91,7 +91,7 @@ class ExpertParallel(ParallelStyle):
         else:
             function = adapter.local_experts_function(module, self.experts_implementation)
             experts = RegisteredExperts(module, function, names)
-        adapter.remember(module, ExpertContext(dispatcher, experts, names))
+        spread_over_ranks(module, ExpertContext(dispatcher, experts, names))
         return module
 
     def _is_fused(self, module: nn.Module) -> bool:

@@ -27,12 +27,8 @@ from lightning_ep.transformers_adapter.conversion import (
     tied_names,
 )
 from lightning_ep.transformers_adapter.experts_interface import (
-    EXPERTS_IMPLEMENTATION,
     FUSED_PARAMETERS,
     local_experts_function,
-    register_experts,
-    runs_registered_experts,
-    use_registered_experts,
     why_not_fused,
 )
 from lightning_ep.transformers_adapter.initialization import apply_init_rule, init_rules, mark_initialized
@@ -50,7 +46,6 @@ from lightning_ep.transformers_adapter.structure import (
 
 __all__ = [
     "Conversion",
-    "EXPERTS_IMPLEMENTATION",
     "FUSED_PARAMETERS",
     "apply_init_rule",
     "attention_function",
@@ -73,15 +68,12 @@ __all__ = [
     "pretrained_models",
     "recall",
     "refuse_own_checkpointing",
-    "register_experts",
     "remember",
     "routers",
-    "runs_registered_experts",
     "select_attention",
     "tensor_parallel_styles",
     "tied",
     "tied_names",
-    "use_registered_experts",
     "why_not_context_parallel",
     "why_not_fused",
     "without_packing",
