@@ -173,7 +173,6 @@ UNDOCUMENTED = [
     "transformers.core_model_loading:rename_source_key",
     "transformers.integrations.flash_attention:flash_attention_forward",
     "transformers.integrations.moe:ALL_EXPERTS_FUNCTIONS",
-    "transformers.integrations.moe:ExpertsInterface.register",
     "transformers.masking_utils:ALL_MASK_ATTENTION_FUNCTIONS",
     "transformers.masking_utils:and_masks",
     "transformers.masking_utils:causal_mask_function",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
+from types import MethodType
 from typing import Any
 
 import torch
@@ -47,7 +47,7 @@ def spread_over_ranks(module: nn.Module, context: ExpertContext) -> None:
     shared with other models, copied for layers, and changed by others (`generate` changes the name while it runs).
     """
     adapter.remember(module, context)
-    module.forward = partial(_experts_forward, module)
+    module.forward = MethodType(_experts_forward, module)  # type: ignore[method-assign]
 
 
 def expert_context(module: nn.Module) -> ExpertContext:
