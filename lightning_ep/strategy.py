@@ -114,8 +114,8 @@ class ExpertParallelStrategy(ModelParallelStrategy):
         self._documents = KnownDocuments()
         if plan is not None and experts_implementation != "auto":
             raise ValueError(
-                f"experts_implementation={experts_implementation!r} beside a plan would change nothing: the plan's styles "
-                f"say which kernels run. Pass it to them: `expert_plan(model, {experts_implementation!r})`."
+                f"experts_implementation={experts_implementation!r} beside a plan would change nothing: the styles of "
+                f"the plan say which kernels run. Pass it to them: `expert_plan(model, {experts_implementation!r})`."
             )
         self._plan = plan
         self._experts_implementation = experts_implementation
