@@ -18,6 +18,7 @@ from lightning_ep.distributed import dtensor_rules as dtensor_rules  # registers
 from lightning_ep.fsdp.groups import shard_beside, shard_dense, shard_experts, sum_gradients
 from lightning_ep.hub.initialize import materialize
 from lightning_ep.hub.load import stream_pretrained
+from lightning_ep.hub.source import follow_sources
 from lightning_ep.layers.recompute import ActivationCheckpointing
 from lightning_ep.layers.wrap import check_recompute, wrap_layers
 from lightning_ep.layout import Meshes, ParallelLayout
@@ -117,6 +118,7 @@ def shard(
         ValueError: If the layout does not fit the model; nothing has been changed then.
         RuntimeError: If a step finds the module in a state that the ones before it do not leave.
     """
+    follow_sources(module)
     tensor_plans = check(module, layout, plan)
     check_recompute(module, plan, activation_checkpointing)
     steps = Steps(module, meshes, device, plan, mp_policy)

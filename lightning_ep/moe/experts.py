@@ -79,4 +79,3 @@ def _experts_forward(module: nn.Module, hidden_TH: Tensor, ids_TK: Tensor, weigh
     params = [getattr(module, name) for name in context.param_names]
     dispatcher, experts = context.dispatcher, context.experts
     return moe_forward(dispatcher, experts, hidden_TH, ids_TK, weights_TK, params, context.leave, context.masters)
-

@@ -18,10 +18,11 @@ from lightning_ep.transformers_adapter.attention_interface import (
     without_packing,
 )
 from lightning_ep.transformers_adapter.conversion import (
+    Blueprint,
     Conversion,
+    blueprint,
     export_conversions,
     hub_transforms,
-    is_optional,
     load_conversions,
     not_saved,
     tied_names,
@@ -31,7 +32,12 @@ from lightning_ep.transformers_adapter.experts_interface import (
     local_experts_function,
     why_not_fused,
 )
-from lightning_ep.transformers_adapter.initialization import apply_init_rule, init_rules, mark_initialized
+from lightning_ep.transformers_adapter.initialization import (
+    allow_resizing_on_meta,
+    apply_init_rule,
+    init_rules,
+    mark_initialized,
+)
 from lightning_ep.transformers_adapter.record import recall, remember
 from lightning_ep.transformers_adapter.structure import (
     decoder_layers,
@@ -45,12 +51,15 @@ from lightning_ep.transformers_adapter.structure import (
 )
 
 __all__ = [
+    "Blueprint",
     "Conversion",
     "FUSED_PARAMETERS",
+    "allow_resizing_on_meta",
     "apply_init_rule",
     "attention_function",
     "attention_heads",
     "attention_implementation",
+    "blueprint",
     "causal_mask",
     "config_with_attention",
     "decoder_layers",
@@ -59,7 +68,6 @@ __all__ = [
     "hub_transforms",
     "init_rules",
     "is_flash_attention",
-    "is_optional",
     "load_conversions",
     "local_experts_function",
     "mark_initialized",
