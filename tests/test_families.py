@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import ast
 import copy
+import re
 from typing import Any
 
+import peft
 import pytest
 import torch
 import torch.distributed as dist
@@ -19,6 +22,7 @@ from lightning_ep.moe.dispatch import LocalDispatcher
 from lightning_ep.moe.expert_parallel import ExpertParallel
 from lightning_ep.moe.function import moe_forward
 from lightning_ep.ops.fused_experts import FusedExperts
+from lightning_ep.parallelize import check
 from lightning_ep.transformers_adapter import experts_modules, why_not_fused
 from tests.distributed import device, run_ranks
 from tests.reference import batches, family_model, relative_error
@@ -112,6 +116,19 @@ def _rounding(ep: int) -> float:
 def test_routing_weights_in_fp32_stay_so_on_every_layout(ep: int) -> None:
     # Routers of the DeepSeek kind compute in fp32, under FSDP with bf16 too.
     assert max(run_ranks(2, _rounding, ep)) < 1e-3
+
+
+@pytest.mark.parametrize(
+    "targets", [{"target_parameters": ["mlp.experts.down_proj"]}, {"target_modules": "all-linear"}]
+)
+def test_adapters_on_experts_are_refused_with_what_works(targets: dict[str, Any]) -> None:
+    adapted = peft.get_peft_model(_model("qwen3_moe"), peft.LoraConfig(**targets))
+    with pytest.raises(ValueError, match=r"a ParamWrapper around the experts .*target_modules .*'q_proj'") as refusal:
+        check(adapted, ParallelLayout(2, ep=2), expert_plan(adapted))
+    advised = re.search(r"as (\['q_proj'.*?\])", str(refusal.value))
+    assert advised is not None
+    plain = peft.get_peft_model(_model("qwen3_moe"), peft.LoraConfig(target_modules=ast.literal_eval(advised[1])))
+    check(plain, ParallelLayout(2, ep=2), expert_plan(plain))
 
 
 def _kernels_by_name(family: str, ep: int) -> list[str]:

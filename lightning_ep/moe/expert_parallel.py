@@ -49,6 +49,14 @@ class ExpertParallel(ParallelStyle):
 
     def validate(self, module: nn.Module, num_ranks: int) -> None:
         """Raises ValueError, before anything is sharded, if ``module`` cannot be split over ``num_ranks``."""
+        wrapped = [name for name, param in module.named_parameters() if "." in name and param.ndim > 2]
+        if wrapped:
+            raise ValueError(
+                f"{self.layer} is a {type(module).__name__} around the experts ({wrapped[0]}), an adapter for example, "
+                "and only experts themselves can be split over ranks yet. Leave them as they are: with peft no "
+                "target_parameters, and target_modules that name layers of attention, as ['q_proj', 'k_proj', "
+                "'v_proj', 'o_proj'] ('all-linear' takes experts too)."
+            )
         num_experts = getattr(module, "num_experts", None)
         if not isinstance(num_experts, int):
             raise ValueError(f"{self.layer} ({type(module).__name__}) does not say how many experts it has.")
