@@ -24,7 +24,6 @@ from benchmarks.report import moe_table
 from benchmarks.router import max_over_mean, zipf_bias
 from benchmarks.timing import spread, stages, time_ms, write_report
 from lightning_ep import ExpertParallel
-from lightning_ep.transformers_adapter import EXPERTS_IMPLEMENTATION
 
 Body = Callable[..., Any]
 _LOGIT_STD = 0.9  # of a router with weights of standard deviation 0.02 on normalised rows of width 2048
@@ -94,7 +93,7 @@ def measure(
 
 def our_experts(sizes: Sizes, device: torch.device, dtype: torch.dtype, implementation: str = "auto") -> nn.Module:
     """An experts module whose forward is the package's whole body, as the plan sets it up on an EP group of one."""
-    experts = transformers_experts(sizes, device, dtype, EXPERTS_IMPLEMENTATION)
+    experts = transformers_experts(sizes, device, dtype, "eager")
     mesh = init_device_mesh(device.type, (1,), mesh_dim_names=("ep",))
     return parallelize_module(experts, mesh, ExpertParallel(experts_implementation=implementation))
 

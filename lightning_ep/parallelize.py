@@ -18,6 +18,7 @@ from lightning_ep.distributed import dtensor_rules as dtensor_rules  # registers
 from lightning_ep.fsdp.groups import shard_beside, shard_dense, shard_experts, sum_gradients
 from lightning_ep.hub.initialize import materialize
 from lightning_ep.hub.load import stream_pretrained
+from lightning_ep.hub.source import follow_sources
 from lightning_ep.layers.recompute import ActivationCheckpointing
 from lightning_ep.layers.wrap import check_recompute, wrap_layers
 from lightning_ep.layout import Meshes, ParallelLayout
@@ -117,6 +118,7 @@ def shard(
         ValueError: If the layout does not fit the model; nothing has been changed then.
         RuntimeError: If a step finds the module in a state that the ones before it do not leave.
     """
+    follow_sources(module)
     tensor_plans = check(module, layout, plan)
     check_recompute(module, plan, activation_checkpointing)
     steps = Steps(module, meshes, device, plan, mp_policy)
@@ -126,7 +128,6 @@ def shard(
     for experts in steps.experts:
         steps.spread_experts(experts)
     for model in steps.models:
-        steps.select_experts_forward(model)
         steps.wrap_layers(model, activation_checkpointing, compile)
         steps.shard_dense(model)
         if layout.cp > 1:
@@ -192,13 +193,6 @@ class Steps:
             )
         shard_experts(experts, self._meshes, self._mp_policy, self._device)
 
-    def select_experts_forward(self, model: PreTrainedModel) -> None:
-        """Has `lightning_ep.moe.experts` run the experts of a model."""
-        _needs("select_experts_forward", all(map(is_parallel_experts, self.experts)), "experts that are spread")
-        _needs("select_experts_forward", not isinstance(model, FSDPModule), "the model's class as it was before FSDP")
-        inside = set(model.modules())
-        adapter.use_registered_experts(model, [experts for experts in self.experts if experts in inside])
-
     def wrap_layers(self, model: PreTrainedModel, mode: ActivationCheckpointing, compile: bool) -> None:
         """Recompute and compilation: around experts that are spread, inside of FSDP's hooks."""
         _needs("wrap_layers", all(map(is_parallel_experts, self.experts)), "experts that are spread, to pass over them")
@@ -209,8 +203,6 @@ class Steps:
         """Everything of a model but its experts under FSDP."""
         mine = [experts for experts in self.experts if experts in set(model.modules())]
         _needs("shard_dense", all(map(is_parallel_experts, mine)), "experts that are spread, to leave them out")
-        # Who forgot would train this rank's experts with all tokens, without a word.
-        _needs("shard_dense", all(map(adapter.runs_registered_experts, mine)), "the experts' forward to be selected")
         split = self._meshes.tp is None or is_parallelized(model.get_input_embeddings())
         _needs("shard_dense", split, "matrices that are split over tp, which FSDP then cuts further")
         shard_dense(model, self._meshes, self._mp_policy, getattr(self.module, "calls_its_head", False))

@@ -75,6 +75,7 @@ class ExpertParallelStrategy(ModelParallelStrategy):
         plan: Expert plan (module name to style), as `expert_plan` returns it. Default: the model's own.
         experts_implementation: Kernel for the experts of one rank: ``"fused"`` (ours), ``"eager"`` or any name
             registered in transformers' ``ExpertsInterface``. ``"auto"``: the fused one where it can serve the experts.
+            A name that the model's config has, or gets later, is not asked.
         activation_checkpointing: What backward computes again to save memory. ``"none"``: nothing. ``"selective"``: the
             decoder layers, but neither their routing nor their experts, whose received rows are kept. ``"full"``: only
             each layer's input and routing are kept; rows travel once more and the experts' up projection is repeated.
@@ -117,6 +118,11 @@ class ExpertParallelStrategy(ModelParallelStrategy):
         self._tp = tp
         self._cp = cp
         self._documents = KnownDocuments()
+        if plan is not None and experts_implementation != "auto":
+            raise ValueError(
+                f"experts_implementation={experts_implementation!r} beside a plan would change nothing: the styles of "
+                f"the plan say which kernels run. Pass it to them: `expert_plan(model, {experts_implementation!r})`."
+            )
         self._plan = plan
         self._experts_implementation = experts_implementation
         self._activation_checkpointing = activation_checkpointing

@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import ast
+import copy
+import re
 from typing import Any
 
+import peft
 import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor.parallel import parallelize_module
 from transformers import PreTrainedModel
 
-from lightning_ep import ParallelLayout, expert_plan, parallelize
+from lightning_ep import ExpertParallelStrategy, ParallelLayout, expert_plan, parallelize
+from lightning_ep.fsdp.groups import shard_experts, sum_gradients, unmanaged_experts
 from lightning_ep.moe.dispatch import LocalDispatcher
 from lightning_ep.moe.expert_parallel import ExpertParallel
 from lightning_ep.moe.function import moe_forward
 from lightning_ep.ops.fused_experts import FusedExperts
+from lightning_ep.parallelize import check
 from lightning_ep.transformers_adapter import experts_modules, why_not_fused
 from tests.distributed import device, run_ranks
 from tests.reference import batches, family_model, relative_error
@@ -109,3 +116,64 @@ def _rounding(ep: int) -> float:
 def test_routing_weights_in_fp32_stay_so_on_every_layout(ep: int) -> None:
     # Routers of the DeepSeek kind compute in fp32, under FSDP with bf16 too.
     assert max(run_ranks(2, _rounding, ep)) < 1e-3
+
+
+@pytest.mark.parametrize(
+    "targets", [{"target_parameters": ["mlp.experts.down_proj"]}, {"target_modules": "all-linear"}]
+)
+def test_adapters_on_experts_are_refused_with_what_works(targets: dict[str, Any]) -> None:
+    adapted = peft.get_peft_model(_model("qwen3_moe"), peft.LoraConfig(**targets))
+    with pytest.raises(ValueError, match=r"a ParamWrapper around the experts .*target_modules .*'q_proj'") as refusal:
+        check(adapted, ParallelLayout(2, ep=2), expert_plan(adapted))
+    advised = re.search(r"as (\['q_proj'.*?\])", str(refusal.value))
+    assert advised is not None
+    plain = peft.get_peft_model(_model("qwen3_moe"), peft.LoraConfig(target_modules=ast.literal_eval(advised[1])))
+    check(plain, ParallelLayout(2, ep=2), expert_plan(plain))
+
+
+def _kernels_by_name(family: str, ep: int) -> list[str]:
+    """Every kernel that the experts interface has for this device, on the user's own FSDP and on ours."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    data = batches(world, 2)
+    expected = _model(family)
+    sum(expected(**batch).loss for batch in data).backward()
+    batch = {key: value.to(device()) for key, value in data[rank].items()}
+    wrong = []
+    for name in ("auto", "eager", "batched_mm", "grouped_mm", *(["fused"] if family not in REASONS else [])):
+        for by_hand in (False, True):
+            model = _model(family)
+            for module in experts_modules(model).values():
+                module.config = copy.copy(module.config)  # as where layers have configs of their own
+            plan, sizes = expert_plan(model, name), ParallelLayout.resolve(ep, "auto", world, world)
+            if by_hand:
+                meshes = sizes.build_meshes(device().type)
+                parallelize_module(model.to(device()), meshes.expert["ep"], plan)
+                for experts in experts_modules(model).values():
+                    shard_experts(experts, meshes, MixedPrecisionPolicy(), device())
+                ignored = {param for module in unmanaged_experts(model) for param in module.parameters()}
+                fully_shard(model, mesh=meshes.dense_shards, ignored_params=ignored)
+                sum_gradients(model)
+            else:
+                parallelize(model, sizes, device(), plan=plan)
+            # What a user's callback or `generate` does: on classes that FSDP made it sets something, or nothing.
+            type(model)._can_set_experts_implementation_cached_value = name != "eager"
+            model.set_experts_implementation("eager")
+            model(**batch).loss.backward()
+            pairs = zip(model.named_parameters(), expected.parameters(), strict=True)
+            errors = {n: relative_error(p.grad.full_tensor(), q.grad) for (n, p), q in pairs if q.grad.norm() > 1e-6}
+            worst = max(errors, key=lambda key: errors[key])
+            if not errors[worst] <= 1e-5:
+                wrong.append(f"{name}, by hand {by_hand}: {worst} {errors[worst]:.1e}")
+    return wrong
+
+
+@pytest.mark.parametrize("ep", [1, 2])
+@pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
+def test_kernels_named_in_the_plan_run_whatever_a_config_says(family: str, ep: int) -> None:
+    for wrong in run_ranks(2, _kernels_by_name, family, ep):
+        assert not wrong, "\n".join(wrong)
+
+
+def test_a_kernel_named_beside_a_plan_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"'eager' beside a plan .* `expert_plan\(model, 'eager'\)`"):
+        ExpertParallelStrategy(plan=expert_plan(_model("qwen3_moe")), experts_implementation="eager")

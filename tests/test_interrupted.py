@@ -190,7 +190,6 @@ def _experts_of_the_users() -> list[bool]:
     model = tiny_model().to(device())
     plan = expert_plan(model)
     parallelize_module(model, mesh["ep"], plan)
-    model.set_experts_implementation("lightning_ep")
     experts = [model.get_submodule(name) for name in plan]
     for module in experts:
         fully_shard(module, mesh=mesh["fsdp"], shard_placement_fn=lambda _: Shard(1))

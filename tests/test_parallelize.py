@@ -31,13 +31,8 @@ def _spread(steps: Steps) -> None:
         steps.spread_experts(experts)
 
 
-def _select(steps: Steps) -> None:
-    _spread(steps)
-    steps.select_experts_forward(steps.models[0])
-
-
 def _dense(steps: Steps) -> None:
-    _select(steps)
+    _spread(steps)
     steps.shard_dense(steps.models[0])
 
 
@@ -51,13 +46,10 @@ ORDERS: list[tuple[str, str, Callable[[Steps], Any], Callable[[Steps], Any]]] = 
     ("split_matrices", "FSDP has not taken over", _dense, lambda s: s.split_matrices(s.models[0], {})),
     ("split_matrices", "experts that are whole", _spread, lambda s: s.split_matrices(s.models[0], {})),
     ("spread_experts", "FSDP has not taken over", _dense, lambda s: s.spread_experts(_first_experts(s))),
-    ("select_experts_forward", "spread", lambda s: None, lambda s: s.select_experts_forward(s.models[0])),
-    ("select_experts_forward", "before FSDP", _dense, lambda s: s.select_experts_forward(s.models[0])),
     ("wrap_layers", "experts that are spread", lambda s: None, lambda s: s.wrap_layers(s.models[0], "full", False)),
     ("wrap_layers", "FSDP has not taken over", _dense, lambda s: s.wrap_layers(s.models[0], "full", False)),
     ("shard_dense", "experts that are spread", lambda s: None, lambda s: s.shard_dense(s.models[0])),
-    ("shard_dense", "forward to be selected", _spread, lambda s: s.shard_dense(s.models[0])),
-    ("shard_beside", "under FSDP", _select, lambda s: s.shard_beside()),
+    ("shard_beside", "under FSDP", _spread, lambda s: s.shard_beside()),
     ("sum_gradients", r"to be sharded, and \['head.weight', 'head.bias'\]", _dense, lambda s: s.sum_gradients()),
 ]
 

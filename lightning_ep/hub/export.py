@@ -10,9 +10,9 @@ from transformers import PreTrainedModel
 
 from lightning_ep import transformers_adapter as adapter
 from lightning_ep.hub.directory import HubDirectory
-from lightning_ep.hub.load import source_directory
 from lightning_ep.hub.meta_models import meta_model
 from lightning_ep.hub.problems import Problems
+from lightning_ep.hub.source import source_directory
 from lightning_ep.hub.writer import ShardedTensors, plan_files, plan_groups, write_files
 
 

@@ -3,35 +3,23 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from tqdm import tqdm
-from transformers import PreTrainedModel
 
 from lightning_ep import transformers_adapter as adapter
 from lightning_ep.distributed.shards import Region, local_region
-from lightning_ep.hub.initialize import assign
-from lightning_ep.hub.matching import Match, Source
+from lightning_ep.hub.initialize import assign, with_storage
+from lightning_ep.hub.matching import Match
 from lightning_ep.hub.reader import Read, ReadError, batches_of, read_all, reads_of
+from lightning_ep.hub.source import follow_sources, tensors_by_source
 from lightning_ep.hub.trace import Piece, Traced
-
-
-def remember_source(model: PreTrainedModel, directory: Path) -> None:
-    """Makes `stream_pretrained` fill ``model``, which is on meta and not sharded yet, from ``directory``."""
-    # The transforms are looked up by class, and FSDP replaces the classes.
-    source = Source(directory, adapter.hub_transforms(model), adapter.hub_transforms(model, saving=True))
-    adapter.remember(model, source)
-
-
-def source_directory(model: PreTrainedModel) -> Path | None:
-    """The checkpoint that a model from `from_pretrained` came from."""
-    source = adapter.recall(model, Source)
-    return source.directory if source is not None else None
 
 
 @dataclass(frozen=True)
@@ -51,7 +39,11 @@ class LoadStatistics:
 
 @torch.no_grad()
 def stream_pretrained(module: nn.Module, device: torch.device) -> LoadStatistics:
-    """Fills the models in ``module`` that came from `from_pretrained` and are still on meta. Every rank must call it.
+    """Fills what came from `from_pretrained` and is still on meta in ``module``. Every rank must call it.
+
+    What user code has made of the models does not matter: modules that were wrapped, renamed or copied get their
+    weights, and what was put in their place keeps its own. Rows that `resize_token_embeddings` has added get the mean
+    of the others, as in transformers.
 
     A rank reads only what it holds, from parameters' meshes and placements, whatever these are. Conversions that move
     boxes of elements (stacking experts, joining gate and up, cutting, transposing) are read by range; a conversion of
@@ -67,41 +59,66 @@ def stream_pretrained(module: nn.Module, device: torch.device) -> LoadStatistics
     """
     start = time.perf_counter()
     read = needed = 0
-    for model in module.modules():
-        source = adapter.recall(model, Source)
-        if source is None or not any(t.is_meta for t in model.state_dict().values()):
+    follow_sources(module)
+    for source, targets in tensors_by_source(module).items():
+        if not any(tensor.is_meta for tensors in targets.values() for tensor in tensors):
             continue
-        assert isinstance(model, PreTrainedModel)
-        match = Match(model, source)
+        match = Match(source, targets)
         match.problems.raise_on_all_ranks()
-        numbers = _fill(model, match, device)
+        numbers = _fill(module, match, device)
         match.problems.raise_on_all_ranks()
         read, needed = read + numbers[0], needed + numbers[1]
     return LoadStatistics(read, needed, time.perf_counter() - start)
 
 
-def _fill(model: PreTrainedModel, match: Match, device: torch.device) -> tuple[int, int]:
-    """Reads all that the match says and puts it into the model; returns the bytes read and the bytes needed."""
-    shards: dict[str, tuple[Region, Tensor]] = {}
+@dataclass(frozen=True)
+class _Shard:
+    """What this rank holds of a parameter."""
+
+    param: Tensor
+    region: Region
+    data: Tensor
+    rows: int | None
+
+
+def _fill(module: nn.Module, match: Match, device: torch.device) -> tuple[int, int]:
+    """Reads all that the match says and puts it into place; returns the bytes read and the bytes needed."""
+    shards: dict[str, list[_Shard]] = {}
     reads: list[tuple[Path, Read]] = []
-    filled = dict(match.unique())
-    for name, target in filled.items():
-        region = local_region(target.tensor)
-        shard = torch.empty(region.size, dtype=target.tensor.dtype, device=device)
-        shards[name] = region, shard
-        reads += _reads(match, target.pieces or (), region, shard)
+    for name, filled, tensor in match.on_meta():
+        region = local_region(tensor)
+        data = torch.empty(region.size, dtype=tensor.dtype, device=device)
+        shards.setdefault(name, []).append(_Shard(tensor, region, data, filled.rows))
+        reads += _reads(match, filled.pieces or (), region, data)
     bytes_read = 0
     needed = sum(read.window.numel * read.dtype.itemsize for _, read in reads)
     try:
         with _progress(reads) as bar:
             bytes_read += read_all(batches_of(reads), device, bar)
             for conversion in match.opaque:
-                bytes_read += _convert(model, match, conversion, shards)
+                bytes_read += _convert(match, conversion, shards)
     except (ReadError, OSError) as error:
         match.problems.add("files", str(error))
         return bytes_read, needed
-    assign(model, {id(filled[name].tensor): shard for name, (_, shard) in shards.items()})
+    filled_here = [shard for several in shards.values() for shard in several]
+    for shard in filled_here:
+        if shard.rows is not None:
+            _fill_new_rows(shard, shard.rows)
+    assign(module, {id(shard.param): shard.data for shard in filled_here})
     return bytes_read, needed
+
+
+def _fill_new_rows(shard: _Shard, rows: int) -> None:
+    """Sets what is behind the first ``rows`` to their mean (of a vector: to zero). Every rank must call it."""
+    start, size = shard.region.start[0], shard.region.size[0]
+    new = shard.data[max(rows - start, 0) :] if rows < start + size else shard.data[size:]
+    new.zero_()
+    if shard.data.ndim > 1:
+        assert isinstance(shard.param, nn.Parameter)
+        param = with_storage(shard.param, shard.data)
+        whole = param.full_tensor() if isinstance(param, DTensor) else param
+        mean = whole[:rows].float().mean(0)
+        new.copy_(Region(shard.region.start[1:], shard.region.size[1:]).of(mean).expand_as(new))
 
 
 def _reads(match: Match, pieces: Iterable[Piece], region: Region, shard: Tensor) -> Iterator[tuple[Path, Read]]:
@@ -123,9 +140,7 @@ def _progress(reads: Sequence[tuple[Path, Read]]) -> tqdm:
     )
 
 
-def _convert(
-    model: PreTrainedModel, match: Match, conversion: adapter.Conversion, shards: dict[str, tuple[Region, Tensor]]
-) -> int:
+def _convert(match: Match, conversion: adapter.Conversion, shards: Mapping[str, Sequence[_Shard]]) -> int:
     """Runs a conversion that cannot be read by range, on whole tensors in host memory."""
     sources: dict[str, Tensor] = {}
     reads: list[tuple[Path, Read]] = []
@@ -135,8 +150,7 @@ def _convert(
         whole = Traced.source(key, stored.shape, stored.dtype)
         reads += _reads(match, whole.pieces, Region.whole(stored.shape), sources[key])
     bytes_read = read_all(batches_of(reads), torch.device("cpu"))
-    for name, tensor in conversion.run(model, sources).items():
-        if name in shards:
-            region, shard = shards[name]
-            shard.copy_(region.of(tensor))
+    for name, tensor in conversion.run(match.model, sources).items():
+        for shard in shards.get(name, ()):
+            shard.data.copy_(shard.region.of(tensor))
     return bytes_read

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import torch
+from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from lightning_ep import transformers_adapter as adapter
 from lightning_ep.hub.problems import Problems
@@ -23,6 +22,7 @@ from lightning_ep.hub.safetensors_file import (
     StoredTensor,
     read_header,
 )
+from lightning_ep.hub.source import Source
 from lightning_ep.hub.trace import NotTraceableError, Piece, Traced
 
 _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -30,21 +30,6 @@ _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 def _meta(stored: StoredTensor) -> Tensor:
     return torch.empty(stored.shape, dtype=stored.dtype, device="meta")
-
-
-@dataclass(frozen=True)
-class Source:
-    """Where the weights of a model on meta are, and how they become the model's.
-
-    Attributes:
-        directory: The checkpoint.
-        loading: Transforms from the hub's layout to the model's.
-        saving: Those that can be reverted.
-    """
-
-    directory: Path
-    loading: list[Any]
-    saving: list[Any]
 
 
 def open_checkpoint(directory: Path, problems: Problems) -> tuple[dict[str, StoredTensor], set[str]]:
@@ -74,10 +59,17 @@ def open_checkpoint(directory: Path, problems: Problems) -> tuple[dict[str, Stor
 
 @dataclass
 class Filled:
-    """A parameter or buffer that the checkpoint fills: how, or (None) by running a conversion."""
+    """A parameter or buffer that the checkpoint fills, and copies of it.
 
-    tensor: Tensor
+    Attributes:
+        tensors: What is filled.
+        pieces: How, or (None) by running a conversion.
+        rows: How many of its rows the checkpoint has, where that is not all: the vocabulary was resized since.
+    """
+
+    tensors: Sequence[Tensor]
     pieces: tuple[Piece, ...] | None
+    rows: int | None = None
 
 
 @dataclass
@@ -85,24 +77,25 @@ class Match:
     """What is read for which parameter, and what is wrong with the checkpoint.
 
     Attributes:
-        model: The model, sharded or not.
-        source: Its checkpoint.
+        source: The checkpoint.
+        targets: What of it is in the model, sharded or not, by name.
         stored: The checkpoint's tensors.
         filled: What fills the model's parameters and persistent buffers, by name.
         opaque: Conversions that must run on whole tensors.
         problems: What is wrong.
     """
 
-    model: PreTrainedModel
     source: Source
+    targets: Mapping[str, Sequence[Tensor]]
     stored: dict[str, StoredTensor] = field(default_factory=dict)
     filled: dict[str, Filled] = field(default_factory=dict)
     opaque: list[adapter.Conversion] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        name = adapter.model_class(self.model).__name__
-        self.problems = Problems(f"the checkpoint in {self.source.directory} does not fit {name}:")
-        self.tensors: dict[str, Tensor] = dict(self.model.state_dict(keep_vars=True))
+        self.model = self.source.model
+        self.problems = Problems(f"the checkpoint in {self.source.directory} does not fit {self.model.class_name}:")
+        # What user code has taken out of the model is not filled, but still what conversions make.
+        self.tensors = {**self.model.tensors, **{name: tensors[0] for name, tensors in self.targets.items()}}
         self.stored, unreadable = open_checkpoint(self.source.directory, self.problems)
         keys = [*self.stored, *unreadable]
         conversions, unexpected = adapter.load_conversions(self.model, self.source.loading, keys)
@@ -111,19 +104,21 @@ class Match:
                 "architecture", f"none of the checkpoint's {len(keys)} tensors belongs to this model, as {keys[0]}"
             )
             return
-        unexpected = [key for key in unexpected if not adapter.is_optional(self.model, key, in_checkpoint=True)]
+        unexpected = [key for key in unexpected if not self.model.is_optional(key, in_checkpoint=True)]
+        unexpected = self._in_base_model(unexpected, keys, "it has no place for the checkpoint's")
         self.problems.add("unexpected", *unexpected)
         unknown: set[str] = set() if keys else set(self.tensors)  # a lone file that cannot be read says nothing
         for conversion in conversions:
             readable = not unreadable.intersection(conversion.inputs)
             if not (readable and self._check_dtypes(conversion) and self._trace(conversion)):
                 unknown.update(self._siblings.get(conversion.target, {conversion.target}))
-        self._find_missing(unknown)
         self._check_tied()
+        self._fill_tied()
+        self._find_missing(unknown)
 
     def _check_tied(self) -> None:
         """Notes copies of a tied parameter that a checkpoint stores and that are none: one of them would be lost."""
-        for copy, name in adapter.tied_names(self.model).items():
+        for copy, name in self.model.tied.items():
             both = [self.filled[key].pieces for key in (copy, name) if key in self.filled]
             keys = [piece.key for pieces in both for piece in pieces or ()]
             if len(both) == len(keys) == 2 and _differ(*(self.stored[key] for key in keys)):
@@ -132,6 +127,13 @@ class Match:
                     f"{keys[0]} and {keys[1]} differ, and the config says that they are one (tie_word_embeddings): "
                     "pass tie_word_embeddings=False to from_pretrained",
                 )
+
+    def _fill_tied(self) -> None:
+        """Fills a tied parameter that is one no longer, a copy that PEFT trains say, from the other's tensor."""
+        for pair in self.model.tied.items():
+            for one, other in (pair, pair[::-1]):
+                if one in self.targets and one not in self.filled and other in self.filled:
+                    self.filled[one] = replace(self.filled[other], tensors=self.targets[one])
 
     @cached_property
     def _siblings(self) -> dict[str, set[str]]:
@@ -163,13 +165,35 @@ class Match:
         for name, tensor in made.items():
             if name not in self.tensors:
                 self.problems.add("unexpected", *conversion.inputs)
-            elif tensor.shape != self.tensors[name].shape:
+            elif tensor.shape != self.tensors[name].shape and not self._is_resized(name, tensor):
                 self._explain(name, conversion, f"{list(tensor.shape)} for {list(self.tensors[name].shape)}")
                 fits = False
-            else:
+            elif name in self.targets:
                 pieces = tensor.pieces if isinstance(tensor, Traced) else None
-                self.filled[name] = Filled(self.tensors[name], pieces)
+                rows = tensor.shape[0] if tensor.shape != self.tensors[name].shape else None
+                self.filled[name] = Filled(self.targets[name], pieces, rows)
         return fits
+
+    def _is_resized(self, name: str, made: Tensor) -> bool:
+        """Whether `resize_token_embeddings` has changed the rows of a parameter that the checkpoint has as it was."""
+        built, now = self.model.tensors[name].shape, self.tensors[name].shape
+        in_rows = name in self.model.vocabulary and isinstance(made, Traced) and built[1:] == now[1:]
+        return in_rows and made.shape == built
+
+    def _in_base_model(self, names: Iterable[str], among: Iterable[str], what: str) -> list[str]:
+        """Those of ``names`` that a model whose head is new must have; a warning names the others.
+
+        Args:
+            names: Names that only the checkpoint has, or only the model.
+            among: All names of the one that has them.
+            what: What becomes of the others, for the warning.
+        """
+        prefix = f"{self.model.base_model_prefix}."
+        bare = not any(name.startswith(prefix) for name in among)  # a base model alone
+        inside = [name for name in names if not self.source.new_head or bare or name.startswith(prefix)]
+        if head := [name for name in names if name not in inside]:
+            rank_zero_warn(f"{self.model.class_name} from {self.source.directory}: {what} {', '.join(head)}.")
+        return inside
 
     def _explain(self, name: str, conversion: adapter.Conversion, what: str) -> None:
         """Says of a parameter that cannot be made which tensors of the checkpoint are missing, too many or wrong."""
@@ -206,22 +230,26 @@ class Match:
         missing = [
             name
             for name, tensor in self.tensors.items()
-            if tensor.is_meta and id(tensor) not in present and not adapter.is_optional(self.model, name, False)
+            if name in self.targets
+            and tensor.is_meta
+            and id(tensor) not in present
+            and not self.model.is_optional(name, in_checkpoint=False)
         ]
-        tied = adapter.tied_names(self.model)
+        tied = self.model.tied
         names = [name for name in missing if not (name in tied and tied[name] in missing)]
+        names = self._in_base_model(names, self.tensors, "random values, since the checkpoint has none, for")
         if names:
             shapes = self._hub_shapes(names)
             self.problems.add("missing", *[key for key in shapes if key not in self.stored])
 
-    def unique(self) -> Iterator[tuple[str, Filled]]:
-        """What is filled, tied parameters once and under the name that is not declared to be a copy."""
-        tied = adapter.tied_names(self.model)
+    def on_meta(self) -> Iterator[tuple[str, Filled, Tensor]]:
+        """What is filled, every tensor once, and tied ones by the name that is not declared to be a copy."""
         seen: set[int] = set()
-        for name, filled in sorted(self.filled.items(), key=lambda item: item[0] in tied):
-            if id(filled.tensor) not in seen and filled.tensor.is_meta:
-                seen.add(id(filled.tensor))
-                yield name, filled
+        for name, filled in sorted(self.filled.items(), key=lambda item: item[0] in self.model.tied):
+            for tensor in filled.tensors:
+                if id(tensor) not in seen and tensor.is_meta:
+                    seen.add(id(tensor))
+                    yield name, filled, tensor
 
 
 def _differ(one: StoredTensor, two: StoredTensor) -> bool:

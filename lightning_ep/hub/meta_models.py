@@ -15,10 +15,11 @@ import transformers
 from huggingface_hub import snapshot_download
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
 
+from lightning_ep import transformers_adapter as adapter
 from lightning_ep.distributed.agreement import Ranks
 from lightning_ep.hub.errors import CheckpointError
-from lightning_ep.hub.load import remember_source
 from lightning_ep.hub.safetensors_file import INDEX_NAME, SINGLE_NAME
+from lightning_ep.hub.source import remember_source
 
 _SMALL_FILES = ("*.json", "*.txt", "*.model", "*.jinja")
 
@@ -86,7 +87,8 @@ def from_pretrained(
             param.data = param.data.to(dtype)
     if (directory / "generation_config.json").exists():
         model.generation_config = GenerationConfig.from_pretrained(directory)
-    remember_source(model, directory)
+    adapter.allow_resizing_on_meta(model)
+    remember_source(model, directory, new_head="architectures" in config_overrides)
     return model
 
 
@@ -97,7 +99,9 @@ def from_config(config: PreTrainedConfig) -> PreTrainedModel:
         config: Any configuration that `transformers.AutoModelForCausalLM` knows.
     """
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config)
+        model = AutoModelForCausalLM.from_config(config)
+    adapter.allow_resizing_on_meta(model)
+    return model
 
 
 def meta_model(config: PreTrainedConfig, model_class: type[PreTrainedModel] | None = None) -> PreTrainedModel:

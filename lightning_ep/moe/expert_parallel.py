@@ -17,7 +17,7 @@ from lightning_ep import transformers_adapter as adapter
 from lightning_ep.distributed.progress import Progress
 from lightning_ep.layout import ParallelLayout
 from lightning_ep.moe.dispatch import AllToAllDispatcher, Dispatcher, LocalDispatcher
-from lightning_ep.moe.experts import ExpertContext
+from lightning_ep.moe.experts import ExpertContext, spread_over_ranks
 from lightning_ep.ops.fused_experts import FusedExperts
 from lightning_ep.ops.local_experts import LocalExperts
 from lightning_ep.ops.registered_experts import RegisteredExperts
@@ -49,6 +49,14 @@ class ExpertParallel(ParallelStyle):
 
     def validate(self, module: nn.Module, num_ranks: int) -> None:
         """Raises ValueError, before anything is sharded, if ``module`` cannot be split over ``num_ranks``."""
+        wrapped = [name for name, param in module.named_parameters() if "." in name and param.ndim > 2]
+        if wrapped:
+            raise ValueError(
+                f"{self.layer} is a {type(module).__name__} around the experts ({wrapped[0]}), an adapter for example, "
+                "and only experts themselves can be split over ranks yet. Leave them as they are: with peft no "
+                "target_parameters, and target_modules that name layers of attention, as ['q_proj', 'k_proj', "
+                "'v_proj', 'o_proj'] ('all-linear' takes experts too)."
+            )
         num_experts = getattr(module, "num_experts", None)
         if not isinstance(num_experts, int):
             raise ValueError(f"{self.layer} ({type(module).__name__}) does not say how many experts it has.")
@@ -91,7 +99,7 @@ class ExpertParallel(ParallelStyle):
         else:
             function = adapter.local_experts_function(module, self.experts_implementation)
             experts = RegisteredExperts(module, function, names)
-        adapter.remember(module, ExpertContext(dispatcher, experts, names))
+        spread_over_ranks(module, ExpertContext(dispatcher, experts, names))
         return module
 
     def _is_fused(self, module: nn.Module) -> bool:

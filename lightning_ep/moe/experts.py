@@ -1,9 +1,10 @@
-"""An experts module whose experts are spread over ranks: what it knows, and the forward that transformers calls."""
+"""An experts module whose experts are spread over ranks: what it knows, and its forward."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from types import MethodType
 from typing import Any
 
 import torch
@@ -39,6 +40,16 @@ class ExpertContext:
     leave: Callable[[Tensor], Callable[[], Tensor] | None] | None = None
 
 
+def spread_over_ranks(module: nn.Module, context: ExpertContext) -> None:
+    """Has ``module`` run its experts as ``context`` says, whatever its config says or will say.
+
+    Its own forward is replaced, and not the name that transformers' experts interface looks up in a config: a config is
+    shared with other models, copied for layers, and changed by others (`generate` changes the name while it runs).
+    """
+    adapter.remember(module, context)
+    module.forward = MethodType(_experts_forward, module)  # type: ignore[method-assign]
+
+
 def expert_context(module: nn.Module) -> ExpertContext:
     """The context of a module that `is_parallel_experts`."""
     context = adapter.recall(module, ExpertContext)
@@ -54,10 +65,7 @@ def is_parallel_experts(module: nn.Module) -> bool:
 # Opaque to torch.compile: its sizes are not known before it runs, and its kernels are already fused.
 @torch.compiler.disable
 def _experts_forward(module: nn.Module, hidden_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
-    context = adapter.recall(module, ExpertContext)
-    if context is None:
-        # A model that shares its config object with a parallelised one shares the implementation name too.
-        return adapter.local_experts_function(module, "auto")(module, hidden_TH, ids_TK, weights_TK)
+    context = expert_context(module)
     if in_backward():
         rank_zero_warn(
             "Activation checkpointing that the strategy knows nothing of runs the experts again in backward, so that "
@@ -71,6 +79,3 @@ def _experts_forward(module: nn.Module, hidden_TH: Tensor, ids_TK: Tensor, weigh
     params = [getattr(module, name) for name in context.param_names]
     dispatcher, experts = context.dispatcher, context.experts
     return moe_forward(dispatcher, experts, hidden_TH, ids_TK, weights_TK, params, context.leave, context.masters)
-
-
-adapter.register_experts(_experts_forward)

@@ -18,24 +18,26 @@ from lightning_ep.transformers_adapter.attention_interface import (
     without_packing,
 )
 from lightning_ep.transformers_adapter.conversion import (
+    Blueprint,
     Conversion,
+    blueprint,
     export_conversions,
     hub_transforms,
-    is_optional,
     load_conversions,
     not_saved,
     tied_names,
 )
 from lightning_ep.transformers_adapter.experts_interface import (
-    EXPERTS_IMPLEMENTATION,
     FUSED_PARAMETERS,
     local_experts_function,
-    register_experts,
-    runs_registered_experts,
-    use_registered_experts,
     why_not_fused,
 )
-from lightning_ep.transformers_adapter.initialization import apply_init_rule, init_rules, mark_initialized
+from lightning_ep.transformers_adapter.initialization import (
+    allow_resizing_on_meta,
+    apply_init_rule,
+    init_rules,
+    mark_initialized,
+)
 from lightning_ep.transformers_adapter.record import recall, remember
 from lightning_ep.transformers_adapter.structure import (
     decoder_layers,
@@ -49,13 +51,15 @@ from lightning_ep.transformers_adapter.structure import (
 )
 
 __all__ = [
+    "Blueprint",
     "Conversion",
-    "EXPERTS_IMPLEMENTATION",
     "FUSED_PARAMETERS",
+    "allow_resizing_on_meta",
     "apply_init_rule",
     "attention_function",
     "attention_heads",
     "attention_implementation",
+    "blueprint",
     "causal_mask",
     "config_with_attention",
     "decoder_layers",
@@ -64,7 +68,6 @@ __all__ = [
     "hub_transforms",
     "init_rules",
     "is_flash_attention",
-    "is_optional",
     "load_conversions",
     "local_experts_function",
     "mark_initialized",
@@ -73,15 +76,12 @@ __all__ = [
     "pretrained_models",
     "recall",
     "refuse_own_checkpointing",
-    "register_experts",
     "remember",
     "routers",
-    "runs_registered_experts",
     "select_attention",
     "tensor_parallel_styles",
     "tied",
     "tied_names",
-    "use_registered_experts",
     "why_not_context_parallel",
     "why_not_fused",
     "without_packing",

@@ -6,7 +6,9 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
+from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
@@ -20,6 +22,57 @@ from transformers.core_model_loading import (
     dot_natural_key,
     rename_source_key,
 )
+
+
+@dataclass(frozen=True, eq=False)
+class Blueprint:
+    """What loading asks of a model, by the names that its class gives: user code may rename and replace them later.
+
+    Attributes:
+        class_name: Name of the model's class.
+        config: Its config.
+        base_model_prefix: Name of the base model in it.
+        tensors: Stand-ins on meta for its parameters and persistent buffers.
+        tied: Names of parameters that are another one's, with the name of that one.
+        vocabulary: Names of what has a row for every token: the embedding's and the output head's parameters.
+        optional: Patterns of names that may be in the checkpoint only (True), or in the model only (False).
+    """
+
+    class_name: str
+    config: Any
+    base_model_prefix: str
+    tensors: dict[str, Tensor]
+    tied: dict[str, str]
+    vocabulary: frozenset[str]
+    optional: dict[bool, frozenset[str]]
+
+    def get_parameter(self, name: str) -> Tensor:
+        """The stand-in of a parameter; some conversions ask for its shape."""
+        return self.tensors[name]
+
+    def is_optional(self, name: str, in_checkpoint: bool) -> bool:
+        """Whether the model declares that a name may be only in the checkpoint, or only in the model."""
+        return any(re.search(pattern, name) for pattern in self.optional[in_checkpoint])
+
+
+def blueprint(model: PreTrainedModel) -> Blueprint:
+    """The blueprint of a model as its class builds it; ask before anything is renamed, replaced or sharded."""
+    state = model.state_dict(keep_vars=True)
+    vocabulary = {
+        id(p) for m in (model.get_input_embeddings(), model.get_output_embeddings()) if m for p in m.parameters()
+    }
+    unexpected = set(model._keys_to_ignore_on_load_unexpected or ())
+    # Buffers that older checkpoints contain; transformers passes over them for every family.
+    unexpected |= {r"rotary_emb\.inv_freq", r"(^|\.)position_ids$"}
+    return Blueprint(
+        type(model).__name__,
+        model.config,
+        model.base_model_prefix,
+        {name: torch.empty_like(tensor, device="meta") for name, tensor in state.items()},
+        tied_names(model),
+        frozenset(name for name, tensor in state.items() if id(tensor) in vocabulary),
+        {True: frozenset(unexpected), False: frozenset(model._keys_to_ignore_on_load_missing or ())},
+    )
 
 
 @dataclass
@@ -41,11 +94,11 @@ class Conversion:
         """All names that go in."""
         return [key for keys in self.sources.values() for key in keys]
 
-    def run(self, model: PreTrainedModel, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def run(self, model: PreTrainedModel | Blueprint, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Converts.
 
         Args:
-            model: The model, of whose parameters some operations need the shapes.
+            model: The model, or its blueprint; of its parameters some operations need the shapes.
             tensors: The tensors that go in, by name.
 
         Returns:
@@ -57,7 +110,7 @@ class Conversion:
         for pattern, keys in self.sources.items():
             for key in keys:
                 converter.add_tensor(self.target, key, pattern, tensors[key])  # type: ignore[arg-type]
-        converted = converter.convert(self.target, model=model, config=model.config)
+        converted = converter.convert(self.target, model=model, config=model.config)  # type: ignore[arg-type]
         renamings = list(self._renamings)
         return {
             apply_renamings(name, renamings): value[0] if isinstance(value, list) else value
@@ -77,13 +130,13 @@ def hub_transforms(model: PreTrainedModel, saving: bool = False) -> list[WeightT
 
 
 def load_conversions(
-    model: PreTrainedModel, transforms: Sequence[WeightTransform], keys: Iterable[str]
+    model: Blueprint, transforms: Sequence[WeightTransform], keys: Iterable[str]
 ) -> tuple[list[Conversion], list[str]]:
     """Groups the tensors of a checkpoint by the parameters that they become, as `from_pretrained` does.
 
     Args:
-        model: The model.
-        transforms: `hub_transforms` of it.
+        model: The model's blueprint.
+        transforms: `hub_transforms` of the model.
         keys: Names in the checkpoint, in the hub's layout or the model's own.
 
     Returns:
@@ -93,8 +146,7 @@ def load_conversions(
     renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
     converters = [t for t in transforms if isinstance(t, WeightConverter)]
     by_pattern = {pattern: t for t in converters for pattern in t.source_patterns}
-    names = dict(model.state_dict())
-    prefix = model.base_model_prefix
+    names, prefix = model.tensors, model.base_model_prefix
     found: dict[str, Conversion] = {}
     unexpected: list[str] = []
     for key in sorted(keys, key=dot_natural_key):
@@ -136,17 +188,6 @@ def export_conversions(transforms: Sequence[WeightTransform], names: Iterable[st
 def tied_names(model: PreTrainedModel) -> dict[str, str]:
     """Names of parameters that are another one's, with the name of that one."""
     return dict(model.all_tied_weights_keys or {})
-
-
-def is_optional(model: PreTrainedModel, name: str, in_checkpoint: bool) -> bool:
-    """Whether the model declares that a name may be only in the checkpoint, or only in the model."""
-    if in_checkpoint:
-        patterns = set(model._keys_to_ignore_on_load_unexpected or ())
-        # Buffers that older checkpoints contain; transformers passes over them for every family.
-        patterns |= {r"rotary_emb\.inv_freq", r"(^|\.)position_ids$"}
-    else:
-        patterns = set(model._keys_to_ignore_on_load_missing or ())
-    return any(re.search(pattern, name) for pattern in patterns)
 
 
 def not_saved(model: PreTrainedModel, name: str) -> bool:

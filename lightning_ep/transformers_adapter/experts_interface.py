@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any
-
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 from transformers.activations import SiLUActivation
-from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, ExpertsInterface, _default_apply_gate
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, _default_apply_gate
 
 from lightning_ep.ops.registered_experts import ExpertsFunction
 
-EXPERTS_IMPLEMENTATION = "lightning_ep"
 FUSED_PARAMETERS = ("gate_up_proj", "down_proj")
 
 
@@ -51,7 +46,7 @@ def local_experts_function(module: nn.Module, name: str) -> ExpertsFunction:
     """
     if name == "auto":
         return _auto_experts
-    names = sorted({"eager", *ALL_EXPERTS_FUNCTIONS} - {EXPERTS_IMPLEMENTATION})
+    names = sorted({"eager", *ALL_EXPERTS_FUNCTIONS})
     if name not in names:
         raise ValueError(
             f"experts_implementation={name!r} is not registered; choose 'auto', 'fused' or one of {names}."
@@ -72,31 +67,3 @@ def _auto_experts(module: nn.Module, hidden_TH: Tensor, ids_TK: Tensor, weights_
     fast = hidden_TH.is_cuda and hidden_TH.dtype == torch.bfloat16 and aligned
     function = _registered(module, "grouped_mm" if fast else "eager")
     return function(module, hidden_TH, ids_TK, weights_TK)
-
-
-def register_experts(function: ExpertsFunction) -> None:
-    """Makes ``function`` what runs the experts of models for which `use_registered_experts` is called."""
-    ExpertsInterface.register(EXPERTS_IMPLEMENTATION, function)
-
-
-def use_registered_experts(model: PreTrainedModel, experts: Iterable[nn.Module]) -> None:
-    """Selects, in the whole model, the function that `register_experts` was given.
-
-    transformers looks for the experts of a class in the source file of that class, so this comes before FSDP replaces
-    the class by one of torch's. In the file of a class of the user's it finds none, and sets nothing.
-
-    Args:
-        model: A model.
-        experts: Those of its experts modules that must run the function.
-    """
-    model.set_experts_implementation(EXPERTS_IMPLEMENTATION)
-    for module in experts:
-        config: Any = getattr(module, "config", None)
-        if config is not None and not runs_registered_experts(module):
-            config._experts_implementation_internal = EXPERTS_IMPLEMENTATION
-
-
-def runs_registered_experts(module: nn.Module) -> bool:
-    """Whether an experts module calls the function that `register_experts` was given."""
-    config = getattr(module, "config", None)
-    return getattr(config, "_experts_implementation", None) == EXPERTS_IMPLEMENTATION
