@@ -15,6 +15,7 @@ import transformers
 from huggingface_hub import snapshot_download
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
 
+from lightning_ep import transformers_adapter as adapter
 from lightning_ep.distributed.agreement import Ranks
 from lightning_ep.hub.errors import CheckpointError
 from lightning_ep.hub.load import remember_source
@@ -87,6 +88,7 @@ def from_pretrained(
     if (directory / "generation_config.json").exists():
         model.generation_config = GenerationConfig.from_pretrained(directory)
     remember_source(model, directory)
+    adapter.note_own_modules(model)
     return model
 
 
@@ -97,7 +99,9 @@ def from_config(config: PreTrainedConfig) -> PreTrainedModel:
         config: Any configuration that `transformers.AutoModelForCausalLM` knows.
     """
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config)
+        model = AutoModelForCausalLM.from_config(config)
+    adapter.note_own_modules(model)
+    return model
 
 
 def meta_model(config: PreTrainedConfig, model_class: type[PreTrainedModel] | None = None) -> PreTrainedModel:

@@ -35,7 +35,13 @@ from lightning_ep.transformers_adapter.experts_interface import (
     use_registered_experts,
     why_not_fused,
 )
-from lightning_ep.transformers_adapter.initialization import apply_init_rule, init_rules, mark_initialized
+from lightning_ep.transformers_adapter.initialization import (
+    apply_init_rule,
+    follows_model,
+    mark_initialized,
+    marks_are_respected,
+    note_own_modules,
+)
 from lightning_ep.transformers_adapter.record import recall, remember
 from lightning_ep.transformers_adapter.structure import (
     decoder_layers,
@@ -61,15 +67,17 @@ __all__ = [
     "decoder_layers",
     "experts_modules",
     "export_conversions",
+    "follows_model",
     "hub_transforms",
-    "init_rules",
     "is_flash_attention",
     "is_optional",
     "load_conversions",
     "local_experts_function",
     "mark_initialized",
+    "marks_are_respected",
     "model_class",
     "not_saved",
+    "note_own_modules",
     "pretrained_models",
     "recall",
     "refuse_own_checkpointing",
