@@ -83,8 +83,9 @@ def from_pretrained(
     _check_architecture(str(path), config, model)
     model.config.dtype = dtype
     if dtype is not None:
+        fp32 = set(adapter.fp32_parameters(model).values()) if dtype == torch.bfloat16 else set()
         for param in model.parameters():
-            param.data = param.data.to(dtype)
+            param.data = param.data.to(torch.float32 if param in fp32 else dtype)
     if (directory / "generation_config.json").exists():
         model.generation_config = GenerationConfig.from_pretrained(directory)
     remember_source(model, directory)

@@ -174,7 +174,7 @@ def _reset_lora(name: str, shadow: Any, adapters: Mapping[str, Any]) -> None:
         config = adapters[adapter_name]
         how = config.init_lora_weights
         if config.peft_type != "LORA" or adapter_name in shadow.lora_variant:
-            _refuse_peft(name, shadow, f"what {config.peft_type} starts from")
+            _refuse_peft(name, shadow, "the start of a variant of LoRA")
         # Without PEFT's rule linear layers keep torch's, and embeddings what their constructor has drawn.
         if how not in (True, "gaussian", *([False] if adapter_name in shadow.lora_A else [])):
             _refuse_peft(name, shadow, f"init_lora_weights={how!r}")

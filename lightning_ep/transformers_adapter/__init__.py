@@ -1,9 +1,9 @@
 """All that touches names of transformers that are not its public API.
 
 One file for each question: where things are in a model (`structure`), who runs experts (`experts_interface`) and
-attention (`attention_interface`), how random weights are drawn (`initialization`), how weights come in and leave
-(`conversion`), and what is remembered of a model (`record`). Everyone else uses them through this package, which
-imports nothing of ours but `ops` and `distributed`.
+attention (`attention_interface`), how random weights are drawn (`initialization`), what is fp32 in a bf16 model
+(`dtypes`), how weights come in and leave (`conversion`), and what is remembered of a model (`record`). Everyone else
+uses them through this package, which imports nothing of ours but `ops` and `distributed`.
 """
 
 from lightning_ep.transformers_adapter.attention_interface import (
@@ -26,6 +26,7 @@ from lightning_ep.transformers_adapter.conversion import (
     not_saved,
     tied_names,
 )
+from lightning_ep.transformers_adapter.dtypes import cast_constants, fp32_parameters
 from lightning_ep.transformers_adapter.experts_interface import (
     EXPERTS_IMPLEMENTATION,
     FUSED_PARAMETERS,
@@ -62,12 +63,14 @@ __all__ = [
     "attention_function",
     "attention_heads",
     "attention_implementation",
+    "cast_constants",
     "causal_mask",
     "config_with_attention",
     "decoder_layers",
     "experts_modules",
     "export_conversions",
     "follows_model",
+    "fp32_parameters",
     "hub_transforms",
     "is_flash_attention",
     "is_optional",
