@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from lightning_ep import context_parallel
 from lightning_ep import transformers_adapter as adapter
 from lightning_ep.distributed import dtensor_rules as dtensor_rules  # registers them
-from lightning_ep.fsdp.groups import shard_beside, shard_dense, shard_experts, sum_gradients
+from lightning_ep.fsdp.groups import in_bf16, shard_beside, shard_dense, shard_experts, sum_gradients
 from lightning_ep.hub.initialize import materialize
 from lightning_ep.hub.load import stream_pretrained
 from lightning_ep.hub.source import follow_sources
@@ -122,6 +122,7 @@ def shard(
     tensor_plans = check(module, layout, plan)
     check_recompute(module, plan, activation_checkpointing)
     steps = Steps(module, meshes, device, plan, mp_policy)
+    steps.cast_constants()
     steps.broadcast_weights()
     for model, styles in tensor_plans.items():
         steps.split_matrices(model, styles)
@@ -160,6 +161,12 @@ class Steps:
         self.models = list(adapter.pretrained_models(module).values())
         self.experts = {module.get_submodule(name): style for name, style in plan.items()}
         self._meshes, self._device, self._mp_policy = meshes, device, mp_policy
+
+    def cast_constants(self) -> None:
+        """Gives models that compute in bf16 the buffers that they have where transformers loads them in bf16."""
+        for model in self.models:
+            if in_bf16(model, self._mp_policy):
+                adapter.cast_constants(model)
 
     def broadcast_weights(self) -> None:
         """Makes rank 0's weights everyone's, as DDP does: user code may have initialised them from unequal seeds."""

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from lightning_ep import transformers_adapter as adapter
 from lightning_ep.fsdp.passes import watch_layers, watch_root
 from lightning_ep.fsdp.prefetch import chain_prefetches
+from lightning_ep.fsdp.state import keep_fp32, state_of
 from lightning_ep.layout import Meshes
 from lightning_ep.moe.experts import expert_context, is_parallel_experts
 from lightning_ep.moe.master_weights import ModelMasterWeights
@@ -97,6 +98,7 @@ def shard_dense(model: PreTrainedModel, meshes: Meshes, mp_policy: MixedPrecisio
     """
     ignored = {param for experts in unmanaged_experts(model) for param in experts.parameters()}
     shard = partial(fully_shard, mesh=meshes.dense_shards, mp_policy=mp_policy, ignored_params=ignored)
+    kept = {_holder(model, name) for name in adapter.fp32_parameters(model)} if in_bf16(model, mp_policy) else set()
     layers = adapter.decoder_layers(model)
     groups = group_layers(layers, ignored)
     for group in groups:
@@ -114,8 +116,21 @@ def shard_dense(model: PreTrainedModel, meshes: Meshes, mp_policy: MixedPrecisio
     # an optimizer built then would get plain copies of its parameters and train nothing; nor does it come in steps
     # that freeze the model, and the next forward would use weights from before the optimizer step.
     shard(model, reshard_after_forward=True)
+    if kept:
+        for state in {state_of(module) for module in model.modules() if isinstance(module, FSDPModule)}:
+            keep_fp32(state, kept)
     watch_root(model, [embedding, *layers])
     chain_prefetches(model, embedding, groups)
+
+
+def in_bf16(model: nn.Module, mp_policy: MixedPrecisionPolicy) -> bool:
+    """Whether a model computes in bf16, all of it or most."""
+    return torch.bfloat16 in (mp_policy.param_dtype, *(param.dtype for param in model.parameters()))
+
+
+def _holder(model: nn.Module, name: str) -> tuple[nn.Module, str]:
+    module, _, key = name.rpartition(".")
+    return model.get_submodule(module), key
 
 
 def shard_beside(module: nn.Module, meshes: Meshes, mp_policy: MixedPrecisionPolicy) -> None:

@@ -8,13 +8,15 @@ together. The names are the same in torch 2.11 to 2.13; `docs/workarounds.md` sa
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 
+from lightning_ep.moe.master_weights import widen_gradient
 from lightning_ep.ops.autograd import in_backward
 
 State = Any  # torch.distributed.fsdp._fully_shard._fsdp_state.FSDPState
@@ -159,3 +161,44 @@ def forget_gradients(root: State) -> None:
 def _unsharded(param: Any) -> Tensor | None:
     """What forward computes with, once it has been gathered for the first time."""
     return getattr(param, "_unsharded_param", None)
+
+
+# ---------------------------------------------------------------------------------------------------- dtypes
+
+
+def keep_fp32(state: State, kept: Collection[tuple[nn.Module, str]]) -> None:
+    """Has a group gather some of its parameters in fp32, in the same collective as others in bf16.
+
+    FSDP2 reduces the gradients of a group in one dtype and gives all shards another: here autograd makes them all fp32,
+    and a shard in fp32 beside shards in bf16 gets its gradient by way of theirs.
+
+    Args:
+        state: A state whose parameters have not been gathered yet.
+        kept: Modules and the names of their parameters, which are fp32.
+    """
+    params = state._fsdp_param_group.fsdp_params if state._fsdp_param_group is not None else []
+    chosen = [param for param in params if (param._module_info.module, param._module_info.param_name) in kept]
+    others = [param for param in params if param not in chosen]
+    for param in chosen:
+        param.init_dtype_attrs = functools.partial(_keep_dtype, param, others, param.init_dtype_attrs)
+    for param in params if chosen and others else ():
+        param.init_unsharded_param = functools.partial(_want_fp32_gradient, param, param.init_unsharded_param)
+
+
+def _keep_dtype(
+    param: Any, others: Iterable[Any], init: Callable[[MixedPrecisionPolicy], None], policy: MixedPrecisionPolicy
+) -> None:
+    init(replace(policy, param_dtype=None))
+    shard = param.sharded_param
+    narrow = [other.sharded_param.dtype for other in others if other.sharded_param.dtype != shard.dtype]
+    if narrow and shard.requires_grad and param.orig_dtype != narrow[0]:
+        param.orig_dtype = narrow[0]
+        if shard.grad_dtype is not None:
+            shard.grad_dtype = None  # takes what comes, and widens it
+            shard.register_post_accumulate_grad_hook(widen_gradient)
+
+
+def _want_fp32_gradient(param: Any, init: Callable[[], None]) -> None:
+    init()
+    if param._unsharded_param.requires_grad:
+        param._unsharded_param.grad_dtype = torch.float32

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping
-from functools import partial
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from lightning_ep import transformers_adapter as adapter
-from lightning_ep.distributed.shards import Region, local_region
-from lightning_ep.ops.registered_experts import stand_in
-
-Initializer = Callable[[nn.Module], None]
+from lightning_ep.distributed.shards import Region, local_region, local_tensor
+from lightning_ep.hub.rules import Holder, holders
 
 
 def has_meta_tensors(module: nn.Module) -> bool:
@@ -24,7 +22,7 @@ def has_meta_tensors(module: nn.Module) -> bool:
 
 @torch.no_grad()
 def materialize(module: nn.Module, device: torch.device, seed: int) -> None:
-    """Allocates and initialises what is still on meta, shards only, with the model's own rules.
+    """Allocates and initialises what is still on meta, shards only, by the rules of `lightning_ep.hub.rules`.
 
     Each parameter is drawn on the CPU from a generator keyed by (seed, name), each expert's from one keyed by
     (seed, name, expert index), so that one seed gives the same model on any layout and device. No rank holds more
@@ -39,105 +37,89 @@ def materialize(module: nn.Module, device: torch.device, seed: int) -> None:
         ValueError: If a module has parameters on meta and no rule to initialise them, or a buffer that no rule fills.
     """
     done: dict[int, nn.Parameter] = {}
-    for name, child, rule, is_experts in _rules(module):
-        for param_name, param in list(child._parameters.items()):
+    for holder in holders(module):
+        for key, param in list(holder.module._parameters.items()):
             if param is None or not param.is_meta:
                 continue
             if id(param) not in done:
-                full_name = f"{name}.{param_name}" if name else param_name
-                shard = _draw_shard(child, param_name, param, rule, seed, full_name, is_experts)
+                if holder.copy_of is not None:
+                    shard = _copy_shard(holder, key, param)
+                else:
+                    shard = _draw_shard(holder, key, param, seed)
                 done[id(param)] = with_storage(param, shard.to(device=device, dtype=param.dtype))
-            child._parameters[param_name] = done[id(param)]  # one object for tied parameters
-        _fill_buffers(name, child, rule, device)
+            holder.module._parameters[key] = done[id(param)]  # one object for tied parameters
+        _fill_buffers(holder, device, seed)
 
 
-def _rules(module: nn.Module) -> Iterator[tuple[str, nn.Module, Initializer, bool]]:
-    inside: set[str] = set()
-    for outer, model in adapter.pretrained_models(module).items():
-        experts = set(adapter.experts_modules(model))
-        for inner, child, owner in adapter.init_rules(model):
-            name = ".".join(part for part in (outer, inner) if part)
-            inside.add(name)
-            yield name, child, partial(adapter.apply_init_rule, owner), inner in experts
-    for name, child in module.named_modules():
-        if name not in inside:
-            yield name, child, _reset_parameters(name, child), False
-
-
-def _reset_parameters(name: str, module: nn.Module) -> Initializer:
-    def rule(shadow: nn.Module) -> None:
-        reset = getattr(type(module), "reset_parameters", None)
-        if reset is None:
-            raise ValueError(
-                f"{name or type(module).__name__} ({type(module).__name__}) is on the meta device and has no "
-                "`reset_parameters()`, so its weights cannot be initialised. Define that method or build the module "
-                "on a real device."
-            )
-        reset(shadow)
-
-    return rule
-
-
-def _draw_shard(
-    module: nn.Module, name: str, param: Tensor, rule: Initializer, seed: int, full_name: str, is_experts: bool
-) -> Tensor:
+def _draw_shard(holder: Holder, key: str, param: Tensor, seed: int) -> Tensor:
     """This rank's part of a parameter, fp32 on the CPU."""
-    if not isinstance(param, DTensor):
-        if not is_experts:
-            return _draw(module, name, tuple(param.shape), rule, seed, full_name)
-        shape = tuple(param.shape)
-        return torch.cat([_draw_expert(module, name, shape, rule, seed, full_name, e) for e in range(shape[0])])
-    region, shape = local_region(param), tuple(param.shape)
-    if not is_experts:
-        return region.of(_draw(module, name, shape, rule, seed, full_name))
+    shape = tuple(param.shape)
+    region = local_region(param)
+    stream = f"{holder.name}.{key}" if holder.name else key
+    if not holder.is_experts:
+        return region.of(_draw(holder, key, shape, seed, stream))
     experts = range(region.start[0], region.start[0] + region.size[0])
     within = Region((0, *region.start[1:]), (1, *region.size[1:]))
-    drawn = [within.of(_draw_expert(module, name, shape, rule, seed, full_name, expert)) for expert in experts]
+    drawn = [within.of(_draw(holder, key, (1, *shape[1:]), seed, f"{stream}[{e}]")) for e in experts]
     return torch.cat(drawn) if drawn else torch.empty(region.size)
 
 
-def _draw_expert(
-    module: nn.Module, name: str, shape: tuple[int, ...], rule: Initializer, seed: int, full_name: str, expert: int
-) -> Tensor:
-    return _draw(module, name, (1, *shape[1:]), rule, seed, f"{full_name}[{expert}]")
-
-
-def _draw(module: nn.Module, name: str, shape: tuple[int, ...], rule: Initializer, seed: int, stream: str) -> Tensor:
-    """Runs the rule on a stand-in of ``module`` in which only one parameter, of the given shape, is to be filled."""
+def _draw(holder: Holder, key: str, shape: tuple[int, ...], seed: int, stream: str) -> Tensor:
     target = nn.Parameter(torch.full(shape, torch.nan, dtype=torch.float32))
-    params = {**_done(module._parameters), name: target}
-    digest = hashlib.sha256(f"{seed}/{stream}".encode()).digest()
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(int.from_bytes(digest[:8], "little", signed=True))
-        rule(stand_in(module, params, _done(module._buffers)))
+    _run(holder, holder.shadow._parameters, {key: target}, seed, stream)
     if target.isnan().any():
-        raise ValueError(f"{stream}: the initialisation rule of {type(module).__name__} leaves this parameter unset.")
+        raise ValueError(
+            f"{stream}: the initialisation rules of {type(holder.module).__name__} leave this parameter unset."
+        )
     return target.detach()
 
 
-def _fill_buffers(name: str, module: nn.Module, rule: Initializer, device: torch.device) -> None:
-    on_meta = {key: b for key, b in module._buffers.items() if b is not None and b.is_meta}
+def _fill_buffers(holder: Holder, device: torch.device, seed: int) -> None:
+    on_meta = {key: b for key, b in holder.module._buffers.items() if b is not None and b.is_meta}
     if not on_meta:
         return
-    filled = {
-        key: torch.full(b.shape, torch.nan if b.is_floating_point() else 0, dtype=b.dtype) for key, b in on_meta.items()
-    }
-    rule(stand_in(module, _done(module._parameters), {**module._buffers, **filled}))
-    for key, buffer in filled.items():
-        if buffer.is_floating_point() and buffer.isnan().any():
+    # Twice, from two different values: what rules leave alone shows, in integers too.
+    first, second = ({key: torch.full(b.shape, fill, dtype=b.dtype) for key, b in on_meta.items()} for fill in (0, 1))
+    for buffers in (first, second):
+        _run(holder, holder.shadow._buffers, buffers, seed, f"{holder.name}.buffers")
+    for key, buffer in first.items():
+        if not torch.equal(buffer, second[key]):
             raise ValueError(
-                f"buffer {name}.{key} is on the meta device and the rules of {type(module).__name__} do not fill it; "
-                "build the module on a real device."
+                f"buffer {holder.name}.{key} is on the meta device and the rules of {type(holder.module).__name__} do "
+                "not fill it; build the module on a real device."
             )
-        module._buffers[key] = buffer.to(device)
+        holder.module._buffers[key] = buffer.to(device)
 
 
-def _done(tensors: Mapping[str, Tensor | None]) -> dict[str, Tensor | None]:
-    """Meta stand-ins, marked so that the rules pass over them."""
-    return {
-        key: None if t is None else adapter.mark_initialized(nn.Parameter(torch.empty(t.shape, device="meta"), False))
-        for key, t in tensors.items()
-    }
+def _run(holder: Holder, place: dict[str, Any], targets: Mapping[str, Tensor], seed: int, stream: str) -> None:
+    """Runs the rules while only ``targets`` are there to be filled, with random numbers of ``stream``."""
+    if not holder.rules:
+        raise ValueError(
+            f"{holder.name or type(holder.module).__name__} ({type(holder.module).__name__}) is on the meta device and "
+            "has no `reset_parameters()`, so its weights cannot be initialised. Define that method or build the module "
+            "on a real device."
+        )
+    digest = hashlib.sha256(f"{seed}/{stream}".encode()).digest()
+    before = {key: place[key] for key in targets}
+    place.update(targets)
+    with torch.random.fork_rng(devices=[]), adapter.marks_are_respected():
+        # The CPU's alone: `torch.manual_seed` would seed those of GPUs too, which nobody puts back.
+        torch.default_generator.manual_seed(int.from_bytes(digest[:8], "little", signed=True))
+        for rule in holder.rules:
+            rule()
+    place.update(before)
+
+
+def _copy_shard(holder: Holder, key: str, param: Tensor) -> Tensor:
+    """This rank's part of a parameter that starts as a copy of one that has its values already."""
+    assert holder.copy_of is not None
+    source = holder.copy_of.get_parameter(key)
+    if local_region(source) != local_region(param):
+        raise ValueError(
+            f"{holder.name}.{key} starts as a copy of a parameter of which this rank holds another part "
+            f"({local_region(source)} in place of {local_region(param)}), so it cannot be made here. Train with tp=1."
+        )
+    return local_tensor(source).detach().clone()
 
 
 def with_storage(param: nn.Parameter, shard: Tensor) -> nn.Parameter:

@@ -83,12 +83,14 @@ def from_pretrained(
     _check_architecture(str(path), config, model)
     model.config.dtype = dtype
     if dtype is not None:
+        fp32 = set(adapter.fp32_parameters(model).values()) if dtype == torch.bfloat16 else set()
         for param in model.parameters():
-            param.data = param.data.to(dtype)
+            param.data = param.data.to(torch.float32 if param in fp32 else dtype)
     if (directory / "generation_config.json").exists():
         model.generation_config = GenerationConfig.from_pretrained(directory)
     adapter.allow_resizing_on_meta(model)
     remember_source(model, directory, new_head="architectures" in config_overrides)
+    adapter.note_own_modules(model)
     return model
 
 
@@ -101,6 +103,7 @@ def from_config(config: PreTrainedConfig) -> PreTrainedModel:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     adapter.allow_resizing_on_meta(model)
+    adapter.note_own_modules(model)
     return model
 
 

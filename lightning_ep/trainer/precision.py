@@ -48,7 +48,9 @@ class ShardedPrecision(Precision):
     ``"bf16-true"``         bf16          bf16       fp32, stored as bf16
     ======================  ============  =========  =====================
 
-    Buffers keep their dtype: rotary frequencies in bf16 would be wrong by whole turns at position 1024.
+    Parameters that a family asks to be fp32 in bf16 (transformers' ``_keep_in_fp32_modules_strict``) are so throughout.
+    Buffers have the dtype that they have where transformers loads the model in bf16, but in MoE blocks their own.
+    Rotary frequencies stay fp32: in bf16 they would be wrong by whole turns at position 1024.
 
     Args:
         precision: One of the names above.
@@ -93,9 +95,12 @@ class ShardedPrecision(Precision):
 
     @override
     def convert_module(self, module: nn.Module) -> nn.Module:
+        models = adapter.pretrained_models(module).values() if self.param_dtype == torch.bfloat16 else ()
+        fp32 = {param for model in models for param in adapter.fp32_parameters(model).values()}
         for param in module.parameters():
-            if param.is_floating_point() and param.dtype != self.param_dtype:
-                param.data = param.data.to(self.param_dtype)
+            dtype = torch.float32 if param in fp32 else self.param_dtype
+            if param.is_floating_point() and param.dtype != dtype:
+                param.data = param.data.to(dtype)
         return module
 
     @override

@@ -1,9 +1,9 @@
 """All that touches names of transformers that are not its public API.
 
 One file for each question: where things are in a model (`structure`), who runs experts (`experts_interface`) and
-attention (`attention_interface`), how random weights are drawn (`initialization`), how weights come in and leave
-(`conversion`), and what is remembered of a model (`record`). Everyone else uses them through this package, which
-imports nothing of ours but `ops` and `distributed`.
+attention (`attention_interface`), how random weights are drawn (`initialization`), what is fp32 in a bf16 model
+(`dtypes`), how weights come in and leave (`conversion`), and what is remembered of a model (`record`). Everyone else
+uses them through this package, which imports nothing of ours but `ops` and `distributed`.
 """
 
 from lightning_ep.transformers_adapter.attention_interface import (
@@ -27,6 +27,7 @@ from lightning_ep.transformers_adapter.conversion import (
     not_saved,
     tied_names,
 )
+from lightning_ep.transformers_adapter.dtypes import cast_constants, fp32_parameters
 from lightning_ep.transformers_adapter.experts_interface import (
     FUSED_PARAMETERS,
     local_experts_function,
@@ -35,8 +36,10 @@ from lightning_ep.transformers_adapter.experts_interface import (
 from lightning_ep.transformers_adapter.initialization import (
     allow_resizing_on_meta,
     apply_init_rule,
-    init_rules,
+    follows_model,
     mark_initialized,
+    marks_are_respected,
+    note_own_modules,
 )
 from lightning_ep.transformers_adapter.record import recall, remember
 from lightning_ep.transformers_adapter.structure import (
@@ -60,19 +63,23 @@ __all__ = [
     "attention_heads",
     "attention_implementation",
     "blueprint",
+    "cast_constants",
     "causal_mask",
     "config_with_attention",
     "decoder_layers",
     "experts_modules",
     "export_conversions",
+    "follows_model",
+    "fp32_parameters",
     "hub_transforms",
-    "init_rules",
     "is_flash_attention",
     "load_conversions",
     "local_experts_function",
     "mark_initialized",
+    "marks_are_respected",
     "model_class",
     "not_saved",
+    "note_own_modules",
     "pretrained_models",
     "recall",
     "refuse_own_checkpointing",

@@ -1,0 +1,60 @@
+"""What of a model is not bf16 where the model is: what its family asks to be fp32, as transformers loads it."""
+
+from __future__ import annotations
+
+import re
+from copy import deepcopy
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from lightning_ep.transformers_adapter.structure import experts_modules, model_class
+
+
+def fp32_parameters(model: PreTrainedModel) -> dict[str, nn.Parameter]:
+    """The parameters that stay fp32 when transformers loads the model in bf16, by name.
+
+    They are those that the family names in ``_keep_in_fp32_modules_strict`` (``_keep_in_fp32_modules`` is about fp16),
+    and those to which its code gives a dtype. Experts are never among them: their GEMMs have one dtype.
+    """
+    built = _built_in_bf16(model)
+    explicit = {name for name, param in built.named_parameters() if param.dtype == torch.float32} if built else set()
+    patterns = [pattern.replace("*", ".*") for pattern in model._keep_in_fp32_modules_strict or ()]
+    asked = re.compile("|".join(patterns)) if patterns else None
+    experts = {param for module in experts_modules(model).values() for param in module.parameters()}
+    found: dict[str, nn.Parameter] = {}
+    for name, param in model.named_parameters():
+        plain = name.replace(".base_layer", "")  # what an adapter wraps keeps its name
+        if (plain in explicit or (asked is not None and asked.search(plain))) and param not in experts:
+            found[name] = param
+    return found
+
+
+def cast_constants(model: PreTrainedModel) -> None:
+    """Gives buffers the dtype that transformers gives them in a bf16 model, so that they do not widen what they meet.
+
+    Those of MoE blocks keep theirs: biases of routers are state, which a training may change by less than bf16 shows.
+    """
+    built = _built_in_bf16(model)
+    if built is None:
+        return
+    narrow = {name for name, buffer in built.named_buffers() if buffer.dtype == torch.bfloat16}
+    blocks = {name.rpartition(".")[0] for name in experts_modules(model)}
+    for name, buffer in list(model.named_buffers()):
+        if (
+            name in narrow
+            and buffer.dtype == torch.float32
+            and not any(name.startswith(f"{block}.") for block in blocks)
+        ):
+            holder, _, key = name.rpartition(".")
+            model.get_submodule(holder)._buffers[key] = buffer.to(torch.bfloat16)
+
+
+def _built_in_bf16(model: PreTrainedModel) -> PreTrainedModel | None:
+    """The same model on meta, as its code builds it in bf16; None for classes of the user's, which may want more."""
+    cls = model_class(model)
+    if cls.__module__.partition(".")[0] != "transformers":
+        return None
+    with torch.device("meta"):
+        return cls._from_config(deepcopy(model.config), dtype=torch.bfloat16)
