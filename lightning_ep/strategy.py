@@ -297,7 +297,7 @@ class ExpertParallelStrategy(ModelParallelStrategy):
         self.setup_precision_plugin()
         if trainer.state.fn == TrainerFn.FITTING:
             _optimizers_to_device(self.optimizers, self.root_device)
-        self._run.restore(module, self.optimizers if trainer.state.fn == TrainerFn.FITTING else [])
+        self._run.restore(module)
 
     def _common_seed(self) -> int:
         seed = os.environ.get("PL_GLOBAL_SEED")
@@ -352,6 +352,17 @@ class ExpertParallelStrategy(ModelParallelStrategy):
     @override
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         pass  # `setup` does it, once the model is sharded
+
+    @property
+    @override
+    def lightning_restore_optimizer(self) -> bool:
+        return True
+
+    @override
+    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+        # After `on_fit_start`, in which BaseFinetuning builds the groups again that it has added.
+        assert self.lightning_module is not None
+        self._run.restore_optimizers(self.lightning_module)
 
     @override
     def batch_to_device(self, batch: Any, device: torch.device | None = None, dataloader_idx: int = 0) -> Any:

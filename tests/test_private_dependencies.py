@@ -131,6 +131,7 @@ UNDOCUMENTED = [
     "torch.distributed.checkpoint.filesystem:FileSystemReader.read_metadata",
     "torch.distributed.checkpoint.metadata:TensorStorageMetadata",
     "lightning.pytorch.callbacks:ModelCheckpoint.file_exists",
+    "lightning.pytorch.strategies:ModelParallelStrategy.lightning_restore_optimizer",
     "lightning.pytorch.strategies:ModelParallelStrategy.restore_checkpoint_after_setup",
     "torch.distributed.checkpoint.api:CheckpointException.failures",
     "torch.distributed.checkpoint.default_planner:DefaultSavePlanner.lookup_object",

@@ -137,10 +137,21 @@ class RunCheckpoints:
         if self._resume is not None:
             self._resume.allocate(module, self._device)
 
-    def restore(self, module: LightningModule, optimizers: list[Optimizer]) -> None:
-        """Fills module and optimizers from the checkpoint that was opened, if any."""
+    def restore(self, module: LightningModule) -> None:
+        """Fills the module from the checkpoint that was opened, if any."""
         if self._resume is not None:
-            self._resume.restore(module, optimizers)
+            self._resume.restore(module)
+            if module.trainer.state.fn != TrainerFn.FITTING:
+                self._resume = None
+
+    def restore_optimizers(self, module: LightningModule) -> None:
+        """Fills the optimizers of a fit from the checkpoint that was opened.
+
+        Raises:
+            CheckpointError: On every rank, if optimizers or schedulers differ from the checkpoint's.
+        """
+        if self._resume is not None:
+            self._resume.restore_optimizers(module)
             self._random, self._resume = self._resume.random, None
 
     def before_batch(self, trainer: Trainer) -> None:

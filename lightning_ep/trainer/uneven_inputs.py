@@ -99,8 +99,8 @@ class EqualStepsLoader:
             elif self._join is None:
                 ended = [rank for rank, has in enumerate(going) if not has]
                 rank_zero_warn(
-                    f"The dataloaders of ranks {ended} ended before those of the others; all ranks stop here. Give "
-                    "every rank the same number of batches to use all data."
+                    f"The dataloaders of ranks {ended} ended before those of the others{', without a batch' * (taken == 1)}"
+                    "; all ranks stop here. Give every rank the same number of batches to use all data."
                 )
                 return
             elif batch is not None:
