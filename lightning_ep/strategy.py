@@ -398,7 +398,10 @@ class ExpertParallelStrategy(ModelParallelStrategy):
     @override
     def process_dataloader(self, dataloader: object) -> object:
         assert self.lightning_module is not None
-        return prepare_loader(dataloader, self.lightning_module, self.data_rank, self.data_world_size)
+        ranks = (self.data_rank, self.data_world_size)
+        loader = prepare_loader(dataloader, self.lightning_module, *ranks, self._run.loaders)
+        self._run.before_epoch(self.lightning_module.trainer)
+        return loader
 
     def shard_sequence(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         """This rank's piece of a batch of whole sequences, for a transformers model under ``cp``.

@@ -11,7 +11,8 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
 from lightning_ep.checkpoint import files, optimizers, single_file
-from lightning_ep.checkpoint.metadata import HEADER, RANKS, check_header, deserialize, place_ranks
+from lightning_ep.checkpoint.loader_position import PlainLoaders
+from lightning_ep.checkpoint.metadata import HEADER, RANKS, check_header, deserialize, entry_of, place_ranks
 from lightning_ep.checkpoint.optimizers import clean, listed
 from lightning_ep.checkpoint.tensor_files import SafeReader, Saved, read_shards
 from lightning_ep.distributed.agreement import Ranks
@@ -29,6 +30,7 @@ class Resume:
     Attributes:
         metadata: What Lightning restores by itself: loops, callbacks, schedulers, hyperparameters.
         random: Random state of this rank, if the checkpoint was saved on this layout.
+        loaders: Where the training's plain loaders go on.
 
     Args:
         path: The checkpoint; rank 0's counts.
@@ -44,6 +46,7 @@ class Resume:
         self.path = Path(ranks.on_first("loading", lambda: str(files.find(path))))
         self.is_directory = self.path.is_dir()
         self.random: dict[str, Any] | None = None
+        self.loaders = PlainLoaders()
         if self.is_directory:
             self._verify()
             self._reader = SafeReader(self.path)
@@ -95,6 +98,10 @@ class Resume:
         if ranks is not None:
             rank = self._ranks.rank
             self.random = self._alone(lambda: place_ranks(self.metadata, ranks, trainer, rank, layout))
+            before = self.metadata[HEADER]["layout"]
+            entry = entry_of(ranks, before, rank, layout)
+            saved = (entry.get("loaders"), ranks[0].get("loaders"))
+            self.loaders = PlainLoaders(*saved, before["data_world_size"], layout.data_world_size)
 
     # ------------------------------------------------------------------ tensors
 
