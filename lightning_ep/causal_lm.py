@@ -269,33 +269,36 @@ class CausalLM(LightningModule):
         self._evaluation = sums if self._evaluation is None else self._evaluation + sums
 
     def _log_evaluation(self, stage: str) -> None:
+        had_batches = self._evaluation is not None
         sums = self._evaluation if self._evaluation is not None else torch.zeros(2, device=self.device).double()
         self._evaluation = None
         loss, tokens = self._summed_over_ranks(sums)
         if tokens == 0:
-            self._explain_no_targets(stage)
+            self._explain_no_targets(stage, had_batches)
             return
         mean = (loss / tokens).float()
         # Equal on all ranks already; sync_dist only tells Lightning so.
         self.log(f"{stage}/loss", mean, prog_bar=True, sync_dist=True)
         self.log(f"{stage}/perplexity", mean.exp(), sync_dist=True)
 
-    def _explain_no_targets(self, stage: str) -> None:
+    def _explain_no_targets(self, stage: str, had_batches: bool) -> None:
         """For evaluations whose mean loss is 0 / 0; of a sanity check nothing is kept, and others may have targets."""
-        problem = (
-            f"No token of any rank had a target, so that there is no {stage}/loss: every label after the first of its "
-            f"sequence is {IGNORE}"
-        )
-        if self.trainer.sanity_checking:
-            rank_zero_warn(
-                f"{problem} in the batches of the sanity check. If that is so in all {stage} batches, the evaluation "
-                "will raise an error: look at what makes the labels."
+        if had_batches:
+            problem = (
+                f"No token of any rank had a target, so that there is no {stage}/loss: every label after the first of "
+                f"its sequence is {IGNORE} in all {stage} batches of this evaluation. Look at what makes the labels "
+                "(targets cut off by the sequence length, or a prompt template that masks every token?), or raise "
+                f"limit_{stage}_batches."
             )
-            return
-        raise ValueError(
-            f"{problem} in all {stage} batches of this evaluation. Look at what makes the labels (targets cut off by "
-            f"the sequence length, or a prompt template that masks every token?), or raise limit_{stage}_batches."
-        )
+        else:
+            problem = (
+                f"No rank took a {stage} batch, so that there is no {stage}/loss: all ranks stop with the first whose "
+                f"data ends, and a loader gave nothing. Give every rank at least one batch (shares of equal size, more "
+                f"data or fewer data ranks), or leave the evaluation out with limit_{stage}_batches=0."
+            )
+        if not self.trainer.sanity_checking:
+            raise ValueError(problem)
+        rank_zero_warn(f"In the sanity check: {problem} An evaluation in which that is so raises an error.")
 
     @override
     def on_train_start(self) -> None:

@@ -316,7 +316,7 @@ class ExpertParallelStrategy(ModelParallelStrategy):
         self.setup_precision_plugin()
         if trainer.state.fn == TrainerFn.FITTING:
             _optimizers_to_device(self.optimizers, self.root_device)
-        self._run.restore(module, self.optimizers if trainer.state.fn == TrainerFn.FITTING else [])
+        self._run.restore(module)
 
     def _common_seed(self) -> int:
         seed = os.environ.get("PL_GLOBAL_SEED")
@@ -372,6 +372,17 @@ class ExpertParallelStrategy(ModelParallelStrategy):
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         pass  # `setup` does it, once the model is sharded
 
+    @property
+    @override
+    def lightning_restore_optimizer(self) -> bool:
+        return True
+
+    @override
+    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+        # After `on_fit_start`, in which BaseFinetuning builds the groups again that it has added.
+        assert self.lightning_module is not None
+        self._run.restore_optimizers(self.lightning_module)
+
     @override
     def batch_to_device(self, batch: Any, device: torch.device | None = None, dataloader_idx: int = 0) -> Any:
         module = self.lightning_module
@@ -407,7 +418,10 @@ class ExpertParallelStrategy(ModelParallelStrategy):
     @override
     def process_dataloader(self, dataloader: object) -> object:
         assert self.lightning_module is not None
-        return prepare_loader(dataloader, self.lightning_module, self.data_rank, self.data_world_size)
+        ranks = (self.data_rank, self.data_world_size)
+        loader = prepare_loader(dataloader, self.lightning_module, *ranks, self._run.loaders)
+        self._run.before_epoch(self.lightning_module.trainer)
+        return loader
 
     def shard_sequence(self, batch: Mapping[str, Any]) -> dict[str, Any]:
         """This rank's piece of a batch of whole sequences, for a transformers model under ``cp``.

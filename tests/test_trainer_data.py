@@ -12,12 +12,12 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from lightning_ep import ExpertParallelStrategy
+from lightning_ep import CausalLM, ExpertParallelStrategy
 from lightning_ep.data import ResumableLoader
-from tests.reference import tiny_model
-from tests.rows import RowFailures, Rows
+from tests.reference import tiny_config, tiny_model
+from tests.rows import RowFailures, Rows, refused
 from tests.tiny import SMALL, Samples, TinyModule, loader, quiet
 
 row = Rows()
@@ -91,6 +91,29 @@ def predict_joins_a_loader_with_its_index(root: Path) -> None:
     last = (1, 2, [104 if first == 0 else 103])  # the sample that rank 1 has had already, once more
     expected = [(0, step, [first + 2 * step]) for step in range(2)]
     assert calls == [*expected, *((1, step, [100 + first + 2 * step]) for step in range(2)), last]
+
+
+class _Stream(IterableDataset):
+    """As many samples as this rank is given, without a length."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+
+    def __iter__(self) -> Any:
+        return (
+            {"input_ids": s["input_ids"], "labels": s["labels"]} for s in map(Samples(9).__getitem__, range(self.size))
+        )
+
+
+@row()
+def an_empty_validation_stream_on_one_rank_is_called_that(root: Path) -> None:
+    streams = DataLoader(_Stream(2 * (1 - int(os.environ["RANK"]))), batch_size=1)
+    module = CausalLM(tiny_config(**SMALL), pretrained=False)
+    for sanity_steps in (0, 1):
+        trainer = quiet(root, max_steps=1, num_sanity_val_steps=sanity_steps)
+        with refused("No rank took a val batch", "a loader gave nothing", "at least one batch"):
+            trainer.fit(module, DataLoader(_Stream(1), batch_size=1), streams)
+        assert trainer.global_step == 1
 
 
 def _changed(batch: dict[str, Tensor], key: str) -> None:

@@ -19,6 +19,7 @@ from torch.distributed.tensor import DTensor
 
 from lightning_ep import transformers_adapter as adapter
 from lightning_ep.checkpoint.files import FORMAT
+from lightning_ep.checkpoint.loader_position import positions
 from lightning_ep.hub.errors import CheckpointError
 from lightning_ep.layout import ParallelLayout
 
@@ -98,6 +99,7 @@ def rank_state(checkpoint: Mapping[str, Any], trainer: Trainer, device: torch.de
     return {
         "loops": checkpoint["loops"],
         "datamodule": checkpoint.get(key) if key is not None else None,
+        "loaders": positions(trainer),
         "random": random_state(device),
     }
 
@@ -131,6 +133,25 @@ def set_random_state(state: Mapping[str, Any], device: torch.device) -> None:
         torch.cuda.set_rng_state(state["cuda"], device)
 
 
+def entry_of(
+    ranks: list[dict[str, Any]], saved: Mapping[str, Any], rank: int, layout: ParallelLayout
+) -> dict[str, Any]:
+    """What `rank_state` gave on the rank whose batches this one gets; on another number of data ranks rank 0's.
+
+    Args:
+        ranks: What it gave on every rank.
+        saved: The layout of those.
+        rank: This rank.
+        layout: This run's layout.
+    """
+    if saved["data_world_size"] != layout.data_world_size:
+        return ranks[0]
+    if len(ranks) == layout.world_size:
+        return ranks[rank]
+    sharing = len(ranks) // saved["data_world_size"]  # ranks that saved the same batches
+    return ranks[layout.data_rank(rank) * sharing]
+
+
 def place_ranks(
     metadata: dict[str, Any], ranks: list[dict[str, Any]], trainer: Trainer, rank: int, layout: ParallelLayout
 ) -> dict[str, Any] | None:
@@ -147,8 +168,7 @@ def place_ranks(
     key = datamodule_key(trainer)
     same_data = saved["data_world_size"] == layout.data_world_size
     same = same_data and len(ranks) == layout.world_size
-    sharing = len(ranks) // saved["data_world_size"]  # ranks that saved the same batches
-    entry = ranks[rank] if same else ranks[layout.data_rank(rank) * sharing if same_data else 0]
+    entry = entry_of(ranks, saved, rank, layout)
     if not same_data:
         for other, state in enumerate(ranks):
             if not equal(state["loops"], entry["loops"]) or not equal(state["datamodule"], entry["datamodule"]):

@@ -1,4 +1,4 @@
-"""Optimizer state by parameter name, so that it survives another order of ranks, layout or grouping."""
+"""Optimizer state by parameter name, so that it survives another order of ranks, layout or grouping; who takes it."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.tensor import DTensor
@@ -15,6 +17,9 @@ from lightning_ep.hub.errors import CheckpointError
 
 _WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.")
 _SHOWN = 8
+_HOW_TO_COMPUTE = ("foreach", "fused", "capturable", "differentiable")  # of this run: not what is computed
+CLASSES = "classes"
+_OPTIMIZERS, _SCHEDULERS = "optimizers", "lr_schedulers"
 
 
 def clean(name: str) -> str:
@@ -115,6 +120,13 @@ def allocate(
     return tensors
 
 
+BUILD_THE_SAME_GROUPS = (
+    "Build the same groups, or start anew from the weights alone (see docs/resume.md). Groups that training has added "
+    "must be there again when optimizers are restored, right after `on_fit_start`: add them in it, as Lightning's "
+    "BaseFinetuning does."
+)
+
+
 def check_groups(optimizer: Optimizer, module: nn.Module, saved: list[set[str]]) -> None:
     """Raises CheckpointError unless the optimizer's groups hold the parameters that the saved groups held."""
     names = iter(_names(module, optimizer))
@@ -125,8 +137,7 @@ def check_groups(optimizer: Optimizer, module: nn.Module, saved: list[set[str]])
     raise CheckpointError(
         f"{type(optimizer).__name__} has {len(held)} parameter groups with {len(all_held)} parameters, the checkpoint "
         f"{len(saved)} with {len(all_saved)}. Only saved: {listed(all_saved - all_held) or 'none'}; only here: "
-        f"{listed(all_held - all_saved) or 'none'}. Build the same groups, or start anew from the weights alone (see "
-        "docs/resume.md)."
+        f"{listed(all_held - all_saved) or 'none'}. {BUILD_THE_SAME_GROUPS}"
     )
 
 
@@ -145,4 +156,115 @@ def load(
     groups = [
         {**saved, "params": sorted(numbers[name] for name in saved["params"])} for saved in description["param_groups"]
     ]
-    optimizer.load_state_dict({"state": state, "param_groups": groups})
+    optimizer.load_state_dict({"state": state, "param_groups": continued_groups(optimizer, groups)})
+
+
+# ---------------------------------------------------------------------------------------------------- who goes on
+
+
+def classes(trainer: Trainer) -> dict[str, list[str]]:
+    """Names of the classes whose states a checkpoint of this run holds."""
+    schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
+    found: dict[str, list[Any]] = {_OPTIMIZERS: trainer.optimizers, _SCHEDULERS: schedulers}
+    return {kind: [_class_name(item) for item in items] for kind, items in found.items()}
+
+
+def _class_name(item: Any) -> str:
+    return f"{type(item).__module__}.{type(item).__qualname__}"
+
+
+def check_classes(
+    trainer: Trainer, saved: Mapping[str, list[str]], groups: list[list[Mapping[str, Any]]], num_schedulers: int
+) -> None:
+    """Raises CheckpointError unless this run's optimizers and schedulers are of the classes that were saved.
+
+    State means something to its class only, but nothing in torch asks for it: a scheduler takes any attributes, and an
+    optimizer fails in its first step, or follows another rule.
+
+    Args:
+        trainer: The trainer that is about to go on.
+        saved: As `classes` returned it; empty if the checkpoint does not say.
+        groups: The saved parameter groups of every optimizer.
+        num_schedulers: Schedulers whose state was saved.
+    """
+    names = saved.get(_OPTIMIZERS, [])
+    for number, (optimizer, before) in enumerate(zip(trainer.optimizers, groups, strict=True)):
+        _check_optimizer(optimizer, names[number] if names else None, before[0])
+    schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
+    for scheduler, name in zip(schedulers, saved.get(_SCHEDULERS, []), strict=False):
+        if _last(name) != type(scheduler).__name__:
+            raise CheckpointError(
+                f"the checkpoint was saved by a learning rate scheduler {_last(name)} ({name}), and this run has "
+                f"{_class_name(scheduler)}. {_build_the_same('scheduler', _last(name))}"
+            )
+    if len(schedulers) != num_schedulers:
+        rank_zero_warn(
+            f"The checkpoint has the state of {num_schedulers} learning rate schedulers, and this run has "
+            f"{len(schedulers)}: those that only it had have no effect any more, and those that are new begin at their "
+            "first step."
+        )
+
+
+def _check_optimizer(optimizer: Optimizer, name: str | None, saved: Mapping[str, Any]) -> None:
+    here = optimizer.param_groups[0].keys() - set(_HOW_TO_COMPUTE)
+    missing, unknown = here - saved.keys(), saved.keys() - here - set(_HOW_TO_COMPUTE)
+    # A class may gain hyperparameters from one version of torch to the next, or a scheduler may leave its own.
+    other_rule = bool(missing & optimizer.defaults.keys()) and bool(unknown)
+    if not other_rule and (name is None or _last(name) == type(optimizer).__name__):
+        return
+    was = f"the optimizer {_last(name)} ({name})" if name is not None else "an optimizer of another class"
+    differ = f", with the hyperparameters {_listed(unknown)} in place of {_listed(missing)}" if other_rule else ""
+    raise CheckpointError(
+        f"the checkpoint was saved by {was}, and this run has {_class_name(optimizer)}{differ}. "
+        f"{_build_the_same('optimizer', _last(name) if name is not None else None)}"
+    )
+
+
+def _last(name: str) -> str:
+    return name.rpartition(".")[2]
+
+
+def _listed(keys: set[str]) -> str:
+    return ", ".join(sorted(keys))
+
+
+def _build_the_same(what: str, name: str | None) -> str:
+    return (
+        f"Its state means nothing to another class: return {name or f'the same {what}'} from configure_optimizers, or "
+        "start anew from the weights alone (see docs/resume.md)."
+    )
+
+
+def continued_groups(optimizer: Optimizer, saved: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Groups for ``optimizer.load_state_dict``: the saved hyperparameters, and how this run computes with them.
+
+    Names on rank 0 those that this run would have set otherwise, since nothing else says that they are not used.
+    """
+    merged, differences = [], []
+    for number, (here, before) in enumerate(zip(optimizer.param_groups, saved, strict=True)):
+        mine = {key: value for key, value in here.items() if key != "params"}
+        how = {key: mine[key] for key in _HOW_TO_COMPUTE if key in mine}
+        merged.append({**mine, **before, **how})
+        where = f" of group {number}" if len(saved) > 1 else ""
+        differences += [
+            f"{key}{where} {_plain(before[key])} (not {_plain(mine[key])})"
+            for key in sorted((mine.keys() & before.keys()) - how.keys() - _moving(mine, before))
+            if _plain(mine[key]) != _plain(before[key])
+        ]
+    if differences:
+        rank_zero_warn(
+            f"{type(optimizer).__name__} goes on with the hyperparameters of the checkpoint: {'; '.join(differences)}. "
+            "Set others after the optimizers are restored, in `on_train_start`."
+        )
+    return merged
+
+
+def _moving(here: Mapping[str, Any], saved: Mapping[str, Any]) -> set[str]:
+    """Hyperparameters that schedules change, so that they differ after any resume."""
+    scheduled = {"lr"} if "initial_lr" in here or "initial_lr" in saved else set()
+    return scheduled | ({"momentum", "betas"} if "max_momentum" in here or "max_momentum" in saved else set())
+
+
+def _plain(value: Any) -> Any:
+    value = value.tolist() if isinstance(value, Tensor) else value
+    return tuple(map(_plain, value)) if isinstance(value, list | tuple) else value

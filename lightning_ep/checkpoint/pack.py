@@ -37,6 +37,7 @@ def pack_directory(
     head = header(module, layout)
     head["extra_state"] = {name: value for name, value in weights.items() if not isinstance(value, Tensor)}
     if "optimizer_states" in rest:
+        head[optimizers.CLASSES] = optimizers.classes(module.trainer)
         head["optimizers"] = []
         for number, named in enumerate(rest.pop("optimizer_states")):
             tensors, description = optimizers.split(named, module)
@@ -54,4 +55,7 @@ def pack_file(
     rest = {key: value for key, value in checkpoint.items() if key not in ("state_dict", "optimizer_states")}
     refuse_sharded_metadata(rest)
     tensors: dict[str, Any] = {k: checkpoint[k] for k in ("state_dict", "optimizer_states") if k in checkpoint}
-    return {**copy.deepcopy(rest), **tensors, HEADER: header(module, layout), "ranks": rank_states}
+    head = header(module, layout)
+    if "optimizer_states" in tensors:
+        head[optimizers.CLASSES] = optimizers.classes(module.trainer)
+    return {**copy.deepcopy(rest), **tensors, HEADER: head, "ranks": rank_states}

@@ -9,10 +9,10 @@ from typing import Any, TypeVar
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
-from torch.optim import Optimizer
 
 from lightning_ep.checkpoint import files, optimizers, single_file
-from lightning_ep.checkpoint.metadata import HEADER, RANKS, check_header, deserialize, place_ranks
+from lightning_ep.checkpoint.loader_position import PlainLoaders
+from lightning_ep.checkpoint.metadata import HEADER, RANKS, check_header, deserialize, entry_of, place_ranks
 from lightning_ep.checkpoint.optimizers import clean, listed
 from lightning_ep.checkpoint.tensor_files import SafeReader, Saved, read_shards
 from lightning_ep.distributed.agreement import Ranks
@@ -30,6 +30,7 @@ class Resume:
     Attributes:
         metadata: What Lightning restores by itself: loops, callbacks, schedulers, hyperparameters.
         random: Random state of this rank, if the checkpoint was saved on this layout.
+        loaders: Where the training's plain loaders go on.
 
     Args:
         path: The checkpoint; rank 0's counts.
@@ -45,6 +46,7 @@ class Resume:
         self.path = Path(ranks.on_first("loading", lambda: str(files.find(path))))
         self.is_directory = self.path.is_dir()
         self.random: dict[str, Any] | None = None
+        self.loaders = PlainLoaders()
         if self.is_directory:
             self._verify()
             self._reader = SafeReader(self.path)
@@ -90,11 +92,16 @@ class Resume:
             )
         if self.is_directory:
             ranks = self._alone(lambda: deserialize(self.path / RANKS, weights_only=True))
+            self.metadata["optimizer_states"] = []  # Lightning asks for them; `restore_optimizers` reads the tensors
         else:
             ranks = self.metadata.pop("ranks", None)
         if ranks is not None:
             rank = self._ranks.rank
             self.random = self._alone(lambda: place_ranks(self.metadata, ranks, trainer, rank, layout))
+            before = self.metadata[HEADER]["layout"]
+            entry = entry_of(ranks, before, rank, layout)
+            saved = (entry.get("loaders"), ranks[0].get("loaders"))
+            self.loaders = PlainLoaders(*saved, before["data_world_size"], layout.data_world_size)
 
     # ------------------------------------------------------------------ tensors
 
@@ -121,33 +128,51 @@ class Resume:
         saved = self.metadata["state_dict"]
         return {clean(n): (value.shape, value.dtype) for n, value in saved.items() if isinstance(value, Tensor)}
 
-    def restore(self, module: LightningModule, optimizer_list: list[Optimizer]) -> None:
-        """Fills module and optimizers, whatever their layout, after `allocate`.
-
-        Raises:
-            CheckpointError: On every rank, if the optimizers differ from the checkpoint's.
-        """
+    def restore(self, module: LightningModule) -> None:
+        """Fills the module, whatever its layout, after `allocate`."""
         raw = module.state_dict()
         target = {clean(name): value for name, value in raw.items() if isinstance(value, Tensor)}
         with torch.no_grad():
             if self.is_directory:
-                extra = self._read_directory(module, target, optimizer_list)
+                saved = self._saved()
+                state = {"state_dict": {name: target[name] for name in target if name in saved}}
+                read_shards(state, self._reader, self._ranks.group)
+                extra = self.metadata[HEADER].get("extra_state", {})
             else:
-                extra = self._alone(lambda: self._read_file(module, target, optimizer_list))
+                extra = self._alone(lambda: self._read_weights(target))
         # The tensors are filled in place already; modules with state of another kind, or hooks, see them here.
         module.load_state_dict({name: extra.get(clean(name), value) for name, value in raw.items()}, strict=False)
 
-    def _read_directory(
-        self, module: LightningModule, target: dict[str, Tensor], optimizer_list: list[Optimizer]
-    ) -> dict[str, Any]:
-        header = self.metadata[HEADER]
-        index, saved = self._reader.index(), self._saved()
-        state: dict[str, Any] = {"state_dict": {name: target[name] for name in target if name in saved}}
-        descriptions = header.get("optimizers", []) if optimizer_list else []
+    def _read_weights(self, target: dict[str, Tensor]) -> dict[str, Any]:
+        saved: Mapping[str, Any] = self.metadata["state_dict"]
+        tensors = {clean(name): value for name, value in saved.items() if isinstance(value, Tensor)}
+        for name, tensor in target.items():
+            if name in tensors:
+                single_file.fill(tensor, tensors[name])
+        return {clean(name): value for name, value in saved.items() if not isinstance(value, Tensor)}
+
+    # ------------------------------------------------------------------ optimizers
+
+    def restore_optimizers(self, module: LightningModule) -> None:
+        """Fills the trainer's optimizers, whatever their layout, once all their groups are there.
+
+        Raises:
+            CheckpointError: On every rank, if optimizers or schedulers differ from the checkpoint's.
+        """
+        with torch.no_grad():
+            if self.is_directory:
+                self._read_optimizers(module)
+            else:
+                self._alone(lambda: self._fill_optimizers(module.trainer))
+
+    def _read_optimizers(self, module: LightningModule) -> None:
+        trainer, index = module.trainer, self._reader.index()
+        descriptions = self.metadata[HEADER]["optimizers"]
+        state: dict[str, Any] = {}
 
         def allocate() -> None:
-            self._check_count(optimizer_list, descriptions)
-            for number, (optimizer, description) in enumerate(zip(optimizer_list, descriptions, strict=True)):
+            self._check_optimizers(trainer, descriptions)
+            for number, (optimizer, description) in enumerate(zip(trainer.optimizers, descriptions, strict=True)):
                 prefix = f"optimizer_{number}.state."
                 sizes = {split_key(n.removeprefix(prefix)): e for n, e in index.items() if n.startswith(prefix)}
                 tensors = optimizers.allocate(optimizer, module, description, sizes)
@@ -155,30 +180,24 @@ class Resume:
 
         self._alone(allocate)
         read_shards(state, self._reader, self._ranks.group)
-        for number, (optimizer, description) in enumerate(zip(optimizer_list, descriptions, strict=True)):
+        for number, (optimizer, description) in enumerate(zip(trainer.optimizers, descriptions, strict=True)):
             optimizers.load(optimizer, module, description, state[f"optimizer_{number}"]["state"])
-        return header.get("extra_state", {})
 
-    def _read_file(
-        self, module: LightningModule, target: dict[str, Tensor], optimizer_list: list[Optimizer]
-    ) -> dict[str, Any]:
-        saved: Mapping[str, Any] = self.metadata["state_dict"]
-        tensors = {clean(name): value for name, value in saved.items() if isinstance(value, Tensor)}
-        for name, tensor in target.items():
-            if name in tensors:
-                single_file.fill(tensor, tensors[name])
-        if optimizer_list:
-            self._check_count(optimizer_list, self.metadata["optimizer_states"])
-            for optimizer, state in zip(optimizer_list, self.metadata["optimizer_states"], strict=True):
-                single_file.load_optimizer(optimizer, state)
-        return {clean(name): value for name, value in saved.items() if not isinstance(value, Tensor)}
+    def _fill_optimizers(self, trainer: Trainer) -> None:
+        saved = self.metadata["optimizer_states"]
+        self._check_optimizers(trainer, saved)
+        for optimizer, state in zip(trainer.optimizers, saved, strict=True):
+            single_file.load_optimizer(optimizer, state)
 
-    def _check_count(self, optimizer_list: list[Optimizer], saved: list[Any]) -> None:
-        if len(optimizer_list) != len(saved):
+    def _check_optimizers(self, trainer: Trainer, saved: list[Any]) -> None:
+        if len(trainer.optimizers) != len(saved):
             raise CheckpointError(
-                f"this run has {len(optimizer_list)} optimizers and {self.path} {len(saved)}. Return the same from "
+                f"this run has {len(trainer.optimizers)} optimizers and {self.path} {len(saved)}. Return the same from "
                 "configure_optimizers."
             )
+        classes = (self.metadata.get(HEADER) or {}).get(optimizers.CLASSES, {})
+        groups = [state["param_groups"] for state in saved]
+        optimizers.check_classes(trainer, classes, groups, len(self.metadata.get("lr_schedulers", [])))
 
 
 def refuse_damaged(problems: list[str]) -> None:

@@ -14,6 +14,7 @@ from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
 from torch.optim import Optimizer
 
+from lightning_ep.checkpoint.loader_position import PlainLoaders
 from lightning_ep.checkpoint.metadata import rank_state, set_random_state
 from lightning_ep.checkpoint.model_checkpoint import AdoptedCallbacks
 from lightning_ep.checkpoint.optimizers import clean, name_state
@@ -28,6 +29,9 @@ _SETTLE_SECONDS = 60.0
 
 class RunCheckpoints:
     """Saving and resuming for the runs of one strategy. Every rank must make the same calls.
+
+    Attributes:
+        loaders: Where plain loaders of the training go on, once its optimizers are restored.
 
     Args:
         layout: The layout of this job.
@@ -55,6 +59,7 @@ class RunCheckpoints:
         self._adopted: AdoptedCallbacks | None = None
         self._resume: Resume | None = None
         self._random: dict[str, Any] | None = None
+        self.loaders = PlainLoaders()
         self._may_write_behind = True
         self._failed = False
 
@@ -66,6 +71,7 @@ class RunCheckpoints:
         """Prepares a Trainer that is about to fit, validate, test or predict."""
         self._failed = False
         self._resume = self._random = None
+        self.loaders = PlainLoaders()
         self._adopted = AdoptedCallbacks(trainer, self._checkpoints)
 
     # ------------------------------------------------------------------ saving
@@ -137,11 +143,28 @@ class RunCheckpoints:
         if self._resume is not None:
             self._resume.allocate(module, self._device)
 
-    def restore(self, module: LightningModule, optimizers: list[Optimizer]) -> None:
-        """Fills module and optimizers from the checkpoint that was opened, if any."""
+    def restore(self, module: LightningModule) -> None:
+        """Fills the module from the checkpoint that was opened, if any."""
         if self._resume is not None:
-            self._resume.restore(module, optimizers)
-            self._random, self._resume = self._resume.random, None
+            self._resume.restore(module)
+            if module.trainer.state.fn != TrainerFn.FITTING:
+                self._resume = None
+
+    def restore_optimizers(self, module: LightningModule) -> None:
+        """Fills the optimizers of a fit from the checkpoint that was opened.
+
+        Raises:
+            CheckpointError: On every rank, if optimizers or schedulers differ from the checkpoint's.
+        """
+        if self._resume is not None:
+            self._resume.restore_optimizers(module)
+            self._random, self.loaders = self._resume.random, self._resume.loaders
+            self._resume = None
+
+    def before_epoch(self, trainer: Trainer) -> None:
+        """As `before_batch`, if the run goes on with a whole epoch: its loaders will draw as they would have."""
+        if trainer.training and not trainer.fit_loop.epoch_loop.restarting:
+            self.before_batch(trainer)
 
     def before_batch(self, trainer: Trainer) -> None:
         """Puts random generators where the checkpoint found them, once the run goes on.

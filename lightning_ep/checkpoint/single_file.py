@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
+from lightning_ep.checkpoint.optimizers import BUILD_THE_SAME_GROUPS, continued_groups
 from lightning_ep.distributed.shards import local_region, local_tensor
 from lightning_ep.hub.errors import CheckpointError
 
@@ -70,14 +71,14 @@ def load_optimizer(optimizer: Optimizer, saved: Mapping[str, Any]) -> None:
     held = [len(group["params"]) for group in optimizer.param_groups]
     if counts != held:
         raise CheckpointError(
-            f"{type(optimizer).__name__} has groups of {held} parameters, the checkpoint of {counts}. Build the same "
-            "groups, or start anew from the weights alone (see docs/resume.md)."
+            f"{type(optimizer).__name__} has groups of {held} parameters, the checkpoint of {counts}. "
+            f"{BUILD_THE_SAME_GROUPS}"
         )
     state = {}
     for number, values in saved["state"].items():
         param = params[number].detach()
         state[number] = {key: _like(value, param) for key, value in values.items()}
-    optimizer.load_state_dict({"state": state, "param_groups": saved["param_groups"]})
+    optimizer.load_state_dict({"state": state, "param_groups": continued_groups(optimizer, saved["param_groups"])})
 
 
 def _like(value: Any, param: Tensor) -> Any:

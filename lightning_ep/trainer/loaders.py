@@ -7,12 +7,15 @@ from typing import Any
 from lightning.fabric.utilities.data import _auto_add_worker_init_fn
 from lightning.pytorch import LightningModule
 
+from lightning_ep.checkpoint.loader_position import PlainLoaders
 from lightning_ep.checkpoint.loop_state import close_finished_epoch, match_batches
 from lightning_ep.distributed.agreement import from_all_ranks
 from lightning_ep.trainer.uneven_inputs import share_samples, with_equal_steps
 
 
-def prepare_loader(loader: Any, module: LightningModule, data_rank: int, data_world_size: int) -> Any:
+def prepare_loader(
+    loader: Any, module: LightningModule, data_rank: int, data_world_size: int, plain_loaders: PlainLoaders
+) -> Any:
     """The loader that the Trainer's loop gets; every rank must call it.
 
     Args:
@@ -20,6 +23,7 @@ def prepare_loader(loader: Any, module: LightningModule, data_rank: int, data_wo
         module: The module that the Trainer runs.
         data_rank: This rank's index among those that see different batches.
         data_world_size: Number of these.
+        plain_loaders: What lets loaders without a position of their own go on.
     """
     trainer = module.trainer
     # By data rank: Lightning would do it later, unequally for ranks that share a batch, and not behind what wraps it.
@@ -27,6 +31,7 @@ def prepare_loader(loader: Any, module: LightningModule, data_rank: int, data_wo
     if trainer.training:
         close_finished_epoch(trainer)
         match_batches(trainer, loader)
+        loader = plain_loaders.adopt(trainer, loader)
     if data_world_size == 1:
         return loader
     if not trainer.predicting:

@@ -98,9 +98,10 @@ class EqualStepsLoader:
                 yield batch
             elif self._join is None:
                 ended = [rank for rank, has in enumerate(going) if not has]
+                when = " without a batch," if taken == 1 else ""
                 rank_zero_warn(
-                    f"The dataloaders of ranks {ended} ended before those of the others; all ranks stop here. Give "
-                    "every rank the same number of batches to use all data."
+                    f"The dataloaders of ranks {ended} ended{when} before those of the others; all ranks stop here. "
+                    "Give every rank the same number of batches to use all data."
                 )
                 return
             elif batch is not None:
