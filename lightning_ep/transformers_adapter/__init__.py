@@ -1,9 +1,9 @@
 """All that touches names of transformers that are not its public API.
 
 One file for each question: where things are in a model (`structure`), who runs experts (`experts_interface`) and
-attention (`attention_interface`), how random weights are drawn (`initialization`), how weights come in and leave
-(`conversion`), and what is remembered of a model (`record`). Everyone else uses them through this package, which
-imports nothing of ours but `ops` and `distributed`.
+attention (`attention_interface`), which tokens are one document (`packing`), how random weights are drawn
+(`initialization`), how weights come in and leave (`conversion`), and what is remembered of a model (`record`). Everyone
+else uses them through this package, which imports nothing of ours but `ops` and `distributed`.
 """
 
 from lightning_ep.transformers_adapter.attention_interface import (
@@ -36,6 +36,14 @@ from lightning_ep.transformers_adapter.experts_interface import (
     why_not_fused,
 )
 from lightning_ep.transformers_adapter.initialization import apply_init_rule, init_rules, mark_initialized
+from lightning_ep.transformers_adapter.packing import (
+    Packing,
+    ReadOnHost,
+    described,
+    keep_documents_apart,
+    note_packing,
+    packing_of,
+)
 from lightning_ep.transformers_adapter.record import recall, remember
 from lightning_ep.transformers_adapter.structure import (
     decoder_layers,
@@ -52,6 +60,8 @@ __all__ = [
     "Conversion",
     "EXPERTS_IMPLEMENTATION",
     "FUSED_PARAMETERS",
+    "Packing",
+    "ReadOnHost",
     "apply_init_rule",
     "attention_function",
     "attention_heads",
@@ -59,17 +69,21 @@ __all__ = [
     "causal_mask",
     "config_with_attention",
     "decoder_layers",
+    "described",
     "experts_modules",
     "export_conversions",
     "hub_transforms",
     "init_rules",
     "is_flash_attention",
     "is_optional",
+    "keep_documents_apart",
     "load_conversions",
     "local_experts_function",
     "mark_initialized",
     "model_class",
     "not_saved",
+    "note_packing",
+    "packing_of",
     "pretrained_models",
     "recall",
     "refuse_own_checkpointing",
