@@ -133,6 +133,7 @@ def shard(
         steps.shard_dense(model)
         if layout.cp > 1:
             context_parallel.use_context_parallel_attention(model)
+        adapter.keep_documents_apart(model)
         adapter.remember(model, layout)
     steps.shard_beside()
     steps.sum_gradients()

@@ -32,7 +32,7 @@ from typing_extensions import override
 from lightning_ep import transformers_adapter as adapter
 from lightning_ep.checkpoint.files import local_path
 from lightning_ep.checkpoint.run import RunCheckpoints
-from lightning_ep.context_parallel import KnownDocuments, documents_of, shard_sequence
+from lightning_ep.context_parallel import Documents, documents_of, shard_sequence
 from lightning_ep.distributed.progress import Progress
 from lightning_ep.fsdp.accumulation import forget_gradients, set_gradient_sync
 from lightning_ep.fsdp.groups import own_master_weights
@@ -117,7 +117,7 @@ class ExpertParallelStrategy(ModelParallelStrategy):
         self._replicate = replicate
         self._tp = tp
         self._cp = cp
-        self._documents = KnownDocuments()
+        self._documents: adapter.ReadOnHost[Documents] = adapter.ReadOnHost()
         if plan is not None and experts_implementation != "auto":
             raise ValueError(
                 f"experts_implementation={experts_implementation!r} beside a plan would change nothing: the styles of "
@@ -388,12 +388,16 @@ class ExpertParallelStrategy(ModelParallelStrategy):
         module = self.lightning_module
         assert module is not None
         self._run.before_batch(module.trainer)
-        found = documents_of(batch, self.layout.cp) if self.layout.cp > 1 else None
-        if found is None or is_overridden("transfer_batch_to_device", module):
+        packing = adapter.packing_of(batch)
+        documents = documents_of(batch, self.layout.cp) if self.layout.cp > 1 else None
+        if (packing is None and documents is None) or is_overridden("transfer_batch_to_device", module):
             return super().batch_to_device(batch, device, dataloader_idx)
         # In two steps, as Lightning's: a hook after the transfer may change what has been read here.
         moved = module._call_batch_hook("transfer_batch_to_device", batch, device or self.root_device, dataloader_idx)
-        self._documents.note(moved, found)
+        if packing is not None:
+            adapter.note_packing(moved, packing)
+        if documents is not None:
+            self._documents.note(moved, documents)
         return module._call_batch_hook("on_after_batch_transfer", moved, dataloader_idx)
 
     def wait_for_checkpoints(self) -> None:
@@ -438,7 +442,7 @@ class ExpertParallelStrategy(ModelParallelStrategy):
             Arguments for the model; all of them must reach it.
         """
         assert self._meshes is not None
-        return shard_sequence(batch, self._meshes.cp, self._documents.of(batch), self._progress)
+        return shard_sequence(batch, self._meshes.cp, self._documents.of(*adapter.described(batch)), self._progress)
 
     @override
     def reduce(self, tensor: Any, group: Any | None = None, reduce_op: ReduceOp | str | None = "mean") -> Any:

@@ -76,8 +76,7 @@ def _batch(kind: str) -> dict[str, Tensor]:
     batch["labels"][0, :5] = -100  # uneven between the pieces, and between the rows
     if kind in ("packed", "packed and masked"):
         batch["position_ids"] = _positions([4, 3, 4], [11])
-        if kind == "packed":
-            batch["position_ids"][1] += 7  # no beginning of a document
+        batch["position_ids"][1] += 7  # no beginning of a document
         batch["labels"][0, [4, 7]] = -100  # no document predicts the next one
     if kind == "right":
         batch["attention_mask"] = (torch.arange(11) < torch.tensor([[11], [3]])).long()
@@ -101,7 +100,7 @@ KINDS = ["plain", "odd", "packed", "right", "left", "gaps", "packed and masked"]
 def _reference(model: PreTrainedModel, batch: dict[str, Tensor], kind: str) -> Tensor:
     """The mean loss on one process. Packed documents run one by one: not all families look for them."""
     rows = [batch]
-    if kind == "packed":
+    if "packed" in kind:
         rows = [{k: v[:1, start:end] for k, v in batch.items()} for start, end in ((0, 4), (4, 7), (7, 11))]
         rows.append({key: value[1:] for key, value in batch.items()})
     count = (batch["labels"][:, 1:] != -100).sum()

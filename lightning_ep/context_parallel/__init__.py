@@ -3,11 +3,10 @@
 from lightning_ep.context_parallel.attention import check, use_context_parallel_attention, whole_sequences
 from lightning_ep.context_parallel.documents import Documents, find_documents
 from lightning_ep.context_parallel.exchange import SequencePeers
-from lightning_ep.context_parallel.sequence import KnownDocuments, SequencePiece, documents_of, shard_sequence
+from lightning_ep.context_parallel.sequence import SequencePiece, documents_of, shard_sequence
 
 __all__ = [
     "Documents",
-    "KnownDocuments",
     "SequencePeers",
     "SequencePiece",
     "check",

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lightning_ep.transformers_adapter import Packing
+
 
 @dataclass(frozen=True)
 class Documents:
@@ -17,11 +19,13 @@ class Documents:
             every row is one run (as far as tokens that count are concerned), or if ``gaps``.
         longest: Tokens of the longest run, 0 without ``bounds``.
         gaps: Whether the tokens that count are no contiguous run in some row, so that only a mask can describe them.
+        by_positions: Whether positions describe them, and a mask, if there is one, adds nothing.
     """
 
     bounds: Tensor | None = None
     longest: int = 0
     gaps: bool = False
+    by_positions: bool = False
 
     @property
     def plain(self) -> bool:
@@ -30,15 +34,20 @@ class Documents:
 
 
 def find_documents(position_ids: Tensor | None, attention_mask: Tensor | None) -> Documents:
-    """Reads packing and padding, as transformers does: positions that restart say nothing if there is a mask.
+    """Reads packing and padding; with a mask, positions count only if they restart between tokens that count.
 
     The host reads the values: of tensors on a GPU it waits for them.
 
     Args:
         position_ids: Integers ``[B, S]``; a document begins wherever they do not go on by one.
         attention_mask: ``[B, S]``, zero where a token is padding.
+
+    Raises:
+        ValueError: If documents are packed beside padding that is not on the right.
     """
-    if attention_mask is not None:
+    packing = Packing.of(position_ids, attention_mask)
+    packing.refuse_gaps()
+    if attention_mask is not None and not packing.packed:
         valid_BS = attention_mask.cpu().bool()
         edges_BS = valid_BS[:, 1:] != valid_BS[:, :-1]
         runs_B = valid_BS[:, 0].int() + (edges_BS & valid_BS[:, 1:]).sum(1)
@@ -46,14 +55,11 @@ def find_documents(position_ids: Tensor | None, attention_mask: Tensor | None) -
             return Documents(gaps=True)
         if (valid_BS[:, 0] | (runs_B == 0)).all():
             return Documents()  # padding on the right: no token that counts sees it
-    elif position_ids is not None:
-        positions_BS = position_ids.cpu()
-        edges_BS = positions_BS[:, 1:] != positions_BS[:, :-1] + 1
-        if not edges_BS.any():
-            return Documents()
+    elif position_ids is not None and packing.packed:
+        edges_BS = position_ids.cpu().diff(dim=-1) != 1
     else:
         return Documents()
     starts_BS = torch.cat([torch.ones_like(edges_BS[:, :1]), edges_BS], dim=1)
     starts_N = starts_BS.flatten().nonzero().flatten()
     bounds = torch.cat([starts_N, starts_N.new_tensor([starts_BS.numel()])]).int()
-    return Documents(bounds, int(bounds.diff().max()))
+    return Documents(bounds, int(bounds.diff().max()), by_positions=packing.packed)

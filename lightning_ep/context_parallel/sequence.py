@@ -11,18 +11,17 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from lightning_ep.context_parallel.documents import Documents, find_documents
 from lightning_ep.context_parallel.exchange import SequencePeers
 from lightning_ep.distributed.progress import Progress
 from lightning_ep.ops.cross_entropy import IGNORE, shifted
+from lightning_ep.transformers_adapter import described
 
 KEY = "sequence"
 """The argument with which a `SequencePiece` travels through a transformers model to its attention."""
 
 _TOKENS = ("input_ids", "inputs_embeds")
-_DESCRIBING = ("attention_mask", "position_ids")  # the first of them that a batch has decides about documents
 _PRECOMPUTED = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
 _LABELS = ("labels", "shift_labels")  # padded with IGNORE
 
@@ -87,7 +86,7 @@ def shard_sequence(
 
     Args:
         batch: At least ``input_ids`` ``[B, S]`` or ``inputs_embeds`` ``[B, S, H]``. ``attention_mask`` is ``[B, S]``,
-            and where ``position_ids`` restart inside a row a document begins, unless there is a mask too.
+            and where ``position_ids`` restart inside a row a document begins.
         mesh: The ranks that share the batch (``Meshes.cp``), or None for one.
         documents: What `find_documents` gives for the batch. Default: it is asked, for which the host waits if the
             batch is on a GPU and has a mask or positions.
@@ -121,6 +120,8 @@ def shard_sequence(
         added = torch.arange(start, start + length, device=tokens.device) >= size
         valid = pieces["attention_mask"].bool() if mask is not None else ~added.expand(rows, -1)
         pieces["attention_mask"] = valid | ~valid.any()
+    if documents.by_positions:
+        mask = None
     piece = SequencePiece(
         peers, rows, peers.size * length, positions, mask, documents, _on_device(documents.bounds, tokens.device)
     )
@@ -129,38 +130,11 @@ def shard_sequence(
 
 def documents_of(batch: Any, cp: int) -> Documents | None:
     """What `shard_sequence` will want to know of the batch, asked while it is still in host memory; None if nothing."""
-    if _described_by(batch) is None:
+    if described(batch) == (None, None) or not any(key in batch for key in _TOKENS):
         return None
     tokens = _tokens(batch)
     _refuse_other_descriptions(batch, tokens)
     return find_documents(*_whole(batch, tokens.shape[0], -tokens.shape[1] % cp))
-
-
-class KnownDocuments:
-    """What `documents_of` gave for batches that are in use, while what describes them is as it was then."""
-
-    def __init__(self) -> None:
-        self._known = WeakTensorKeyDictionary()
-
-    def note(self, batch: Any, documents: Documents) -> None:
-        """Keeps the documents of a batch, on the device by now."""
-        if (description := _described_by(batch)) is not None:
-            self._known[description] = documents, description._version
-
-    def of(self, batch: Any) -> Documents | None:
-        """Those of a batch, None if they are not known, or its mask or positions have been changed since."""
-        description = _described_by(batch)
-        if description is None or description not in self._known:
-            return None
-        documents, version = self._known[description]
-        return documents if description._version == version else None
-
-
-def _described_by(batch: Any) -> Tensor | None:
-    """The tensor of the batch that decides about its documents, None if there is none or it is no batch of tokens."""
-    if not isinstance(batch, Mapping) or not any(key in batch for key in _TOKENS):
-        return None
-    return next((batch[key] for key in _DESCRIBING if isinstance(batch.get(key), Tensor)), None)
 
 
 def _tokens(batch: Mapping[str, Any]) -> Tensor:

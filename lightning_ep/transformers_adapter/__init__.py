@@ -1,9 +1,10 @@
 """All that touches names of transformers that are not its public API.
 
 One file for each question: where things are in a model (`structure`), who runs experts (`experts_interface`) and
-attention (`attention_interface`), how random weights are drawn (`initialization`), what is fp32 in a bf16 model
-(`dtypes`), how weights come in and leave (`conversion`), and what is remembered of a model (`record`). Everyone else
-uses them through this package, which imports nothing of ours but `ops` and `distributed`.
+attention (`attention_interface`), which tokens are one document (`packing`), how random weights are drawn
+(`initialization`), what is fp32 in a bf16 model (`dtypes`), how weights come in and leave (`conversion`), and what is
+remembered of a model (`record`). Everyone else uses them through this package, which imports nothing of ours but `ops`
+and `distributed`.
 """
 
 from lightning_ep.transformers_adapter.attention_interface import (
@@ -41,6 +42,14 @@ from lightning_ep.transformers_adapter.initialization import (
     marks_are_respected,
     note_own_modules,
 )
+from lightning_ep.transformers_adapter.packing import (
+    Packing,
+    ReadOnHost,
+    described,
+    keep_documents_apart,
+    note_packing,
+    packing_of,
+)
 from lightning_ep.transformers_adapter.record import recall, remember
 from lightning_ep.transformers_adapter.structure import (
     decoder_layers,
@@ -58,6 +67,8 @@ __all__ = [
     "Conversion",
     "FUSED_PARAMETERS",
     "allow_resizing_on_meta",
+    "Packing",
+    "ReadOnHost",
     "apply_init_rule",
     "attention_function",
     "attention_heads",
@@ -67,12 +78,14 @@ __all__ = [
     "causal_mask",
     "config_with_attention",
     "decoder_layers",
+    "described",
     "experts_modules",
     "export_conversions",
     "follows_model",
     "fp32_parameters",
     "hub_transforms",
     "is_flash_attention",
+    "keep_documents_apart",
     "load_conversions",
     "local_experts_function",
     "mark_initialized",
@@ -80,6 +93,8 @@ __all__ = [
     "model_class",
     "not_saved",
     "note_own_modules",
+    "note_packing",
+    "packing_of",
     "pretrained_models",
     "recall",
     "refuse_own_checkpointing",

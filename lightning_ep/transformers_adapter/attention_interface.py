@@ -66,7 +66,7 @@ def attention_function(name: str, module: nn.Module) -> Callable[..., Any]:
 
 def is_flash_attention(name: str) -> bool:
     """Whether an attention implementation takes bounds of documents (``cu_seq_lens``) instead of a mask."""
-    return name != "eager" and ALL_ATTENTION_FUNCTIONS[name] is flash_attention_forward
+    return name != "eager" and ALL_ATTENTION_FUNCTIONS.get(name) is flash_attention_forward
 
 
 def causal_mask(
@@ -154,7 +154,7 @@ def why_not_context_parallel(model: PreTrainedModel) -> str | None:
 
 def _why_not_split(layer: nn.Module, sliding: bool) -> str | None:
     name, modules = type(layer).__name__, list(layer.modules())
-    sources = (_forward_source(type(module)) for module in modules)  # type: ignore[arg-type]  # hashable
+    sources = (forward_source(type(module)) for module in modules)  # type: ignore[arg-type]  # hashable
     attention = [source for source in sources if "ALL_ATTENTION_FUNCTIONS" in source]
     others = [type(m).__name__ for m in modules if isinstance(m, nn.Conv1d) or "Indexer" in type(m).__name__]
     if not attention:
@@ -174,8 +174,9 @@ def _length_dependent_rope(config: Any) -> str | None:
 
 
 @cache
-def _forward_source(cls: Any) -> str:
+def forward_source(cls: Any) -> str:
+    """The source of a class's forward, empty where there is none: nobody can tell what it does."""
     try:
         return inspect.getsource(cls.forward)
     except (OSError, TypeError):
-        return ""  # so that it is refused: nobody can tell what it does
+        return ""

@@ -1,0 +1,254 @@
+"""Documents packed into a row attend to themselves only, whatever else a model's forward is given.
+
+transformers finds documents by position ids that restart, but looks for them only in calls without a cache and without
+a mask. By default a forward makes a cache, in training too, and tokenizers make masks of ones: documents then attend to
+each other, without a word.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Generic, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.utils.weak import WeakIdRef, WeakTensorKeyDictionary
+from transformers import PreTrainedModel
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, create_masks_for_generate
+
+from lightning_ep.transformers_adapter.attention_interface import (
+    attention_implementation,
+    forward_source,
+    is_flash_attention,
+)
+from lightning_ep.transformers_adapter.structure import decoder_layers, model_class
+
+T = TypeVar("T")
+
+_RECURRENT = {"linear_attention", "conv", "mamba", "hybrid", "hybrid_sliding"}  # of a config's `layer_types`
+_TELLS_POSITIONS = r"""(create_\w*mask\w*|mask_function)\([^()]*position_ids=|["']position_ids["']:"""
+
+
+@dataclass(frozen=True)
+class Packing:
+    """What positions and mask of a batch say about documents.
+
+    Attributes:
+        packed: Whether a document begins inside a row. Without a mask it does wherever positions do not go on by one,
+            as transformers has it. With one, where those of two tokens that count do not increase: what stands at
+            padding says nothing.
+        gaps: Whether there is padding before or between the tokens that count. What is behind them no token sees, so
+            that without gaps the positions of packed documents say all that a mask does.
+    """
+
+    packed: bool = False
+    gaps: bool = False
+
+    @staticmethod
+    def of(position_ids: Tensor | None, attention_mask: Tensor | None) -> Packing:
+        """Reads ``[B or 1, S]`` positions and a ``[B, S]`` mask; for tensors on a GPU the host waits."""
+        if position_ids is None:
+            return Packing()
+        steps = position_ids.diff(dim=-1)
+        if attention_mask is None:
+            return Packing(bool((steps != 1).any()))
+        counts = attention_mask.bool()
+        if not ((steps <= 0) & counts[:, 1:] & counts[:, :-1]).any():
+            return Packing()
+        return Packing(True, bool((counts[:, 1:] & ~counts[:, :-1]).any()))
+
+    def refuse_gaps(self) -> None:
+        """Raises ValueError if documents are packed beside padding that a mask has to describe."""
+        if self.packed and self.gaps:
+            raise ValueError(
+                "The batch has position_ids that restart inside a row, as those of packed documents do, and an "
+                "attention_mask with padding before or between the tokens that count, so that it is not clear which of "
+                "them belong together. Pad on the right, or leave the attention_mask out: position_ids that restart at "
+                "the padding (0, 1, 2, ...) make it a document of its own."
+            )
+
+
+class ReadOnHost(Generic[T]):
+    """What the host has read of batches that are in use, while what describes them is as it was then."""
+
+    def __init__(self) -> None:
+        self._known = WeakTensorKeyDictionary()
+
+    def note(self, batch: Any, found: T) -> None:
+        """Keeps what was found for a batch that is on the device by now."""
+        positions, mask = described(batch)
+        if (key := mask if positions is None else positions) is not None:
+            self._known[key] = _identity(positions), _identity(mask), found
+
+    def of(self, position_ids: Tensor | None, attention_mask: Tensor | None) -> T | None:
+        """What was found for these two, None if it is not known, or one of them has been changed since."""
+        key = attention_mask if position_ids is None else position_ids
+        *then, found = self._known.get(key, (None, None)) if key is not None else (None, None)
+        return found if then == [_identity(position_ids), _identity(attention_mask)] else None
+
+
+def described(batch: Any) -> tuple[Tensor | None, Tensor | None]:
+    """The tensors of a batch that may describe documents: its position ids and its mask."""
+    if not isinstance(batch, Mapping):
+        return None, None
+    positions, mask = (batch.get(name) for name in ("position_ids", "attention_mask"))
+    return positions if isinstance(positions, Tensor) else None, mask if isinstance(mask, Tensor) else None
+
+
+def _identity(tensor: Tensor | None) -> Any:
+    return None if tensor is None else (WeakIdRef(tensor), tensor._version)
+
+
+_PACKING: ReadOnHost[Packing] = ReadOnHost()
+
+
+def packing_of(batch: Any) -> Packing | None:
+    """What a batch that is still in host memory says about documents; None if nothing."""
+    positions, mask = described(batch)
+    if positions is None or not positions.is_cpu or not _readable(positions, mask):
+        return None
+    return Packing.of(positions, mask)
+
+
+def note_packing(batch: Any, packing: Packing) -> None:
+    """Spares the forwards that get this batch, on the device by now, to wait for what the host has read already."""
+    _PACKING.note(batch, packing)
+
+
+def _readable(position_ids: Any, attention_mask: Any) -> bool:
+    """Whether these are the positions of several tokens, with no mask or one that says of each whether it counts."""
+    if not isinstance(position_ids, Tensor) or position_ids.ndim != 2 or position_ids.shape[1] < 2:
+        return False
+    if attention_mask is None:
+        return True
+    return isinstance(attention_mask, Tensor) and attention_mask.shape[1:] == position_ids.shape[1:]
+
+
+# ------------------------------------------------------------------------------------------------ forwards of a model
+
+
+def keep_documents_apart(model: PreTrainedModel) -> None:
+    """Has every forward of a model, or of one inside it, see packed documents as such.
+
+    Such a forward makes no cache, since nothing could go on from one, and passes its layers no mask of tokens that
+    count, which the positions replace. Models with a head keep the mask, by which balancing losses leave padding out.
+    Calls that go on from a cache, as in `generate`, and those that number the positions themselves are not touched.
+
+    Args:
+        model: A model.
+    """
+    for child in model.modules():
+        if not isinstance(child, PreTrainedModel) or child.base_model is not child:
+            continue
+        names = list(inspect.signature(child.forward).parameters)
+        if {"position_ids", "past_key_values"} <= set(names):
+            forward = _Forward(names, _recurrent(child), _looks_for_documents(child))
+            child.register_forward_pre_hook(partial(_enter, forward), with_kwargs=True)
+
+
+@dataclass(frozen=True)
+class _Forward:
+    """What must be known of a model's forward.
+
+    Attributes:
+        names: Its parameters, in order.
+        recurrent: The layers that pass on a state from token to token, whatever a mask says; None if there are none.
+        looks: Whether it looks for documents where there is no mask and no cache.
+    """
+
+    names: list[str]
+    recurrent: str | None
+    looks: bool
+
+
+def _recurrent(model: PreTrainedModel) -> str | None:
+    types = _RECURRENT & set(getattr(model.config.get_text_config(), "layer_types", None) or ())
+    if types:
+        return f"of the types {sorted(types)}"
+    layers = [layer for layer in decoder_layers(model) if any(isinstance(m, nn.Conv1d) for m in layer.modules())]
+    return f"with a convolution ({type(layers[0]).__name__})" if layers else None
+
+
+def _looks_for_documents(model: PreTrainedModel) -> bool:
+    """Most families tell the function that makes their masks of the positions; gpt-oss and a few more do not."""
+    return re.search(_TELLS_POSITIONS, forward_source(model_class(model))) is not None  # type: ignore[arg-type]  # hashable
+
+
+def _enter(
+    forward: _Forward, model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """The forward pre-hook: what is to be called instead, None for a call that may stay as it is."""
+    call = {**dict(zip(forward.names, args, strict=False)), **kwargs}
+    positions: Any = call.get("position_ids")
+    mask, past = call.get("attention_mask"), call.get("past_key_values")
+    if isinstance(positions, Tensor) and positions.ndim == 3 and positions.shape[0] == 4:
+        positions = positions[0]  # of text, before time, height and width
+    if not _readable(positions, mask) or (past is not None and past.get_seq_length() > 0):
+        return None
+    name = attention_implementation(model)
+    if name not in ALL_MASK_ATTENTION_FUNCTIONS:
+        return None  # it does without masks, as that of `cp`, which is told of documents otherwise
+    flash = is_flash_attention(name)
+    if mask is None and past is None and forward.looks and forward.recurrent is None and not flash:
+        # transformers keeps documents apart, unless there is a cache; without gradients a call may be for the cache.
+        asked = call.get("use_cache")
+        if asked is None and (torch.is_grad_enabled() or torch.compiler.is_compiling()):
+            return _changed(forward.names, args, kwargs, {"use_cache": False})
+        if asked is False:
+            return None
+    if torch.compiler.is_compiling() or call.get("cu_seq_lens_q") is not None:
+        return None
+    found = _PACKING.of(positions, mask) or Packing.of(positions, mask)
+    if not found.packed:
+        return None
+    found.refuse_gaps()
+    _refuse(model, forward, past)
+    new: dict[str, Any] = {"use_cache": False, "attention_mask": None}
+    tokens = call["inputs_embeds"] if call.get("input_ids") is None else call["input_ids"]
+    positions = positions.expand(tokens.shape[:2])
+    if flash:
+        new |= _bounds(positions)
+    elif not forward.looks:
+        # Its smallest number is one of fp32 as well, and of what FSDP may cast masks to.
+        like = tokens.new_empty((*tokens.shape[:2], 0), dtype=torch.bfloat16)
+        new["attention_mask"] = create_masks_for_generate(model.config, like, None, None, positions)
+    return _changed(forward.names, args, kwargs, new)
+
+
+def _refuse(model: PreTrainedModel, forward: _Forward, past: Any) -> None:
+    """Raises ValueError for packed documents that cannot be kept apart."""
+    what = "position_ids restart inside a row, as those of packed documents do, but"
+    if forward.recurrent is not None:
+        raise ValueError(
+            f"{what} {type(model).__name__} has layers {forward.recurrent}: documents would see what came before them "
+            "in the row. Give every document a row of its own (padded on the right)."
+        )
+    if past is not None:
+        raise ValueError(
+            f"{what} past_key_values is a cache to fill, and nothing can go on from a cache of several documents. "
+            "Leave past_key_values out, or give every document a row of its own."
+        )
+
+
+def _bounds(position_ids: Tensor) -> dict[str, Any]:
+    """Where documents begin and end, for FlashAttention, which looks for them in single rows only."""
+    begins = position_ids.diff(dim=-1, prepend=position_ids[:, :1]) != 1  # a row's first token, too: it goes on by 0
+    starts = begins.flatten().nonzero().flatten()
+    bounds = torch.cat([starts, starts.new_tensor([begins.numel()])]).int()
+    longest = int(bounds.diff().max())
+    return {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "max_length_q": longest, "max_length_k": longest}
+
+
+def _changed(
+    names: list[str], args: tuple[Any, ...], kwargs: dict[str, Any], new: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """A call with other values of these arguments, wherever they are."""
+    positional = list(args)
+    for index in range(len(args)):
+        if names[index] in new:
+            positional[index] = new[names[index]]
+    return tuple(positional), {**kwargs, **{k: v for k, v in new.items() if k not in names[: len(args)]}}
