@@ -17,6 +17,7 @@ from lightning_ep.transformers_adapter.attention_interface import (
     why_not_context_parallel,
     without_packing,
 )
+from lightning_ep.transformers_adapter.config_keys import near, unknown_keys
 from lightning_ep.transformers_adapter.conversion import (
     Conversion,
     export_conversions,
@@ -69,6 +70,7 @@ __all__ = [
     "local_experts_function",
     "mark_initialized",
     "model_class",
+    "near",
     "not_saved",
     "pretrained_models",
     "recall",
@@ -81,6 +83,7 @@ __all__ = [
     "tensor_parallel_styles",
     "tied",
     "tied_names",
+    "unknown_keys",
     "use_registered_experts",
     "why_not_context_parallel",
     "why_not_fused",
