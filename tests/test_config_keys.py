@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import CONFIG_MAPPING, AutoConfig
+from transformers import AutoConfig
 
 from lightning_ep import CausalLM, from_config, from_pretrained
 from tests.hub import write_checkpoint
@@ -58,15 +58,9 @@ def test_a_key_that_is_read_is_accepted(case: str) -> None:
     CausalLM(KNOWN[case], pretrained=False)
 
 
-def _families() -> list[str]:
-    return [name for name in CONFIG_MAPPING if "ep_dispatch_experts" in str(CONFIG_MAPPING[name].base_model_ep_plan)]
-
-
-def test_what_a_family_writes_into_its_own_file_is_accepted() -> None:
-    families = _families()
-    assert len(families) > 50
-    for name in families[:: len(families) // 10]:
-        CausalLM(AutoConfig.for_model(name).to_dict(), pretrained=False)
+@pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v4", "gpt_oss", "qwen3_vl_moe", "ernie4_5_vl_moe"])
+def test_what_a_family_writes_into_its_own_file_is_accepted(family: str) -> None:
+    CausalLM(AutoConfig.for_model(family).to_dict(), pretrained=False)
 
 
 @pytest.mark.parametrize(

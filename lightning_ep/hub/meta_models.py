@@ -134,8 +134,7 @@ def config_of(values: Mapping[str, Any]) -> PreTrainedConfig:
 
 def _refuse_unknown_overrides(overrides: Mapping[str, Any], unused: Iterable[str], config: PreTrainedConfig) -> None:
     """Raises TypeError, as for any unknown keyword; what transformers leaves though a model reads it is set."""
-    for key in unused:
-        setattr(config, key, overrides[key])
+    config.update({key: overrides[key] for key in unused})
     own = {key: value for key, value in overrides.items() if key in unused or isinstance(value, Mapping)}
     unknown = adapter.unknown_keys(own, config)
     if unknown:

@@ -61,7 +61,7 @@ def near(name: str, names: Iterable[str]) -> str:
 
 
 def _is_known(key: str, value: Any, config: PreTrainedConfig) -> bool:
-    if key in _declared(type(config)):
+    if key in _declared(config):
         return True
     if key not in vars(config):
         # Not kept as it is: taken by the class under a name that it composes. But transformers drops what belongs to
@@ -77,7 +77,7 @@ def _is_known(key: str, value: Any, config: PreTrainedConfig) -> bool:
 def _owners(key: str, config: PreTrainedConfig) -> dict[str, PreTrainedConfig]:
     """Nested configurations that declare ``key``, by name."""
     parts = {name: _own(config, name) for name in config.sub_configs}
-    return {n: p for n, p in parts.items() if isinstance(p, PreTrainedConfig) and key in _declared(type(p))}
+    return {n: p for n, p in parts.items() if isinstance(p, PreTrainedConfig) and key in _declared(p)}
 
 
 def _own(config: PreTrainedConfig, key: str) -> Any:
@@ -89,7 +89,7 @@ def _did_you_mean(key: str, config: PreTrainedConfig) -> str:
     if key in vars(GenerationConfig()):
         return " (a setting of generation, which a model's configuration does not hold)"
     nested = [f"{name}.{key}" for name in _owners(key, config)]
-    return f" (did you mean {' or '.join(nested)}?)" if nested else near(key, _declared(type(config)))
+    return f" (did you mean {' or '.join(nested)}?)" if nested else near(key, _declared(config))
 
 
 def _unknown_rope_keys(typed: Mapping[str, Any], config: PreTrainedConfig) -> Iterator[str]:
@@ -104,9 +104,13 @@ def _unknown_rope_keys(typed: Mapping[str, Any], config: PreTrainedConfig) -> It
             yield key + near(key, {*known, *(getattr(config, "layer_types", None) or ())})
 
 
-@functools.cache
-def _declared(config_class: type[PreTrainedConfig]) -> frozenset[str]:
+def _declared(config: PreTrainedConfig) -> frozenset[str]:
     """Names of fields and properties of a configuration class, and of arguments that it takes or passes on."""
+    return _names(type(config))  # type: ignore[arg-type]  # the class defines __eq__, which is not about the class
+
+
+@functools.cache
+def _names(config_class: type) -> frozenset[str]:
     names = {"model_type", "auto_map", "quantization_config", "_name_or_path"}  # of files, whatever the class
     for cls in inspect.getmro(config_class)[:-1]:
         names.update(vars(cls).get("__dataclass_fields__", ()))
@@ -118,7 +122,6 @@ def _declared(config_class: type[PreTrainedConfig]) -> frozenset[str]:
     return frozenset(names - {"self", "args", "kwargs", ""})
 
 
-@functools.cache
 def _source(cls: type) -> str:
     try:
         return inspect.getsource(cls)
