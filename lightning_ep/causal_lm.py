@@ -22,7 +22,7 @@ from lightning_ep.checkpoint.saved_weights import SavedWeights
 from lightning_ep.distributed.host_copies import Lagged
 from lightning_ep.hub.errors import CheckpointError
 from lightning_ep.hub.initialize import materialize
-from lightning_ep.hub.meta_models import from_config, from_pretrained, meta_model
+from lightning_ep.hub.meta_models import config_of, from_config, from_pretrained, meta_model
 from lightning_ep.loss import summed_loss, token_losses
 from lightning_ep.ops.cross_entropy import IGNORE
 from lightning_ep.strategy import ExpertParallelStrategy
@@ -50,6 +50,9 @@ class CausalLM(LightningModule):
         pretrained: Load weights (every rank streams its own shards), or start from random ones.
         optimizer: Builds the optimizer from the parameters.
         lr_scheduler: Builds a scheduler from the optimizer; it steps once per optimizer step.
+
+    Raises:
+        ValueError: If there are no weights to load, or a configuration in a dict has a key that nobody reads.
     """
 
     def __init__(
@@ -65,7 +68,8 @@ class CausalLM(LightningModule):
                 "pretrained=True needs a hub id or a path as `model`, and a configuration was given: there are no "
                 "weights to load. Set pretrained=False to train from scratch."
             )
-        self._source = model
+        # Now, not when the model is built: a mistyped key is told before anything else is done.
+        self._source = config_of(model) if isinstance(model, dict) else model
         self._pretrained = pretrained
         self._optimizer = optimizer
         self._lr_scheduler = lr_scheduler
@@ -124,13 +128,15 @@ class CausalLM(LightningModule):
         if hparams_file is not None:
             raise ValueError("CausalLM has no hyperparameters file: pass its arguments to load_from_checkpoint.")
         saved = SavedWeights(Path(checkpoint_path), weights_only is not False)
-        source = kwargs.pop("model", None) or saved.configs.get("model")
+        source = kwargs.pop("model", None)
+        if source is None and "model" in saved.configs:
+            source = AutoConfig.for_model(**saved.configs["model"])
         if source is None:
             raise CheckpointError(
                 f"{checkpoint_path} does not contain the config of its model: pass `model=` (hub id, path or config)."
             )
         module = cls(**{"pretrained": False, **kwargs, "model": source})
-        module.model = meta_model(_config(source))
+        module.model = meta_model(_config(module._source))
         saved.fill(module, strict is not False)
         materialize(module, torch.device("cpu"), seed=0)  # buffers that are not saved
         return module.to(map_location) if map_location is not None else module
@@ -349,7 +355,5 @@ class CausalLM(LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
 
-def _config(source: str | dict[str, Any] | PreTrainedConfig) -> PreTrainedConfig:
-    if isinstance(source, str):
-        return AutoConfig.from_pretrained(source)
-    return AutoConfig.for_model(**source) if isinstance(source, dict) else source
+def _config(source: str | PreTrainedConfig) -> PreTrainedConfig:
+    return AutoConfig.from_pretrained(source) if isinstance(source, str) else source

@@ -162,6 +162,8 @@ UNDOCUMENTED = [
     "torch.utils.weak:WeakTensorKeyDictionary",
     "torch.distributed.tensor.experimental:register_sharding",
     "transformers:PreTrainedModel.ep_plan",
+    "transformers:PreTrainedConfig.attribute_map",
+    "transformers:PreTrainedConfig.sub_configs",
     "transformers:PreTrainedModel.is_activation_checkpointing",
     "transformers:PreTrainedModel.loss_type",
     "transformers:PreTrainedModel.maybe_distribute_model",  # benchmarks
@@ -190,6 +192,9 @@ UNDOCUMENTED = [
     "transformers.masking_utils:packed_sequence_mask_function",
     "transformers.masking_utils:padding_mask_function",
     "transformers.masking_utils:sliding_window_causal_mask_function",
+    "transformers.modeling_rope_utils:RopeParameters",
+    "transformers.modeling_rope_utils:RotaryEmbeddingConfigMixin.ignore_keys_at_rope_validation",
+    "transformers.modeling_rope_utils:RotaryEmbeddingConfigMixin.nested_rope_parameter_keys",
     "transformers.modeling_utils:ALL_ATTENTION_FUNCTIONS",
     "transformers.models.qwen3_moe.modeling_qwen3_moe:eager_attention_forward",
 ]

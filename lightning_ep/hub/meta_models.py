@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterable, Mapping
 from copy import deepcopy
 from functools import partial
 from pathlib import Path
@@ -13,7 +14,14 @@ import torch
 import torch.distributed as dist
 import transformers
 from huggingface_hub import snapshot_download
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    CONFIG_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 
 from lightning_ep import transformers_adapter as adapter
 from lightning_ep.distributed.agreement import Ranks
@@ -46,7 +54,7 @@ def from_pretrained(
         **config_overrides: Values that replace those of ``config.json``.
 
     Raises:
-        TypeError: For a keyword that the config does not have.
+        TypeError: For a keyword, or a key of a nested configuration, that the config does not know.
         CheckpointError: If there is no such checkpoint, if its weights are pickled or quantized, or if its config is
             that of another architecture than ``auto_class`` builds.
     """
@@ -62,11 +70,7 @@ def from_pretrained(
     config, unknown = AutoConfig.from_pretrained(
         directory, trust_remote_code=trust_remote_code, return_unused_kwargs=True, **config_overrides
     )
-    if unknown:
-        raise TypeError(
-            f"{type(config).__name__} has no {', '.join(sorted(unknown))}, and from_pretrained no such argument. "
-            "Look at config.json for the names that can be given."
-        )
+    _refuse_unknown_overrides(config_overrides, unknown, config)
     if getattr(config, "quantization_config", None) is not None:
         raise CheckpointError(
             f"{path} is quantized ({config.quantization_config.get('quant_method')!r}), and training needs weights in "
@@ -94,17 +98,56 @@ def from_pretrained(
     return model
 
 
-def from_config(config: PreTrainedConfig) -> PreTrainedModel:
+def from_config(config: PreTrainedConfig | Mapping[str, Any]) -> PreTrainedModel:
     """A causal language model on the meta device, whose random weights the strategy initialises after sharding.
 
     Args:
-        config: Any configuration that `transformers.AutoModelForCausalLM` knows.
+        config: Any configuration that `transformers.AutoModelForCausalLM` knows, or a dict as for `config_of`.
+
+    Raises:
+        ValueError: As `config_of`.
     """
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+        model = AutoModelForCausalLM.from_config(config_of(config) if isinstance(config, Mapping) else config)
     adapter.allow_resizing_on_meta(model)
     adapter.note_own_modules(model)
     return model
+
+
+def config_of(values: Mapping[str, Any]) -> PreTrainedConfig:
+    """The configuration that a user has written as a dict: ``model_type``, and what differs from its defaults.
+
+    Raises:
+        ValueError: If there is no such ``model_type``, or if a key, of a nested configuration too, is not known to the
+            configuration and not read by its model; names the nearest ones.
+    """
+    name = values.get("model_type")
+    if name not in CONFIG_MAPPING:
+        raise ValueError(
+            f"model_type={name!r} of the model's configuration is none of transformers'"
+            f"{adapter.near(str(name), CONFIG_MAPPING)}. A configuration as a dict names its family, for example "
+            "model_type: qwen3_moe."
+        )
+    config = AutoConfig.for_model(**deepcopy(dict(values)))  # transformers fills nested dicts in place
+    unknown = adapter.unknown_keys(values, config)
+    if unknown:
+        raise ValueError(
+            f"{type(config).__name__} does not know {', '.join(unknown)}. A key that nobody reads would leave the "
+            "model as it is without it; correct or remove it."
+        )
+    return config
+
+
+def _refuse_unknown_overrides(overrides: Mapping[str, Any], unused: Iterable[str], config: PreTrainedConfig) -> None:
+    """Raises TypeError, as for any unknown keyword; what transformers leaves though a model reads it is set."""
+    config.update({key: overrides[key] for key in unused})
+    own = {key: value for key, value in overrides.items() if key in unused or isinstance(value, Mapping)}
+    unknown = adapter.unknown_keys(own, config)
+    if unknown:
+        raise TypeError(
+            f"{type(config).__name__} has no {', '.join(unknown)}, and from_pretrained no such argument. "
+            "Look at config.json for the names that can be given."
+        )
 
 
 def meta_model(config: PreTrainedConfig, model_class: type[PreTrainedModel] | None = None) -> PreTrainedModel:

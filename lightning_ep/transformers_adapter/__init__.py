@@ -18,6 +18,7 @@ from lightning_ep.transformers_adapter.attention_interface import (
     why_not_context_parallel,
     without_packing,
 )
+from lightning_ep.transformers_adapter.config_keys import near, unknown_keys
 from lightning_ep.transformers_adapter.conversion import (
     Blueprint,
     Conversion,
@@ -91,6 +92,7 @@ __all__ = [
     "mark_initialized",
     "marks_are_respected",
     "model_class",
+    "near",
     "not_saved",
     "note_own_modules",
     "note_packing",
@@ -104,6 +106,7 @@ __all__ = [
     "tensor_parallel_styles",
     "tied",
     "tied_names",
+    "unknown_keys",
     "why_not_context_parallel",
     "why_not_fused",
     "without_packing",
