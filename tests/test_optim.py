@@ -297,10 +297,11 @@ class OwnHook(lightning_ep.CausalLM):
 @pytest.mark.parametrize("kind", [lightning_ep.AdamW, torch.optim.SGD])
 @pytest.mark.parametrize(("bound", "expected"), [(0.5, 0.5), (-1.0, 5.0), (None, 5.0)])
 def test_causal_lm_clips_before_a_hook_goes_on(
-    monkeypatch: pytest.MonkeyPatch, bound: Any, expected: float, kind: Any
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, bound: Any, expected: float, kind: Any
 ) -> None:
     """Also by a bound below zero, which Lightning takes for none."""
     module = OwnHook({"model_type": "qwen3_moe"}, pretrained=False)
+    module.trainer = quiet(tmp_path, strategy=lightning_ep.ExpertParallelStrategy(), accelerator="cpu", devices=1)
     monkeypatch.setattr(module, "log", lambda *arguments, **named: None)
     param = torch.zeros(2).requires_grad_()
     param.grad = torch.tensor([3.0, -4.0])
