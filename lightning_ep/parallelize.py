@@ -18,6 +18,7 @@ from lightning_ep.distributed import dtensor_rules as dtensor_rules  # registers
 from lightning_ep.fsdp.groups import shard_beside, shard_dense, shard_experts, sum_gradients
 from lightning_ep.hub.initialize import materialize
 from lightning_ep.hub.load import stream_pretrained
+from lightning_ep.hub.save_pretrained import save_over_ranks
 from lightning_ep.hub.source import follow_sources
 from lightning_ep.layers.recompute import ActivationCheckpointing
 from lightning_ep.layers.wrap import check_recompute, wrap_layers
@@ -135,6 +136,7 @@ def shard(
         adapter.remember(model, layout)
     steps.shard_beside()
     steps.sum_gradients()
+    save_over_ranks(module)
 
 
 class Steps:
