@@ -240,6 +240,7 @@ def check(
     Returns:
         The tensor-parallel plan of each model; empty without tensor parallelism.
     """
+    _refuse_hidden_models(module)
     for name, style in plan.items():
         experts = module.get_submodule(name)
         num_experts = getattr(experts, "num_experts", None)
@@ -255,6 +256,22 @@ def check(
             context_parallel.check(model, layout)
     _refuse_shared_parameters(module, [*models, *_outside(module, models)], plan)
     return tensor_plans
+
+
+def _refuse_hidden_models(module: nn.Module) -> None:
+    """Raises ValueError if Python would not find a model where it was assigned: a class attribute comes first."""
+    for path in adapter.pretrained_models(module):
+        owner = module
+        for name in path.split(".") if path else ():
+            child, seen = dict(owner.named_children())[name], getattr(owner, name, None)
+            if seen is not child:
+                kind = type(owner).__name__
+                raise ValueError(
+                    f"self.{name} of {kind} is {seen!r} and not the model that was assigned to it: the class attribute "
+                    f"{kind}.{name} hides modules of that name. Remove it from the class, and write "
+                    f"`self.{name} = None` behind `super().__init__()` in `__init__` instead."
+                )
+            owner = child
 
 
 def _outside(module: nn.Module, models: Iterable[nn.Module], name: str = "") -> Iterable[nn.Module]:

@@ -110,7 +110,8 @@ def _plan(model: PreTrainedModel, path: Path, dtype: torch.dtype | None, problem
         problems.raise_on_all_ranks()
     sharded = ShardedTensors(model)
     plain = meta_model(model.config, adapter.model_class(model))
-    plain.generation_config = getattr(model, "generation_config", None)  # heads that generate nothing have none
+    if hasattr(model, "generation_config"):  # heads that generate nothing have none
+        plain.generation_config = model.generation_config
     _compare(sharded, plain, problems)
     problems.raise_on_all_ranks()
     groups: list[Group] = []

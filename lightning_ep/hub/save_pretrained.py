@@ -76,11 +76,11 @@ def _adapters(model: Any, selected: list[str] | None) -> dict[str, Tensor]:
 
 
 def _whole(tensor: Tensor) -> Tensor:
-    if isinstance(tensor, DTensor):
-        tensor = tensor.to(
-            tensor.device_mesh.device_type
-        ).full_tensor()  # after `fit` Lightning has moved it to the CPU
-    return tensor.cpu()
+    if not isinstance(tensor, DTensor):
+        return tensor.cpu()
+    there: Any = tensor.to(tensor.device_mesh.device_type)  # after `fit` Lightning has moved it to the CPU
+    whole: Tensor = there.full_tensor()
+    return whole.cpu()
 
 
 def _refuse_push(model: Any, *_: Any, **__: Any) -> NoReturn:

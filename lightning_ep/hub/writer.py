@@ -229,8 +229,8 @@ class ShardedTensors:
         """Where ranks can exchange a tensor: after `fit` Lightning has moved it to the CPU."""
         tensor = self.tensors[key]
         local = local_tensor(tensor).device
-        same = not isinstance(tensor, DTensor) or tensor.device_mesh.device_type == local.type
-        return local if same else torch.device(tensor.device_mesh.device_type)
+        of_mesh = tensor.device_mesh.device_type if isinstance(tensor, DTensor) else local.type
+        return local if of_mesh == local.type else torch.device(of_mesh)
 
 
 def _one_by_one(group: Group) -> list[tuple[tuple[Part, ...], tuple[TensorSpec, ...]]]:
