@@ -25,7 +25,7 @@ class ParallelLayout:
       ``tp`` or ``cp`` only see the same batch.
 
     Args:
-        world_size: Number of ranks.
+        world_size: Number of ranks; must be given.
         ep: Ranks that share one set of experts; each holds ``num_experts / ep`` of them.
         fsdp: Ranks over which each expert's matrices are sharded.
         replicate: Copies of the whole model, whose gradients are all-reduced.
@@ -37,7 +37,7 @@ class ParallelLayout:
             ``tp * cp`` does not divide ``fsdp * ep``.
     """
 
-    world_size: int
+    world_size: int = 0
     ep: int = 1
     fsdp: int = 1
     replicate: int = 1
@@ -48,7 +48,14 @@ class ParallelLayout:
         for name in ("world_size", *_SIZES):
             size = getattr(self, name)
             if isinstance(size, bool) or not isinstance(size, int) or size < 1:
-                raise ValueError(f"{name}={size!r}: must be a positive integer.")
+                problem = f"{name}={size!r}: must be a positive integer."
+                given: list[object] = [self.ep, self.fsdp]
+                if "auto" in given:
+                    problem += (
+                        f" Only ParallelLayout.resolve fills in 'auto', from the processes that there are: "
+                        f"`ParallelLayout.resolve({self.ep!r}, 'auto', world_size, processes_per_node)`."
+                    )
+                raise ValueError(problem)
         product = self.replicate * self.fsdp * self.ep
         if product != self.world_size:
             raise ValueError(

@@ -18,6 +18,7 @@ from lightning_ep.distributed import dtensor_rules as dtensor_rules  # registers
 from lightning_ep.fsdp.groups import in_bf16, shard_beside, shard_dense, shard_experts, sum_gradients
 from lightning_ep.hub.initialize import materialize
 from lightning_ep.hub.load import stream_pretrained
+from lightning_ep.hub.save_pretrained import save_over_ranks
 from lightning_ep.hub.source import follow_sources
 from lightning_ep.layers.recompute import ActivationCheckpointing
 from lightning_ep.layers.wrap import check_recompute, wrap_layers
@@ -137,6 +138,7 @@ def shard(
         adapter.remember(model, layout)
     steps.shard_beside()
     steps.sum_gradients()
+    save_over_ranks(module)
 
 
 class Steps:
@@ -246,6 +248,7 @@ def check(
     Returns:
         The tensor-parallel plan of each model; empty without tensor parallelism.
     """
+    _refuse_hidden_models(module)
     for name, style in plan.items():
         experts = module.get_submodule(name)
         num_experts = getattr(experts, "num_experts", None)
@@ -261,6 +264,22 @@ def check(
             context_parallel.check(model, layout)
     _refuse_shared_parameters(module, [*models, *_outside(module, models)], plan)
     return tensor_plans
+
+
+def _refuse_hidden_models(module: nn.Module) -> None:
+    """Raises ValueError if Python would not find a model where it was assigned: a class attribute comes first."""
+    for path in adapter.pretrained_models(module):
+        owner = module
+        for name in path.split(".") if path else ():
+            child, seen = dict(owner.named_children())[name], getattr(owner, name, None)
+            if seen is not child:
+                kind = type(owner).__name__
+                raise ValueError(
+                    f"self.{name} of {kind} is {seen!r} and not the model that was assigned to it: the class attribute "
+                    f"{kind}.{name} hides modules of that name. Remove it from the class, and write "
+                    f"`self.{name} = None` behind `super().__init__()` in `__init__` instead."
+                )
+            owner = child
 
 
 def _outside(module: nn.Module, models: Iterable[nn.Module], name: str = "") -> Iterable[nn.Module]:

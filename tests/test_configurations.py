@@ -121,6 +121,24 @@ def test_a_parameter_of_the_module_itself_is_named(tmp_path: Path) -> None:
         _trainer(tmp_path, strategy=ExpertParallelStrategy()).fit(module, DataLoader(Samples(2)))
 
 
+class _HiddenModel(TinyModule):
+    model = None
+
+
+def test_a_model_behind_a_class_attribute_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"self.model of _HiddenModel is None .*`self.model = None` behind `super"):
+        _trainer(tmp_path, strategy=ExpertParallelStrategy()).fit(_HiddenModel(), DataLoader(Samples(2)))
+
+
+def test_a_layout_that_cannot_fill_in_auto_says_which_call_does() -> None:
+    with pytest.raises(ValueError, match=r"Only ParallelLayout\.resolve fills in 'auto'") as refusal:
+        ParallelLayout(ep="auto")  # type: ignore[arg-type]
+    advised = re.search("`(.*)`", str(refusal.value))
+    assert advised is not None
+    sizes = {"world_size": 8, "processes_per_node": 4}
+    assert eval(advised[1], {"ParallelLayout": ParallelLayout, **sizes}) == ParallelLayout(8, ep=4, fsdp=2)
+
+
 class _Shares(nn.Module):
     """Modules that hold one parameter together."""
 

@@ -118,6 +118,7 @@ PRIVATE = [
     "transformers.masking_utils:find_packed_sequence_indices",
     "transformers:PreTrainedModel._can_record_outputs",
     "transformers:PreTrainedConfig._attn_implementation",
+    "transformers:PreTrainedModel._init_added_embeddings_weights_with_mean",
     "transformers:PreTrainedModel._init_weights",
     "transformers:PreTrainedModel._keys_to_ignore_on_load_missing",
     "transformers:PreTrainedModel._keys_to_ignore_on_load_unexpected",

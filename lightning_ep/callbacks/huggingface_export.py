@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -13,7 +14,7 @@ from typing_extensions import override
 from lightning_ep import transformers_adapter as adapter
 from lightning_ep.distributed.console import print_once
 from lightning_ep.hub.directory import ExportDtype, refuse_existing
-from lightning_ep.hub.export import export_sharded
+from lightning_ep.hub.export import check_export, export_sharded
 
 
 class HuggingFaceExport(Callback):
@@ -31,6 +32,8 @@ class HuggingFaceExport(Callback):
     Raises:
         FileExistsError: At the start of ``fit``, if ``path`` is there already and not empty.
         ValueError: At the start of ``fit``, if the module does not contain exactly one transformers model.
+        CheckpointError: At the start of ``fit``, for all else that the export would fail for: adapters or replaced
+            modules, which no config describes, a directory that cannot be written, a disk that is too small.
     """
 
     def __init__(self, path: str, dtype: ExportDtype | None = None) -> None:
@@ -38,10 +41,14 @@ class HuggingFaceExport(Callback):
         self.dtype = dtype
         self._ended = False
 
+    @property
+    def _dtype(self) -> torch.dtype | None:
+        return getattr(torch, self.dtype) if self.dtype is not None else None
+
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         refuse_existing(Path(self.path))
-        _model(pl_module)
+        check_export(_model(pl_module), Path(self.path), self._dtype, _tokenizer(trainer))
         self._ended = False
 
     @override
@@ -49,11 +56,7 @@ class HuggingFaceExport(Callback):
         self._ended = True
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
-        tokenizer = getattr(getattr(trainer, "datamodule", None), "tokenizer", None)
-        if not hasattr(tokenizer, "save_pretrained"):
-            tokenizer = None
-        dtype = getattr(torch, self.dtype) if self.dtype is not None else None
-        export_sharded(_model(pl_module), Path(self.path), dtype, tokenizer)
+        export_sharded(_model(pl_module), Path(self.path), self._dtype, _tokenizer(trainer))
         print_once(trainer, f"exported to {self.path}")
 
     @override
@@ -66,11 +69,17 @@ class HuggingFaceExport(Callback):
             )
 
 
+def _tokenizer(trainer: Trainer) -> Any | None:
+    tokenizer = getattr(getattr(trainer, "datamodule", None), "tokenizer", None)
+    return tokenizer if hasattr(tokenizer, "save_pretrained") else None
+
+
 def _model(module: LightningModule) -> PreTrainedModel:
     models = adapter.pretrained_models(module)
     if len(models) != 1:
         raise ValueError(
             f"HuggingFaceExport writes one transformers model, and {type(module).__name__} contains {len(models)} "
-            f"({', '.join(models) or 'none'})."
+            f"({', '.join(models) or 'none'}). To write several, leave the callback out and call "
+            "`lightning_ep.hub.export.export_sharded(model, path)` for each on all ranks, in `on_train_end`."
         )
     return next(iter(models.values()))

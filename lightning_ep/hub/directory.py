@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+import transformers
 from transformers import PreTrainedModel
 
 from lightning_ep.hub.durable import sync
@@ -27,15 +28,18 @@ class HubDirectory:
 
     Args:
         path: Where it will be.
+        into_existing: If there is a directory already its weights are replaced and other files too, as
+            `save_pretrained` of transformers does.
 
     Raises:
         FileExistsError: If something is there already.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, into_existing: bool = False) -> None:
         self.path = path
         self.temporary = self.temporary_of(path)
-        refuse_existing(path)
+        if not (into_existing and path.is_dir()):
+            refuse_existing(path)
 
     @staticmethod
     def temporary_of(path: Path) -> Path:
@@ -72,7 +76,9 @@ class HubDirectory:
             for pattern in (*_TOKENIZER_FILES, "*.py"):
                 for file in files_from.glob(pattern):
                     shutil.copy(file, self.temporary)
-        (self.temporary / "README.md").write_text(_readme(self.path.name, type(model).__name__, dtype))
+        if not (self.path / "README.md").exists():
+            readme = _readme(self.path.name, type(model).__name__, dtype, model.can_generate())
+            (self.temporary / "README.md").write_text(readme)
 
     def finish(self, files: Sequence[OutputFile], problems: Problems) -> None:
         """Writes the index, checks that every rank's files are there, and moves the directory to its place."""
@@ -96,10 +102,20 @@ class HubDirectory:
             (self.temporary / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n")
         for path in (*self.temporary.iterdir(), self.temporary):
             sync(path)
-        if self.path.exists():
-            self.path.rmdir()  # empty, as `refuse_existing` has seen
-        self.temporary.rename(self.path)
+        if self.path.exists() and any(self.path.iterdir()):
+            self._replace()
+        else:
+            if self.path.exists():
+                self.path.rmdir()
+            self.temporary.rename(self.path)
         sync(self.path.parent)
+
+    def _replace(self) -> None:
+        for old in (*self.path.glob("model*.safetensors"), self.path / INDEX_NAME):
+            old.unlink(missing_ok=True)
+        for new in self.temporary.iterdir():
+            new.replace(self.path / new.name)
+        self.temporary.rmdir()
 
 
 def refuse_existing(path: Path) -> None:
@@ -108,22 +124,26 @@ def refuse_existing(path: Path) -> None:
         raise FileExistsError(f"{path} exists already and is not replaced; remove it, or export to another path.")
 
 
-def _readme(name: str, model_class: str, dtype: torch.dtype) -> str:
-    return f"""# {name}
-
-A `{model_class}` with weights in {str(dtype).removeprefix("torch.")}, exported by lightning_ep.
-
+def _readme(name: str, model_class: str, dtype: torch.dtype, generates: bool) -> str:
+    known = hasattr(transformers, model_class)
+    loader = model_class if known else "AutoModelForCausalLM" if generates else "AutoModel"
+    code = "" if known else ", trust_remote_code=True"
+    serve = f"""
 Serve it with vLLM, inside this directory; on several GPUs add `--tensor-parallel-size N --enable-expert-parallel`:
 
 ```bash
 vllm serve . --served-model-name {name}
 ```
+"""
+    return f"""# {name}
 
+A `{model_class}` with weights in {str(dtype).removeprefix("torch.")}, exported by lightning_ep.
+{serve if generates else ""}
 Load it with transformers:
 
 ```python
-from transformers import AutoModelForCausalLM
+from transformers import {loader}
 
-model = AutoModelForCausalLM.from_pretrained(".")
+model = {loader}.from_pretrained("."{code})
 ```
 """

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -9,15 +11,27 @@ import torch
 from transformers import PreTrainedModel
 
 from lightning_ep import transformers_adapter as adapter
+from lightning_ep.distributed.agreement import from_all_ranks
 from lightning_ep.hub.directory import HubDirectory
 from lightning_ep.hub.meta_models import meta_model
 from lightning_ep.hub.problems import Problems
 from lightning_ep.hub.source import source_directory
-from lightning_ep.hub.writer import ShardedTensors, plan_files, plan_groups, write_files
+from lightning_ep.hub.writer import Group, OutputFile, ShardedTensors, plan_files, plan_groups, write_files
+
+_SAVE_BY_HAND = (
+    "Adapters of peft: call `save_pretrained` of the PeftModel on all ranks, in `on_train_end`. For the whole model "
+    "save a checkpoint (`trainer.save_checkpoint`), make one file of it with `lightning-ep consolidate`, "
+    "and in one process `load_state_dict` that file's 'state_dict' into the LightningModule with its model built in "
+    "memory, by plain transformers (and peft). That model's own `save_pretrained` writes it."
+)
 
 
 def export_sharded(
-    model: PreTrainedModel, path: Path, dtype: torch.dtype | None = None, tokenizer: Any | None = None
+    model: PreTrainedModel,
+    path: Path,
+    dtype: torch.dtype | None = None,
+    tokenizer: Any | None = None,
+    into_existing: bool = False,
 ) -> None:
     """Writes a Hugging Face checkpoint; every rank must call it, and writes its own files.
 
@@ -26,33 +40,134 @@ def export_sharded(
         path: The new directory, the same on every rank and on a filesystem that they share.
         dtype: What parameters are in the files; by default what they are.
         tokenizer: Anything with ``save_pretrained``. Default: tokenizer files of the checkpoint the model came from.
+        into_existing: As in `HubDirectory`.
 
     Raises:
-        CheckpointError: On every rank, if one could not write. Nothing is at ``path`` then.
+        CheckpointError: On every rank, if the model cannot be exported or a rank could not write. Nothing is at
+            ``path`` then.
     """
     problems = Problems(f"the export to {path} failed:")
-    sharded = ShardedTensors(model)
-    plain = meta_model(model.config, adapter.model_class(model))
-    plain.generation_config = model.generation_config
-    groups = plan_groups(plain, sharded.dtypes, dtype)
-    owners = sharded.choose_owners(groups)
-    files = plan_files(groups, owners, sharded.num_ranks)
-    first = sharded.rank == 0
-    directory: HubDirectory | None = None
-    if first:
-        try:
-            directory = HubDirectory(path)
-            directory.create()
-            directory.write_config(plain, dtype or model.dtype, tokenizer, source_directory(model))
-        except (OSError, ValueError) as error:
-            problems.add("on rank 0", str(error))
-    problems.raise_on_all_ranks()
+    plan = _plan(model, path, dtype, problems)
+    directory = _begin(plan, model, path, dtype, tokenizer, into_existing, problems)
     temporary = HubDirectory.temporary_of(path)
-    write_files(temporary, plain, groups, files, lambda g: sharded.assemble(g, owners), sharded.rank, problems)
+    sharded, owners = plan.sharded, plan.owners
+    write_files(
+        temporary, plan.plain, plan.groups, plan.files, lambda g: sharded.assemble(g, owners), sharded.rank, problems
+    )
     problems.raise_on_all_ranks()
     if directory is not None:
         try:
-            directory.finish(files, problems)
+            directory.finish(plan.files, problems)
         except OSError as error:
             problems.add("on rank 0", str(error))
     problems.raise_on_all_ranks()
+
+
+def check_export(
+    model: PreTrainedModel, path: Path, dtype: torch.dtype | None = None, tokenizer: Any | None = None
+) -> None:
+    """Does all that `export_sharded` does but write weights, and leaves nothing behind. Every rank must call it.
+
+    Args:
+        model: As in `export_sharded`, like the others.
+        path: The directory.
+        dtype: What parameters would be.
+        tokenizer: The tokenizer.
+
+    Raises:
+        CheckpointError: On every rank, with all that `export_sharded` would fail for.
+    """
+    problems = Problems(f"{path} could not be written at the end of the run:")
+    plan = _plan(model, path, dtype, problems)
+    directory = _begin(plan, model, path, dtype, tokenizer, False, problems)
+    temporary = HubDirectory.temporary_of(path)
+    if not temporary.is_dir():
+        problems.add(
+            "other nodes", f"{path.parent} is not on a filesystem that all nodes share: put the export on one."
+        )
+    problems.raise_on_all_ranks()
+    if directory is not None:
+        needed, free = sum(s.nbytes for f in plan.files for s in f.specs), shutil.disk_usage(temporary).free
+        if needed > free:
+            problems.add("space", f"the weights take {needed:,} bytes, and {free:,} are free there.")
+        shutil.rmtree(temporary)
+    problems.raise_on_all_ranks()
+
+
+@dataclass(frozen=True)
+class _Plan:
+    plain: PreTrainedModel
+    sharded: ShardedTensors
+    groups: list[Group]
+    owners: dict[str, int]
+    files: list[OutputFile]
+
+
+def _plan(model: PreTrainedModel, path: Path, dtype: torch.dtype | None, problems: Problems) -> _Plan:
+    """What would be written by whom; raises on every rank if the model is none that its config describes."""
+    if len(set(from_all_ranks(str(path.absolute())))) > 1:
+        problems.add("path", f"ranks name different directories, as {path}: all write to one.")
+        problems.raise_on_all_ranks()
+    sharded = ShardedTensors(model)
+    plain = meta_model(model.config, adapter.model_class(model))
+    if hasattr(model, "generation_config"):  # heads that generate nothing have none
+        plain.generation_config = model.generation_config
+    _compare(sharded, plain, problems)
+    problems.raise_on_all_ranks()
+    groups: list[Group] = []
+    try:
+        groups = plan_groups(plain, sharded.dtypes, dtype)
+    except (ValueError, RuntimeError, LookupError, AttributeError) as error:  # whatever operations object to
+        problems.add("conversion", f"to the hub's layout: {type(error).__name__}: {error}")
+    problems.raise_on_all_ranks()
+    owners = sharded.choose_owners(groups)
+    return _Plan(plain, sharded, groups, owners, plan_files(groups, owners, sharded.num_ranks))
+
+
+def _compare(sharded: ShardedTensors, plain: PreTrainedModel, problems: Problems) -> None:
+    """Notes where a model is not what its class builds from its config: nobody could load what would be written."""
+    built, found = plain.state_dict(keep_vars=True), sharded.tensors
+    name = type(plain).__name__
+    for kind, one, other in (("unknown", found, built), ("missing", built, found)):
+        problems.add(kind, *[key for key in one if key not in other and not adapter.not_saved(plain, key)])
+    if problems.found:
+        problems.add(
+            "rule",
+            f"what is written is a {name} as its config describes it, and that one has other names: adapters and "
+            f"replaced modules change them. {_SAVE_BY_HAND}",
+        )
+        return
+    shapes = [
+        f"{key}: {list(tensor.shape)}, the config makes it {list(built[key].shape)}; change model.config with the model"
+        for key, tensor in found.items()
+        if tensor.shape != built[key].shape
+    ]
+    problems.add("shape", *shapes)
+    untied = [
+        f"{copy} and {key} are two, and the config says one: set model.config.tie_word_embeddings = False"
+        for copy, key in adapter.tied_names(plain).items()
+        if copy in found and found[copy] is not found.get(key)
+    ]
+    problems.add("tied", *untied)
+
+
+def _begin(
+    plan: _Plan,
+    model: PreTrainedModel,
+    path: Path,
+    dtype: torch.dtype | None,
+    tokenizer: Any | None,
+    into_existing: bool,
+    problems: Problems,
+) -> HubDirectory | None:
+    """Makes the temporary directory with all but the weights, on rank 0; every rank must call it."""
+    directory: HubDirectory | None = None
+    if plan.sharded.rank == 0:
+        try:
+            directory = HubDirectory(path, into_existing)
+            directory.create()
+            directory.write_config(plan.plain, dtype or model.dtype, tokenizer, source_directory(model))
+        except (OSError, ValueError, TypeError) as error:
+            problems.add("on rank 0", str(error))
+    problems.raise_on_all_ranks()
+    return directory

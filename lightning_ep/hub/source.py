@@ -104,18 +104,19 @@ def follow_sources(module: nn.Module) -> None:
         for local, tensor in _own_tensors(child):
             there, place = origin.names.get(local, (None, None))
             for source in sources:
-                if (name := source.name_of(tensor, place if source is there else None)) is not None:
-                    places.setdefault(child, {})[local] = source, name
+                known = source.name_of(tensor, place if source is there else None)
+                if known is not None:
+                    places.setdefault(child, {})[local] = source, known
                     break
     found = {place for names in places.values() for place in names.values()}
     for model in module.modules():
-        if (source := adapter.recall(model, Source)) is None:
+        if (own := adapter.recall(model, Source)) is None:
             continue
         for prefix, child in model.named_modules():
             for local, tensor in _own_tensors(child):
-                place = source, f"{prefix}.{local}" if prefix else local
-                if tensor.is_meta and place[1] in source.model.tensors and place not in found:
-                    places.setdefault(child, {}).setdefault(local, place)
+                name = f"{prefix}.{local}" if prefix else local
+                if tensor.is_meta and name in own.model.tensors and (own, name) not in found:
+                    places.setdefault(child, {}).setdefault(local, (own, name))
     for child, names in places.items():
         adapter.remember(child, Origin(names))
 

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
@@ -196,8 +197,7 @@ class ShardedTensors:
         for part in group.parts:
             owner = owners[part.key]
             if owner == self.rank:
-                device = local_tensor(self.tensors[part.pieces[0].key]).device
-                mine[part.key] = torch.empty(part.shape, dtype=part.dtype, device=device)
+                mine[part.key] = torch.empty(part.shape, dtype=part.dtype, device=self._device(part.pieces[0].key))
             for whole in part.pieces:
                 for ranks, piece in self._sources(whole):
                     holder = owner if owner in ranks else ranks[0]
@@ -222,7 +222,15 @@ class ShardedTensors:
 
     def _local(self, piece: Piece) -> Tensor:
         tensor = self.tensors[piece.key]
-        return piece.source_region().relative_to(local_region(tensor).start).of(local_tensor(tensor))
+        local = piece.source_region().relative_to(local_region(tensor).start).of(local_tensor(tensor))
+        return local.to(self._device(piece.key))
+
+    def _device(self, key: str) -> torch.device:
+        """Where ranks can exchange a tensor: after `fit` Lightning has moved it to the CPU."""
+        tensor = self.tensors[key]
+        local = local_tensor(tensor).device
+        of_mesh = tensor.device_mesh.device_type if isinstance(tensor, DTensor) else local.type
+        return local if of_mesh == local.type else torch.device(of_mesh)
 
 
 def _one_by_one(group: Group) -> list[tuple[tuple[Part, ...], tuple[TensorSpec, ...]]]:

@@ -47,7 +47,7 @@ def spread_over_ranks(module: nn.Module, context: ExpertContext) -> None:
     shared with other models, copied for layers, and changed by others (`generate` changes the name while it runs).
     """
     adapter.remember(module, context)
-    module.forward = MethodType(_experts_forward, module)  # type: ignore[method-assign]
+    module.forward = MethodType(_experts_forward, module)
 
 
 def expert_context(module: nn.Module) -> ExpertContext:

@@ -110,7 +110,7 @@ class Conversion:
         for pattern, keys in self.sources.items():
             for key in keys:
                 converter.add_tensor(self.target, key, pattern, tensors[key])  # type: ignore[arg-type]
-        converted = converter.convert(self.target, model=model, config=model.config)  # type: ignore[arg-type]
+        converted = converter.convert(self.target, model=model, config=model.config)
         renamings = list(self._renamings)
         return {
             apply_renamings(name, renamings): value[0] if isinstance(value, list) else value
