@@ -33,6 +33,7 @@ from lightning_ep import transformers_adapter as adapter
 from lightning_ep.checkpoint.files import local_path
 from lightning_ep.checkpoint.run import RunCheckpoints
 from lightning_ep.context_parallel import Documents, documents_of, shard_sequence
+from lightning_ep.distributed.apart import ApartError, Watch
 from lightning_ep.distributed.progress import Progress
 from lightning_ep.fsdp.accumulation import forget_gradients, set_gradient_sync
 from lightning_ep.fsdp.groups import own_master_weights
@@ -228,6 +229,8 @@ class ExpertParallelStrategy(ModelParallelStrategy):
             self._setup_distributed()
             self._meshes = self.layout.build_meshes(self.root_device.type)
             self._device_mesh = self._meshes.expert
+            if self.layout.world_size > 1:
+                Watch(self._progress)
             if self.root_device.type == "cuda" and self._timeout is not None:
                 self._progress.watch(self.global_rank, self._timeout.total_seconds())
             self._checkpoints = RunCheckpoints(
@@ -257,6 +260,8 @@ class ExpertParallelStrategy(ModelParallelStrategy):
         if isinstance(self.launcher, _SubprocessScriptLauncher):
             # The other ranks may wait in a collective for this one until it times out.
             self.launcher.kill(signal.SIGKILL)
+        if self._progress.verdict is not None:
+            raise ApartError(self._progress.verdict) from exception
 
     # ------------------------------------------------------------------ model
 
@@ -480,9 +485,19 @@ class ExpertParallelStrategy(ModelParallelStrategy):
         self._note_step("validation at training")
         return super().validation_step(*args, **kwargs)
 
+    @override
+    def test_step(self, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
+        self._note_step("test at training")
+        return super().test_step(*args, **kwargs)
+
+    @override
+    def predict_step(self, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
+        self._note_step("prediction at training")
+        return super().predict_step(*args, **kwargs)
+
     def _note_step(self, stage: str) -> None:
         assert self.lightning_module is not None
-        self._progress.step = f"{stage} step {self.lightning_module.trainer.global_step}"
+        self._progress.begin_step(f"{stage} step {self.lightning_module.trainer.global_step}")
 
     @contextmanager
     @override

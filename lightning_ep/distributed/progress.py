@@ -9,6 +9,7 @@ from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from zlib import crc32
 
 import torch
 import torch.distributed as dist
@@ -54,17 +55,36 @@ class Progress:
     really stands. A CPU rank blocks in the call itself.
 
     Attributes:
-        step: Where training stands, for messages, such as ``"training step 12"``; set by the owner.
+        step: Where training stands, for messages, such as ``"training step 12"``.
+        steps: Steps of any stage that this rank has begun.
+        verdict: Why the job is being ended, if it is: ranks wait for one another in different places.
     """
 
     def __init__(self) -> None:
         self.step = "before the first step"
+        self.steps = 0
+        self.verdict: str | None = None
+        self._first_layer: str | None = None
         self._started: deque[Exchange] = deque()
         self._waiting: str | None = None
         self._last: str | None = None
         self._lock = threading.Lock()
         self._watch: threading.Thread | None = None
         self._stop = threading.Event()
+
+    def begin_step(self, step: str) -> None:
+        """Notes a step that begins; all ranks begin the same ones."""
+        self.step = step
+        self.steps += 1
+
+    def pass_number(self, layer: str, hop: str) -> int:
+        """What is the same on all ranks that are in the same forward, 1 to 2**30; 0 in layers after the first.
+
+        Ranks compare it where they exchange numbers anyway, so that they do not take one another's tokens for theirs.
+        """
+        if self._first_layer is None:
+            self._first_layer = layer
+        return crc32(f"{self.steps} {hop}".encode()) % 2**30 + 1 if layer == self._first_layer else 0
 
     def started(self, layer: str, hop: str, work: dist.Work) -> Exchange:
         """Notes an exchange that is in flight."""

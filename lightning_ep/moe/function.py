@@ -47,7 +47,8 @@ def moe_forward(
     needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in (hidden_TH, weights_TK, *params))
     later = leave(hidden_TH) if needs_grad and leave is not None else None
     computed = (masters or MasterWeights()).begin_call(params, hidden_TH.dtype, hidden_TH.shape[0], needs_grad)
-    return _MoE.apply(dispatcher, experts, computed, needs_grad, later, hidden_TH, ids_TK, weights_TK, *params)
+    hop = "dispatch, forward" if torch.is_grad_enabled() else "dispatch, forward without gradients"
+    return _MoE.apply(dispatcher, experts, computed, needs_grad, later, hop, hidden_TH, ids_TK, weights_TK, *params)
 
 
 class _MoE(torch.autograd.Function):
@@ -59,12 +60,13 @@ class _MoE(torch.autograd.Function):
         computed: CallWeights,
         needs_grad: bool,
         later: Callable[[], Tensor] | None,
+        hop: str,
         hidden_TH: Tensor,
         ids_TK: Tensor,
         weights_TK: Tensor,
         *params: Tensor,
     ) -> Tensor:
-        plan, rows = dispatcher.route(ids_TK, weights_TK, hidden_TH, "dispatch, forward")
+        plan, rows = dispatcher.route(ids_TK, weights_TK, hidden_TH, hop)
         saved = None
         with dispatcher.explains_out_of_memory(lambda: dispatcher.describe(plan)):
             local = computed.for_forward() if plan.num_pairs > 0 else []  # casts while the rows travel
@@ -96,7 +98,8 @@ class _MoE(torch.autograd.Function):
         with ctx.dispatcher.explains_out_of_memory(lambda: ctx.dispatcher.describe(plan)):
             grads = _backward(ctx.dispatcher, ctx.experts, plan, saved, computed, later, trained, grad_TH)
         grad_hidden_TH, grad_weights_TK, grad_params = grads
-        return None, None, None, None, None, grad_hidden_TH, None, grad_weights_TK.to(ctx.weights_dtype), *grad_params
+        grad_weights_TK = grad_weights_TK.to(ctx.weights_dtype)
+        return None, None, None, None, None, None, grad_hidden_TH, None, grad_weights_TK, *grad_params
 
 
 def _backward(

@@ -8,12 +8,16 @@ import torch.distributed as dist
 from torch import Tensor
 from typing_extensions import override
 
+from lightning_ep.distributed.apart import meet_apart
 from lightning_ep.distributed.host_copies import OnHost
 from lightning_ep.distributed.progress import Progress
 from lightning_ep.moe.dispatch.base import Dispatcher, DispatchPlan, Pending
 from lightning_ep.moe.dispatch.packed import PackedRows
 from lightning_ep.ops.permute import gather_sum, permute
 from lightning_ep.ops.routing import destinations, split_slots, wire_dtypes
+
+_COUNT_BITS = 32  # of the numbers that are exchanged; those above say which forward they are of
+_COUNT = 2**_COUNT_BITS - 1
 
 
 @dataclass(frozen=True)
@@ -64,16 +68,21 @@ class AllToAllDispatcher(Dispatcher[AllToAllPlan]):
         packed_SW = packing.empty(room, x_TH.device)
         slots_S2K = packing.numbers(packed_SW)
         to = destinations(ids_TK, weights_TK, self.num_local_experts, self.num_ranks, slots_S2K)
+        number = self._progress.pass_number(self.layer, hop)
+        if number:
+            to.counts_2D2[0].add_(number << _COUNT_BITS)
         with self._progress.blocking(self.layer, "exchange of counts"):
             dist.all_to_all_single(to.counts_2D2[1], to.counts_2D2[0], group=self._group)
             counts = OnHost(to.counts_2D2)
             # The rows are put in order before the host knows how many there are, so that the GPU has work meanwhile.
             permute(x_TH, to.first_TK, room, packing.rows(packed_SW))
             sent, received = counts.wait().tolist()
-        send_splits = tuple(rows for rows, _ in sent)
-        recv_splits = tuple(rows for rows, _ in received)
+        if any(rows >> _COUNT_BITS != number for rows, _ in received):
+            raise meet_apart(self._progress, dist.get_process_group_ranks(self._group))
+        send_splits = tuple(rows & _COUNT for rows, _ in sent)
+        recv_splits = tuple(rows & _COUNT for rows, _ in received)
         num_rows = sum(send_splits)
-        num_pairs = sum(pairs for _, pairs in received)
+        num_pairs = sum(pairs & _COUNT for _, pairs in received)
         with self.explains_out_of_memory(lambda: _describe(num_rows, sum(recv_splits), num_pairs)):
             packed_NW, arrival = self._exchange(packed_SW[:num_rows], send_splits, recv_splits, hop)
         ids_NK, weights_NK = split_slots(packing.numbers(packed_NW))
