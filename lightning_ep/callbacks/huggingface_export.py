@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -11,6 +12,7 @@ from transformers import PreTrainedModel
 from typing_extensions import override
 
 from lightning_ep import transformers_adapter as adapter
+from lightning_ep.data.tokenizers import check_vocabulary
 from lightning_ep.distributed.console import print_once
 from lightning_ep.hub.directory import ExportDtype, refuse_existing
 from lightning_ep.hub.export import export_sharded
@@ -30,7 +32,8 @@ class HuggingFaceExport(Callback):
 
     Raises:
         FileExistsError: At the start of ``fit``, if ``path`` is there already and not empty.
-        ValueError: At the start of ``fit``, if the module does not contain exactly one transformers model.
+        ValueError: At the start of ``fit``, if the module does not contain exactly one transformers model, or the
+            datamodule's tokenizer has more tokens than the model.
     """
 
     def __init__(self, path: str, dtype: ExportDtype | None = None) -> None:
@@ -41,7 +44,9 @@ class HuggingFaceExport(Callback):
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         refuse_existing(Path(self.path))
-        _model(pl_module)
+        model, tokenizer = _model(pl_module), _tokenizer(trainer)
+        if tokenizer is not None:
+            check_vocabulary(tokenizer, model.config, "Export, and train, with the tokenizer of the model.")
         self._ended = False
 
     @override
@@ -49,9 +54,7 @@ class HuggingFaceExport(Callback):
         self._ended = True
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
-        tokenizer = getattr(getattr(trainer, "datamodule", None), "tokenizer", None)
-        if not hasattr(tokenizer, "save_pretrained"):
-            tokenizer = None
+        tokenizer = _tokenizer(trainer)
         dtype = getattr(torch, self.dtype) if self.dtype is not None else None
         export_sharded(_model(pl_module), Path(self.path), dtype, tokenizer)
         print_once(trainer, f"exported to {self.path}")
@@ -64,6 +67,12 @@ class HuggingFaceExport(Callback):
                 f"{self.path} was not written: the checkpoint of this run has no training step left to do. Run "
                 f"`lightning-ep export {trainer.ckpt_path} {self.path}` instead."
             )
+
+
+def _tokenizer(trainer: Trainer) -> Any | None:
+    """The tokenizer that the data was made with, if the datamodule says so."""
+    tokenizer = getattr(getattr(trainer, "datamodule", None), "tokenizer", None)
+    return tokenizer if hasattr(tokenizer, "save_pretrained") else None
 
 
 def _model(module: LightningModule) -> PreTrainedModel:
