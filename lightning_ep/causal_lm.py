@@ -83,6 +83,16 @@ class CausalLM(LightningModule):
     calls_its_head = True
     """Whether the output head's weight is read in calls of the head only, so that it can be gathered for these."""
 
+    @property
+    def pretrained_path(self) -> str | None:
+        """Hub id or path of the weights that it starts from; None for random ones. Data modules look for it."""
+        return self._source if self._pretrained and isinstance(self._source, str) else None
+
+    @property
+    def model_config(self) -> PreTrainedConfig:
+        """The model's configuration, also before the model is built."""
+        return self.model.config if self.model is not None else _config(self._source)
+
     @override
     def configure_model(self) -> None:
         if self.model is not None:

@@ -51,7 +51,7 @@ from lightning_ep.trainer.loaders import prepare_loader
 from lightning_ep.trainer.nonfinite import NonfiniteGuard
 from lightning_ep.trainer.precision import ShardedPrecision
 from lightning_ep.trainer.refusals import refuse_optimizers, refuse_other_processes, refuse_unsupported
-from lightning_ep.trainer.signals import AgreeOnSignals
+from lightning_ep.trainer.signals import AgreeOnSignals, Interrupted
 from lightning_ep.trainer.steering import CheckMonitored
 
 _TIMEOUT = timedelta(minutes=30)  # Lightning's default
@@ -250,7 +250,7 @@ class ExpertParallelStrategy(ModelParallelStrategy):
 
     @override
     def on_exception(self, exception: BaseException) -> None:
-        if isinstance(exception, SIGTERMException):
+        if isinstance(exception, SIGTERMException | Interrupted):
             return  # all ranks agreed to stop and have saved
         position = self._progress.describe()
         if position is not None and self.layout.world_size > 1:

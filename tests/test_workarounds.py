@@ -28,6 +28,7 @@ CHANGING = {
     *("set_experts_implementation", "_auto_add_worker_init_fn", "fset", "increment_completed", "increment_processed"),
     *("filterwarnings", "simplefilter", "setLevel", "set_verbosity_error", "disable_progress_bar"),
     *("manual_seed", "set_rng_state", "set_state", "setstate", "_set_num_threads_if_needed", "_register_signal"),
+    *("set_wakeup_fd", "register_at_fork", "signal"),
 }
 IN_PLACE = {"add", "append", "clear", "discard", "extend", "insert", "pop", "remove", "setdefault", "update"}
 # What looks like such a change and is made to an object of ours: file, what is set, whose it is.

@@ -9,7 +9,9 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.seed import isolate_rng
 from typing_extensions import override
 
+from lightning_ep import transformers_adapter as adapter
 from lightning_ep.context_parallel import whole_sequences
+from lightning_ep.data.tokenizers import check_vocabulary
 from lightning_ep.distributed.console import print_once
 
 
@@ -32,6 +34,7 @@ class GenerateSamples(Callback):
 
     Raises:
         ValueError: If an argument is out of its range.
+        ValueError: At the start of ``fit`` or ``validate``, if the tokenizer has more tokens than the model.
         TypeError: At the start of ``fit`` or ``validate``, if there is no tokenizer, or no ``model`` that can generate.
     """
 
@@ -62,19 +65,29 @@ class GenerateSamples(Callback):
         self._validations = 0
 
     @override
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._check(trainer, pl_module)  # the first validation may be hours away
+
+    @override
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._check(trainer, pl_module)
+
+    def _check(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # here and not in `setup`: models are often built later, in `configure_model`
         if not callable(getattr(getattr(pl_module, "model", None), "generate", None)):
             raise TypeError(
                 f"GenerateSamples calls `model.generate` of the LightningModule; {type(pl_module).__name__} has none. "
                 "Keep a transformers causal language model as `self.model`, or leave the callback out."
             )
-        if self._tokenizer(trainer) is None:
+        tokenizer = self._tokenizer(trainer)
+        if tokenizer is None:
             raise TypeError(
                 "GenerateSamples needs a tokenizer, but none was passed in and"
                 f" {type(getattr(trainer, 'datamodule', None)).__name__} has no `tokenizer`. Pass GenerateSamples(...,"
                 " tokenizer=...), or give the datamodule one."
             )
+        for model in adapter.pretrained_models(pl_module).values():
+            check_vocabulary(tokenizer, model.config, "Give GenerateSamples the tokenizer of the model.")
 
     @override
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

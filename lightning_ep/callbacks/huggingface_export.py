@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from typing_extensions import override
 
 from lightning_ep import transformers_adapter as adapter
+from lightning_ep.data.tokenizers import check_vocabulary
 from lightning_ep.distributed.console import print_once
 from lightning_ep.hub.directory import ExportDtype, refuse_existing
 from lightning_ep.hub.export import check_export, export_sharded
@@ -31,7 +32,8 @@ class HuggingFaceExport(Callback):
 
     Raises:
         FileExistsError: At the start of ``fit``, if ``path`` is there already and not empty.
-        ValueError: At the start of ``fit``, if the module does not contain exactly one transformers model.
+        ValueError: At the start of ``fit``, if the module does not contain exactly one transformers model, or the
+            datamodule's tokenizer has more tokens than the model.
         CheckpointError: At the start of ``fit``, for all else that the export would fail for: adapters or replaced
             modules, which no config describes, a directory that cannot be written, a disk that is too small.
     """
@@ -48,7 +50,10 @@ class HuggingFaceExport(Callback):
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         refuse_existing(Path(self.path))
-        check_export(_model(pl_module), Path(self.path), self._dtype, _tokenizer(trainer))
+        model, tokenizer = _model(pl_module), _tokenizer(trainer)
+        if tokenizer is not None:
+            check_vocabulary(tokenizer, model.config, "Export, and train, with the tokenizer of the model.")
+        check_export(model, Path(self.path), self._dtype, tokenizer)
         self._ended = False
 
     @override
@@ -70,6 +75,7 @@ class HuggingFaceExport(Callback):
 
 
 def _tokenizer(trainer: Trainer) -> Any | None:
+    """The tokenizer that the data was made with, if the datamodule says so."""
     tokenizer = getattr(getattr(trainer, "datamodule", None), "tokenizer", None)
     return tokenizer if hasattr(tokenizer, "save_pretrained") else None
 

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import logging
 import os
+import shlex
+import sys
 import warnings
 from collections.abc import Iterable
+from pathlib import Path
 
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch import LightningModule, Trainer
@@ -14,13 +17,25 @@ from transformers.utils import logging as transformers_logging
 from typing_extensions import override
 
 import lightning_ep
+from lightning_ep.trainer.signals import KnowsCommand
 
 
-class SaveConfig(SaveConfigCallback):
+class SaveConfig(SaveConfigCallback, KnowsCommand):
     """Saves the configuration of the run to ``config.yaml`` in the directory of its logger.
 
     Without a logger that directory would be ``default_root_dir``, where a recipe of this name may be the user's own.
     """
+
+    @override
+    def resume_command(self, checkpoint: Path) -> str:
+        """The command of this process, with this checkpoint in place of the one that it may name."""
+        spec = sys.modules["__main__"].__spec__
+        program = ["lightning-ep"] if spec is None else ["python", "-m", "lightning_ep"]
+        path = checkpoint.relative_to(Path.cwd()) if checkpoint.is_relative_to(Path.cwd()) else checkpoint
+        old = [i for i, word in enumerate(sys.argv) if word == "--ckpt_path" or word.startswith("--ckpt_path=")]
+        named = {i + offset for i in old for offset in range(1 + ("=" not in sys.argv[i]))}
+        kept = [word for i, word in enumerate(sys.argv[1:], start=1) if i not in named]
+        return shlex.join([*program, *kept, "--ckpt_path", str(path)])
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:

@@ -17,7 +17,7 @@ from lightning_ep.data.examples.standard_library import standard_library, walk
 
 if TYPE_CHECKING:
     from datasets import Dataset
-    from transformers import PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 END_OF_TEXT = "<|endoftext|>"
 
@@ -120,25 +120,36 @@ def train_tokenizer(texts: Iterator[str], vocab_size: int) -> PreTrainedTokenize
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END_OF_TEXT, pad_token=END_OF_TEXT)
 
 
-def pack(files: Sequence[Path], tokenizer: PreTrainedTokenizerFast, sequence_length: int) -> Dataset:
+def pack(files: Sequence[Path], tokenizer: PreTrainedTokenizerBase, sequence_length: int) -> Dataset:
     """Tokenize files, end each with the end-of-text token, and cut their concatenation into windows.
+
+    A tokenizer that begins texts with a token of its own, or ends them, does so for every file.
 
     Returns:
         A dataset with the column ``input_ids``, int32 ``[sequence_length]``. Tokens past the last full window are left
         out.
 
     Raises:
-        ValueError: If there are too few tokens for one window, or a file is not UTF-8.
+        ValueError: If there are too few tokens for one window, a file is not UTF-8, or the tokenizer has no end-of-text
+            token.
     """
     from datasets import Dataset, Features, List, Value
 
+    end = tokenizer.eos_token_id
+    if end is None:
+        raise ValueError(
+            f"The tokenizer ({tokenizer.name_or_path}) has no end-of-text token, which separates documents. Set its "
+            "`eos_token` and save it, or pass another one as `tokenizer`."
+        )
+
     documents = Dataset.from_dict({"text": [read_text(path) for path in files]})
     documents = documents.map(
-        lambda batch: {"ids": tokenizer(batch["text"])["input_ids"]},
+        # Not verbose: it would warn of texts longer than a model's input, which are cut into windows here.
+        lambda batch: {"ids": tokenizer(batch["text"], verbose=False)["input_ids"]},
         batched=True,
         desc=f"tokenizing {len(files)} files",
     )
-    tokens = np.concatenate([np.append(ids, tokenizer.eos_token_id) for ids in documents["ids"]])
+    tokens = np.concatenate([ids if ids[-1:] == [end] else np.append(ids, end) for ids in documents["ids"]])
     if len(tokens) < sequence_length:
         raise ValueError(
             f"{len(files)} files, the first of them {files[0]}, have {len(tokens)} tokens, too few for one window of "

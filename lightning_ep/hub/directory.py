@@ -20,7 +20,7 @@ from lightning_ep.hub.writer import OutputFile
 
 ExportDtype = Literal["float32", "bfloat16", "float16"]
 
-_TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "vocab.*", "merges.txt", "chat_template*", "*.model")
+TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "vocab.*", "merges.txt", "chat_template*", "*.model")
 
 
 class HubDirectory:
@@ -73,7 +73,7 @@ class HubDirectory:
         if tokenizer is not None:
             tokenizer.save_pretrained(self.temporary)
         elif files_from is not None:
-            for pattern in (*_TOKENIZER_FILES, "*.py"):
+            for pattern in (*TOKENIZER_FILES, "*.py"):
                 for file in files_from.glob(pattern):
                     shutil.copy(file, self.temporary)
         if not (self.path / "README.md").exists():

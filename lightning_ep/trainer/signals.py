@@ -1,8 +1,10 @@
-"""SIGTERM and SLURM's requeue signal: a flag on one rank, an agreement of all, a checkpoint, and the end."""
+"""Ctrl-C, SIGTERM and SLURM's requeue signal: a flag on one rank, an agreement of all, a checkpoint, and the end."""
 
 from __future__ import annotations
 
+import os
 import signal
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from datetime import timedelta
@@ -12,21 +14,28 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 from lightning.pytorch.trainer.connectors.signal_connector import _HandlersCompose, _SignalConnector
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from typing_extensions import override
 
+from lightning_ep.trainer.interrupts import EXIT_CODE, Interrupts
 from lightning_ep.trainer.steering import fingerprint, raise_difference
 
-LAST = "last-sigterm.ckpt"
-"""Name of the checkpoint that SIGTERM leaves: ``fit(ckpt_path="last")`` takes the newest that begins with "last"."""
+LAST = {"SIGTERM": "last-sigterm.ckpt", "Ctrl-C": "last-interrupted.ckpt"}
+"""Names of the checkpoints that signals leave: ``fit(ckpt_path="last")`` takes the newest that begins with "last"."""
 
-_NOTHING, _TERMINATE, _REQUEUE = 0, 1, 2
+_NOTHING, _INTERRUPT, _TERMINATE, _REQUEUE = range(4)
+
+
+class Interrupted(SystemExit):
+    """Leaves ``fit`` on all ranks after Ctrl-C, once a checkpoint is on the disk."""
 
 
 class SignalFlags(_SignalConnector):
@@ -39,6 +48,7 @@ class SignalFlags(_SignalConnector):
     def __init__(self, trainer: Trainer) -> None:
         super().__init__(trainer)
         self.flag = _NOTHING
+        self._interrupts = Interrupts(self._note_interrupt, self._kill_others)
 
     @override
     def register_signal_handlers(self) -> None:
@@ -51,6 +61,7 @@ class SignalFlags(_SignalConnector):
         if self._has_already_handler(signal.SIGTERM):
             handlers.append(signal.getsignal(signal.SIGTERM))
         self._register_signal(signal.SIGTERM, _HandlersCompose(handlers))
+        self._interrupts.begin()
         environment = self.trainer._accelerator_connector.cluster_environment
         if isinstance(environment, SLURMEnvironment) and environment.auto_requeue:
             assert environment.requeue_signal is not None
@@ -59,6 +70,24 @@ class SignalFlags(_SignalConnector):
 
     def _note_sigterm(self, signum: int, frame: FrameType | None) -> None:
         self.flag = max(self.flag, _TERMINATE)
+
+    @override
+    def teardown(self) -> None:
+        self._interrupts.end()
+        super().teardown()
+
+    def _note_interrupt(self) -> None:
+        self.flag = max(self.flag, _INTERRUPT)
+        # Once, and from a thread, which may not print beside a progress bar in the middle of its line.
+        if self.trainer.is_global_zero:
+            text = "Ctrl-C: saving a checkpoint after the next steps, then stopping. Once more stops at once, without."
+            os.write(2, f"\n{text}\n".encode())
+
+    def _kill_others(self) -> None:
+        launcher = self.trainer.strategy.launcher
+        if isinstance(launcher, _SubprocessScriptLauncher):
+            # They may wait in a collective for this process until it times out.
+            launcher.kill(signal.SIGKILL)
 
     def _note_requeue(self, signum: int, frame: FrameType | None) -> None:
         self.flag = _REQUEUE
@@ -131,7 +160,12 @@ class AgreeOnSignals(Callback):
             if agreed == _REQUEUE:
                 self._flags.save_and_requeue()
             else:
-                self._save(trainer)
+                self._save(trainer, "SIGTERM" if agreed == _TERMINATE else "Ctrl-C")
+        if agreed == _INTERRUPT:
+            # A process that Lightning started and that ends with an error makes it kill the first one.
+            environment = trainer._accelerator_connector.cluster_environment
+            started = isinstance(environment, LightningEnvironment) and trainer.local_rank > 0
+            raise Interrupted(0 if started else EXIT_CODE)
         self._flags.received_sigterm = True
         raise SIGTERMException
 
@@ -150,15 +184,25 @@ class AgreeOnSignals(Callback):
             raise_difference(trainer, self._group)
         return int(flag)
 
-    def _save(self, trainer: Trainer) -> None:
+    def _save(self, trainer: Trainer, cause: str) -> None:
         """Saves where `ckpt_path="last"` looks; nowhere, if the user has no ModelCheckpoint."""
         directory = _checkpoint_directory(trainer)
         if directory is None:
-            rank_zero_info("SIGTERM: stopping without a checkpoint, since there is no ModelCheckpoint callback.")
+            rank_zero_info(f"{cause}: stopping without a checkpoint, since there is no ModelCheckpoint callback.")
             return
-        path = directory / LAST
+        path = directory / LAST[cause]
         trainer.save_checkpoint(path)
-        rank_zero_info(f"SIGTERM: saved {path}; resume with fit(ckpt_path='last').")
+        commands = [c.resume_command(path) for c in trainer.callbacks if isinstance(c, KnowsCommand)]  # type: ignore[attr-defined]
+        command = commands[0] if commands else f"trainer.fit(..., ckpt_path={str(path)!r})"
+        rank_zero_info(f"{cause}: saved {path} after step {trainer.global_step}. Resume with\n  {command}")
+
+
+class KnowsCommand(ABC):
+    """A callback that knows by which command the run was started."""
+
+    @abstractmethod
+    def resume_command(self, checkpoint: Path) -> str:
+        """The command that goes on from a checkpoint."""
 
 
 def _checkpoint_directory(trainer: Trainer) -> Path | None:

@@ -1,0 +1,73 @@
+"""Which tokenizer belongs to a model's weights, and whether a tokenizer fits a model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities import rank_zero_warn
+
+from lightning_ep import transformers_adapter as adapter
+from lightning_ep.hub.directory import TOKENIZER_FILES
+from lightning_ep.hub.load import source_directory
+from lightning_ep.hub.meta_models import small_files
+
+
+def checkpoint_of(module: LightningModule | None) -> str | None:
+    """Directory or hub id of the weights that a module starts from.
+
+    Known before the model is built if the module has ``pretrained_path``, as `CausalLM` does; afterwards for models of
+    `lightning_ep.from_pretrained`.
+    """
+    declared = getattr(module, "pretrained_path", None)
+    if declared is not None or module is None:
+        return declared
+    sources = map(source_directory, adapter.pretrained_models(module).values())
+    return next((str(source) for source in sources if source is not None), None)
+
+
+def tokenizer_files(checkpoint: str) -> list[Path]:
+    """The files of a checkpoint's tokenizer, downloaded if need be; none if it has no tokenizer.
+
+    Raises:
+        CheckpointError: If there is no such checkpoint.
+    """
+    directory = small_files(checkpoint)
+    return sorted({file for pattern in TOKENIZER_FILES for file in directory.glob(pattern)})
+
+
+def check_vocabulary(tokenizer: Any, config: Any, fix: str) -> None:
+    """Raises ValueError, which ends with ``fix``, if a tokenizer has ids for which a model has no embedding."""
+    size = vocabulary_size(config)
+    if size is None or not hasattr(tokenizer, "get_vocab"):
+        return  # a model without texts; a tokenizer of another kind
+    needed = max(len(tokenizer), 1 + max(tokenizer.get_vocab().values(), default=-1))
+    if size < needed:
+        raise ValueError(
+            f"The model's vocab_size={size} is smaller than the tokenizer's {needed} tokens: some ids have no "
+            f"embedding. {fix}"
+        )
+
+
+def vocabulary_size(config: Any) -> int | None:
+    """Number of a model's token embeddings, from its configuration."""
+    text = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
+    return getattr(text, "vocab_size", None)
+
+
+def warn_of_other_special_tokens(tokenizer: Any, model: Any) -> None:
+    """Warns where a model's configuration has other ids than the tokenizer for the same tokens."""
+    configs = [model.config, getattr(model, "generation_config", None)]
+    if hasattr(model.config, "get_text_config"):
+        configs.append(model.config.get_text_config(decoder=True))
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        ours = getattr(tokenizer, name)
+        theirs = [value for config in configs if (value := getattr(config, name, None)) is not None]
+        ids = {number for value in theirs for number in (value if isinstance(value, list) else [value])}
+        if ours is not None and ids and ours not in ids:
+            rank_zero_warn(
+                f"{name} is {ours} in the tokenizer and {', '.join(map(str, sorted(ids)))} in the model's "
+                "configuration: what reads the trained model would look for another token than it was trained with. "
+                f"Set {name}={ours} in the configuration, or train with the tokenizer that it was made for."
+            )
