@@ -44,6 +44,7 @@ OURS = [
     ("hub/meta_models.py", {"data", "dtype", "generation_config"}, "a model in the making, on meta"),
     ("hub/reader.py", {"staging"}, "a threading.local of ours"),
     ("hub/trace.py", {"pieces", "extent"}, "a Traced"),
+    ("hub/rules.py", {"__dict__"}, "a stand-in"),
     ("hub/load.py", {"problems"}, "the Problems of a Match"),
     ("layers/recompute.py", {"leave", "left", "outputs", "random", "saved_before", "tensor"}, "notes of a checkpoint"),
     ("layout.py", {"_timeout"}, "options in the making"),

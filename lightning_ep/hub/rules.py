@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -92,7 +92,8 @@ class _Walk:
             around = replace(around, owner=module, follows=True)
         owner = around.owner
         if owner is not None and adapter.follows_model(module, owner, around.follows, own is not None):
-            rules: tuple[Rule, ...] = (partial(adapter.apply_init_rule, self._shadows[owner], shadow), *around.of_model)
+            rule = partial(adapter.apply_init_rule, cast(PreTrainedModel, self._shadows[owner]), shadow)
+            rules: tuple[Rule, ...] = (rule, *around.of_model)
             around = replace(around, follows=True, of_model=rules, of_others=())
         else:
             rules = around.of_others if own is None else (own, *around.of_others)
@@ -131,8 +132,8 @@ def _without_values(tensor: Tensor | None) -> Tensor | None:
     """A stand-in that rules pass over, or write to in vain."""
     if tensor is None:
         return None
-    empty = torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
     is_param = isinstance(tensor, nn.Parameter)
+    empty: Tensor = torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
     return adapter.mark_initialized(nn.Parameter(empty, requires_grad=False) if is_param else empty)
 
 
@@ -156,8 +157,8 @@ def _peft_copies(module: nn.Module) -> dict[nn.Module, nn.Module]:
     """The trainable copies that PEFT makes of whole modules (``modules_to_save``), and the modules they start from."""
     if not (_is_peft(module) and hasattr(module, "original_module") and hasattr(module, "modules_to_save")):
         return {}
-    original = module.original_module
-    copies = module.modules_to_save.values()
+    original = cast(nn.Module, module.original_module)
+    copies = cast(nn.ModuleDict, module.modules_to_save).values()
     return {child: original.get_submodule(name) for copy in copies for name, child in copy.named_modules()}
 
 

@@ -88,7 +88,7 @@ def head_cross_entropy(head: nn.Linear, hidden_TH: Tensor, targets_T: Tensor, ig
 
     Args:
         head: A head that `is_plain_head`.
-        hidden_TH: ``[T, H]``, the same on all ranks.
+        hidden_TH: ``[T, H]``, the same on all ranks; computed with in the dtype of the head.
         targets_T: int64 ``[T]``, the same on all ranks.
         ignore_index: As in `linear_cross_entropy`.
 
@@ -96,6 +96,7 @@ def head_cross_entropy(head: nn.Linear, hidden_TH: Tensor, targets_T: Tensor, ig
         0-dim fp32 tensor, the same on all ranks. The gradient of ``hidden_TH`` is this rank's part of the sum.
     """
     group: TensorGroup | None = getattr(head, "tensor_group", None)
+    hidden_TH = hidden_TH.to(head.weight.dtype)
     if group is None:
         return linear_cross_entropy(hidden_TH, head.weight, targets_T, ignore_index)
     weight_VH: Tensor = local(head.weight)
