@@ -122,6 +122,7 @@ PRIVATE = [
     "transformers:PreTrainedConfig._attn_implementation",
     "transformers:PreTrainedModel._from_config",
     "transformers:PreTrainedModel._init_added_embeddings_weights_with_mean",
+    "transformers:PreTrainedModel._hf_peft_config_loaded",
     "transformers:PreTrainedModel._init_weights",
     "transformers:PreTrainedModel._keep_in_fp32_modules_strict",
     "transformers:PreTrainedModel._keys_to_ignore_on_load_missing",

@@ -19,10 +19,10 @@ from lightning_ep.hub.source import source_directory
 from lightning_ep.hub.writer import Group, OutputFile, ShardedTensors, plan_files, plan_groups, write_files
 
 _SAVE_BY_HAND = (
-    "Adapters of peft: call `save_pretrained` of the PeftModel on all ranks, in `on_train_end`. For the whole model "
-    "save a checkpoint (`trainer.save_checkpoint`), make one file of it with `lightning-ep consolidate`, "
-    "and in one process `load_state_dict` that file's 'state_dict' into the LightningModule with its model built in "
-    "memory, by plain transformers (and peft). That model's own `save_pretrained` writes it."
+    "Adapters of peft: call `save_pretrained` of the PeftModel (or of a model with `add_adapter`) on all ranks, in "
+    "`on_train_end`. For the whole model save a checkpoint (`trainer.save_checkpoint`), make one file of it with "
+    "`lightning-ep consolidate`, and in one process `load_state_dict` its 'state_dict' into the LightningModule "
+    "with the model built in memory, by plain transformers (and peft). That model's own `save_pretrained` writes it."
 )
 
 

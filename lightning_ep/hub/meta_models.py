@@ -51,7 +51,8 @@ def from_pretrained(
         revision: Branch, tag or commit on the hub.
         attn_implementation: As in transformers.
         trust_remote_code: Run Python code that comes with the model.
-        **config_overrides: Values that replace those of ``config.json``.
+        **config_overrides: Values that replace those of ``config.json``. ``architectures=[name]``, with the class that
+            ``auto_class`` builds: its base model is the checkpoint's, its head a new one; a warning names both heads.
 
     Raises:
         TypeError: For a keyword, or a key of a nested configuration, that the config does not know.
@@ -177,8 +178,8 @@ def _check_architecture(path: str, config: Any, model: PreTrainedModel) -> None:
     if declared and name not in declared:
         raise CheckpointError(
             f"{path} holds {', '.join(declared)} (model_type {config.model_type!r}), and a {name} was asked for. Pass "
-            f"the auto_class that builds {declared[0]}; if the weights are those of a {name} all the same, pass "
-            f"architectures=[{name!r}]."
+            f"the auto_class that builds {declared[0]}; for a {name} with the base model's weights and what it has beside "
+            f"that drawn anew, pass architectures=[{name!r}]."
         )
 
 

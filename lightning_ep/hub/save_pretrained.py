@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
+from lightning_ep import transformers_adapter as adapter
 from lightning_ep.distributed.agreement import Ranks
 from lightning_ep.hub.errors import CheckpointError
 from lightning_ep.hub.export import export_sharded
@@ -44,6 +45,9 @@ def _save_model(
 ) -> None:
     if push_to_hub:
         _refuse_push(model)
+    if adapter.saves_adapters(model) and state_dict is None:
+        _save_adapters(model, save_directory, **options)
+        return
     if state_dict is not None:  # gathered by the caller, who may be one rank
         type(model).save_pretrained(model, save_directory, is_main_process, state_dict, **options)
         return

@@ -27,6 +27,7 @@ from lightning_ep.transformers_adapter.conversion import (
     hub_transforms,
     load_conversions,
     not_saved,
+    saves_adapters,
     tied_names,
 )
 from lightning_ep.transformers_adapter.dtypes import cast_constants, fp32_parameters
@@ -102,6 +103,7 @@ __all__ = [
     "refuse_own_checkpointing",
     "remember",
     "routers",
+    "saves_adapters",
     "select_attention",
     "tensor_parallel_styles",
     "tied",

@@ -190,6 +190,11 @@ def tied_names(model: PreTrainedModel) -> dict[str, str]:
     return dict(model.all_tied_weights_keys or {})
 
 
+def saves_adapters(model: PreTrainedModel) -> bool:
+    """Whether `save_pretrained` of the model writes adapters alone, those of its `add_adapter`."""
+    return bool(getattr(model, "_hf_peft_config_loaded", False))
+
+
 def not_saved(model: PreTrainedModel, name: str) -> bool:
     """Whether the model declares that a name is not to be saved."""
     return name in (model._keys_to_ignore_on_save or ())
