@@ -20,7 +20,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from lightning_ep import ExpertParallelStrategy
+from lightning_ep import CheckpointError, ExpertParallelStrategy
+from lightning_ep.distributed import apart
 from lightning_ep.distributed.progress import Progress
 from tests.distributed import RankFailure, device, run_ranks
 from tests.tiny import Samples, TinyModule, quiet
@@ -29,7 +30,8 @@ _SCRIPT = """
     import os, sys, time
     from pathlib import Path
     from torch.utils.data import DataLoader
-    from lightning_ep import ExpertParallelStrategy
+    from lightning_ep import CheckpointError, ExpertParallelStrategy
+from lightning_ep.distributed import apart
     from tests.tiny import Samples, TinyModule, quiet
 
     class Module(TinyModule):
@@ -143,3 +145,71 @@ def test_the_watch_speaks_before_an_exchange_times_out() -> None:
     )
     assert sleeping == ""
     assert run_ranks(2, _watch, 0.0, 60.0) == ["", ""]
+
+
+class _OnOneRank(TinyModule):
+    """Does on rank 0 alone what is for all ranks, after its second step."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__()
+        self.what = what
+
+    def on_train_batch_end(self, *args: Any) -> None:
+        if self.global_step != 2 or self.global_rank != 0:
+            return
+        if self.what == "save":
+            self.trainer.save_checkpoint(Path(self.trainer.default_root_dir) / "mine.ckpt")
+        elif self.what == "log":
+            self.log("mine", 1.0, sync_dist=True)
+        elif self.what == "generate":
+            self.model.generate(torch.ones(1, 4, dtype=torch.long), max_new_tokens=3)
+        else:
+            time.sleep(3)
+
+
+def _on_one_rank(root: Path, what: str, ep: int) -> int:
+    apart._PATIENCE, apart._INTERVAL, apart._WARN_AFTER = 0.8, 0.2, 1.5
+    trainer = quiet(root, strategy=ExpertParallelStrategy(ep=ep), max_steps=4)
+    trainer.fit(_OnOneRank(what), DataLoader(Samples(16), batch_size=2))
+    return trainer.global_step
+
+
+@pytest.mark.parametrize(
+    ("what", "ep", "line"),
+    [
+        ("save", 2, 'self.trainer.save_checkpoint(Path(self.trainer.default_root_dir) / "mine.ckpt")'),
+        ("log", 2, 'self.log("mine", 1.0, sync_dist=True)'),
+        ("generate", 2, "self.model.generate(torch.ones(1, 4, dtype=torch.long), max_new_tokens=3)"),
+        ("generate", 1, "self.model.generate(torch.ones(1, 4, dtype=torch.long), max_new_tokens=3)"),
+    ],
+)
+def test_what_one_rank_does_alone_is_named_with_its_line(tmp_path: Path, what: str, ep: int, line: str) -> None:
+    with pytest.raises(RankFailure) as failure:
+        run_ranks(2, _on_one_rank, tmp_path, what, ep, init_process_group=False, timeout=40)
+    message = str(failure.value)
+    assert re.search(
+        rf"rank 0: .*test_failures.py:\d+ in on_train_batch_end: `{re.escape(line)}` \(training step 1\)", message
+    )
+    assert re.search(r"rank 1: .*\(training step 2\)", message), message
+    assert "take the line out of `if self.global_rank == 0`" in message
+    assert "were still running" not in message
+
+
+def test_a_rank_that_is_slow_is_waited_for(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert run_ranks(2, _on_one_rank, tmp_path, "sleep", 2, init_process_group=False, timeout=40) == [4, 4]
+    output = capfd.readouterr().out
+    assert re.search(
+        r"Ranks 1 have waited for others for \d s.*\n  rank 0: .*`time.sleep\(3\)` \(training step 1\)", output
+    )
+
+
+def _saves_after_the_other_has_gone(root: Path) -> None:
+    trainer = quiet(root, max_steps=1)
+    trainer.fit(TinyModule(), DataLoader(Samples(16), batch_size=2))
+    if trainer.is_global_zero:
+        with pytest.raises(CheckpointError, match=r"another rank has left.*for all ranks: take the call out"):
+            trainer.save_checkpoint(root / "mine.ckpt")
+
+
+def test_a_checkpoint_of_one_rank_at_the_end_says_why_there_is_none(tmp_path: Path) -> None:
+    run_ranks(2, _saves_after_the_other_has_gone, tmp_path, init_process_group=False, timeout=40)

@@ -17,6 +17,9 @@ import lightning_ep
 
 # "module:name", "module:Class.name"; an attribute that instances get in a method counts too.
 PRIVATE = [
+    "os:_exit",
+    "sys:_current_frames",
+    "sys:_getframe",
     "lightning.fabric.plugins.precision.utils:_DtypeContextManager",
     "lightning.fabric.plugins.precision.utils:_convert_fp_tensor",
     "lightning.fabric.utilities.data:_auto_add_worker_init_fn",
@@ -96,6 +99,7 @@ PRIVATE = [
     "torch.distributed.fsdp._fully_shard._fsdp_state:FSDPState._pre_backward",
     "torch.distributed.checkpoint.filesystem:_StorageInfo",
     "torch.distributed.distributed_c10d:_get_default_group",
+    "torch.distributed.distributed_c10d:_get_default_store",
     "torch.distributed.checkpoint.filesystem:_split_by_size_and_type",
     "torch.distributed.tensor.parallel:ParallelStyle._apply",
     "torch.nn:Module._apply",  # benchmarks

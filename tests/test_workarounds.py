@@ -50,7 +50,6 @@ OURS = [
     ("layout.py", {"_timeout"}, "options in the making"),
     ("moe/master_weights.py", {"keep_copies"}, "a MasterWeights"),
     ("ops/registered_experts.py", {"__dict__"}, "a stand-in"),
-    ("strategy.py", {"step"}, "a Progress"),
     ("strategy.py", {"guard"}, "a ShardedPrecision"),
     ("trainer/signals.py", {"received_sigterm"}, "a SignalFlags"),
     ("transformers_adapter/conversion.py", {"sources"}, "a Conversion"),

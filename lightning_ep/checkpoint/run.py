@@ -22,6 +22,7 @@ from lightning_ep.checkpoint.pack import pack_directory, pack_file
 from lightning_ep.checkpoint.resume import Resume
 from lightning_ep.checkpoint.saver import Checkpoints
 from lightning_ep.checkpoint.single_file import gather, gather_optimizer
+from lightning_ep.hub.errors import CheckpointError
 from lightning_ep.layout import ParallelLayout
 
 _SETTLE_SECONDS = 60.0
@@ -95,7 +96,16 @@ class RunCheckpoints:
         """
         trainer, ranks = module.trainer, self._checkpoints.ranks
         self._checkpoints.wait()
-        states = ranks.together("saving", lambda: rank_state(checkpoint, trainer, self._device))
+        try:
+            states = ranks.together("saving", lambda: rank_state(checkpoint, trainer, self._device))
+        except (RuntimeError, ConnectionError) as error:
+            if isinstance(error, CheckpointError):
+                raise
+            raise CheckpointError(
+                f"{path} is not saved: another rank has left before. It failed (see its output), or has not called "
+                "`trainer.save_checkpoint`, which is for all ranks: take the call out of `if self.global_rank == 0`, "
+                "`if trainer.is_global_zero` or `@rank_zero_only`."
+            ) from error
         # After the end of a run nobody would wait for what is written behind.
         running = trainer.state.fn == TrainerFn.FITTING and trainer.state.status == TrainerStatus.RUNNING
         behind = self._asynchronous and self._may_write_behind and running

@@ -62,11 +62,11 @@ class Place:
     line: str
     calls: list[str]
     waits: bool
-    still: float = 0.0
-    answered: int = 0
+    still: float
+    answered: int
 
     @classmethod
-    def of(cls, frame: FrameType, progress: Progress) -> Place:
+    def of(cls, frame: FrameType, progress: Progress, still: float = 0.0, answered: int = 0) -> Place:
         """That of a thread."""
         frames: list[FrameType] = []
         walk: FrameType | None = frame
@@ -81,7 +81,8 @@ class Place:
             if not f.f_code.co_filename.startswith(_TORCH)
         ]
         waits = any(file.startswith(_WAITING) for file in files[:_COLLECTIVE_FRAMES])
-        return cls(progress.steps, progress.step, _line(users[0] if users else frame), calls, waits)
+        line = _line(users[0] if users else frame)
+        return cls(progress.steps, progress.step, line, calls, waits, still, answered)
 
     def __str__(self) -> str:
         return f"{self.line} ({self.stage})"
@@ -185,20 +186,14 @@ class Watch:
         if frame is None:
             return
         still = self._standing(frame, progress)
-        place = Place.of(frame, progress) if still > _PATIENCE else None
-        del frame
         if self._rank != 0 and self._store.check(["verdict"]):
             _end()
-        asks = place is not None and place.waits
+        asks = still > _PATIENCE and Place.of(frame, progress).waits
         asked = self._store.add("asked", int(asks))
         if asked == self._answered:
             return
         self._answered = asked
-        if place is None and (frame := sys._current_frames().get(self._watched)) is not None:
-            place = Place.of(frame, progress)
-        if place is not None:
-            place.still, place.answered = still, asked
-            self._store.set(str(self._rank), json.dumps(asdict(place)))
+        self._store.set(str(self._rank), json.dumps(asdict(Place.of(frame, progress, still, asked))))
         if self._rank == 0:
             self._judge(progress)
 
@@ -225,8 +220,9 @@ class Watch:
         stand = all(place.still > _PATIENCE for place in places.values())
         self._suspects = self._suspects + 1 if stand and are_apart(list(places.values())) else 0
         if self._suspects > 1:
-            progress.verdict = explain(places)
-            print(f"\n{progress.verdict}", file=sys.stderr, flush=True)
+            verdict = explain(places)
+            progress.end(verdict)
+            print(f"\n{verdict}", file=sys.stderr, flush=True)
             self._store.set("verdict", "")
             time.sleep(_GRACE)
             if (frame := sys._current_frames().get(self._watched)) is not None and self._standing(

@@ -77,6 +77,10 @@ class Progress:
         self.step = step
         self.steps += 1
 
+    def end(self, verdict: str) -> None:
+        """Notes why the job is being ended."""
+        self.verdict = verdict
+
     def pass_number(self, layer: str, hop: str) -> int:
         """What is the same on all ranks that are in the same forward, 1 to 2**30; 0 in layers after the first.
 
