@@ -13,9 +13,9 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, PreTrainedConfig
 from typing_extensions import override
 
 from lightning_ep.checkpoint.saved_weights import SavedWeights
@@ -23,7 +23,7 @@ from lightning_ep.distributed.host_copies import Lagged
 from lightning_ep.hub.errors import CheckpointError
 from lightning_ep.hub.initialize import materialize
 from lightning_ep.hub.meta_models import config_of, from_config, from_pretrained, meta_model
-from lightning_ep.loss import summed_loss, token_losses
+from lightning_ep.loss import model_inside, summed_loss, token_losses
 from lightning_ep.ops.cross_entropy import IGNORE
 from lightning_ep.strategy import ExpertParallelStrategy
 from lightning_ep.trainer.adamw import AdamW
@@ -73,7 +73,7 @@ class CausalLM(LightningModule):
         self._pretrained = pretrained
         self._optimizer = optimizer
         self._lr_scheduler = lr_scheduler
-        self.model: PreTrainedModel | None = None
+        self.model: nn.Module | None = None
         self._window: Tensor | None = None  # sums of loss and valid tokens since the last step
         self._evaluation: Tensor | None = None  # the same of an evaluation
         self._train_loss: Tensor | None = None
@@ -162,25 +162,31 @@ class CausalLM(LightningModule):
         assert isinstance(strategy, ExpertParallelStrategy)  # `configure_model` has refused others
         return strategy
 
-    def _targets_and_inputs(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Any]]:
-        """Next tokens and the model's arguments, of this rank's piece of the sequences."""
+    def _arguments(self, batch: dict[str, Tensor]) -> tuple[nn.Module, Tensor, dict[str, Any], Tensor | None]:
+        """Those of a loss: model, next tokens, the model's arguments, labels; of this rank's piece of the sequences."""
+        assert self.model is not None
         inputs = self._strategy.shard_sequence(batch)
-        for key in ("labels", "num_items_in_batch"):
-            inputs.pop(key, None)
-        return inputs.pop("shift_labels"), inputs
+        if "shift_labels" not in inputs:
+            raise ValueError(
+                f"The batch has {sorted(batch)} and no labels, so that there is nothing to predict. Add `labels`: the "
+                f"input_ids, with {IGNORE} where a token is no target. CausalLM shifts them itself."
+            )
+        inputs.pop("num_items_in_batch", None)
+        labels, targets = inputs.pop("labels", None), inputs.pop("shift_labels")
+        # Targets cross the borders of pieces, where labels of a piece end.
+        return self.model, targets, inputs, labels if self._strategy.layout.cp == 1 else None
 
     def _summed_loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """Sum of the token losses, number of valid tokens, and the auxiliary loss; 0-dim each."""
-        assert self.model is not None
-        targets_BS, inputs = self._targets_and_inputs(batch)
-        loss, auxiliary = summed_loss(self.model, targets_BS, inputs)
+        loss, auxiliary, targets_BS = summed_loss(*self._arguments(batch))
         return loss, (targets_BS != IGNORE).sum(), auxiliary
 
     @override
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         loss, tokens, auxiliary = self._summed_loss(batch)
         sums = torch.stack([loss.detach().double(), tokens.double()])
-        config = self.model.config  # type: ignore[union-attr]
+        assert self.model is not None
+        config = model_inside(self.model).config
         if getattr(config, "output_router_logits", False):
             loss = loss + config.router_aux_loss_coef * auxiliary * tokens
         if self.trainer.accumulate_grad_batches == 1:
@@ -348,9 +354,8 @@ class CausalLM(LightningModule):
 
     @override
     def predict_step(self, batch: dict[str, Tensor], batch_idx: int, dataloader_idx: int = 0) -> dict[str, Tensor]:
-        assert self.model is not None
-        targets_BS, inputs = self._targets_and_inputs(batch)
-        losses_BS, _ = token_losses(self.model, targets_BS, inputs)
+        model, targets_BS, inputs, labels_BS = self._arguments(batch)
+        losses_BS, _, targets_BS = token_losses(model, targets_BS, inputs, labels_BS)
         sums_2B = torch.stack([-losses_BS.double().sum(1), (targets_BS != IGNORE).sum(1)])
         if (piece := inputs.get("sequence")) is not None:
             sums_2B = piece.sum_over_ranks(sums_2B)

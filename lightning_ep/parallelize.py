@@ -287,6 +287,7 @@ def _outside(module: nn.Module, models: Iterable[nn.Module], name: str = "") -> 
     models = list(models)
     if module in models:
         return
+    belonging = {inner for model in models for inner in model.modules()}  # peft holds an embedding twice
     for param_name, param in module.named_parameters(recurse=False):
         if param.requires_grad:
             where = f"{name}.{param_name}" if name else param_name
@@ -301,7 +302,7 @@ def _outside(module: nn.Module, models: Iterable[nn.Module], name: str = "") -> 
         container = isinstance(child, nn.ModuleList | nn.ModuleDict)
         if holds_model or container:
             yield from _outside(child, models, where)
-        elif next(child.parameters(), None) is not None:
+        elif child not in belonging and next(child.parameters(), None) is not None:
             yield child
 
 

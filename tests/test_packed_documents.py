@@ -183,6 +183,12 @@ def test_documents_that_cannot_be_kept_apart_are_refused() -> None:
     assert linear(input_ids=batch["input_ids"], labels=batch["labels"]).loss.isfinite()
 
 
+@pytest.mark.parametrize("shape", [(0, 4), (2, 0)])
+def test_a_batch_without_tokens_is_refused(shape: tuple[int, int]) -> None:
+    with pytest.raises(ValueError, match=r"without tokens .*label is -100"):
+        _watched()(torch.zeros(shape, dtype=torch.long))
+
+
 def test_positions_say_what_padding_does_not() -> None:
     ones = torch.ones(1, 6)
     assert Packing.of(torch.tensor([[0, 1, 2, 0, 1, 2]]), ones) == Packing(packed=True)

@@ -88,7 +88,6 @@ PRIVATE = [
     "torch.distributed.fsdp._fully_shard._fsdp_state:FSDPState._fsdp_param_group",
     "torch.distributed.fsdp._fully_shard._fsdp_state:FSDPState._is_root",
     "torch.distributed.fsdp._fully_shard._fsdp_state:FSDPState._lazy_init",
-    "torch.distributed.fsdp._fully_shard._fsdp_state:FSDPState._post_forward",
     "torch.distributed.fsdp._fully_shard._fsdp_state:FSDPState._pre_forward",
     "torch.distributed.fsdp._fully_shard._fsdp_state:FSDPState._root_post_backward_final_callback",
     "torch.distributed.fsdp._fully_shard._fsdp_state:FSDPState._state_ctx",

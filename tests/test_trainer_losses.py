@@ -197,6 +197,12 @@ def a_value_head_in_some_batches_of_a_window(root: Path) -> None:
 
 
 @row()
+def a_batch_without_labels_is_refused(root: Path) -> None:
+    with refused("'input_ids'", "no labels", "Add `labels`"):
+        _fit(root, _CausalLM(), [{"input_ids": batch["input_ids"]} for batch in batches(2, 2)])
+
+
+@row()
 def another_layout_or_precision_in_a_second_run_is_refused(root: Path) -> None:
     _fit(root, module := _Module(), batches(2, 2))
     for flags, words in (

@@ -23,14 +23,14 @@ forward raises; if a backward does, set them to zero and begin the window again.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Generator, Iterable
 from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
+from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.utils import _apply_to_tensors
 
 from lightning_ep.fsdp import state as fsdp
@@ -61,20 +61,6 @@ def break_off_if_it_raises(module: nn.Module) -> Generator[None, None, None]:
             for root in filter(fsdp.is_outermost, fsdp.roots(module)):
                 end_pass(root)
         raise
-
-
-def run_as_forward(root: nn.Module, function: Callable[..., Any], *args: Any) -> Any:
-    """Runs ``function(*args)`` as a forward of ``root``, inside of which what no layer holds is gathered, too.
-
-    Args:
-        root: A module, under FSDP or not.
-        function: What to run; of the root's own it calls ``forward`` and no hooks.
-        *args: Its arguments, which are cast like those of a forward.
-    """
-    if not isinstance(root, FSDPModule):
-        return function(*args)
-    with break_off_if_it_raises(root):
-        return fsdp.run_as_forward(root, function, *args)
 
 
 # ---------------------------------------------------------------------------------------------------- who is watched

@@ -116,13 +116,6 @@ def before_every_forward(state: State, function: Callable[[], None]) -> None:
     state._pre_forward = entered
 
 
-def run_as_forward(module: nn.Module, function: Callable[..., Any], *args: Any) -> Any:
-    """Runs a function as if it were the module's forward, as `register_fsdp_forward_method` has methods run."""
-    state = state_of(module)
-    args, _ = state._pre_forward(module, args, {})
-    return state._post_forward(module, args, function(*args))
-
-
 # ---------------------------------------------------------------------------------------------------- gradients
 
 

@@ -183,6 +183,13 @@ def _enter(
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
     """The forward pre-hook: what is to be called instead, None for a call that may stay as it is."""
     call = {**dict(zip(forward.names, args, strict=False)), **kwargs}
+    tokens: Any = call.get("inputs_embeds") if call.get("input_ids") is None else call["input_ids"]
+    if isinstance(tokens, Tensor) and 0 in tokens.shape[:2]:
+        raise ValueError(
+            f"{type(model).__name__} was called without tokens ({tuple(tokens.shape)}), on which transformers cannot "
+            "run, and every rank takes part in every step. Leave empty samples out of the data, or put in a token "
+            "whose label is -100."
+        )
     positions: Any = call.get("position_ids")
     mask, past = call.get("attention_mask"), call.get("past_key_values")
     if isinstance(positions, Tensor) and positions.ndim == 3 and positions.shape[0] == 4:
@@ -208,7 +215,6 @@ def _enter(
     found.refuse_gaps()
     _refuse(model, forward, past)
     new: dict[str, Any] = {"use_cache": False, "attention_mask": None}
-    tokens = call["inputs_embeds"] if call.get("input_ids") is None else call["input_ids"]
     positions = positions.expand(tokens.shape[:2])
     if flash:
         new |= _bounds(positions)
