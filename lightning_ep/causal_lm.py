@@ -91,7 +91,7 @@ class CausalLM(LightningModule):
     @property
     def model_config(self) -> PreTrainedConfig:
         """The model's configuration, also before the model is built."""
-        return self.model.config if self.model is not None else _config(self._source)
+        return model_inside(self.model).config if self.model is not None else _config(self._source)
 
     @override
     def configure_model(self) -> None:

@@ -10,8 +10,8 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_ep import transformers_adapter as adapter
 from lightning_ep.hub.directory import TOKENIZER_FILES
-from lightning_ep.hub.load import source_directory
 from lightning_ep.hub.meta_models import small_files
+from lightning_ep.hub.source import source_directory
 
 
 def checkpoint_of(module: LightningModule | None) -> str | None:
