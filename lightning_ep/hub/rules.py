@@ -114,11 +114,8 @@ def _shadows(root: nn.Module) -> dict[nn.Module, nn.Module]:
     shadows = {
         module: stand_in(
             module,
-            {
-                key: None if p is None else nn.Parameter(_without_values(p), False)
-                for key, p in module._parameters.items()
-            },
-            {key: None if b is None else _without_values(b) for key, b in module._buffers.items()},
+            {key: _without_values(param) for key, param in module._parameters.items()},
+            {key: _without_values(buffer) for key, buffer in module._buffers.items()},
         )
         for module in root.modules()
     }
