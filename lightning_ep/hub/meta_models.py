@@ -132,8 +132,8 @@ def _check_architecture(path: str, config: Any, model: PreTrainedModel) -> None:
     if declared and name not in declared:
         raise CheckpointError(
             f"{path} holds {', '.join(declared)} (model_type {config.model_type!r}), and a {name} was asked for. Pass "
-            f"the auto_class that builds {declared[0]}, or architectures=[{name!r}] for a {name} with the base model of "
-            "the checkpoint and a new head."
+            f"the auto_class that builds {declared[0]}, or architectures=[{name!r}] for a {name} with the base model "
+            "of the checkpoint and a new head."
         )
 
 
