@@ -178,8 +178,8 @@ def _check_architecture(path: str, config: Any, model: PreTrainedModel) -> None:
     if declared and name not in declared:
         raise CheckpointError(
             f"{path} holds {', '.join(declared)} (model_type {config.model_type!r}), and a {name} was asked for. Pass "
-            f"the auto_class that builds {declared[0]}; for a {name} with the base model's weights, and what it has "
-            f"beside that drawn anew, pass architectures=[{name!r}]."
+            f"the auto_class that builds {declared[0]}, or architectures=[{name!r}] for a {name} with the base model "
+            "of the checkpoint and a new head."
         )
 
 
