@@ -12,11 +12,15 @@ from typing_extensions import override
 
 from lightning_ep_start import did_you_mean, fail
 
-_NO_OPTION = re.compile(r"there is no (?:option|key) '[\w.-]+'(?: \(did you mean [^)]*\))?")
+_FOUND = re.compile(
+    r"(?:[\w.]+: )*there is no (?:option|key) '[\w.-]+'(?P<of> of [\w.]+)?(?P<near> \(did you mean [^)]*\))?"
+)
 _NOISE = re.compile(
     r"Does not validate against any of .*|Subtypes: .*|Errors:|- Expected a <class 'NoneType'>|- (?=\S)|"
-    r"Given value type: .*|Given value: .*|Problem with given class_path '[^']*':|Parser key \"[^\"]*\":"
+    r"Given value type: .*|Given value: .*|Problem with given class_path '[^']*':|Parser key \"[^\"]*\":|"
+    r"\.? ?Got value: Namespace.*"
 )
+_EXPECTED = re.compile(r"Expected an? (?:<class '([\w.]+)'>|typing\.Literal\[(.*?)\])\.?")
 
 
 class OneLineParser(LightningArgumentParser):
@@ -39,12 +43,14 @@ def explain(message: str, options: list[str]) -> str:
             function has made of the error of a parser inside.
         options: The options that there are, without dashes.
     """
+    message = re.sub(r"Type typing.Callable.* expects a function or a callable class: ", "", message)
     keys = re.findall(r'Parser key "([^"]+)"', message)
     where = f"{keys[0]}: " if keys else ""
-    if inner := _NO_OPTION.search(message):
+    if inner := _FOUND.search(message):
         classes = re.findall(r"class_path[ =]'([\w.]+)'", message)
-        of = f" of {classes[-1]}" if classes else ""
-        return f"{where}{inner[0].replace(' (', f'{of} (', 1) if ' (' in inner[0] else inner[0] + of}"
+        of = f" of {classes[-1]}" if classes and not inner["of"] else ""
+        near = inner["near"] or ""
+        return f"{where}{inner[0].removesuffix(near)}{of}{near}"
     for pattern, what in (
         (r"Option '([\w.]+)' is not accepted", "option"),
         (r"does not accept option '([\w.]+)'", "key"),
@@ -56,10 +62,11 @@ def explain(message: str, options: list[str]) -> str:
     if found := re.search(r"module '([\w.]+)' has no attribute '(\w+)'", message):
         names = dir(importlib.import_module(found[1]))
         return f"{where}there is no {found[1]}.{found[2]}{did_you_mean(found[2], names)}"
-    rest = re.sub(r"\s+", " ", _NOISE.sub(" ", message)).strip()
-    rest = re.sub(r"Expected an? (?:<class '([\w.]+)'>|typing\.Literal\[(.*?)\])", r"expected \1\2", rest)
-    given = re.search(r"Given value: (.*)", message)
-    return f"{where}{rest.replace(' expected', ', or expected')}{f'; given: {given[1]}' if given else ''}"
+    rest = _EXPECTED.sub("|expected \\1\\2", re.sub(r"\s+", " ", _NOISE.sub(" ", message)))
+    rest = rest.replace(" Got value:", "; given:")
+    given = re.search(r"Given value: (?!NestedArg)(.*)", message)
+    alternatives = [part.strip() for part in rest.split("|") if part.strip()]
+    return f"{where}{', or '.join(alternatives)}{f'; given: {given[1]}' if given else ''}"
 
 
 def refusal(error: BaseException) -> BaseException | None:
