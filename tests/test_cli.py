@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,8 @@ import yaml
 from lightning.pytorch import LightningDataModule, LightningModule
 from torch.utils.data import DataLoader
 
-from lightning_ep import __version__, cli
+from lightning_ep import __version__, callbacks, cli, data
+from lightning_ep.cli import training
 
 REPOSITORY = Path(__file__).parents[1]
 
@@ -156,6 +158,67 @@ def test_a_config_of_the_user_in_the_working_directory_is_left_alone() -> None:
 def test_an_unknown_option_is_an_error(capsys: pytest.CaptureFixture[str]) -> None:
     assert _exit_code("fit", *TINY, "--trainer.max_step", "1") == 2
     assert "max_step" in capsys.readouterr().err
+
+
+QUICKSTART = ["--config", str(REPOSITORY / "recipes/quickstart.yaml")]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (["fitt"], "no command 'fitt' (did you mean fit?): fit, validate, test, predict, consolidate, export"),
+        (
+            ["fit", *QUICKSTART, "--trainer.max_step", "3"],
+            "no option 'trainer.max_step' (did you mean trainer.max_steps?)",
+        ),
+        (
+            ["fit", *QUICKSTART, "--model.init_args.optimizer.init_args.lrr", "3"],
+            "lightning_ep.AdamW (did you mean lr?)",
+        ),
+        (["fit", *QUICKSTART, "--trainer.strategy.init_args.epp", "2"], "ExpertParallelStrategy (did you mean ep?)"),
+        (["fit", *QUICKSTART, "--trainer.max_steps", "three"], "trainer.max_steps: expected int; given: three"),
+        (["fit", "--model", "lightning_ep.CausalM"], "no lightning_ep.CausalM (did you mean CausalLM?)"),
+        (["fit", *QUICKSTART, "--model.init_args.model.num_expert", "4"], "num_expert (did you mean num_experts"),
+        (["fit", *QUICKSTART, "--trainer.strategy.init_args.ep", "3"], "ep must divide 2"),
+        (["fit", "--config", "missing.yaml"], "File does not exist"),
+        (["export", "a", "b", "--dtipe", "c"], "no option 'dtipe' (did you mean dtype?)"),
+        (["export", "missing", "out"], "There is no checkpoint missing"),
+    ],
+    ids=lambda value: "" if isinstance(value, list) else value[:30],
+)
+def test_an_error_is_one_line_with_the_nearest_name(
+    arguments: list[str], line: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert _exit_code(*arguments) == 2
+    errors = [text for text in capsys.readouterr().err.splitlines() if text and "Seed set" not in text]
+    assert len(errors) == 1, errors
+    assert errors[0].startswith("lightning-ep: error: ")
+    assert line in errors[0]
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert _exit_code(*arguments) == 2
+    assert "error" not in capsys.readouterr().err
+
+
+def test_help_comes_without_torch_and_names_what_a_recipe_may_hold() -> None:
+    code = (
+        "import sys, lightning_ep_start as s\ntry: s.main(['--help'])\nexcept SystemExit: print('torch' in sys.modules)"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
+    assert shown.stdout.splitlines()[-1] == "False"
+    names = [f"lightning_ep.callbacks.{name}" for name in callbacks.__all__]
+    names += [f"lightning_ep.data.{name}" for name in data.__all__ if name.endswith("DataModule")]
+    assert not [name for name in names if name not in shown.stdout]
+    assert not [name for name in (*cli.COMMANDS, "fit", "predict") if f"  {name} " not in shown.stdout]
+
+
+def test_the_resume_command_is_that_of_the_run_with_another_checkpoint(monkeypatch: pytest.MonkeyPatch) -> None:
+    words = ["lightning-ep", "fit", "--config", "my recipe.yaml", "--ckpt_path", "last", "--trainer.max_steps=3"]
+    monkeypatch.setattr(sys, "argv", words)
+    command = training.SaveConfig(None, None).resume_command(Path.cwd() / "saved" / "x.ckpt")
+    assert shlex.split(command)[-5:] == [
+        "--config", "my recipe.yaml", "--trainer.max_steps=3", "--ckpt_path", "saved/x.ckpt",
+    ]  # fmt: skip
 
 
 def test_a_command_without_a_trainer_is_one_table_entry(

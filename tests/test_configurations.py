@@ -198,6 +198,13 @@ def test_one_process_trains_in_a_notebook_by_name(tmp_path: Path, name: str, mon
     assert torch.isfinite(trainer.callback_metrics["train/loss"])
 
 
+def test_several_processes_in_a_notebook_are_told_to_become_a_script(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "ps1", ">>> ", raising=False)
+    with pytest.raises(ValueError, match=r"torchrun --nproc-per-node 2 script\.py"):
+        L.Trainer(strategy="ep", devices=2, accelerator="cpu")
+    L.Trainer(strategy="ep", devices=1, accelerator="cpu")
+
+
 class _Interrupted(L.Callback):
     def on_validation_batch_end(self, *_: Any) -> None:
         raise KeyError("interrupted")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -145,3 +146,25 @@ def test_weights_without_a_tokenizer_get_one_with_a_warning(texts: Path, tmp_pat
     write_checkpoint(bare, num_hidden_layers=1, vocab_size=320)
     with pytest.warns(UserWarning, match=r"bare, whose weights the model starts from, has no tokenizer"):
         trainer(tmp_path).fit(CausalLM(str(bare), **SGD), data(texts, tmp_path / "cache"))
+
+
+def test_the_module_of_the_page_runs_as_printed(
+    checkpoint: Path, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page = (Path(__file__).parents[1] / "docs" / "checkpoints.md").read_text()
+    code = re.search(r"```python\n(.*?)```", page, re.S)[1]  # type: ignore[index]
+    values = {  # of this machine: sizes, paths, one process
+        '"Qwen/Qwen3-30B-A3B"': repr(str(checkpoint)),
+        "sequence_length=4096": "sequence_length=16, validation_fraction=0.2",
+        '"auto"': "1, accelerator='cpu'",
+        "max_steps=1000": "max_steps=1",
+    }
+    for printed, ours in values.items():
+        assert printed in code
+        code = code.replace(printed, ours)
+    monkeypatch.setenv("LIGHTNING_EP_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "texts").symlink_to(texts)
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    exec(code, names)
+    assert names["trainer"].global_step == 1

@@ -26,7 +26,7 @@ CHANGING = {
     *("register", "register_parameter", "register_sharding"),
     *("register_hook", "register_forward_hook", "register_forward_pre_hook", "register_full_backward_hook"),
     *("set_experts_implementation", "_auto_add_worker_init_fn", "fset", "increment_completed", "increment_processed"),
-    *("filterwarnings", "simplefilter", "setLevel", "set_verbosity_error", "disable_progress_bar"),
+    *("filterwarnings", "simplefilter", "setLevel", "addFilter", "set_verbosity_error", "disable_progress_bar"),
     *("manual_seed", "set_rng_state", "set_state", "setstate", "_set_num_threads_if_needed", "_register_signal"),
     *("set_wakeup_fd", "register_at_fork", "signal"),
 }

@@ -10,15 +10,12 @@ import warnings
 from jsonargparse import auto_cli
 
 from lightning_ep.cli import training
+from lightning_ep.cli.errors import OneLineParser, refusal
+from lightning_ep_start import COMMANDS, answered, fail
 
 PROG = "lightning-ep"
 
-COMMANDS: dict[str, str] = {
-    "consolidate": "lightning_ep.cli.consolidate:consolidate",
-    "export": "lightning_ep.cli.export:export",
-}
-"""Commands that run without a Trainer: the name, and ``module:function`` to call. The function's signature and
-docstring become the command's options and help; its module is imported only when the command is called."""
+__all__ = ["COMMANDS", "PROG", "main"]
 
 
 def main(args: list[str] | None = None) -> None:
@@ -32,12 +29,18 @@ def main(args: list[str] | None = None) -> None:
     training.quiet_other_ranks()
     _import_from_working_directory()
     arguments = sys.argv[1:] if args is None else args
-    if arguments and arguments[0] in COMMANDS:
+    answered(arguments)
+    if arguments[0] in COMMANDS:
         module, _, function = COMMANDS[arguments[0]].partition(":")
         command = getattr(importlib.import_module(module), function)
-        auto_cli(command, args=arguments[1:], prog=f"{PROG} {arguments[0]}")
+        try:
+            auto_cli(command, args=arguments[1:], prog=f"{PROG} {arguments[0]}", parser_class=OneLineParser)
+        except (ValueError, RuntimeError, OSError) as error:
+            if (cause := refusal(error)) is None:
+                raise
+            fail(str(cause))
         return
-    training.run(args, PROG, COMMANDS)
+    training.run(args, PROG)
 
 
 def _import_from_working_directory() -> None:

@@ -7,8 +7,8 @@ import os
 import shlex
 import sys
 import warnings
-from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch import LightningModule, Trainer
@@ -17,7 +17,12 @@ from transformers.utils import logging as transformers_logging
 from typing_extensions import override
 
 import lightning_ep
+import lightning_ep.callbacks
+import lightning_ep.data
+from lightning_ep.cli.display import add_defaults, leave_out_tips
+from lightning_ep.cli.errors import OneLineParser, refusal
 from lightning_ep.trainer.signals import KnowsCommand
+from lightning_ep_start import SENTENCES, TRAINER_COMMANDS, fail
 
 
 class SaveConfig(SaveConfigCallback, KnowsCommand):
@@ -43,21 +48,41 @@ class SaveConfig(SaveConfigCallback, KnowsCommand):
             super().setup(trainer, pl_module, stage)
 
 
-def run(args: list[str] | None, prog: str, other_commands: Iterable[str]) -> None:
+class CLI(LightningCLI):
+    """Lightning's commands, with errors of one line and a display of our own."""
+
+    @override
+    def instantiate_classes(self) -> None:
+        try:
+            super().instantiate_classes()
+        except (ValueError, TypeError, FileNotFoundError) as error:
+            if (cause := refusal(error)) is None:
+                raise
+            fail(str(cause))
+
+    @override
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        config = self._get(self.config_init, "trainer")
+        add_defaults(config)
+        return super().instantiate_trainer(**kwargs)
+
+
+def run(args: list[str] | None, prog: str) -> None:
     """Runs one of Lightning's commands.
 
     Args:
         args: As in `lightning_ep.cli.main`.
         prog: Name of the program, for its help.
-        other_commands: Names of the commands that run without a Trainer, for its help.
     """
-    LightningCLI(
+    leave_out_tips()
+    CLI(
         args=args,
         subclass_mode_model=True,
         subclass_mode_data=True,
         trainer_defaults={"strategy": {"class_path": "lightning_ep.ExpertParallelStrategy"}},
         # The same seed on every rank, whatever starts the processes.
         seed_everything_default=1,
+        parser_class=OneLineParser,
         save_config_callback=SaveConfig,
         save_config_kwargs={"overwrite": True},
         # It would build the optimizer before the strategy has sharded the parameters.
@@ -65,12 +90,8 @@ def run(args: list[str] | None, prog: str, other_commands: Iterable[str]) -> Non
         parser_kwargs={
             "prog": prog,
             "version": lightning_ep.__version__,
-            "description": (
-                "Trains mixture-of-experts transformers with expert parallelism. A run is a YAML recipe (see "
-                "recipes/), and every value in it can be overridden by an option. Further commands, each with its own "
-                f"--help: {', '.join(other_commands)}."
-            ),
             "allow_abbrev": False,  # a misspelt option is an error, not another option
+            **{command: {"description": SENTENCES[command]} for command in TRAINER_COMMANDS},
         },
     )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 
 from lightning.fabric.plugins import ClusterEnvironment
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
@@ -55,6 +56,13 @@ def refuse_other_processes(environment: ClusterEnvironment, per_node: int, num_n
     """
     if isinstance(environment, LightningEnvironment) and num_nodes > 1:
         _refuse_lonely_node(per_node, num_nodes)
+    if hasattr(sys, "ps1") and per_node * num_nodes > 1 and not environment.creates_processes_externally:
+        raise ValueError(
+            f"Trainer(devices={per_node}) means {per_node * num_nodes} processes, and a notebook or an interactive "
+            "interpreter is one: the others could not run its cells. Put the code into a script and start that, with "
+            f"`python script.py` or `torchrun --nproc-per-node {per_node} script.py`; in the notebook use devices=1. "
+            "(Strategies such as ddp_notebook know no expert parallelism.)"
+        )
     launcher = type(environment).__name__.removesuffix("Environment")
     found, here = environment.world_size(), per_node
     for kind, variable in _PROCESSES_PER_NODE.items():

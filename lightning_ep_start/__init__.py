@@ -1,0 +1,88 @@
+"""Where the console script ``lightning-ep`` starts: its help and its commands, without torch, which takes seconds."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import sys
+from collections.abc import Iterable
+
+COMMANDS: dict[str, str] = {
+    "consolidate": "lightning_ep.cli.consolidate:consolidate",
+    "export": "lightning_ep.cli.export:export",
+}
+"""Commands that run without a Trainer: the name, and ``module:function`` to call. The function's signature and
+docstring become the command's options and help; its module is imported only when the command is called."""
+
+TRAINER_COMMANDS = ("fit", "validate", "test", "predict")
+
+SENTENCES = {
+    "fit": "Train a model.",
+    "validate": "Evaluate a model or a checkpoint on the validation data.",
+    "test": "Evaluate a model or a checkpoint on the test data.",
+    "predict": "Run a model or a checkpoint on the data to predict.",
+    "consolidate": "Write a checkpoint directory as one file.",
+    "export": "Write a training checkpoint as a directory that transformers and vLLM read.",
+}
+
+_HELP = """\
+usage: lightning-ep COMMAND [options]
+
+Trains mixture-of-experts transformers with expert parallelism. A run is a YAML
+recipe, and every value in it can be overridden by an option:
+
+  lightning-ep fit --config recipes/quickstart.yaml --trainer.max_steps 12
+
+commands:
+{commands}
+
+In a recipe:
+  strategy   lightning_ep.ExpertParallelStrategy (the default)
+  model      lightning_ep.CausalLM, or a LightningModule of your own
+  optimizer  lightning_ep.AdamW, or any of torch's
+  data       lightning_ep.data.TextDataModule, or a LightningDataModule of your own
+  callbacks  lightning_ep.callbacks.Throughput logs tokens per second.
+             lightning_ep.callbacks.GenerateSamples prints continuations of prompts.
+             lightning_ep.callbacks.HuggingFaceExport writes what transformers reads.
+             And those of lightning.pytorch.callbacks.
+
+  lightning-ep COMMAND --help           shows the options of a command.
+  lightning-ep fit --model.help CLASS   shows those of a class; --data.help,
+                                        --trainer.strategy.help, --trainer.callbacks.help too.
+  lightning-ep --version                shows the version.
+"""
+
+
+def main(args: list[str] | None = None) -> None:
+    """Runs the command line; see `lightning_ep.cli.main`, which is imported only where it is needed."""
+    if not answered(sys.argv[1:] if args is None else args):
+        from lightning_ep.cli import main
+
+        main(args)
+
+
+def answered(arguments: list[str]) -> bool:
+    """Prints the help, if it is asked for; ends the program, if there is no such command."""
+    if arguments in (["-h"], ["--help"]):
+        commands = (*TRAINER_COMMANDS, *COMMANDS)
+        print(_HELP.format(commands="\n".join(f"  {name:<12} {SENTENCES.get(name, '')}".rstrip() for name in commands)))
+        sys.exit(0)
+    if not arguments:
+        fail(f"no command: give one of {', '.join((*TRAINER_COMMANDS, *COMMANDS))}.")
+    if not arguments[0].startswith("-") and arguments[0] not in (*TRAINER_COMMANDS, *COMMANDS):
+        commands = (*TRAINER_COMMANDS, *COMMANDS)
+        fail(f"there is no command {arguments[0]!r}{did_you_mean(arguments[0], commands)}: {', '.join(commands)}.")
+    return False
+
+
+def did_you_mean(name: str, names: Iterable[str]) -> str:
+    """A phrase with the name that is nearest to another, if any is near."""
+    found = difflib.get_close_matches(name, sorted(names), n=1)
+    return f" (did you mean {found[0]}?)" if found else ""
+
+
+def fail(text: str) -> None:
+    """Ends the program with a line, which only the first of several processes prints."""
+    if all(os.environ.get(name, "0") == "0" for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID")):
+        print(f"lightning-ep: error: {text}", file=sys.stderr)
+    sys.exit(2)
