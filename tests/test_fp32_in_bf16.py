@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -115,12 +116,15 @@ def _reference(path: Path, family: str, dtype: torch.dtype) -> tuple[PreTrainedM
     return model, loss.item(), grads
 
 
-def _check(root: Path, family: str, **strategy: Any) -> None:
+def _check(root: Path, family: str, wider: str = r"(?!)", **strategy: Any) -> None:
+    """Against plain transformers in bf16, but for parameters that are kept wider than there."""
     path = _saved(root, family)
     in_bf16, loss, grads = _reference(path, family, BF16)
     plain, exact_loss, exact = _reference(path, family, FP32)
     weights = dict(plain.named_parameters(remove_duplicate=False))
     dtypes = {name: param.dtype for name, param in in_bf16.named_parameters(remove_duplicate=False)}
+    assert not any(dtype == FP32 for name, dtype in dtypes.items() if re.search(wider, name)), "plain is as wide"
+    dtypes = {name: FP32 if re.search(wider, name) else dtype for name, dtype in dtypes.items()}
     for precision in ("bf16-mixed", "bf16-true"):
         arguments = {"ep": 1, **strategy}
         build = lambda: from_pretrained(path, auto_class_of(tiny_config_of(family)), attn_implementation="eager")  # noqa: E731
@@ -154,6 +158,11 @@ def parameters_of_attention_and_routers(root: Path) -> None:
 def norms_and_connections_between_layers_and_the_head(root: Path) -> None:
     _check(root, "hy_v4")
     _check(root, "deepseek_v4")
+
+
+@row()
+def norms_that_a_family_asks_for_though_transformers_heeds_it_in_fp16_only(root: Path) -> None:
+    _check(root, "gpt_oss", wider="norm")
 
 
 @row()

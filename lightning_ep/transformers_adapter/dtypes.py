@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from copy import deepcopy
 
 import torch
@@ -13,22 +14,41 @@ from lightning_ep.transformers_adapter.structure import experts_modules, model_c
 
 
 def fp32_parameters(model: PreTrainedModel) -> dict[str, nn.Parameter]:
-    """The parameters that stay fp32 when transformers loads the model in bf16, by name.
+    """The parameters that stay fp32 in a bf16 model, by name.
 
-    They are those that the family names in ``_keep_in_fp32_modules_strict`` (``_keep_in_fp32_modules`` is about fp16),
-    and those to which its code gives a dtype. Experts are never among them: their GEMMs have one dtype.
+    They are those that transformers loads so: named by the family in ``_keep_in_fp32_modules_strict``, or given a dtype
+    by its code. Of ``_keep_in_fp32_modules``, which transformers follows in fp16 only, they are the norms whose output
+    has the input's dtype all the same (gpt-oss's): what comes after them does not see it, and a product that is
+    rounded once is nearer to what the family has trained. Experts are never among them: their GEMMs have one dtype.
     """
     built = _built_in_bf16(model)
     explicit = {name for name, param in built.named_parameters() if param.dtype == torch.float32} if built else set()
-    patterns = [pattern.replace("*", ".*") for pattern in model._keep_in_fp32_modules_strict or ()]
-    asked = re.compile("|".join(patterns)) if patterns else None
+    strict, loose = _any_of(model._keep_in_fp32_modules_strict), _any_of(model._keep_in_fp32_modules)
     experts = {param for module in experts_modules(model).values() for param in module.parameters()}
     found: dict[str, nn.Parameter] = {}
     for name, param in model.named_parameters():
         plain = name.replace(".base_layer", "")  # what an adapter wraps keeps its name
-        if (plain in explicit or (asked is not None and asked.search(plain))) and param not in experts:
+        asked = plain in explicit or strict.search(plain)
+        if (asked or (loose.search(plain) and _is_exact_norm(model, name))) and param not in experts:
             found[name] = param
     return found
+
+
+def _any_of(patterns: Iterable[str] | None) -> re.Pattern[str]:
+    """As transformers reads them; matches nothing if there are none."""
+    return re.compile("|".join(pattern.replace("*", ".*") for pattern in patterns or ()) or r"(?!)")
+
+
+def _is_exact_norm(model: PreTrainedModel, name: str) -> bool:
+    """Whether a parameter is the scale of a norm that gives bf16 for bf16 with a scale in fp32."""
+    holder, _, key = name.rpartition(".")
+    module = model.get_submodule(holder)
+    ((own, scale), *others) = module.named_parameters()
+    if others or own != key or scale.ndim != 1 or isinstance(module, nn.Linear):
+        return False
+    x_H = torch.empty(1, len(scale), dtype=torch.bfloat16, device="meta")
+    wide = {key: torch.empty_like(scale, dtype=torch.float32, device="meta")}
+    return torch.func.functional_call(module, wide, (x_H,)).dtype == torch.bfloat16
 
 
 def cast_constants(model: PreTrainedModel) -> None:
