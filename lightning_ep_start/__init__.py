@@ -6,6 +6,7 @@ import difflib
 import os
 import sys
 from collections.abc import Iterable
+from typing import NoReturn
 
 COMMANDS: dict[str, str] = {
     "consolidate": "lightning_ep.cli.consolidate:consolidate",
@@ -81,7 +82,7 @@ def did_you_mean(name: str, names: Iterable[str]) -> str:
     return f" (did you mean {found[0]}?)" if found else ""
 
 
-def fail(text: str) -> None:
+def fail(text: str) -> NoReturn:
     """Ends the program with a line, which only the first of several processes prints."""
     if all(os.environ.get(name, "0") == "0" for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID")):
         print(f"lightning-ep: error: {text}", file=sys.stderr)

@@ -10,7 +10,7 @@ import warnings
 from jsonargparse import auto_cli
 
 from lightning_ep.cli import training
-from lightning_ep.cli.errors import OneLineParser, refusal
+from lightning_ep.cli.mistakes import OneLineParser, refusal
 from lightning_ep_start import COMMANDS, answered, fail
 
 PROG = "lightning-ep"

@@ -20,7 +20,7 @@ import lightning_ep
 import lightning_ep.callbacks
 import lightning_ep.data
 from lightning_ep.cli.display import add_defaults, leave_out_tips
-from lightning_ep.cli.errors import OneLineParser, refusal
+from lightning_ep.cli.mistakes import OneLineParser, refusal
 from lightning_ep.trainer.signals import KnowsCommand
 from lightning_ep_start import SENTENCES, TRAINER_COMMANDS, fail
 
@@ -62,8 +62,7 @@ class CLI(LightningCLI):
 
     @override
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        config = self._get(self.config_init, "trainer")
-        add_defaults(config)
+        add_defaults(self.config_init[self.subcommand]["trainer"])
         return super().instantiate_trainer(**kwargs)
 
 
