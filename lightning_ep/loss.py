@@ -241,7 +241,7 @@ class _Inside:
         head: Any = self.model.get_output_embeddings()
         targets_T = self._targets_BS.flatten()
         loss = head_cross_entropy(head, hidden_BSH.flatten(0, 1), targets_T, IGNORE)
-        self._losses.append((loss, loss._version))
+        self._losses.append((loss, _version(loss)))
         return _NO_LOGITS
 
 
@@ -265,6 +265,10 @@ def _in_place(module: nn.Module | None, forward: Any) -> Generator[None, None, N
             module.forward = before
 
 
+def _version(tensor: Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version
+
+
 def _field(output: Any, name: str) -> Any:
     return output.get(name) if isinstance(output, Mapping) else getattr(output, name, None)
 
@@ -283,7 +287,7 @@ def _logits(module: nn.Module, output: Any) -> Any:
 def _refuse_other_loss(module: nn.Module, result: _Result) -> None:
     """Raises ValueError if a module makes a loss of its own, or adds to the model's."""
     loss = None if isinstance(result.output, Tensor | _NoLogits) else _field(result.output, "loss")
-    if loss is None or any(loss is ours and loss._version == version for ours, version in result.losses):
+    if loss is None or any(loss is ours and _version(loss) == version for ours, version in result.losses):
         return
     raise ValueError(
         f"{type(module).__name__} returns a loss of its own, but CausalLM trains on the mean of the token losses of "

@@ -44,10 +44,12 @@ from lightning_ep.layout import Meshes, ParallelLayout
 from lightning_ep.moe.expert_parallel import expert_plan
 from lightning_ep.moe.master_weights import ModelMasterWeights
 from lightning_ep.parallelize import check_sharded, is_parallelized, shard
+from lightning_ep.trainer import grad_norm as grad_norm  # teaches it shards
 from lightning_ep.trainer.adamw import AdamW
 from lightning_ep.trainer.clipping import clip_grad_norm_
 from lightning_ep.trainer.cost_warnings import warn_if_ep_crosses_nodes, warn_if_large_in_memory
 from lightning_ep.trainer.loaders import prepare_loader
+from lightning_ep.trainer.lost_hooks import check_hooks_before_sharding, check_hooks_on_shards
 from lightning_ep.trainer.nonfinite import NonfiniteGuard
 from lightning_ep.trainer.precision import ShardedPrecision
 from lightning_ep.trainer.refusals import refuse_optimizers, refuse_other_processes, refuse_unsupported
@@ -132,6 +134,7 @@ class ExpertParallelStrategy(ModelParallelStrategy):
         self._layout: ParallelLayout | None = None
         self._meshes: Meshes | None = None
         self._masters: ModelMasterWeights | None = None
+        self._hooks_checked = False
         self._progress = Progress()
         self._refusal: ValueError | None = None
         self._async_save = async_save
@@ -282,6 +285,7 @@ class ExpertParallelStrategy(ModelParallelStrategy):
         if not adapter.pretrained_models(module):
             return  # the model comes later, at the latest in `setup`
         warn_if_large_in_memory(module, self.layout, self.num_processes)
+        check_hooks_before_sharding(module)
         self.precision_plugin.convert_module(module)
         plan = self._plan or expert_plan(module, self._experts_implementation, self._progress)
         warn_if_ep_crosses_nodes(module, self.layout, self.num_processes)
@@ -307,6 +311,7 @@ class ExpertParallelStrategy(ModelParallelStrategy):
         self._shard_model()
         if not is_parallelized(module):
             expert_plan(module)  # raises: there is no transformers model
+        self._hooks_checked = False
         self._run.allocate(module)
         if has_meta_tensors(module):
             stream_pretrained(module, self.root_device)
@@ -467,6 +472,9 @@ class ExpertParallelStrategy(ModelParallelStrategy):
         self._note_step("training")
         module = self.lightning_module
         assert module is not None
+        if not self._hooks_checked:  # here, since hooks of all callbacks have had their turn
+            check_hooks_on_shards(module)
+            self._hooks_checked = True
         # Where something may be added to a gradient, it has the parameters' dtype from the start.
         alone = module.automatic_optimization and module.trainer.accumulate_grad_batches == 1
         assert self._masters is not None

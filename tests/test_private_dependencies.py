@@ -75,6 +75,8 @@ PRIVATE = [
     "torch:_C._current_graph_task_id",
     "torch:_C._distributed_c10d.Backend.Options._timeout",
     "torch:_is_any_true",
+    "torch:Tensor._backward_hooks",
+    "torch:Tensor._post_accumulate_grad_hooks",
     "torch:Tensor._version",
     "torch.autograd:Variable._execution_engine",
     "torch.distributed:ProcessGroup._get_backend",
@@ -219,6 +221,7 @@ MARKS = {
     "transformers.generation.utils": ["is_fsdp_managed_module"],
     "transformers.initialization": ["_is_hf_initialized"],
     "transformers.integrations.moe": ["_experts_implementation"],
+    "wandb.integration.torch.wandb_torch": ["_wandb_hook_names"],
     "transformers.models.qwen3_moe.modeling_qwen3_moe": ["ALL_ATTENTION_FUNCTIONS", "sliding_window="],
 }
 

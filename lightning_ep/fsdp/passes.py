@@ -30,7 +30,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import MixedPrecisionPolicy
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from torch.distributed.utils import _apply_to_tensors
 
 from lightning_ep.fsdp import state as fsdp
@@ -75,6 +75,7 @@ def watch_root(root: nn.Module, parts: Iterable[nn.Module] = ()) -> None:
     """
     state = fsdp.state_of(root)
     root.register_forward_pre_hook(lambda *_: begin_pass(state), prepend=True)
+    root.register_forward_pre_hook(_MadeOutsideOfInference(), prepend=True)
     fsdp.before_every_forward(state, partial(begin_pass, state))
     root.forward = break_off_if_it_raises(root)(root.forward)  # the context, anew around every call
 
@@ -84,6 +85,24 @@ def watch_root(root: nn.Module, parts: Iterable[nn.Module] = ()) -> None:
             handle.remove()
 
     handles = [part.register_forward_pre_hook(know_root, prepend=True) for part in parts]
+
+
+class _MadeOutsideOfInference:
+    """Has FSDP make its buffers before a first forward in inference mode; with tensors of that mode nothing trains."""
+
+    def __init__(self) -> None:
+        self._made = False
+
+    def __call__(self, root: nn.Module, *_: Any) -> None:
+        if self._made or not torch.is_inference_mode_enabled():
+            return
+        self._made = True
+        fsdp.make_root(fsdp.state_of(root))
+        with torch.inference_mode(False), torch.no_grad():
+            for child in root.modules():
+                if isinstance(child, FSDPModule):
+                    child.unshard()
+                    child.reshard()
 
 
 def watch_layers(group: list[nn.Module], mp_policy: MixedPrecisionPolicy) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Partial, Replicate
 from torch.optim import Optimizer
 
@@ -157,3 +157,27 @@ def clip_grad_value_(params: Iterable[Tensor], bound: float) -> None:
     if grads := _widened_gradients(params):
         torch._foreach_clamp_min_(grads, -bound)
         torch._foreach_clamp_max_(grads, bound)
+
+
+def norms_of_gradients(module: nn.Module, norm_type: float | str, group_separator: str) -> dict[str, Tensor]:
+    """What `lightning.pytorch.utilities.grad_norm` returns; where gradients are shards, every rank must call it.
+
+    Raises:
+        ValueError: If ``norm_type`` is not positive.
+    """
+    norm_type = float(norm_type)
+    if norm_type <= 0:
+        raise ValueError(f"`norm_type` must be a positive number or 'inf' (infinity norm). Got {norm_type}")
+    norms = {
+        f"grad_{norm_type}_norm{group_separator}{name}": _norm(param.grad.detach(), norm_type)
+        for name, param in module.named_parameters()
+        if param.grad is not None
+    }
+    if norms:
+        norms[f"grad_{norm_type}_norm_total"] = torch.stack(list(norms.values())).norm(norm_type)
+    return norms
+
+
+def _norm(grad: Tensor, norm_type: float) -> Tensor:
+    norm = grad.float().norm(norm_type)
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm

@@ -100,7 +100,10 @@ def described(batch: Any) -> tuple[Tensor | None, Tensor | None]:
 
 
 def _identity(tensor: Tensor | None) -> Any:
-    return None if tensor is None else (WeakIdRef(tensor), tensor._version)
+    """A tensor as it is now; nothing equals one of inference mode, of which nobody notes changes."""
+    if tensor is None:
+        return None
+    return object() if tensor.is_inference() else (WeakIdRef(tensor), tensor._version)
 
 
 _PACKING: ReadOnHost[Packing] = ReadOnHost()
