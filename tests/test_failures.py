@@ -30,8 +30,7 @@ _SCRIPT = """
     import os, sys, time
     from pathlib import Path
     from torch.utils.data import DataLoader
-    from lightning_ep import CheckpointError, ExpertParallelStrategy
-from lightning_ep.distributed import apart
+    from lightning_ep import ExpertParallelStrategy
     from tests.tiny import Samples, TinyModule, quiet
 
     class Module(TinyModule):
