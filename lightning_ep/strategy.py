@@ -21,7 +21,6 @@ from lightning.pytorch.strategies.launchers.subprocess_script import _Subprocess
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
-from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor
 from torch.distributed import ReduceOp
@@ -32,7 +31,7 @@ from typing_extensions import override
 from lightning_ep import transformers_adapter as adapter
 from lightning_ep.checkpoint.files import local_path
 from lightning_ep.checkpoint.run import RunCheckpoints
-from lightning_ep.context_parallel import Documents, documents_of, shard_sequence
+from lightning_ep.context_parallel import shard_sequence
 from lightning_ep.distributed.apart import ApartError, Watch
 from lightning_ep.distributed.progress import Progress
 from lightning_ep.fsdp.accumulation import forget_gradients, set_gradient_sync
@@ -46,13 +45,19 @@ from lightning_ep.moe.master_weights import ModelMasterWeights
 from lightning_ep.parallelize import check_sharded, is_parallelized, shard
 from lightning_ep.trainer import grad_norm as grad_norm  # teaches it shards
 from lightning_ep.trainer.adamw import AdamW
+from lightning_ep.trainer.batches import Batches
 from lightning_ep.trainer.clipping import clip_grad_norm_
 from lightning_ep.trainer.cost_warnings import warn_if_ep_crosses_nodes, warn_if_large_in_memory
 from lightning_ep.trainer.loaders import prepare_loader
 from lightning_ep.trainer.lost_hooks import check_hooks_before_sharding, check_hooks_on_shards
 from lightning_ep.trainer.nonfinite import NonfiniteGuard
 from lightning_ep.trainer.precision import ShardedPrecision
-from lightning_ep.trainer.refusals import refuse_optimizers, refuse_other_processes, refuse_unsupported
+from lightning_ep.trainer.refusals import (
+    refuse_idle_implementation,
+    refuse_optimizers,
+    refuse_other_processes,
+    refuse_unsupported,
+)
 from lightning_ep.trainer.signals import AgreeOnSignals, Interrupted
 from lightning_ep.trainer.steering import CheckMonitored
 
@@ -120,12 +125,7 @@ class ExpertParallelStrategy(ModelParallelStrategy):
         self._replicate = replicate
         self._tp = tp
         self._cp = cp
-        self._documents: adapter.ReadOnHost[Documents] = adapter.ReadOnHost()
-        if plan is not None and experts_implementation != "auto":
-            raise ValueError(
-                f"experts_implementation={experts_implementation!r} beside a plan would change nothing: the styles of "
-                f"the plan say which kernels run. Pass it to them: `expert_plan(model, {experts_implementation!r})`."
-            )
+        self._batches = Batches()
         self._plan = plan
         self._experts_implementation = experts_implementation
         self._activation_checkpointing = activation_checkpointing
@@ -202,6 +202,7 @@ class ExpertParallelStrategy(ModelParallelStrategy):
         # The earliest place that knows the number of processes: before any of them is launched.
         assert self.cluster_environment is not None
         check_mode(self._activation_checkpointing)
+        refuse_idle_implementation(self._plan, self._experts_implementation)
         self._guard.check()
         expected = self.num_nodes * self.num_processes
         refuse_other_processes(self.cluster_environment, self.num_processes, self.num_nodes)
@@ -398,17 +399,7 @@ class ExpertParallelStrategy(ModelParallelStrategy):
         module = self.lightning_module
         assert module is not None
         self._run.before_batch(module.trainer)
-        packing = adapter.packing_of(batch)
-        documents = documents_of(batch, self.layout.cp) if self.layout.cp > 1 else None
-        if (packing is None and documents is None) or is_overridden("transfer_batch_to_device", module):
-            return super().batch_to_device(batch, device, dataloader_idx)
-        # In two steps, as Lightning's: a hook after the transfer may change what has been read here.
-        moved = module._call_batch_hook("transfer_batch_to_device", batch, device or self.root_device, dataloader_idx)
-        if packing is not None:
-            adapter.note_packing(moved, packing)
-        if documents is not None:
-            self._documents.note(moved, documents)
-        return module._call_batch_hook("on_after_batch_transfer", moved, dataloader_idx)
+        return self._batches.to_device(batch, module, device or self.root_device, dataloader_idx, self.layout.cp)
 
     def wait_for_checkpoints(self) -> None:
         """Returns once every checkpoint that was saved before is on the disk; of use with ``async_save=True``.
@@ -452,7 +443,8 @@ class ExpertParallelStrategy(ModelParallelStrategy):
             Arguments for the model; all of them must reach it.
         """
         assert self._meshes is not None
-        return shard_sequence(batch, self._meshes.cp, self._documents.of(*adapter.described(batch)), self._progress)
+        documents = self._batches.documents.of(*adapter.described(batch))
+        return shard_sequence(batch, self._meshes.cp, documents, self._progress)
 
     @override
     def reduce(self, tensor: Any, group: Any | None = None, reduce_op: ReduceOp | str | None = "mean") -> Any:

@@ -129,6 +129,7 @@ PRIVATE = [
     "transformers:PreTrainedModel._init_added_embeddings_weights_with_mean",
     "transformers:PreTrainedModel._hf_peft_config_loaded",
     "transformers:PreTrainedModel._init_weights",
+    "transformers:PreTrainedModel._keep_in_fp32_modules",
     "transformers:PreTrainedModel._keep_in_fp32_modules_strict",
     "transformers:PreTrainedModel._keys_to_ignore_on_load_missing",
     "transformers:PreTrainedModel._keys_to_ignore_on_load_unexpected",
