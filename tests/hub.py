@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -89,3 +93,16 @@ def full_state(module: nn.Module) -> dict[str, Tensor]:
         name: (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().cpu()
         for name, tensor in module.state_dict().items()
     }
+
+
+@contextmanager
+def refused_in_one_line(kind: type[Exception], match: str) -> Iterator[list[BaseException]]:
+    """The body, a command line, ends with one line about an error of that kind, which is in the list afterwards."""
+    found: list[BaseException] = []
+    with pytest.raises(SystemExit) as ended:
+        yield found
+    cause = ended.value.__context__
+    assert ended.value.code == 2
+    assert isinstance(cause, kind)
+    assert re.search(match, str(cause)), cause
+    found.append(cause)

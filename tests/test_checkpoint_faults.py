@@ -216,7 +216,7 @@ def test_a_checkpoint_written_behind_holds_the_weights_of_its_step(tmp_path: Pat
 
 
 def _same_name(root: Path) -> list[str]:
-    keep = ModelCheckpoint(root / "same", filename="best", monitor="train_loss", mode="max", save_top_k=2,
+    keep = ModelCheckpoint(root / "same", filename="best", monitor="step", mode="max", save_top_k=2,
                            every_n_train_steps=1)  # fmt: skip
     _trainer(root, keep, True, max_steps=2).fit(_Module(), loader(64))
     return sorted(path.name for path in (root / "same").iterdir())

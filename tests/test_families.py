@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import copy
 import re
+from pathlib import Path
 from typing import Any
 
 import peft
@@ -26,6 +27,7 @@ from lightning_ep.parallelize import check
 from lightning_ep.transformers_adapter import experts_modules, why_not_fused
 from tests.distributed import device, run_ranks
 from tests.reference import batches, family_model, relative_error
+from tests.tiny import quiet
 
 SIZES: dict[str, Any] = {
     "vocab_size": 128, "hidden_size": 32, "intermediate_size": 16, "moe_intermediate_size": 16, "num_hidden_layers": 2,
@@ -174,6 +176,7 @@ def test_kernels_named_in_the_plan_run_whatever_a_config_says(family: str, ep: i
         assert not wrong, "\n".join(wrong)
 
 
-def test_a_kernel_named_beside_a_plan_is_refused() -> None:
+def test_a_kernel_named_beside_a_plan_is_refused(tmp_path: Path) -> None:
+    strategy = ExpertParallelStrategy(plan=expert_plan(_model("qwen3_moe")), experts_implementation="eager")
     with pytest.raises(ValueError, match=r"'eager' beside a plan .* `expert_plan\(model, 'eager'\)`"):
-        ExpertParallelStrategy(plan=expert_plan(_model("qwen3_moe")), experts_implementation="eager")
+        quiet(tmp_path, strategy=strategy)

@@ -20,7 +20,7 @@ from lightning_ep.callbacks import HuggingFaceExport
 from lightning_ep.hub import initialize
 from lightning_ep.hub.errors import CheckpointError
 from tests.distributed import run_ranks
-from tests.hub import full_state, write_checkpoint
+from tests.hub import full_state, refused_in_one_line, write_checkpoint
 from tests.tiny import Samples, quiet
 
 
@@ -191,7 +191,8 @@ def test_causal_lm_is_loaded_without_a_trainer(tmp_path: Path) -> None:
     data = bytearray(shard.read_bytes())
     data[len(data) // 2] ^= 1
     shard.write_bytes(data)
-    for load in (CausalLM.load_from_checkpoint, lambda path: cli.main(["export", str(path), str(tmp_path / "out")])):
-        with pytest.raises(CheckpointError, match=r"__0_0\.distcp has the checksum"):
-            load(saved)
+    with pytest.raises(CheckpointError, match=r"__0_0\.distcp has the checksum"):
+        CausalLM.load_from_checkpoint(saved)
+    with refused_in_one_line(CheckpointError, r"__0_0\.distcp has the checksum"):
+        cli.main(["export", str(saved), str(tmp_path / "out")])
     assert not (tmp_path / "out").exists()

@@ -17,7 +17,7 @@ from lightning_ep import ExpertParallelStrategy
 from lightning_ep import transformers_adapter as adapter
 from lightning_ep.context_parallel import find_documents
 from lightning_ep.transformers_adapter import Packing, packing
-from tests.distributed import run_ranks
+from tests.distributed import device, run_ranks
 from tests.reference import VOCAB, family_model, relative_error, tiny_model
 from tests.tiny import TinyModule, quiet
 
@@ -128,7 +128,7 @@ def _losses(root: Path, family: str, cp: int) -> tuple[dict[str, float], dict[st
     trainer = quiet(root, strategy=strategy, max_steps=1, num_sanity_val_steps=1, use_distributed_sampler=False)
     trainer.fit(module, data, data)
     trainer.predict(module, data)
-    means = torch.tensor(list(module.found.values()))
+    means = torch.tensor(list(module.found.values()), device=device())
     dist.all_reduce(means)  # ranks of cp hold pieces; otherwise all ranks have the same batch
     return dict(zip(module.found, (means / dist.get_world_size()).tolist(), strict=True)), module.gradients
 

@@ -144,7 +144,9 @@ class _WithExtraState(TinyModule):
     def training_step(self, batch: Any, batch_idx: int) -> Any:
         self.count += 1
         self.extra["last"] = batch_idx
-        return super().training_step(batch, batch_idx)
+        loss = super().training_step(batch, batch_idx)
+        self.log("shared_loss", loss, sync_dist=True)
+        return loss
 
     def get_extra_state(self) -> dict[str, Any]:
         return dict(self.extra)
@@ -165,7 +167,7 @@ def _extra_state(root: Path, distributed: bool) -> tuple[Any, ...]:
         return quiet(root, strategy=strategy, callbacks=list(callbacks), max_steps=3)
 
     def best() -> ModelCheckpoint:
-        return ModelCheckpoint(root, monitor="train_loss", filename="{step}", save_top_k=2, every_n_train_steps=1)
+        return ModelCheckpoint(root, monitor="shared_loss", filename="{step}", save_top_k=2, every_n_train_steps=1)
 
     keep, path = best(), root / "again.ckpt"
     first = trainer(_Counter(), keep)

@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader
 from lightning_ep import CausalLM, ExpertParallelStrategy
 from lightning_ep import loss as loss_module
 from lightning_ep import transformers_adapter as adapter
+from tests.distributed import device
 from tests.reference import batches, grad_or_zero, relative_error, tiny_config, tiny_model
 from tests.rows import RowFailures, Rows, refused, whole
 from tests.tiny import quiet
@@ -177,7 +178,7 @@ def _train(
     metrics = trainer.validate(module, loader, verbose=False)[0]
     predicted = trainer.predict(module, loader)
     sums = torch.stack([torch.stack([p["log_likelihood"].sum(), p["tokens"].sum().float()]) for p in predicted]).sum(0)
-    dist.all_reduce(sums)
+    dist.all_reduce(sums := sums.to(device()))
     assert metrics["val/loss"] == pytest.approx((-sums[0] / sums[1]).item(), rel=10 * tolerance)
     return module
 

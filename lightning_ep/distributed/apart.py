@@ -170,16 +170,20 @@ class Watch:
         self._suspects = 0
         self._question = 0
         self._warned: set[int] = set()
-        threading.Thread(target=self._run, name="lightning-ep-apart", daemon=True).start()
+        self._ended = threading.Event()
+        thread = threading.Thread(target=self._run, name="lightning-ep-apart", daemon=True)
+        thread.start()
+        # Also when the interpreter ends: a thread that comes back from the store after that aborts the process.
+        weakref.finalize(progress, _join, thread, self._ended)
 
     def _run(self) -> None:
-        while (progress := self._progress()) is not None:
+        while not self._ended.is_set() and (progress := self._progress()) is not None:
             try:
                 self._look(progress)
             except RuntimeError:
                 return  # the process that holds the store has ended
             del progress
-            time.sleep(_INTERVAL)
+            self._ended.wait(_INTERVAL)
 
     def _look(self, progress: Progress) -> None:
         frame = sys._current_frames().get(self._watched)
@@ -242,6 +246,12 @@ class Watch:
                 flush=True,
             )
         self._warned = waiting
+
+
+def _join(thread: threading.Thread, ended: threading.Event) -> None:
+    ended.set()
+    if thread is not threading.current_thread():  # which may have held the last reference
+        thread.join(2 * _GRACE)
 
 
 def _end() -> None:
