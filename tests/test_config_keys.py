@@ -68,6 +68,7 @@ def test_what_a_family_writes_into_its_own_file_is_accepted(family: str) -> None
     [
         ({"num_expert": 2}, "num_expert (did you mean num_experts"),
         ({"rope_parameters": {**YARN, "beta_fats": 1}}, "rope_parameters.beta_fats (did you mean beta_fast"),
+        ({"cache_dir": "elsewhere", "token": "x"}, "has no arguments cache_dir, token: the environment says where"),
     ],
 )
 def test_overrides_of_a_checkpoint_are_refused_alike(overrides: dict[str, Any], message: str, tmp_path: Path) -> None:

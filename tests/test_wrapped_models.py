@@ -212,6 +212,12 @@ def a_head_saved_beside_lora(root: Path) -> None:
 
 
 @row()
+def a_tied_vocabulary_saved_beside_lora(root: Path) -> None:
+    wrap = _lora(target_modules=["q_proj"], modules_to_save=["embed_tokens", "lm_head"])
+    _train(root, wrap, fused=False, overrides={"tie_word_embeddings": True})
+
+
+@row()
 def virtual_tokens_before_sequences(root: Path) -> None:
     _train(root, _prompt)
 

@@ -106,12 +106,12 @@ def shard_dense(model: PreTrainedModel, meshes: Meshes, mp_policy: MixedPrecisio
         watch_layers(group, mp_policy)
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     # A parameter that two modules share must be in the group of the module that contains both.
-    if not adapter.tied(model):
+    if not adapter.shares_parameters(embedding, model):
         shard(embedding)
-        # By itself the head's gradient is reduced under backward. With the root it is gathered in all of a forward, as
-        # losses expect that read its weight.
-        if head_alone and head is not None:
-            shard(head)
+    # By itself the head's gradient is reduced under backward. With the root it is gathered in all of a forward, as
+    # losses expect that read its weight.
+    if head_alone and head is not None and not adapter.shares_parameters(head, model):
+        shard(head)
     # Said explicitly: by default a root stays gathered until a backward comes to it. After validation none comes, and
     # an optimizer built then would get plain copies of its parameters and train nothing; nor does it come in steps
     # that freeze the model, and the next forward would use weights from before the optimizer step.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 from collections.abc import Iterable, Mapping
@@ -55,10 +56,12 @@ def from_pretrained(
             ``auto_class`` builds: its base model is the checkpoint's, its head a new one; a warning names both heads.
 
     Raises:
-        TypeError: For a keyword, or a key of a nested configuration, that the config does not know.
+        TypeError: For a keyword, or a key of a nested configuration, that the config does not know, and for those by
+            which transformers finds files elsewhere (``cache_dir``, ``token``, ``subfolder``).
         CheckpointError: If there is no such checkpoint, if its weights are pickled or quantized, or if its config is
             that of another architecture than ``auto_class`` builds.
     """
+    _refuse_places(config_overrides)
     find = partial(_find, os.fspath(path), revision, trust_remote_code)
     if dist.is_initialized():
         # Of every node one rank first, which may download.
@@ -148,6 +151,17 @@ def _refuse_unknown_overrides(overrides: Mapping[str, Any], unused: Iterable[str
         raise TypeError(
             f"{type(config).__name__} has no {', '.join(unknown)}, and from_pretrained no such argument. "
             "Look at config.json for the names that can be given."
+        )
+
+
+def _refuse_places(overrides: Mapping[str, Any]) -> None:
+    """Raises TypeError for arguments of transformers that would find another config than the weights are found with."""
+    places = {*inspect.signature(PreTrainedConfig.from_pretrained).parameters, "subfolder", "proxies"} & set(overrides)
+    if places:
+        raise TypeError(
+            f"from_pretrained has no arguments {', '.join(sorted(places))}: the environment says where models are "
+            "looked for (HF_HOME, HF_TOKEN, HF_HUB_OFFLINE=1). Or call `huggingface_hub.snapshot_download` with what "
+            "you need, and pass the directory that it returns."
         )
 
 

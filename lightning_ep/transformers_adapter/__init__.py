@@ -60,6 +60,7 @@ from lightning_ep.transformers_adapter.structure import (
     pretrained_models,
     refuse_own_checkpointing,
     routers,
+    shares_parameters,
     tensor_parallel_styles,
     tied,
 )
@@ -106,6 +107,7 @@ __all__ = [
     "saves_adapters",
     "select_attention",
     "tensor_parallel_styles",
+    "shares_parameters",
     "tied",
     "tied_names",
     "unknown_keys",

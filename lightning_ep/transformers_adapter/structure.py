@@ -86,3 +86,13 @@ def tied(model: PreTrainedModel) -> bool:
     """Whether the input embedding and the output head are one parameter."""
     head = model.get_output_embeddings()
     return head is not None and head.weight is model.get_input_embeddings().weight
+
+
+def shares_parameters(module: nn.Module, model: nn.Module) -> bool:
+    """Whether ``model`` has a parameter of its submodule ``module`` at another place too, as that of tied weights.
+
+    More than the two weights may be tied: peft's wrappers keep what they wrap beside what they train.
+    """
+    inside = set(module.modules())
+    others = {p for child in model.modules() if child not in inside for p in child.parameters(recurse=False)}
+    return any(param in others for param in module.parameters())
