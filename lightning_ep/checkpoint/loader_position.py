@@ -95,8 +95,11 @@ class _Ordered(DataLoader[Any]):
 def _ordered(loader: DataLoader[Any]) -> DataLoader[Any]:
     """A copy of a loader that notes its order; of the same class, with the same samplers and dataset."""
     twin = copy.copy(loader)
-    twin.__dict__.update(_iterator=None, order=Order(loader._index_sampler, _generators(loader)))
-    twin.__class__ = type(type(loader).__name__, (_Ordered, type(loader)), {})
+    # A CombinedLoader of the user's holds what an earlier run has made of its loaders.
+    indices = loader.order._indices if isinstance(loader, _Ordered) else loader._index_sampler
+    twin.__dict__.update(_iterator=None, order=Order(indices, _generators(loader)))
+    if not isinstance(loader, _Ordered):
+        twin.__class__ = type(type(loader).__name__, (_Ordered, type(loader)), {})
     return twin
 
 
@@ -131,15 +134,16 @@ def positions(trainer: Trainer) -> list[Position | None]:
             found.append(None)
             continue
         batches = done
-        if (length := _length(order)) and done > length:  # beside a longer one
+        # The loader's, which may end before its order does, with that of another rank.
+        if (length := _length(loader)) and done > length:  # beside a longer one
             batches = length if combined._mode == "max_size" else (done - 1) % length + 1
         found.append({**order.position(batches), "batch_size": loader.batch_size})
     return found
 
 
-def _length(order: Order) -> int | None:
+def _length(loader: Any) -> int | None:
     try:
-        return len(order)
+        return len(loader)
     except (TypeError, NotImplementedError):
         return None
 
@@ -186,6 +190,11 @@ class PlainLoaders:
         if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
             if done:
                 _warn_of_new_start(_name(loader), "it has no state_dict and load_state_dict to keep its position", done)
+            return loader
+        if type(loader).__iter__ is not DataLoader.__iter__:
+            # One batch need not be one of the order's, and the iterator may be older than this run.
+            if done:
+                _warn_of_new_start(_name(loader), "its class has an __iter__ of its own, and no state_dict", done)
             return loader
         loader = _ordered(loader)
         # Workers ask for indices as soon as there is an iterator, which Lightning makes before it sets the epoch.
