@@ -43,6 +43,7 @@ class Order:
 
     def __iter__(self) -> Iterator[Any]:
         # A generator: nothing is drawn before the first batch is asked for, as from torch's samplers.
+        skipped = self.skips
         start, self._start = self._start, None
         put_back = torch.get_rng_state() if start is not None else None
         if start is not None:
@@ -54,7 +55,7 @@ class Order:
         first = next(rest, None)  # samplers without a generator draw a seed from the default one here
         if put_back is not None:
             torch.set_rng_state(put_back)
-        checksum, skipped = 0, start["batches"] if start is not None else 0
+        checksum = 0
         for number, batch in enumerate(chain([first], rest) if first is not None else ()):
             checksum = crc32(repr(batch).encode(), checksum)
             checksums.append(checksum)
@@ -76,6 +77,11 @@ class Order:
             "checksum": self._checksums[batches - 1] if known else None,
             "generators": list(self._states),
         }
+
+    @property
+    def skips(self) -> int:
+        """Batches that the next pass leaves out at its beginning."""
+        return self._start["batches"] if self._start is not None else 0
 
     def go_on(self, position: Position) -> None:
         """Lets the next pass begin at a position; its ``name`` is for messages."""

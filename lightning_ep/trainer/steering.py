@@ -17,7 +17,6 @@ from typing_extensions import override
 from lightning_ep.distributed.agreement import from_all_ranks
 from lightning_ep.distributed.decisions import by_rank, check_shared, unshared
 
-
 Settings = tuple[int, list[list[Mapping[str, Any]]]]
 """Optimizer steps that were taken, and the groups' settings of every optimizer."""
 
@@ -120,8 +119,7 @@ def raise_difference(trainer: Trainer, compared: Settings, group: dist.ProcessGr
         "`strategy.reduce(...)`, `strategy.broadcast(...)`."
     )
     raise RuntimeError(
-        f"Ranks train one model with different settings at step {max(steps)}: "
-        f"{'; '.join(differences)}. {reason}"
+        f"Ranks train one model with different settings at step {max(steps)}: {'; '.join(differences)}. {reason}"
     )
 
 
