@@ -31,6 +31,7 @@ from typing_extensions import override
 
 from lightning_ep import transformers_adapter as adapter
 from lightning_ep.checkpoint.files import local_path
+from lightning_ep.checkpoint.loop_state import resume_accumulation
 from lightning_ep.checkpoint.run import RunCheckpoints
 from lightning_ep.context_parallel import shard_sequence
 from lightning_ep.distributed.apart import ApartError, Watch
@@ -459,6 +460,11 @@ class ExpertParallelStrategy(ModelParallelStrategy):
         return super().reduce(tensor, group, reduce_op)
 
     # ------------------------------------------------------------------ steps
+
+    @override
+    def on_train_start(self) -> None:
+        assert self.lightning_module is not None
+        resume_accumulation(self.lightning_module.trainer)
 
     @override
     def training_step(self, *args: Any, **kwargs: Any) -> STEP_OUTPUT:

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, RandomSampler, Sampler, WeightedRandomSampler
@@ -93,24 +94,36 @@ _OWN: dict[str, Callable[[], Any]] = {
 
 
 class _SavesAt(L.Callback):
-    def __init__(self, root: Path, steps: tuple[int, ...]) -> None:
-        self.root, self.steps = root, list(steps)
+    def __init__(self, root: Path, steps: tuple[int, ...], batches: tuple[int, ...] = ()) -> None:
+        self.root, self.steps, self.batches, self.done = root, list(steps), batches, 0
 
     def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
-        if trainer.global_step in self.steps:
+        self.done += 1
+        if self.done in self.batches:
+            trainer.save_checkpoint(self.root / f"{self.done}.ckpt")
+        elif trainer.global_step in self.steps:
             self.steps.remove(trainer.global_step)
             trainer.save_checkpoint(self.root / f"{trainer.global_step}.ckpt")
 
 
 def _goes_on(
-    root: Path, make: Callable[[], Any], own: bool, epochs: int = 2, points: tuple[int, ...] = (9,), **flags: Any
+    root: Path,
+    make: Callable[[], Any],
+    own: bool,
+    epochs: int = 2,
+    points: tuple[int, ...] = (9,),
+    batches: tuple[int, ...] = (),
+    callbacks: tuple[L.Callback, ...] = (),
+    **flags: Any,
 ) -> None:
-    """Resumes after these steps of a run whose epochs have 7 batches."""
+    """Resumes after these steps, or batches, of a run whose epochs have 7 batches."""
     flags = {"max_epochs": epochs, "use_distributed_sampler": not own, "num_sanity_val_steps": 0, **flags}
-    quiet(root, callbacks=[_SavesAt(root, points)], **flags).fit(straight := _Epochs(make))
+    saves = _SavesAt(root, () if batches else points, batches)
+    quiet(root, callbacks=[saves, *callbacks], **flags).fit(straight := _Epochs(make))
     expected = {name: whole(param) for name, param in straight.named_parameters()}
-    for step in points:
-        quiet(root, **flags).fit(resumed := _Epochs(make), ckpt_path=root / f"{step}.ckpt")
+    for step in batches or points:
+        resumed = _Epochs(make)
+        quiet(root, callbacks=[*callbacks], **flags).fit(resumed, ckpt_path=root / f"{step}.ckpt")
         accumulated = flags.get("accumulate_grad_batches", 1)
         left = len(straight.came) - step * accumulated
         assert resumed.came == straight.came[-left:], step
@@ -157,6 +170,41 @@ def a_loader_of_ones_own_goes_on(root: Path) -> None:
 @row()
 def a_loader_goes_on_between_two_windows_of_accumulation(root: Path) -> None:
     _goes_on(root, _INJECTED["shuffled"], own=False, points=(4,), accumulate_grad_batches=2, limit_train_batches=6)
+
+
+@row()
+def a_loader_goes_on_with_the_accumulation_of_its_epoch(root: Path) -> None:
+    flags = {"callbacks": (GradientAccumulationScheduler({0: 1, 1: 2}),), "limit_train_batches": 6}
+    _goes_on(root, _INJECTED["shuffled"], own=False, batches=(8,), **flags)
+
+
+@row()
+def gradients_that_are_lost_are_named(root: Path) -> None:
+    """Three batches, of which one is in a window that has not ended."""
+    straight = _Epochs(_INJECTED["shuffled"])
+    flags = {"accumulate_grad_batches": 2, "max_epochs": 1}
+    quiet(root, callbacks=[_SavesAt(root, (), batches=(3,))], **flags).fit(straight)
+    with _warning(r"after batch 3 of its epoch, inside a window of accumulate_grad_batches=2: .* 1 batches are lost"):
+        quiet(root, **flags).fit(resumed := _Epochs(_INJECTED["shuffled"]), ckpt_path=root / "3.ckpt")
+    assert resumed.came == straight.came[3:]
+
+
+def _unequal() -> CombinedLoader:
+    """The shorter one has 3 batches on rank 0 and 4 on rank 1, which leaves its last one out."""
+    shorter = DataLoader(Samples(6 + 2 * int(os.environ["RANK"]), first=50), 2)
+    return CombinedLoader([_of_ones_own(), shorter], "max_size_cycle")
+
+
+@row()
+def a_shorter_loader_of_unequal_ranks_goes_on(root: Path) -> None:
+    _goes_on(root, _unequal, own=True, points=(2, 5, 11))
+
+
+@row()
+def the_same_combined_loader_in_a_second_fit(root: Path) -> None:
+    """Which holds what the first one has made of its loaders."""
+    combined = CombinedLoader([_of_ones_own()], "min_size")
+    _goes_on(root, lambda: combined, own=True)
 
 
 # ---------------------------------------------------------------------------------------------------- other cuts
@@ -215,6 +263,17 @@ class _Batches:
         return iter(_of_ones_own())
 
 
+class _Halves(DataLoader):
+    """Gives each batch in two."""
+
+    def __len__(self) -> int:
+        return 2 * super().__len__()
+
+    def __iter__(self) -> Iterator[Any]:
+        for batch in super().__iter__():
+            yield from ({name: value[half : half + 1] for name, value in batch.items()} for half in range(2))
+
+
 class _OwnOrder(Sampler):
     """Draws from a generator that is no torch.Generator."""
 
@@ -235,6 +294,12 @@ def what_cannot_go_on_is_named(root: Path) -> None:
     cases: dict[str, tuple[Callable[[], Any], Callable[[], Any], dict[str, Any], str]] = {
         "stream": ((make := lambda: DataLoader(_Numbers(), 2)), make, {}, rf"DataLoader of _Numbers\) {first_again}"),
         "iterable": ((make := _Batches), make, {}, rf"_Batches\) {first_again}: it has no state_dict"),
+        "halves": (
+            (make := lambda: _Halves(Samples(8), 2)),
+            make,
+            own,
+            rf"_Halves of Samples.* {first_again}: its class has an __iter__ of its own",
+        ),
         "sampler": (
             (make := lambda: _of_ones_own(sampler=_OwnOrder())),
             make,

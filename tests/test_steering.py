@@ -137,6 +137,23 @@ def a_group_that_a_rank_adds_alone(root: Path) -> None:
 
 
 @row()
+def a_step_that_a_rank_leaves_out_alone(root: Path) -> None:
+    class Alone(TinyModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.automatic_optimization = False
+
+        def training_step(self, batch: Any, batch_idx: int) -> None:  # type: ignore[override]
+            optimizer: Any = self.optimizers()
+            optimizer.zero_grad()
+            self.manual_backward(super().training_step(batch, batch_idx))
+            if self.global_rank == 0 or batch_idx != 1:
+                optimizer.step()
+
+    _steps_until_refused(root, Alone(), "number of optimizer steps is 2 on rank 0, 1 on rank 1")
+
+
+@row()
 def a_scheduler_of_all_ranks_changes_settings(root: Path) -> None:
     class Scheduled(TinyModule):
         def configure_optimizers(self) -> Any:
@@ -243,6 +260,41 @@ def a_manual_step_is_left_out(root: Path) -> None:
     broken, whole_ = ManualBroken((1,)), ManualBroken(())
     _fit(root, broken, [0, 1, 2])
     _fit(root, whole_, [0, 2])
+    _equal(broken, whole_)
+
+
+@row()
+def a_manual_step_of_one_of_two_optimizers_is_left_out(root: Path) -> None:
+    """Clipped by value, which makes an infinite gradient finite."""
+
+    class Two(Broken):
+        def __init__(self, steps: tuple[int, ...], skipped: tuple[int, ...]) -> None:
+            super().__init__(steps)
+            self.automatic_optimization = False
+            self.skipped = skipped
+
+        def configure_optimizers(self) -> Any:
+            head = list(self.model.lm_head.parameters())
+            rest = [param for name, param in self.named_parameters() if "lm_head" not in name]
+            return [torch.optim.SGD(params, lr=self.lr) for params in (head, rest)]
+
+        def training_step(self, batch: Any, batch_idx: int) -> None:  # type: ignore[override]
+            for optimizer in self.optimizers():  # type: ignore[union-attr]
+                optimizer.zero_grad()
+            loss = TinyModule.loss(self, batch)
+            self.manual_backward(loss)
+            if batch_idx in self.broken:
+                self.model.lm_head.weight.grad.mul_(float("inf"))
+            for optimizer in self.optimizers():  # type: ignore[union-attr]
+                self.clip_gradients(optimizer, 0.01, "value")
+            for number, optimizer in enumerate(self.optimizers()):  # type: ignore[arg-type]
+                if number == 1 or batch_idx not in self.skipped:
+                    optimizer.step()
+
+    broken, whole_ = Two((1,), ()), Two((), (1,))
+    trainer = _fit(root, broken, [0, 1, 2])
+    assert trainer.strategy.skipped_steps == 1  # type: ignore[attr-defined]
+    _fit(root, whole_, [0, 1, 2])
     _equal(broken, whole_)
 
 

@@ -43,6 +43,7 @@ class Order:
 
     def __iter__(self) -> Iterator[Any]:
         # A generator: nothing is drawn before the first batch is asked for, as from torch's samplers.
+        skipped = self.skips
         start, self._start = self._start, None
         put_back = torch.get_rng_state() if start is not None else None
         if start is not None:
@@ -54,7 +55,7 @@ class Order:
         first = next(rest, None)  # samplers without a generator draw a seed from the default one here
         if put_back is not None:
             torch.set_rng_state(put_back)
-        checksum, skipped = 0, start["batches"] if start is not None else 0
+        checksum = 0
         for number, batch in enumerate(chain([first], rest) if first is not None else ()):
             checksum = crc32(repr(batch).encode(), checksum)
             checksums.append(checksum)
@@ -77,6 +78,11 @@ class Order:
             "generators": list(self._states),
         }
 
+    @property
+    def skips(self) -> int:
+        """Batches that the next pass leaves out at its beginning."""
+        return self._start["batches"] if self._start is not None else 0
+
     def go_on(self, position: Position) -> None:
         """Lets the next pass begin at a position; its ``name`` is for messages."""
         self._start = position
@@ -95,8 +101,11 @@ class _Ordered(DataLoader[Any]):
 def _ordered(loader: DataLoader[Any]) -> DataLoader[Any]:
     """A copy of a loader that notes its order; of the same class, with the same samplers and dataset."""
     twin = copy.copy(loader)
-    twin.__dict__.update(_iterator=None, order=Order(loader._index_sampler, _generators(loader)))
-    twin.__class__ = type(type(loader).__name__, (_Ordered, type(loader)), {})
+    # A CombinedLoader of the user's holds what an earlier run has made of its loaders.
+    indices = loader.order._indices if isinstance(loader, _Ordered) else loader._index_sampler
+    twin.__dict__.update(_iterator=None, order=Order(indices, _generators(loader)))
+    if not isinstance(loader, _Ordered):
+        twin.__class__ = type(type(loader).__name__, (_Ordered, type(loader)), {})
     return twin
 
 
@@ -131,15 +140,16 @@ def positions(trainer: Trainer) -> list[Position | None]:
             found.append(None)
             continue
         batches = done
-        if (length := _length(order)) and done > length:  # beside a longer one
+        # The loader's, which may end before its order does, with that of another rank.
+        if (length := _length(loader)) and done > length:  # beside a longer one
             batches = length if combined._mode == "max_size" else (done - 1) % length + 1
         found.append({**order.position(batches), "batch_size": loader.batch_size})
     return found
 
 
-def _length(order: Order) -> int | None:
+def _length(loader: Any) -> int | None:
     try:
-        return len(order)
+        return len(loader)
     except (TypeError, NotImplementedError):
         return None
 
@@ -186,6 +196,11 @@ class PlainLoaders:
         if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
             if done:
                 _warn_of_new_start(_name(loader), "it has no state_dict and load_state_dict to keep its position", done)
+            return loader
+        if type(loader).__iter__ is not DataLoader.__iter__:
+            # One batch need not be one of the order's, and the iterator may be older than this run.
+            if done:
+                _warn_of_new_start(_name(loader), "its class has an __iter__ of its own, and no state_dict", done)
             return loader
         loader = _ordered(loader)
         # Workers ask for indices as soon as there is an iterator, which Lightning makes before it sets the epoch.

@@ -6,7 +6,9 @@ from dataclasses import asdict
 from typing import Any
 
 from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.loops.loop import _Loop
+from lightning.pytorch.utilities import rank_zero_warn
 
 
 def close_finished_epoch(trainer: Trainer) -> None:
@@ -63,3 +65,27 @@ def match_batches(trainer: Trainer, loader: Any) -> None:
     shift = batches_before(states[0]["samples"]) - current.ready
     for counter in ("ready", "started", "processed", "completed"):
         setattr(current, counter, getattr(current, counter) + shift)
+
+
+def resume_accumulation(trainer: Trainer) -> None:
+    """Lets a trainer that resumes in mid-epoch accumulate as it did, and warns of gradients that are lost.
+
+    `GradientAccumulationScheduler` speaks at the start of an epoch, which Lightning does not start again. Call it right
+    before the first epoch, after the `on_train_start` of callbacks.
+
+    Args:
+        trainer: The trainer that is about to train.
+    """
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, GradientAccumulationScheduler):
+            trainer.accumulate_grad_batches = callback.get_accumulate_grad_batches(trainer.current_epoch)
+    epoch_loop, window = trainer.fit_loop.epoch_loop, trainer.accumulate_grad_batches
+    batches: Any = epoch_loop.batch_progress.current
+    done = batches.processed if epoch_loop.restarting else 0
+    if done % window and done < trainer.num_training_batches:
+        rank_zero_warn(
+            f"Training goes on after batch {done} of its epoch, inside a window of accumulate_grad_batches={window}: "
+            f"gradients are not in a checkpoint, so that those of {done % window} batches are lost, and the next step "
+            "is made of the rest of the window alone. ModelCheckpoint(every_n_train_steps=...) saves between windows, "
+            "train_time_interval=... does not."
+        )

@@ -73,5 +73,5 @@ def _unshared(name: str, values: list[float | None]) -> str:
     return (
         f"{name!r} is monitored, by a checkpoint, early stopping or a scheduler, but ranks do not share it: it is "
         f"{found}. They would steer one model differently. Log what is the same on all of them: "
-        f"`self.log({name!r}, ..., sync_dist=True)`, or a torchmetrics.Metric, which syncs itself."
+        f"`self.log({name!r}, ..., sync_dist=True)`, or a torchmetrics.Metric: it syncs an epoch's value itself."
     )

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from weakref import WeakKeyDictionary
 
 import torch
+from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
@@ -27,7 +28,7 @@ class NonfiniteGuard:
         self.limit = limit
         self.skipped = 0
         self._in_a_row: WeakKeyDictionary[Optimizer, int] = WeakKeyDictionary()
-        self._norm: Tensor | None = None
+        self._norms: WeakKeyDictionary[Optimizer, Tensor] = WeakKeyDictionary()
 
     def check(self) -> None:
         """Raises ValueError unless the limit is a number of steps."""
@@ -37,14 +38,14 @@ class NonfiniteGuard:
                 "out when their gradient norm is not finite, or 0 to take every step."
             )
 
-    def note(self, norm: Tensor) -> None:
-        """Takes the norm of the gradients that the coming step is made of, where somebody has computed it already."""
-        self._norm = norm
+    def note(self, optimizer: Optimizer | LightningOptimizer, norm: Tensor) -> None:
+        """Takes the norm of the gradients of an optimizer's coming step, where somebody has computed it already."""
+        self._norms[optimizer.optimizer if isinstance(optimizer, LightningOptimizer) else optimizer] = norm
 
-    def note_norm_of(self, params: Iterable[Tensor]) -> None:
+    def note_norm_of(self, optimizer: Optimizer | LightningOptimizer, params: Iterable[Tensor]) -> None:
         """Takes the norm of gradients that are about to be changed in a way that hides an infinite one."""
         if self.limit:
-            self._norm = global_grad_norm(params)
+            self.note(optimizer, global_grad_norm(params))
 
     def skips(self, optimizer: Optimizer, params: Iterable[Tensor], step: int) -> bool:
         """Whether the step that is due must be left out; every rank must call it, once per step.
@@ -57,7 +58,7 @@ class NonfiniteGuard:
         Raises:
             RuntimeError: On every rank, if as many steps as allowed have been left out in a row already.
         """
-        norm, self._norm = self._norm, None
+        norm = self._norms.pop(optimizer, None)
         if norm is None:
             norm = global_grad_norm(params)
         if bool(torch.isfinite(norm)):

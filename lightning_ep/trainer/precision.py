@@ -161,7 +161,7 @@ class ShardedPrecision(Precision):
             The norm before clipping, a 0-dim fp32 tensor, the same on every rank.
         """
         norm = clip_in_step_(optimizer, max_norm)
-        self.guard.note(norm)
+        self.guard.note(optimizer, norm)
         return norm
 
     @override
@@ -187,5 +187,5 @@ class ShardedPrecision(Precision):
 
     @override
     def clip_grad_by_value(self, optimizer: Optimizer, clip_val: int | float) -> None:
-        self.guard.note_norm_of(self.main_params(optimizer))
+        self.guard.note_norm_of(optimizer, self.main_params(optimizer))
         clip_grad_value_(self.main_params(optimizer), clip_val)

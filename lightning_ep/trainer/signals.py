@@ -26,7 +26,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from typing_extensions import override
 
 from lightning_ep.trainer.interrupts import EXIT_CODE, Interrupts
-from lightning_ep.trainer.steering import fingerprint, raise_difference
+from lightning_ep.trainer.steering import Settings, fingerprint, raise_difference, settings
 
 LAST = {"SIGTERM": "last-sigterm.ckpt", "Ctrl-C": "last-interrupted.ckpt"}
 """Names of the checkpoints that signals leave: ``fit(ckpt_path="last")`` takes the newest that begins with "last"."""
@@ -111,7 +111,8 @@ class SignalFlags(_SignalConnector):
 class AgreeOnSignals(Callback):
     """Once per optimizer step all ranks learn whether any of them was signalled; then they save and stop together.
 
-    They also learn whether the settings of their optimizers differ (`steering.py`), and then raise together.
+    They also learn whether the settings of their optimizers differ (`steering.py`), and then raise together. In manual
+    optimization, where each rank could take steps of its own, they look once per batch.
 
     The exchange is a CPU all-reduce of three numbers that runs behind the next step, so nothing waits for it: ranks act
     one step after the signal.
@@ -127,7 +128,9 @@ class AgreeOnSignals(Callback):
         self._group = dist.new_group(backend="gloo", timeout=timeout)
         self._value = torch.zeros(3, dtype=torch.int64)
         self._exchange: Any = None
+        self._compared: Settings = (0, [])
         self._step = 0
+        self._agreed = _NOTHING
 
     def watch(self, trainer: Trainer) -> None:
         """Takes part in the fit that is about to start."""
@@ -143,17 +146,20 @@ class AgreeOnSignals(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._step = trainer.global_step
         self._exchange = None
+        self._agreed = _NOTHING
 
     @override
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *args: Any) -> None:
-        if trainer.global_step == self._step:
-            return  # inside an accumulation window
+        inside_window = trainer.global_step == self._step
+        if inside_window and pl_module.automatic_optimization:
+            return
         self._step = trainer.global_step
         assert self._flags is not None
-        agreed = self._finish_exchange(trainer)
-        if agreed == _NOTHING:
-            settings = fingerprint(trainer.optimizers)
-            self._value = torch.tensor([self._flags.flag, settings, -settings])
+        agreed = self._agreed = max(self._agreed, self._finish_exchange(trainer))
+        if agreed == _NOTHING or inside_window:
+            self._compared = settings(trainer)
+            compared = fingerprint(self._compared)
+            self._value = torch.tensor([self._flags.flag, compared, -compared])
             self._exchange = dist.all_reduce(self._value, dist.ReduceOp.MAX, group=self._group, async_op=True)
             return
         with self._at_once():
@@ -181,7 +187,7 @@ class AgreeOnSignals(Callback):
         self._exchange = None
         flag, largest, smallest_negated = self._value.tolist()
         if largest != -smallest_negated:
-            raise_difference(trainer, self._group)
+            raise_difference(trainer, self._compared, self._group)
         return int(flag)
 
     def _save(self, trainer: Trainer, cause: str) -> None:

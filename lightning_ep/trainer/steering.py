@@ -17,6 +17,9 @@ from typing_extensions import override
 from lightning_ep.distributed.agreement import from_all_ranks
 from lightning_ep.distributed.decisions import by_rank, check_shared, unshared
 
+Settings = tuple[int, list[list[Mapping[str, Any]]]]
+"""Optimizer steps that were taken, and the groups' settings of every optimizer."""
+
 
 class CheckMonitored(Callback):
     """Compares the metrics by which EarlyStopping and ReduceLROnPlateau decide, just before they do.
@@ -72,22 +75,34 @@ def monitored(trainer: Trainer) -> list[str]:
     return list(dict.fromkeys(name for name in callbacks + schedulers if isinstance(name, str)))
 
 
-def fingerprint(optimizers: list[Optimizer]) -> int:
-    """A number, below 2**32, that differs where the groups of the optimizers have other settings or sizes.
+def settings(trainer: Trainer) -> Settings:
+    """What is the same on all ranks after a batch: the number of steps, and every group of every optimizer.
 
     Read on the host, so that a step need not wait: settings that are tensors on a GPU are left out.
     """
-    return zlib.crc32(repr([_settings(optimizer) for optimizer in optimizers]).encode())
+    return trainer.global_step, [_settings(optimizer) for optimizer in trainer.optimizers]
 
 
-def raise_difference(trainer: Trainer, group: dist.ProcessGroup | None) -> None:
+def fingerprint(settings: Settings) -> int:
+    """A number, below 2**32, that differs where the settings do."""
+    return zlib.crc32(repr(settings).encode())
+
+
+def raise_difference(trainer: Trainer, compared: Settings, group: dist.ProcessGroup | None) -> None:
     """To be called on every rank when fingerprints differ: what differs, on which ranks, and why it may.
+
+    Args:
+        trainer: The trainer.
+        compared: Of what this rank has given the fingerprint.
+        group: The ranks.
 
     Raises:
         RuntimeError: Always, with the same text on every rank.
     """
-    everywhere = from_all_ranks([_settings(optimizer) for optimizer in trainer.optimizers], group)
+    steps, everywhere = zip(*from_all_ranks(compared, group), strict=True)
     differences = []
+    if len(set(steps)) > 1:
+        differences.append(f"the number of optimizer steps is {by_rank(steps)}")
     for index, optimizer in enumerate(trainer.optimizers):
         sizes = [len(theirs[index]) for theirs in everywhere]
         if len(set(sizes)) > 1:
@@ -104,8 +119,7 @@ def raise_difference(trainer: Trainer, group: dist.ProcessGroup | None) -> None:
         "`strategy.reduce(...)`, `strategy.broadcast(...)`."
     )
     raise RuntimeError(
-        f"Ranks train one model with different settings at step {trainer.global_step}: "
-        f"{'; '.join(differences)}. {reason}"
+        f"Ranks train one model with different settings at step {max(steps)}: {'; '.join(differences)}. {reason}"
     )
 
 

@@ -9,6 +9,8 @@ from lightning.pytorch.overrides.distributed import UnrepeatedDistributedSampler
 from lightning.pytorch.utilities import rank_zero_warn
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset
 
+from lightning_ep.checkpoint.loader_position import Order
+
 Gather = Callable[[int], list[int]]
 Join = Callable[[object, Any, int], None]
 
@@ -72,8 +74,12 @@ class EqualStepsLoader:
     def _iterate_counted(self) -> Iterator[Any]:
         assert self._num_steps is not None
         num_steps = int(min(self._num_steps, self._limit))
+        order = getattr(self._loader, "order", None)
+        taken = order.skips if isinstance(order, Order) else 0
         batches = iter(self._loader)
-        taken, last = 0, None
+        last = None
+        if taken and taken >= num_steps:
+            next(batches, None)  # a pass that is over has begun, so that the next one leaves nothing out
         while taken < num_steps and (batch := next(batches, None)) is not None:
             last = batch
             taken += 1
