@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from lightning_ep import AdamW, CausalLM, ExpertParallelStrategy, from_pretrained
 from lightning_ep import transformers_adapter as adapter
 from lightning_ep.fsdp.state import groups_of, roots
+from tests.distributed import device
 from tests.every_family import auto_class_of, tiny_config_of
 from tests.reference import family_model
 from tests.rows import RowFailures, Rows, agreed, whole
@@ -108,11 +109,11 @@ def _reference(path: Path, family: str, dtype: torch.dtype) -> tuple[PreTrainedM
     """What plain transformers computes with the weights loaded in a dtype: loss and gradients of the first batch."""
     model = auto_class_of(tiny_config_of(family)).from_pretrained(path, dtype=dtype)
     model.set_experts_implementation("eager")
-    model.train()
-    batch = next(iter(loader()))
+    model.train().to(device())
+    batch = {name: value.to(device()) for name, value in next(iter(loader())).items()}
     loss = model(input_ids=batch["input_ids"], labels=batch["labels"], use_cache=False).loss
     loss.backward()
-    grads = {name: param.grad.float() for name, param in model.named_parameters() if param.grad is not None}
+    grads = {name: param.grad.float().cpu() for name, param in model.named_parameters() if param.grad is not None}
     return model, loss.item(), grads
 
 
@@ -135,7 +136,7 @@ def _check(root: Path, family: str, wider: str = r"(?!)", **strategy: Any) -> No
         assert {FP32, BF16} == set(computed.values()), "the family must ask for it"
         assert computed == {name: dtypes[name] for name in computed}, precision
         for name, value in module.seen.items():
-            assert torch.equal(value.cpu(), weights[name].detach().to(dtypes[name])), f"{name}, {precision}"
+            assert torch.equal(value, weights[name].detach().to(dtypes[name])), f"{name}, {precision}"
         assert abs(module.losses[0] - exact_loss) <= 3 * abs(loss - exact_loss) + 5e-3, precision
         for name, grad in exact.items():
             found, close = _error(module.gradients[name].float(), grad), _error(grads[name], grad)
@@ -184,12 +185,12 @@ def _built(family: str) -> PreTrainedModel:
 @row()
 def families_whose_forward_needs_it_train_in_bf16(root: Path) -> None:
     for family in ("minimax", "inkling2_text"):
-        batch = next(iter(loader()))
+        batch = {name: value.to(device()) for name, value in next(iter(loader())).items()}
         inputs = {"input_ids": batch["input_ids"], "labels": batch["labels"], "use_cache": False}
-        expected = _built(family)(**inputs).loss.item()
+        expected = _built(family).to(device())(**inputs).loss.item()
         for precision in ("bf16-mixed", "bf16-true"):
             module = _fit(root, Module(partial(_built, family)), precision, steps=3)
-            assert module.losses[0] == pytest.approx(expected, abs=0.02), (family, precision)
+            assert module.losses[0] == pytest.approx(expected, abs=0.02), (family, precision, module.losses[0])
             assert module.losses[-1] < module.losses[0]
 
 
