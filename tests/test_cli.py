@@ -228,7 +228,9 @@ def test_a_command_without_a_trainer_is_one_table_entry(
     cli.main(["greet", "ada", "--loud", "true"])
     assert capsys.readouterr().out == "hello ADA\n"
     assert _exit_code("greet", "--help") == 0
-    assert "Whether to shout." in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "Whether to shout." in shown
+    assert "Greets." in shown
     assert _exit_code("--help") == 0
     assert "greet" in capsys.readouterr().out
 

@@ -30,7 +30,7 @@ def _train(mode: str, compile: bool, hook_before: int | None, hooked: tuple[int,
         # With hooks another length, for which the layers are compiled once more.
         length = 8 + step * (hook_before is not None)
         batch = {name: value[:, :length].to(device()) for name, value in batches(1, 2)[0].items()}
-        loss = model(**batch, use_cache=False).loss
+        loss = model(**batch).loss
         loss.backward()
     return loss.item(), torch._dynamo.utils.counters["stats"]["unique_graphs"]
 

@@ -47,6 +47,12 @@ def _batch() -> dict[str, Tensor]:
     return {"input_ids": ids, "labels": ids.where(positions > 0, -100), "position_ids": positions}
 
 
+def _bounds() -> dict[str, Any]:
+    """What transformers' collator for FlashAttention adds, which the others do not read."""
+    bounds = F.pad(torch.tensor(ROWS[0] + ROWS[1]).cumsum(0), (1, 0)).int()
+    return {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "max_length_q": 7, "max_length_k": 7}
+
+
 def _apart(model: Any) -> Tensor:
     """The mean loss of the documents, each run by itself by plain transformers."""
     batch = _batch()
@@ -98,6 +104,8 @@ class _Module(TinyModule):
             "keywords": lambda: model(**batch).loss,
             "position": lambda: loss(model(ids, None, positions).logits),
             "a cache": lambda: model(**batch, use_cache=True).loss,
+            "bounds": lambda: model(**batch, **_bounds()).loss,
+            "masked bounds": lambda: model(**batch, **_bounds(), attention_mask=ones).loss,
             "no cache": lambda: model(**batch, use_cache=False).loss,
             "a mask": lambda: model(**batch, attention_mask=ones.bool()).loss,
             "embeddings": lambda: (
@@ -139,7 +147,7 @@ def test_every_way_into_a_model_gives_the_loss_of_separate_documents(family: str
     expected = _apart(model)
     expected.backward()
     for found, gradients in run_ranks(2, _losses, tmp_path, family, cp, init_process_group=False):
-        assert len(found) == (6 if cp > 1 else 27)
+        assert len(found) == (6 if cp > 1 else 33)
         assert found == {name: pytest.approx(expected.item(), rel=1e-6) for name in found}
         for name, param in model.named_parameters():
             assert param.grad is None or relative_error(gradients[name], param.grad) < 1e-5, name
@@ -169,6 +177,8 @@ def test_documents_that_cannot_be_kept_apart_are_refused() -> None:
     batch = _batch()
     with pytest.raises(ValueError, match="past_key_values is a cache to fill"):
         _watched()(**batch, past_key_values=DynamicCache())
+    with pytest.raises(ValueError, match=r"cu_seq_lens_q alone .* Add position_ids that restart"):
+        _watched()(batch["input_ids"], **_bounds())
     left = (torch.arange(LENGTH) > 1).expand(2, -1)
     with pytest.raises(ValueError, match="attention_mask with padding before or between"):
         _watched()(**batch, attention_mask=left)
@@ -180,6 +190,12 @@ def test_documents_that_cannot_be_kept_apart_are_refused() -> None:
     adapter.keep_documents_apart(linear)
     with pytest.raises(ValueError, match=r"has layers of the types .*linear_attention.* a row of its own"):
         linear(**batch)
+    lightning = family_model(
+        "minimax", {**SIZES, "num_local_experts": 4}
+    )  # does not read the bounds, as the other does
+    adapter.keep_documents_apart(lightning)
+    with pytest.raises(ValueError, match="linear_attention"):
+        lightning(**batch, **_bounds())
     assert linear(input_ids=batch["input_ids"], labels=batch["labels"]).loss.isfinite()
 
 

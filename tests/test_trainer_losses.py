@@ -198,8 +198,9 @@ def a_value_head_in_some_batches_of_a_window(root: Path) -> None:
 
 @row()
 def a_batch_without_labels_is_refused(root: Path) -> None:
-    with refused("'input_ids'", "no labels", "Add `labels`"):
-        _fit(root, _CausalLM(), [{"input_ids": batch["input_ids"]} for batch in batches(2, 2)])
+    for rest in ({}, {"labels": None}):
+        with refused("'input_ids'", "no labels", "Add `labels`"):
+            _fit(root, _CausalLM(), [{"input_ids": batch["input_ids"], **rest} for batch in batches(2, 2)])
 
 
 @row()

@@ -34,7 +34,9 @@ def main(args: list[str] | None = None) -> None:
         module, _, function = COMMANDS[arguments[0]].partition(":")
         command = getattr(importlib.import_module(module), function)
         try:
-            auto_cli(command, args=arguments[1:], prog=f"{PROG} {arguments[0]}", parser_class=OneLineParser)
+            # Without a description of the parser's own, it is the function's.
+            prog = f"{PROG} {arguments[0]}"
+            auto_cli(command, args=arguments[1:], prog=prog, description=None, parser_class=OneLineParser)
         except (ValueError, RuntimeError, OSError) as error:
             if (cause := refusal(error)) is None:
                 raise

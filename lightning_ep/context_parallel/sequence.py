@@ -164,7 +164,7 @@ def _refuse_other_descriptions(batch: Mapping[str, Any], tokens: Tensor) -> None
 def _with_targets(batch: Mapping[str, Any], cp: int) -> dict[str, Any]:
     """The batch with ``shift_labels`` and ``num_items_in_batch``, if it has labels."""
     out = dict(batch)
-    if "labels" in out:
+    if out.get("labels") is not None:
         out.setdefault("shift_labels", shifted(out["labels"]))
     if "shift_labels" in out:
         num_items = out.get("num_items_in_batch")

@@ -137,8 +137,9 @@ def _readable(position_ids: Any, attention_mask: Any) -> bool:
 def keep_documents_apart(model: PreTrainedModel) -> None:
     """Has every forward of a model, or of one inside it, see packed documents as such.
 
-    Such a forward makes no cache, since nothing could go on from one, and passes its layers no mask of tokens that
-    count, which the positions replace. Models with a head keep the mask, by which balancing losses leave padding out.
+    Such a forward makes no cache, since nothing could go on from one (nor does one in training, unless it is asked to),
+    and passes its layers no mask of tokens that count, which the positions replace. Models with a head keep the mask,
+    by which balancing losses leave padding out.
     Calls that go on from a cache, as in `generate`, and those that number the positions themselves are not touched.
 
     Args:
@@ -149,7 +150,7 @@ def keep_documents_apart(model: PreTrainedModel) -> None:
             continue
         names = list(inspect.signature(child.forward).parameters)
         if {"position_ids", "past_key_values"} <= set(names):
-            forward = _Forward(names, _recurrent(child), _looks_for_documents(child))
+            forward = _Forward(names, _recurrent(child), _looks_for_documents(child), _reads_bounds(child))
             child.register_forward_pre_hook(partial(_enter, forward), with_kwargs=True)
 
 
@@ -161,11 +162,13 @@ class _Forward:
         names: Its parameters, in order.
         recurrent: The layers that pass on a state from token to token, whatever a mask says; None if there are none.
         looks: Whether it looks for documents where there is no mask and no cache.
+        reads_bounds: Whether layers that pass on a state read ``cu_seq_lens_q``, as FlashAttention does and no other.
     """
 
     names: list[str]
     recurrent: str | None
     looks: bool
+    reads_bounds: bool
 
 
 def _recurrent(model: PreTrainedModel) -> str | None:
@@ -179,6 +182,11 @@ def _recurrent(model: PreTrainedModel) -> str | None:
 def _looks_for_documents(model: PreTrainedModel) -> bool:
     """Most families tell the function that makes their masks of the positions; gpt-oss and a few more do not."""
     return re.search(_TELLS_POSITIONS, forward_source(model_class(model))) is not None  # type: ignore[arg-type]  # hashable
+
+
+def _reads_bounds(model: PreTrainedModel) -> bool:
+    classes: set[Any] = {type(module) for layer in decoder_layers(model) for module in layer.modules()}
+    return any("cu_seq_lens_q" in forward_source(cls) for cls in classes)
 
 
 def _enter(
@@ -197,12 +205,21 @@ def _enter(
     mask, past = call.get("attention_mask"), call.get("past_key_values")
     if isinstance(positions, Tensor) and positions.ndim == 3 and positions.shape[0] == 4:
         positions = positions[0]  # of text, before time, height and width
-    if not _readable(positions, mask) or (past is not None and past.get_seq_length() > 0):
-        return None
-    name = attention_implementation(model)
-    if name not in ALL_MASK_ATTENTION_FUNCTIONS:
+    name, bounds = attention_implementation(model), call.get("cu_seq_lens_q") is not None
+    if name not in ALL_MASK_ATTENTION_FUNCTIONS or (past is not None and past.get_seq_length() > 0):
         return None  # it does without masks, as that of `cp`, which is told of documents otherwise
     flash = is_flash_attention(name)
+    if bounds and not flash and positions is None:
+        raise ValueError(
+            f"cu_seq_lens_q alone says nothing to attention {name!r}, in which documents would attend to each other. "
+            "Add position_ids that restart at every document."
+        )
+    if not _readable(positions, mask):
+        trains = model.training and torch.is_grad_enabled() and past is None and "use_cache" in forward.names
+        if trains and call.get("use_cache") is None:
+            # A cache would be for nothing, and layers would be compiled each for itself, of which torch allows eight.
+            return _changed(forward.names, args, kwargs, {"use_cache": False})
+        return None
     if mask is None and past is None and forward.looks and forward.recurrent is None and not flash:
         # transformers keeps documents apart, unless there is a cache; without gradients a call may be for the cache.
         asked = call.get("use_cache")
@@ -210,13 +227,14 @@ def _enter(
             return _changed(forward.names, args, kwargs, {"use_cache": False})
         if asked is False:
             return None
-    if torch.compiler.is_compiling() or call.get("cu_seq_lens_q") is not None:
+    told = bounds and (forward.recurrent is None or forward.reads_bounds)
+    if torch.compiler.is_compiling() or (told and flash):
         return None
     found = _PACKING.of(positions, mask) or Packing.of(positions, mask)
     if not found.packed:
         return None
     found.refuse_gaps()
-    _refuse(model, forward, past)
+    _refuse(model, None if told else forward.recurrent, past)
     new: dict[str, Any] = {"use_cache": False, "attention_mask": None}
     positions = positions.expand(tokens.shape[:2])
     if flash:
@@ -228,12 +246,12 @@ def _enter(
     return _changed(forward.names, args, kwargs, new)
 
 
-def _refuse(model: PreTrainedModel, forward: _Forward, past: Any) -> None:
+def _refuse(model: PreTrainedModel, recurrent: str | None, past: Any) -> None:
     """Raises ValueError for packed documents that cannot be kept apart."""
     what = "position_ids restart inside a row, as those of packed documents do, but"
-    if forward.recurrent is not None:
+    if recurrent is not None:
         raise ValueError(
-            f"{what} {type(model).__name__} has layers {forward.recurrent}: documents would see what came before them "
+            f"{what} {type(model).__name__} has layers {recurrent}: documents would see what came before them "
             "in the row. Give every document a row of its own (padded on the right)."
         )
     if past is not None:
