@@ -51,7 +51,7 @@ class Place:
         steps: Steps of any stage that it has begun.
         stage: Where training stands, in words.
         line: The user's line that it is in.
-        calls: Lines from the outermost to the collective, torch's left out: equal for ranks in the same collective.
+        collective: The function of torch that it has called, such as ``all_to_all_single``.
         waits: Whether it waits in a collective, or does something of its own.
         still: For how many seconds.
         answered: The question that it has answered last, by number.
@@ -60,7 +60,7 @@ class Place:
     steps: int
     stage: str
     line: str
-    calls: list[str]
+    collective: str
     waits: bool
     still: float
     answered: int
@@ -75,14 +75,12 @@ class Place:
             walk = walk.f_back
         files = [f.f_code.co_filename for f in frames]
         users = [f for f, file in zip(frames, files, strict=True) if not file.startswith(_LIBRARIES)]
-        calls = [
-            f"{f.f_code.co_filename}:{f.f_lineno}"
-            for f in reversed(frames)
-            if not f.f_code.co_filename.startswith(_TORCH)
-        ]
+        # The first function of torch behind all others, which may call further ones or be wrapped.
+        inside = list(itertools.takewhile(lambda f: f.f_code.co_filename.startswith(_TORCH), frames))
+        names = [f.f_code.co_name for f in reversed(inside) if f.f_code.co_name != "wrapper"]
         waits = any(file.startswith(_WAITING) for file in files[:_COLLECTIVE_FRAMES])
         line = _line(users[0] if users else frame)
-        return cls(progress.steps, progress.step, line, calls, waits, still, answered)
+        return cls(progress.steps, progress.step, line, names[0] if names else "", waits, still, answered)
 
     def __str__(self) -> str:
         return f"{self.line} ({self.stage})"
@@ -95,8 +93,11 @@ def _line(frame: FrameType) -> str:
 
 
 def are_apart(places: Sequence[Place]) -> bool:
-    """Whether ranks that all wait do so in different collectives, so that none of them will end."""
-    return all(place.waits for place in places) and len({(place.steps, *place.calls) for place in places}) > 1
+    """Whether ranks that all wait do so in different collectives, so that none of them will end.
+
+    Not by the lines that call them: a broadcast may be called on one line by who sends and on another by who receives.
+    """
+    return all(place.waits for place in places) and len({(place.steps, place.collective) for place in places}) > 1
 
 
 def explain(places: dict[int, Place]) -> str:
