@@ -165,6 +165,7 @@ UNDOCUMENTED = [
     "torch.distributed.fsdp._fully_shard._fsdp_param:FSDPParam.orig_dtype",
     "torch.distributed.fsdp._fully_shard._fsdp_param:FSDPParam.reduce_dtype",
     "torch.distributed.fsdp._fully_shard._fsdp_param:FSDPParam.sharded_param",
+    "torch.distributed.fsdp._fully_shard._fsdp_param_group:FSDPParamGroup._wait_all_gather_streams_on_event",
     "torch.distributed.fsdp._fully_shard._fsdp_param_group:FSDPParamGroup.finalize_backward",
     "torch.distributed.fsdp._fully_shard._fsdp_param_group:FSDPParamGroup.fsdp_params",
     "torch.distributed.fsdp._fully_shard._fsdp_param_group:FSDPParamGroup.is_unsharded",

@@ -85,8 +85,10 @@ def make_idle(root: State) -> None:
             state._fsdp_param_group._training_state = idle
             state._fsdp_param_group.reshard()
     for group in groups_of(root):
-        if group._all_gather_result is not None:
-            group.finalize_backward()  # waits for what it has gathered ahead, and drops it
+        if (ahead := group._all_gather_result) is not None:
+            # Its memory is the copy-in stream's, whose next gather would write there while this one still arrives.
+            group._wait_all_gather_streams_on_event(ahead.all_gather_event)
+            group.finalize_backward()  # has the current stream wait, too, and drops it
     root._state_ctx.iter_forward_root = None
 
 
