@@ -50,6 +50,7 @@ from lightning_ep.trainer.adamw import AdamW
 from lightning_ep.trainer.batches import Batches
 from lightning_ep.trainer.clipping import clip_grad_norm_
 from lightning_ep.trainer.cost_warnings import warn_if_ep_crosses_nodes, warn_if_large_in_memory
+from lightning_ep.trainer.finetuning import KnownParameters
 from lightning_ep.trainer.loaders import prepare_loader
 from lightning_ep.trainer.lost_hooks import check_hooks_before_sharding, check_hooks_on_shards
 from lightning_ep.trainer.nonfinite import NonfiniteGuard
@@ -143,6 +144,7 @@ class ExpertParallelStrategy(ModelParallelStrategy):
         self._checkpoints: RunCheckpoints | None = None
         self._signals: AgreeOnSignals | None = None
         self._monitored = CheckMonitored()
+        self._known_parameters = KnownParameters()
         if "pytorch_lightning" in sys.modules:
             rank_zero_warn(
                 "`pytorch_lightning` is imported beside `lightning`. Its Trainer does not know this strategy and calls "
@@ -251,6 +253,7 @@ class ExpertParallelStrategy(ModelParallelStrategy):
         assert self._signals is not None
         self._signals.watch(trainer)
         self._monitored.watch(trainer)
+        self._known_parameters.begin(trainer)
         self._run.begin(trainer)
         self.lightning_module._device_mesh = self._device_mesh
 
@@ -418,6 +421,7 @@ class ExpertParallelStrategy(ModelParallelStrategy):
         if self._masters is not None:
             self._masters.end_run()
         self._monitored.release()
+        self._known_parameters.end()
         super().teardown()
 
     # ------------------------------------------------------------------ data

@@ -47,7 +47,7 @@ PRIVATE_ROOMS = {
     "torch.distributed.fsdp": {"fsdp"},
 }
 LONGEST = 400  # lines; a longer file is asked whether it is still one thing, and named here if it is
-ONE_THING = {"strategy.py": 540}  # what Lightning calls of a strategy is one class there
+ONE_THING = {"strategy.py": 550}  # what Lightning calls of a strategy is one class there
 
 
 def _files() -> dict[str, ast.Module]:

@@ -90,7 +90,9 @@ def test_loaded_weights_and_their_dtypes_are_those_that_transformers_loads(
     assert found.keys() == expected.keys()
     for name, value in found.items():
         if name in params:
-            assert value.dtype == expected[name].dtype, name
+            # Norms that a family asks for in fp32, of which transformers takes notice in fp16 only, are wider here.
+            wider = family in ("afmoe", "gpt_oss") and "norm" in name and dtype == torch.bfloat16
+            assert value.dtype == (torch.float32 if wider else expected[name].dtype), name
         assert torch.equal(value.to(expected[name].dtype), expected[name]), name
 
 

@@ -15,7 +15,7 @@ from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from tests.reference import tiny_model
+from tests.reference import relative_error, tiny_model
 from tests.rows import STEPS, WORLD, RowFailures, Rows, agreed, check, fit, refused, whole
 from tests.tiny import SMALL, Samples, TinyModule, loader, quiet
 
@@ -273,8 +273,37 @@ class Finetuned(TinyModule):
 
 @row("BackboneFinetuning")
 def backbone_finetuning(root: Path) -> None:
-    with refused("BackboneFinetuning", "BaseFinetuning", "instead"):
-        fit(root, Finetuned(), callbacks=[builtin.BackboneFinetuning()])
+    """Against a plain loop that gives the optimizer the backbone at epoch 1 and raises its rate at epoch 2."""
+
+    class Head(Finetuned):
+        def configure_optimizers(self) -> Any:
+            return torch.optim.SGD([param for param in self.parameters() if param.requires_grad], lr=0.1)
+
+    class Step(L.Callback):
+        def on_train_epoch_end(self, trainer: L.Trainer, module: Any) -> None:
+            (optimizer,) = trainer.optimizers
+            seen.append([(len(group["params"]), group["lr"]) for group in optimizer.param_groups])
+
+    seen: list[list[tuple[int, float]]] = []
+    module, plain = Head(), Head()
+    plain.load_state_dict(module.state_dict())
+    theirs = vars(builtin.BaseFinetuning)["filter_on_optimizer"]
+    thaw = builtin.BackboneFinetuning(unfreeze_backbone_at_epoch=1, backbone_initial_lr=0.02, lambda_func=lambda _: 2.0)
+    quiet(root, callbacks=[thaw, Step()], max_epochs=3, limit_train_batches=1).fit(module, loader(4))
+    size = len(list(plain.model.parameters()))
+    assert seen == [[(2, 0.1)], [(2, 0.1), (size, 0.02)], [(2, 0.1), (size, 0.04)]], seen
+    assert vars(builtin.BaseFinetuning)["filter_on_optimizer"] is theirs
+    samples = [Samples(4)[index] for index in range(4)]
+    batch = {name: torch.stack([sample[name] for sample in samples]) for name in samples[0]}
+    rates = dict.fromkeys(plain.model.parameters(), (0.0, 0.02, 0.04))
+    for epoch in range(3):
+        plain.training_step(batch, 0).backward()
+        with torch.no_grad():
+            for param in plain.parameters():
+                param -= rates.get(param, (0.1,) * 3)[epoch] * param.grad  # type: ignore[operator]
+                param.grad = None
+    for (name, param), expected in zip(module.named_parameters(), plain.parameters(), strict=True):
+        assert (error := relative_error(whole(param).cpu(), expected.detach())) < 1e-5, (name, error)
 
 
 @row("BaseFinetuning")
@@ -303,7 +332,7 @@ def base_finetuning(root: Path) -> None:
 
 @row()
 def thawed_parameters_join_the_optimizer(root: Path) -> None:
-    """What the refusal of BackboneFinetuning recommends."""
+    """By hand, without the callback's own method."""
 
     class Head(Finetuned):
         def configure_optimizers(self) -> Any:

@@ -24,8 +24,6 @@ _CALLBACKS = {
     "WeightAveraging": _AVERAGE,
     "EMAWeightAveraging": _AVERAGE,
     "ModelPruning": "it replaces parameters, which are shards here. Prune the exported model instead.",
-    "BackboneFinetuning": "it compares parameters across meshes. Freeze them in `configure_model` instead, or in a "
-    "BaseFinetuning of your own that unfreezes with `requires_grad_` and `optimizer.add_param_group`.",
     "BatchSizeFinder": "it retries after running out of memory, which one rank does alone while the others wait. Try "
     "sizes with `fast_dev_run=3` instead.",
     "LearningRateFinder": "it saves and restores a whole checkpoint in mid-run. Compare short runs with `max_steps` "
