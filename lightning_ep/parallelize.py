@@ -167,6 +167,7 @@ class Steps:
 
     def cast_constants(self) -> None:
         """Gives models that compute in bf16 the buffers that they have where transformers loads them in bf16."""
+        _needs("cast_constants", not is_parallelized(self.module), "whole models, as their classes build them")
         for model in self.models:
             if in_bf16(model, self._mp_policy):
                 adapter.cast_constants(model)
