@@ -16,6 +16,8 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, IterableDataset, SequentialSampler
 
+from lightning_ep.checkpoint.loop_state import batch_counts, batches_done, shift_batches
+
 Position = dict[str, Any]
 """Of one loader: ``batches`` of its pass that were trained with, their ``checksum``, ``batch_size``, ``generators``."""
 
@@ -132,7 +134,7 @@ def positions(trainer: Trainer) -> list[Position | None]:
     combined = trainer.fit_loop._combined_loader
     if combined is None:
         return []
-    done = _counters(trainer).processed
+    done = batch_counts(trainer).processed
     found: list[Position | None] = []
     for loader in combined.flattened:
         order = getattr(loader, "order", None)
@@ -189,7 +191,7 @@ class PlainLoaders:
         number, self._count = self._count, self._count + 1
         if hasattr(loader, "state_dict") and hasattr(loader, "load_state_dict"):
             return loader
-        done = _batches_done(trainer)
+        done = batches_done(trainer)
         if done:
             # Lightning would say of all loaders without a state that they are not resumable.
             warnings.filterwarnings("ignore", message="You're resuming from a checkpoint that ended before the epoch")
@@ -229,7 +231,7 @@ class PlainLoaders:
                 )
                 return
             saved = {"batches": batches, "checksum": None, "generators": []}
-            _shift_batches(trainer, batches)
+            shift_batches(trainer, batches - done)
         loader.order.go_on({**saved, "name": name})
 
     def _batches_here(self, loader: Any) -> int | None:
@@ -259,23 +261,6 @@ class PlainLoaders:
                 "come again."
             )
         return samples // step
-
-
-def _batches_done(trainer: Trainer) -> int:
-    """Batches of the epoch that a resumed training goes on with; 0 at its beginning, and if nothing is resumed."""
-    return _counters(trainer).processed if trainer.fit_loop.epoch_loop.restarting else 0
-
-
-def _counters(trainer: Trainer) -> Any:
-    """Of the batches of this epoch on this rank."""
-    return trainer.fit_loop.epoch_loop.batch_progress.current
-
-
-def _shift_batches(trainer: Trainer, done: int) -> None:
-    current = _counters(trainer)
-    shift = done - current.processed
-    for counter in ("ready", "started", "processed", "completed"):
-        setattr(current, counter, getattr(current, counter) + shift)
 
 
 def _name(loader: Any) -> str:

@@ -61,10 +61,24 @@ def match_batches(trainer: Trainer, loader: Any) -> None:
     batches_before = getattr(getattr(loader, "batch_sampler", None), "batches_before", None)
     if not epoch_loop.restarting or len(states) != 1 or "samples" not in states[0] or batches_before is None:
         return
-    current = epoch_loop.batch_progress.current
-    shift = batches_before(states[0]["samples"]) - current.ready
+    shift_batches(trainer, batches_before(states[0]["samples"]) - batch_counts(trainer).ready)
+
+
+def batch_counts(trainer: Trainer) -> Any:
+    """Lightning's counters of the batches of this epoch on this rank."""
+    return trainer.fit_loop.epoch_loop.batch_progress.current
+
+
+def batches_done(trainer: Trainer) -> int:
+    """Batches of the epoch that a resumed training goes on with; 0 at its beginning, and if nothing is resumed."""
+    return batch_counts(trainer).processed if trainer.fit_loop.epoch_loop.restarting else 0
+
+
+def shift_batches(trainer: Trainer, by: int) -> None:
+    """Moves all of Lightning's counters of an epoch's batches."""
+    current = batch_counts(trainer)
     for counter in ("ready", "started", "processed", "completed"):
-        setattr(current, counter, getattr(current, counter) + shift)
+        setattr(current, counter, getattr(current, counter) + by)
 
 
 def resume_accumulation(trainer: Trainer) -> None:
@@ -79,9 +93,7 @@ def resume_accumulation(trainer: Trainer) -> None:
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if isinstance(callback, GradientAccumulationScheduler):
             trainer.accumulate_grad_batches = callback.get_accumulate_grad_batches(trainer.current_epoch)
-    epoch_loop, window = trainer.fit_loop.epoch_loop, trainer.accumulate_grad_batches
-    batches: Any = epoch_loop.batch_progress.current
-    done = batches.processed if epoch_loop.restarting else 0
+    done, window = batches_done(trainer), trainer.accumulate_grad_batches
     if done % window and done < trainer.num_training_batches:
         rank_zero_warn(
             f"Training goes on after batch {done} of its epoch, inside a window of accumulate_grad_batches={window}: "

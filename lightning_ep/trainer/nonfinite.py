@@ -40,7 +40,8 @@ class NonfiniteGuard:
 
     def note(self, optimizer: Optimizer | LightningOptimizer, norm: Tensor) -> None:
         """Takes the norm of the gradients of an optimizer's coming step, where somebody has computed it already."""
-        self._norms[optimizer.optimizer if isinstance(optimizer, LightningOptimizer) else optimizer] = norm
+        if self.limit:
+            self._norms[optimizer.optimizer if isinstance(optimizer, LightningOptimizer) else optimizer] = norm
 
     def note_norm_of(self, optimizer: Optimizer | LightningOptimizer, params: Iterable[Tensor]) -> None:
         """Takes the norm of gradients that are about to be changed in a way that hides an infinite one."""

@@ -42,7 +42,7 @@ class CheckMonitored(Callback):
         self._changed = [*stops, loop]
 
         def monitor_value(key: str) -> Any:
-            check_shared(trainer.callback_metrics, [key])
+            _check(trainer, [key])
             return type(loop)._get_monitor_value(loop, key)
 
         loop._get_monitor_value = monitor_value  # type: ignore[method-assign]
@@ -50,7 +50,7 @@ class CheckMonitored(Callback):
     @override
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.sanity_checking:
-            check_shared(trainer.callback_metrics, monitored(trainer))
+            _check(trainer, monitored(trainer))
 
     def release(self) -> None:
         """Leaves callbacks and loop as they were."""
@@ -62,10 +62,16 @@ class CheckMonitored(Callback):
 
 def _checked(callback: EarlyStopping) -> Any:
     def run(trainer: Trainer) -> None:
-        check_shared(trainer.callback_metrics, [callback.monitor])
+        _check(trainer, [callback.monitor])
         type(callback)._run_early_stopping_check(callback, trainer)
 
     return run
+
+
+def _check(trainer: Trainer, names: list[str]) -> None:
+    """Sends these only: a scheduler may ask in every step, and a run may log hundreds."""
+    metrics = trainer.callback_metrics
+    check_shared({name: metrics[name] for name in names if name in metrics}, names)
 
 
 def monitored(trainer: Trainer) -> list[str]:
