@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from tests import distributed
+from tests import ranks
 from tests.rows import RowFailures
 
 _PROCESSES = {"run_ranks", "row_failures", "run_cell", "subprocess", "multiprocessing", "TwoNodes"}
@@ -69,7 +69,7 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     if not session.config.option.collectonly and any(
         item.get_closest_marker("quick") is None for item in session.items
     ):
-        distributed.start_fork_server()
+        ranks.start_fork_server()
 
 
 @pytest.fixture(autouse=True)

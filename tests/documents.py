@@ -11,7 +11,7 @@ from torch import Tensor
 from lightning_ep import transformers_adapter as adapter
 from lightning_ep.context_parallel import SequencePiece, find_documents
 from lightning_ep.context_parallel.attention import _attend
-from tests.distributed import device
+from tests.ranks import device
 from tests.reference import relative_error
 
 PACKED = torch.stack([torch.cat([torch.arange(n) for n in row]) for row in ([50, 1, 77], [128])])

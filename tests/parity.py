@@ -20,7 +20,7 @@ from lightning_ep import CausalLM, ExpertParallelStrategy
 from lightning_ep import loss as loss_module
 from lightning_ep import transformers_adapter as adapter
 from lightning_ep.fsdp import groups as layer_groups
-from tests.distributed import accelerator
+from tests.ranks import accelerator
 from tests.reference import Trace, batches, relative_error, tiny_config, tiny_model, train
 
 STEPS, LR = 3, 0.5

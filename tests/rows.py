@@ -25,7 +25,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from tests.distributed import run_ranks
+from tests.ranks import run_ranks
 from tests.reference import grad_or_zero, relative_error, tiny_model
 from tests.tiny import TinyModule, loader, quiet
 

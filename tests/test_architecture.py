@@ -213,3 +213,9 @@ def test_a_file_is_one_thing() -> None:
     lengths = {str(path.relative_to(PACKAGE)): len(path.read_text().splitlines()) for path in PACKAGE.rglob("*.py")}
     long = {name: length for name, length in lengths.items() if length > ONE_THING.get(name, LONGEST)}
     assert not long, long
+
+
+def test_tests_mirror_the_rooms() -> None:
+    tests = Path(__file__).parent
+    folders = {path.parent.relative_to(tests).as_posix() for path in tests.rglob("test_*.py")} - {"."}
+    assert folders - {"benchmarks"} == {room for room in FLOOR if (PACKAGE / room).is_dir()}

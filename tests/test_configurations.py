@@ -23,7 +23,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 from lightning_ep import CausalLM, ExpertParallelStrategy, ParallelLayout, expert_plan, from_config
 from lightning_ep.parallelize import check, shard
 from lightning_ep.trainer.cost_warnings import warn_if_ep_crosses_nodes
-from tests.distributed import run_ranks
+from tests.ranks import run_ranks
 from tests.reference import tiny_config, tiny_model
 from tests.tiny import Samples, TinyModule, loader
 

@@ -24,8 +24,8 @@ from lightning_ep.ops.fused_experts import FusedExperts
 from lightning_ep.ops.local_experts import LocalExperts
 from lightning_ep.ops.registered_experts import RegisteredExperts, stand_in
 from lightning_ep.transformers_adapter import FUSED_PARAMETERS, local_experts_function
-from tests.distributed import accelerator, device, run_ranks
 from tests.documents import PACKED, PADDED, SHAPES, documents_error
+from tests.ranks import accelerator, device, run_ranks
 from tests.reference import batches, relative_error, tiny_config, tiny_model
 
 pytestmark = pytest.mark.gpu

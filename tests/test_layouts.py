@@ -9,8 +9,8 @@ import pytest
 import torch.distributed as dist
 
 from lightning_ep import ParallelLayout
-from tests.distributed import device, run_ranks
 from tests.parity import compare_with_one_process
+from tests.ranks import device, run_ranks
 
 CASES = [
     {"causal": False, "accumulate": 3, "clip": 0.2},

@@ -17,9 +17,9 @@ import pytest
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 
 from lightning_ep import ExpertParallelStrategy
-from tests.distributed import run_ranks
 from tests.nodes import TwoNodes, why_not
 from tests.parity import LR, compare_with_one_process
+from tests.ranks import run_ranks
 from tests.reference import batches, tiny_model, train
 from tests.tiny import quiet
 
@@ -183,7 +183,7 @@ def _losses_of_one_process() -> list[float]:
 
 
 def _slurm(rank: int, tasks: int, per_node: int, **changes: str) -> dict[str, str]:
-    """What srun sets for a task, and the torchrun variables of `tests.distributed` as srun leaves them: unset."""
+    """What srun sets for a task, and the torchrun variables of `tests.ranks` as srun leaves them: unset."""
     variables = {"JOB_ID": "4711", "JOB_NAME": "train", "NTASKS": str(tasks), "NTASKS_PER_NODE": str(per_node),
                  "NNODES": str(tasks // per_node), "PROCID": str(rank), "LOCALID": str(rank % per_node),
                  "NODEID": str(rank // per_node)}  # fmt: skip

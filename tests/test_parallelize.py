@@ -16,7 +16,7 @@ from transformers import Qwen3MoeForCausalLM
 
 from lightning_ep import ParallelLayout, expert_plan, parallelize
 from lightning_ep.parallelize import Steps, check
-from tests.distributed import device, run_ranks
+from tests.ranks import device, run_ranks
 from tests.reference import tiny_model
 
 

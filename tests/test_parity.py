@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from tests.distributed import run_ranks
 from tests.parity import compare_with_one_process
+from tests.ranks import run_ranks
 
 PLAIN = [
     {"causal": False, "accumulate": 1, "clip": None},

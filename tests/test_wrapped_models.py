@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 from lightning_ep import CausalLM, ExpertParallelStrategy
 from lightning_ep import loss as loss_module
 from lightning_ep import transformers_adapter as adapter
-from tests.distributed import device
+from tests.ranks import device
 from tests.reference import batches, grad_or_zero, relative_error, tiny_config, tiny_model
 from tests.rows import RowFailures, Rows, refused, whole
 from tests.tiny import quiet

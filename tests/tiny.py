@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from lightning_ep import ExpertParallelStrategy
-from tests.distributed import accelerator
+from tests.ranks import accelerator
 from tests.reference import VOCAB, tiny_model
 
 SMALL = {"num_hidden_layers": 1, "num_experts": 4, "num_experts_per_tok": 2}

@@ -1,0 +1,359 @@
+"""The MoE body against float64 maths over the tokens of all ranks, at the extremes of routing."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils.flop_counter import FlopCounterMode
+
+from lightning_ep.distributed.progress import Progress
+from lightning_ep.moe.dispatch import AllToAllDispatcher, Dispatcher, LocalDispatcher
+from lightning_ep.moe.dispatch.packed import PackedRows
+from lightning_ep.moe.function import moe_forward
+from lightning_ep.moe.master_weights import MasterWeights
+from lightning_ep.ops.fused_experts import FusedExperts
+from lightning_ep.ops.local_experts import LocalExperts
+from lightning_ep.ops.registered_experts import RegisteredExperts
+from lightning_ep.transformers_adapter import local_experts_function
+from tests.ranks import device, run_ranks
+from tests.reference import relative_error, tiny_model
+
+EXPERTS, HIDDEN = 8, 32
+
+
+def _route(case: str, rank: int, world: int) -> tuple[int, Tensor]:
+    """Tokens of this rank and their expert ids ``[T, K]``."""
+    generator = torch.Generator().manual_seed(7 + rank)
+    tokens, top_k = 6, 3
+    if case == "one token per rank":
+        tokens = 1
+    if case == "no token on rank 1" and rank == 1:
+        tokens = 0
+    if case == "top-k is every expert":
+        top_k = EXPERTS
+    ids = torch.stack([torch.randperm(EXPERTS, generator=generator)[:top_k] for _ in range(tokens)] or
+                      [torch.zeros(top_k, dtype=torch.int64)])[:tokens]  # fmt: skip
+    if case == "all tokens to one expert":
+        ids = torch.full((tokens, 1), 5)
+    if case == "only rank 0 receives":
+        ids = ids % (EXPERTS // world) if world > 1 else ids
+        ids = torch.zeros_like(ids[:, :1]) + ids[:, :1]
+    if case == "nobody has a token":
+        ids = ids[:0]
+    return ids.shape[0], ids
+
+
+CASES = [
+    "random",
+    "one token per rank",
+    "no token on rank 1",
+    "top-k is every expert",
+    "all tokens to one expert",
+    "only rank 0 receives",
+    "nobody has a token",
+]
+
+
+def _inputs(case: str, rank: int, world: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    tokens, ids = _route(case, rank, world)
+    generator = torch.Generator().manual_seed(rank)
+    hidden = torch.randn(tokens, HIDDEN, generator=generator, dtype=torch.float64)
+    weights = torch.rand(ids.shape, generator=generator, dtype=torch.float64)
+    grad = torch.randn(tokens, HIDDEN, generator=generator, dtype=torch.float64)
+    return hidden, ids, weights, grad
+
+
+def _expected(case: str, world: int, params: list[Tensor]) -> list[Tensor]:
+    """Output, input and weight gradients of every rank, then the experts' gradients, token by token."""
+    gate_up, down = (p.clone().requires_grad_() for p in params)
+    leaves, outputs, grads = [], [], []
+    for rank in range(world):
+        hidden, ids, weights, grad = _inputs(case, rank, world)
+        hidden.requires_grad_()
+        weights.requires_grad_()
+        out = [torch.zeros(0, HIDDEN, dtype=torch.float64)]
+        for t in range(hidden.shape[0]):
+            total = torch.zeros(HIDDEN, dtype=torch.float64)
+            for k in range(ids.shape[1]):
+                e = int(ids[t, k])
+                gate, up = (gate_up[e] @ hidden[t]).chunk(2)
+                total = total + weights[t, k] * (down[e] @ (torch.nn.functional.silu(gate) * up))
+            out.append(total.unsqueeze(0))
+        outputs.append(torch.cat(out))
+        leaves += [hidden, weights]
+        grads.append(grad)
+    every = torch.cat(outputs)
+    found = torch.autograd.grad(
+        every, [*leaves, gate_up, down], torch.cat(grads), allow_unused=True, materialize_grads=True
+    ) if every.requires_grad else [torch.zeros_like(t) for t in [*leaves, gate_up, down]]  # fmt: skip
+    return [*outputs, *found]
+
+
+def _local_experts(module: nn.Module, implementation: str) -> LocalExperts:
+    if implementation == "fused":
+        return FusedExperts(module.num_experts)
+    function = local_experts_function(module, implementation)
+    return RegisteredExperts(module, function, ["gate_up_proj", "down_proj"])
+
+
+def _worker(case: str, dtype: torch.dtype, implementation: str) -> list[float]:
+    rank, world = dist.get_rank(), dist.get_world_size()
+    experts = tiny_model(num_hidden_layers=1).model.layers[0].mlp.experts
+    params = [experts.gate_up_proj.detach().double(), experts.down_proj.detach().double()]
+    local = EXPERTS // world
+    experts.num_experts = local
+    mine = [p[rank * local : (rank + 1) * local].to(device(), dtype).requires_grad_() for p in params]
+    dispatcher: Dispatcher[Any] = LocalDispatcher(EXPERTS)
+    if world > 1:
+        dispatcher = AllToAllDispatcher(EXPERTS, dist.group.WORLD, "experts", Progress())
+    runner = _local_experts(experts, implementation)
+    hidden, ids, weights, grad = _inputs(case, rank, world)
+    hidden = hidden.to(device(), dtype).requires_grad_()
+    weights = weights.to(device(), dtype).requires_grad_()
+    out = moe_forward(dispatcher, runner, hidden, ids.to(device()), weights, mine)
+    out.backward(grad.to(device(), dtype))
+    expected = _expected(case, world, params)
+    outputs, leaves, full = expected[:world], expected[world : 3 * world], expected[3 * world :]
+    errors = [
+        relative_error(out, outputs[rank]),
+        relative_error(hidden.grad, leaves[2 * rank]),
+        relative_error(weights.grad, leaves[2 * rank + 1]),
+    ]
+    for param, grad_full in zip(mine, full, strict=True):
+        # Experts that nobody uses have zero gradients, not missing ones.
+        errors.append(relative_error(param.grad, grad_full[rank * local : (rank + 1) * local]))
+    assert out.dtype == dtype
+    return errors
+
+
+def _all_cases(dtype: torch.dtype, implementation: str) -> dict[str, list[float]]:
+    return {case: _worker(case, dtype, implementation) for case in CASES}
+
+
+@pytest.mark.parametrize("world", [1, 2, 4])
+@pytest.mark.parametrize(
+    ("dtype", "implementation", "tolerance"),
+    [
+        (torch.float64, "fused", 1e-12),
+        (torch.float64, "eager", 1e-12),
+        (torch.float32, "fused", 1e-5),
+        (torch.float32, "grouped_mm", 1e-5),
+        (torch.bfloat16, "fused", 2e-2),
+        (torch.bfloat16, "grouped_mm", 2e-2),
+    ],
+)
+def test_output_and_gradients(world: int, dtype: torch.dtype, implementation: str, tolerance: float) -> None:
+    for rank, results in enumerate(run_ranks(world, _all_cases, dtype, implementation)):
+        for case, errors in results.items():
+            assert max(errors) < tolerance, f"{case}, rank {rank}: {errors}"
+
+
+@pytest.mark.parametrize("implementation", ["fused", "eager"])
+def test_second_backward_is_refused(implementation: str) -> None:
+    experts = tiny_model(num_hidden_layers=1).model.layers[0].mlp.experts
+    runner = _local_experts(experts, implementation)
+    hidden = torch.randn(3, HIDDEN, requires_grad=True)
+    ids, weights = torch.tensor([[0, 1]] * 3), torch.rand(3, 2)
+    params = [experts.gate_up_proj, experts.down_proj]
+    out = moe_forward(LocalDispatcher(EXPERTS), runner, hidden, ids, weights, params).sum()
+    out.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="a second time"):
+        out.backward()
+
+
+class _Frozen(FusedExperts):
+    def backward_params(self, saved: Any, dtypes: Any) -> Any:
+        raise AssertionError("gradients of frozen experts")
+
+
+def test_frozen_experts_cost_no_weight_gradients() -> None:
+    experts = tiny_model(num_hidden_layers=1).model.layers[0].mlp.experts
+    ids = torch.tensor([[0, 1]] * 3)
+    inputs, found = (torch.randn(3, HIDDEN), torch.rand(3, 2)), []
+    for runner, trained in ((FusedExperts(EXPERTS), True), (_Frozen(EXPERTS), False)):
+        params = [p.detach().clone().requires_grad_(trained) for p in (experts.gate_up_proj, experts.down_proj)]
+        leaves = [t.clone().requires_grad_() for t in inputs]
+        moe_forward(LocalDispatcher(EXPERTS), runner, leaves[0], ids, leaves[1], params).square().sum().backward()
+        found.append([leaf.grad for leaf in leaves])
+        assert all((param.grad is not None) == trained for param in params)
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_frozen_experts_of_transformers_cost_no_weight_gradients(recompute: bool) -> None:
+    experts = tiny_model(num_hidden_layers=1).model.layers[0].mlp.experts
+    params = [experts.gate_up_proj, experts.down_proj]
+    runner = _local_experts(experts, "eager")
+    ids, inputs = torch.tensor([[0, 1]] * 3), (torch.randn(3, HIDDEN), torch.rand(3, 2))
+
+    def leave(hidden: Tensor) -> Any:
+        return (lambda: hidden.detach()) if recompute else None
+
+    def backward(trained: list[bool]) -> tuple[list[Tensor], int]:
+        leaves = [t.clone().requires_grad_() for t in inputs]
+        for param, needed in zip(params, trained, strict=True):
+            param.grad = None
+            param.requires_grad_(needed)
+        out = moe_forward(LocalDispatcher(EXPERTS), runner, leaves[0], ids, leaves[1], params, leave)
+        with FlopCounterMode(display=False) as counter:
+            out.square().sum().backward()
+        assert [param.grad is not None for param in params] == trained
+        return [t.grad for t in (*leaves, *params) if t.grad is not None], counter.get_total_flops()
+
+    expected, flops = backward([True, True])
+    for trained, kept in (([False, False], expected[:2]), ([True, False], expected[:3])):
+        found, fewer = backward(trained)
+        assert all(torch.equal(a, b) for a, b in zip(found, kept, strict=True))
+        frozen = sum(param[0].numel() for param, needed in zip(params, trained, strict=True) if not needed)
+        assert flops - fewer == 2 * ids.numel() * frozen, "the GEMMs of frozen weights"
+
+
+@pytest.mark.parametrize(("seen", "kept"), [(3, True), (2, False), (None, False)])
+def test_copies_of_wider_parameters(seen: int | None, kept: bool) -> None:
+    """Backward uses the weights of forward; where they are kept, that needs no second cast and changes no bit.
+
+    They are not in calls of more tokens than had been ``seen`` when it was decided that copies fit.
+    """
+    experts = tiny_model(num_hidden_layers=1).model.layers[0].mlp.experts
+    inputs, ids = [torch.randn(3, HIDDEN).bfloat16(), torch.rand(3, 2)], torch.tensor([[0, 1], [1, 5], [5, 0]])
+    masters = MasterWeights()
+    if seen is not None:
+        masters.begin_call([], torch.bfloat16, seen, needs_grad=True)
+        masters.begin_call([], torch.bfloat16, 9, needs_grad=False)  # of a validation
+        masters.keep_copies = True
+    found = []
+    for changed in (False, True):
+        params = [p.detach().clone().requires_grad_() for p in (experts.gate_up_proj, experts.down_proj)]
+        leaves = [t.clone().requires_grad_() for t in inputs]
+        runner, hidden, weights = FusedExperts(EXPERTS), *leaves
+        out = moe_forward(LocalDispatcher(EXPERTS), runner, hidden, ids, weights, params, masters=masters)
+        if changed:
+            params[0].data.zero_()
+        out.square().sum().backward()
+        assert all(param.grad.dtype == torch.float32 for param in params)
+        found.append([leaf.grad for leaf in (*leaves, *params)])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True)) == kept
+
+
+def test_copies_are_not_kept_before_a_run_has_shown_its_memory() -> None:
+    masters = MasterWeights()
+    masters.keep_copies = True  # an earlier run with smaller batches
+    masters.own([torch.zeros(2, requires_grad=True)])
+    assert not masters.keep_copies
+
+
+def _count_rows() -> tuple[int, int]:
+    dispatcher = AllToAllDispatcher(EXPERTS, dist.group.WORLD, "experts", Progress())
+    ids = torch.tensor([[0, 1, 2], [4, 5, 0]], device=device())
+    plan, rows = dispatcher.route(ids, torch.ones(2, 3, device=device()), torch.ones(2, HIDDEN, device=device()), "hop")
+    assert rows.wait().shape == (sum(plan.recv_splits), HIDDEN)
+    return sum(plan.send_splits), plan.num_pairs
+
+
+def test_a_token_travels_once_to_each_rank() -> None:
+    # Experts 0..3 on rank 0: the first token goes to it once for three experts, the second to both ranks.
+    assert run_ranks(2, _count_rows) == [(3, 8), (3, 4)]
+
+
+def _received_rows_are_freed() -> list[bool]:
+    progress = Progress()
+    dispatcher = AllToAllDispatcher(EXPERTS, dist.group.WORLD, "experts", progress)
+    ids = torch.tensor([[0, 5], [1, 6]], device=device())
+    rows = torch.ones(2, HIDDEN, device=device())
+    plan, routed = dispatcher.route(ids, torch.ones(2, 2, device=device()), rows, "hop")
+    storages = [StorageWeakRef(routed.wait().untyped_storage())]
+    plan = plan.without_rows()
+    first, second = (dispatcher.dispatch(plan, rows, f"hop {i}") for i in range(2))
+    freed = []
+    for pending in (routed, second, first):
+        storages = storages or [StorageWeakRef(pending.wait().untyped_storage())]
+        storage = storages.pop()
+        del pending._finish
+        deadline = time.monotonic() + 5
+        while not storage.expired() and time.monotonic() < deadline:
+            time.sleep(0.01)  # gloo's own thread lets go a little later
+        freed.append(storage.expired())
+    return freed
+
+
+def test_nothing_keeps_received_rows_alive() -> None:
+    assert run_ranks(2, _received_rows_are_freed) == [[True, True, True]] * 2
+
+
+def _keeps_rows_for_backward(implementation: str) -> bool:
+    rank, world = dist.get_rank(), dist.get_world_size()
+    experts = tiny_model(num_hidden_layers=1).model.layers[0].mlp.experts.to(device())
+    local = experts.num_experts = EXPERTS // world
+    mine = [
+        param.detach()[rank * local : (rank + 1) * local].clone().requires_grad_() for param in experts.parameters()
+    ]
+    received = []
+
+    class Watched(AllToAllDispatcher):
+        def _exchange(self, *args: Any) -> Any:
+            found = super()._exchange(*args)
+            received.append(StorageWeakRef(found[0].untyped_storage()))
+            return found
+
+    dispatcher = Watched(EXPERTS, dist.group.WORLD, "experts", Progress())
+    hidden, ids, weights, _ = _inputs("random", rank, world)
+    runner, hidden = _local_experts(experts, implementation), hidden.float().to(device()).requires_grad_()
+    out = moe_forward(dispatcher, runner, hidden, ids.to(device()), weights.float().to(device()), mine)
+    assert out.requires_grad
+    deadline = time.monotonic() + 5
+    while not received[0].expired() and time.monotonic() < deadline and not runner.keeps_rows:
+        time.sleep(0.01)  # gloo's own thread lets go a little later
+    return not received[0].expired()
+
+
+@pytest.mark.parametrize(("implementation", "keeps"), [("fused", True), ("eager", False)])
+def test_rows_are_kept_only_by_experts_that_need_them(implementation: str, keeps: bool) -> None:
+    assert run_ranks(2, _keeps_rows_for_backward, implementation) == [keeps] * 2
+
+
+@pytest.mark.parametrize("slots_dtype", [torch.int32, torch.int64])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize(("hidden", "slots"), [(2048, 16), (33, 2), (1, 5)])
+def test_rows_and_numbers_share_a_tensor(hidden: int, slots: int, dtype: torch.dtype, slots_dtype: torch.dtype) -> None:
+    packing = PackedRows(hidden, dtype, slots, slots_dtype)
+    packed = packing.empty(3, torch.device("cpu"))
+    rows, numbers = torch.randn(3, hidden).to(dtype), torch.randint(-(2**31), 2**31, (3, slots)).to(slots_dtype)
+    packing.rows(packed).copy_(rows)
+    packing.numbers(packed).copy_(numbers)
+    travelled = packed.clone()
+    assert torch.equal(packing.rows(travelled), rows)
+    assert torch.equal(packing.numbers(travelled), numbers)
+    addresses = [view.data_ptr() - packed.data_ptr() for view in (packing.rows(packed)[1], packing.numbers(packed))]
+    assert all(address % 16 == 0 for address in addresses)
+
+
+class _TooLarge(FusedExperts):
+    def backward_rows(self, *args: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+
+def _out_of_memory() -> str:
+    dispatcher = AllToAllDispatcher(EXPERTS, dist.group.WORLD, "layers.3.mlp.experts", Progress())
+    hidden = torch.ones(5, HIDDEN, device=device(), requires_grad=True)
+    params = [torch.ones(EXPERTS // 2, *size, device=device()) for size in ((2 * HIDDEN, HIDDEN), (HIDDEN, HIDDEN))]
+    ids = torch.tensor([[0, 1, 5]] * 2 + [[0, 1, 2]] * 3, device=device())
+    out = moe_forward(dispatcher, _TooLarge(EXPERTS // 2), hidden, ids, torch.ones(5, 3, device=device()), params)
+    with pytest.raises(torch.OutOfMemoryError) as error:
+        out.sum().backward()
+    return str(error.value)
+
+
+def test_an_out_of_memory_error_names_rank_layer_and_rows() -> None:
+    first, second = run_ranks(2, _out_of_memory)
+    for message in (first, second):
+        assert "Out of memory in layers.3.mlp.experts: rank" in message
+        assert "activation_checkpointing='full'" in message
+        assert message.endswith("CUDA out of memory.")
+    assert "rank 0 receives 10 rows with 26 (row, expert) pairs and sends 7 rows" in first
+    assert "rank 1 receives 4 rows with 4 (row, expert) pairs and sends 7 rows" in second
