@@ -85,6 +85,12 @@ def _isolated() -> Iterator[None]:
     os.environ.update(environment)
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _ranks_of_the_module() -> Iterator[None]:
+    yield
+    ranks.dismiss_ranks()
+
+
 @pytest.fixture(scope="module")
 def row_failures(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> RowFailures:
     """Runs those rows of the module that were asked for (see tests/rows.py)."""

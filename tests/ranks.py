@@ -1,4 +1,4 @@
-"""Runs a function on several ranks, each its own process, in about a second.
+"""Runs a function on several ranks, each its own process, in a tenth of a second.
 
 ```python
 from tests.ranks import device, run_ranks
@@ -12,42 +12,42 @@ def test_sum():
     assert run_ranks(4, _sum_of_ranks, 2) == [12.0] * 4
 ```
 
-The ranks are forked from one server process that has the slow imports behind it. With LIGHTNING_EP_TEST_DEVICE=cuda
-they use NCCL, several ranks per GPU where there are fewer GPUs than ranks.
+The ranks are forked from one server process that has the slow imports behind it, and live until the module has had its
+tests: the next call with as many ranks finds them with the caches of the last one, and otherwise as if they were new
+(`tests/rank_process.py`). Where a rank fails, all are replaced. With LIGHTNING_EP_TEST_DEVICE=cuda they use NCCL,
+several ranks per GPU where there are fewer GPUs than ranks.
 """
 
 from __future__ import annotations
 
+import atexit
 import contextlib
-import ctypes
-import faulthandler
 import functools
 import importlib
-import io
 import json
 import multiprocessing
 import multiprocessing.connection
 import multiprocessing.context
 import multiprocessing.forkserver
 import os
-import random
+import shutil
 import signal
-import sys
 import tempfile
 import time
-import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
-import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch.accelerators import CUDAAccelerator
 
-_REPOSITORY = Path(__file__).resolve().parents[1]
+from tests import rank_process
+from tests.rank_process import device as device  # what tests import with `run_ranks`
+from tests.rank_process import on_cuda
+
+REPOSITORY = Path(__file__).resolve().parents[1]
 _PRELOAD = [
     "lightning.pytorch",
     "pytest",
@@ -57,7 +57,6 @@ _PRELOAD = [
     "torch.distributed.tensor.parallel",
     "transformers.models.qwen3_moe.modeling_qwen3_moe",
 ]
-_STACK_SIGNAL = signal.SIGUSR2  # Lightning and SLURM use SIGUSR1
 _OUTPUT_LINES = 200
 
 
@@ -79,18 +78,12 @@ class RankFailure(Exception):
         super().__init__("\n".join(parts))
 
 
-def device() -> torch.device:
-    """The device of this rank; outside a rank that of rank 0."""
-    if not _on_cuda():
-        return torch.device("cpu")
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
-
-
 def accelerator() -> str | CUDAAccelerator:
     """What to give to ``Trainer(accelerator=...)`` so that it trains on `device`."""
-    return _SharedCUDAAccelerator() if _on_cuda() else "cpu"
+    return _SharedCUDAAccelerator() if on_cuda() else "cpu"
 
 
+_CLEANING = 20.0  # seconds for a rank to put back what a call has changed
 _SLOWER_ON_GPU = 3  # every training makes communicators of its own, and ranks that share a GPU take turns
 
 
@@ -118,21 +111,40 @@ def run_ranks(
         What ``function`` returned, by rank; tensors on the CPU.
 
     Raises:
-        RankFailure: If a rank raised, died or was still running after ``timeout``. No rank outlives this call.
+        RankFailure: If a rank raised, died or was still running after ``timeout``. No rank outlives such a call.
     """
-    server = start_fork_server()
     # The store lives here, as it does in torchrun's agent: its port cannot be taken before the ranks connect.
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    with tempfile.TemporaryDirectory(prefix="ranks-") as folder:
-        ranks = _Ranks(Path(folder), world_size)
-        ranks.pack((function, args, init_process_group, _rank_environments(world_size, store.port), os.getcwd()))
-        try:
-            ranks.start(server)
-            ranks.wait(timeout * (_SLOWER_ON_GPU if _on_cuda() else 1))
-        finally:
-            ranks.kill()
-        print(ranks.outputs(), end="")
-        return [ranks.result(rank) for rank in range(world_size)]
+    call = (function, args, init_process_group, _rank_environments(world_size, store.port), os.getcwd())
+    if world_size not in _crews:
+        _crews[world_size] = _Crew(world_size, start_fork_server())
+    crew, reusable = _crews[world_size], False
+    try:
+        results, reusable = crew.call(call, timeout * (_SLOWER_ON_GPU if on_cuda() else 1))
+    finally:
+        if not reusable:
+            _crews.pop(world_size).dismiss()
+    return results
+
+
+def assert_ranks_agree(world_size: int, function: Callable[..., list[str]], *args: Any, **options: Any) -> None:
+    """Calls a function that returns what is wrong on every rank, as `run_ranks` does; nothing may be wrong on any.
+
+    A rank that returns anything but a list has not looked, and fails too.
+    """
+    answers = run_ranks(world_size, function, *args, **options)
+    assert len(answers) == world_size
+    wrong = {rank: answer for rank, answer in enumerate(answers) if not isinstance(answer, list) or answer}
+    assert not wrong, "\n".join(f"rank {rank}: {answer}" for rank, answer in wrong.items())
+
+
+def dismiss_ranks() -> None:
+    """Ends the ranks that wait for calls; the next call starts new ones."""
+    while _crews:
+        _crews.popitem()[1].dismiss()
+
+
+atexit.register(dismiss_ranks)  # before multiprocessing, which would wait for them
 
 
 @functools.cache
@@ -145,54 +157,79 @@ def start_fork_server() -> multiprocessing.context.ForkServerContext:
         importlib.import_module("lightning_ep")
         preload.append("lightning_ep")
     context.set_forkserver_preload(preload)
-    path = os.pathsep.join(filter(None, [str(_REPOSITORY), os.environ.get("PYTHONPATH")]))
+    path = os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH")]))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", path)
         multiprocessing.forkserver.ensure_running()
     return context
 
 
-class _Ranks:
-    """The processes of one call and the folder through which they answer."""
+class _Crew:
+    """Processes of one world size that serve one call after another, until one of them fails."""
 
-    def __init__(self, folder: Path, world_size: int) -> None:
-        self.folder = folder
+    def __init__(self, world_size: int, server: multiprocessing.context.ForkServerContext) -> None:
         self.world_size = world_size
+        self.folder = Path(tempfile.mkdtemp(prefix="ranks-"))
         self.processes: list[Any] = []
-
-    def pack(self, call: Any) -> None:
-        torch.save(call, self.folder / "call")
-
-    def start(self, server: multiprocessing.context.ForkServerContext) -> None:
-        for rank in range(self.world_size):
-            process = server.Process(target=_rank_main, args=(str(self.folder), rank), name=f"rank {rank}")
+        self.pipes: list[multiprocessing.connection.Connection] = []
+        for rank in range(world_size):
+            ours, theirs = multiprocessing.Pipe()
+            process = server.Process(target=rank_process.main, args=(theirs, rank), name=f"rank {rank}")
             self.processes.append(process)
+            self.pipes.append(ours)
             process.start()
+            theirs.close()
 
-    def wait(self, timeout: float) -> None:
+    def call(self, call: Any, timeout: float) -> tuple[list[Any], bool]:
+        """What the function returned on every rank, and whether these processes may be called again."""
+        self._forget_last_call()
+        torch.save(call, self.folder / "call")
         deadline = time.monotonic() + timeout
-        running = {process.sentinel: rank for rank, process in enumerate(self.processes)}
+        self._tell_all(str(self.folder))
+        self._hear_all(deadline, timeout)
+        self._tell_all("all have returned")
+        reusable = all(self._hear_all(deadline + _CLEANING, timeout))
+        print(self._outputs(), end="")
+        files = [self.folder / f"{rank}.result" for rank in range(self.world_size)]
+        return [torch.load(file, map_location="cpu", weights_only=False) for file in files], reusable
+
+    def _tell_all(self, what: str) -> None:
+        for pipe in self.pipes:
+            with contextlib.suppress(OSError):  # it has died, which is seen when it should answer
+                pipe.send(what)
+
+    def _forget_last_call(self) -> None:
+        for path in self.folder.iterdir():
+            path.unlink()
+
+    def _hear_all(self, deadline: float, timeout: float) -> list[bool]:
+        answers: dict[int, bool | None] = {}
+        running: dict[Any, int] = {pipe: rank for rank, pipe in enumerate(self.pipes)}
         while running:
-            ended = self._ended(running, max(0.0, deadline - time.monotonic()))
-            if not ended:
+            heard = self._hear(running, max(0.0, deadline - time.monotonic()))
+            if not heard:
                 self._fail_hanging(sorted(running.values()), timeout)
-            if not all(self._succeeded(rank) for rank in ended):
+            if None in heard.values():
                 # The peers of a rank that died fail too and may be seen first.
-                ended += self._ended(running, 0.2)
-                self._fail([rank for rank in ended if not self._succeeded(rank)])
+                heard |= self._hear(running, 0.2)
+                self._fail([rank for rank, answer in heard.items() if answer is None])
+            answers |= heard
+        return [bool(answer) for answer in answers.values()]
 
-    def _ended(self, running: dict[int, int], timeout: float) -> list[int]:
-        ready = multiprocessing.connection.wait(list(running), timeout)
-        ended = [running.pop(sentinel) for sentinel in ready]
-        for rank in ended:
-            self.processes[rank].join()
-        return ended
-
-    def _succeeded(self, rank: int) -> bool:
-        return self.processes[rank].exitcode == 0 and (self.folder / f"{rank}.result").exists()
+    def _hear(self, running: dict[Any, int], timeout: float) -> dict[int, bool | None]:
+        """What ranks have said until now, None for one that has died; they are taken out of ``running``."""
+        heard: dict[int, bool | None] = {}
+        for pipe in multiprocessing.connection.wait(list(running), timeout):
+            rank = running.pop(pipe)
+            try:
+                heard[rank] = pipe.recv()
+            except (EOFError, OSError):
+                self.processes[rank].join()
+                heard[rank] = None
+        return heard
 
     def _fail(self, failed: list[int]) -> NoReturn:
-        outputs = {rank: self.output(rank) for rank in range(self.world_size)}
+        outputs = {rank: self._output(rank) for rank in range(self.world_size)}
         raised = {rank: error for rank in range(self.world_size) if (error := self._error(rank))}
         died = [rank for rank in failed if rank not in raised]
         tracebacks = {rank: error["traceback"] for rank, error in raised.items()}
@@ -207,38 +244,37 @@ class _Ranks:
 
     def _fail_hanging(self, hanging: list[int], timeout: float) -> NoReturn:
         for rank in hanging:
-            os.kill(self.processes[rank].pid, _STACK_SIGNAL)
+            os.kill(self.processes[rank].pid, rank_process.STACK_SIGNAL)
         time.sleep(1.0)  # for the stacks to be written
         errors = {rank: error["traceback"] for rank in range(self.world_size) if (error := self._error(rank))}
-        outputs = {rank: self.output(rank) for rank in range(self.world_size)}
+        outputs = {rank: self._output(rank) for rank in range(self.world_size)}
         summary = f"ranks {hanging} of {self.world_size} were still running after {timeout:g} s; their stacks are below"
         raise RankFailure(hanging[0], summary, errors, outputs)
 
-    def kill(self) -> None:
+    def dismiss(self) -> None:
+        """Ends the processes and whatever they have started."""
         for process in self.processes:
-            if process.pid is None or not process.is_alive():
+            if not process.is_alive():
                 continue
             # A rank leads a process group of its own: what it started goes with it.
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.kill()
-        for process in self.processes:
-            if process.pid is not None:
-                process.join()
+        for process, pipe in zip(self.processes, self.pipes, strict=True):
+            process.join()
+            pipe.close()
+        shutil.rmtree(self.folder)
 
-    def output(self, rank: int) -> str:
+    def _output(self, rank: int) -> str:
         with contextlib.suppress(FileNotFoundError):
             lines = (self.folder / f"{rank}.output").read_text(errors="replace").splitlines()
             omitted = [f"... {len(lines) - _OUTPUT_LINES} lines"] if len(lines) > _OUTPUT_LINES else []
             return "\n".join(omitted + lines[-_OUTPUT_LINES:])
         return ""
 
-    def outputs(self) -> str:
-        texts = {rank: self.output(rank) for rank in range(self.world_size)}
+    def _outputs(self) -> str:
+        texts = {rank: self._output(rank) for rank in range(self.world_size)}
         return "".join(f"----- rank {rank}: output -----\n{text}\n" for rank, text in texts.items() if text)
-
-    def result(self, rank: int) -> Any:
-        return torch.load(self.folder / f"{rank}.result", map_location="cpu", weights_only=False)
 
     def _error(self, rank: int) -> dict[str, Any] | None:
         with contextlib.suppress(FileNotFoundError, json.JSONDecodeError):
@@ -246,46 +282,7 @@ class _Ranks:
         return None
 
 
-def _rank_main(folder: str, rank: int) -> None:
-    """What a rank runs."""
-    os.setsid()
-    _die_with_parent()
-    _redirect_output(f"{folder}/{rank}.output")
-    faulthandler.enable(all_threads=True)
-    faulthandler.register(_STACK_SIGNAL, all_threads=True)
-    try:
-        result = _call(folder, rank)
-        # Not multiprocessing's own pickling: it would pass tensors as handles to memory that ends with this process.
-        buffer = io.BytesIO()
-        torch.save(result, buffer)
-        Path(folder, f"{rank}.result").write_bytes(buffer.getvalue())
-        if dist.is_initialized():
-            dist.destroy_process_group()
-    except BaseException as exception:
-        summary = "".join(traceback.format_exception_only(exception)).strip()
-        error = {"time": time.monotonic(), "summary": summary, "traceback": traceback.format_exc()}
-        Path(folder, f"{rank}.error").write_text(json.dumps(error))
-        sys.stdout.flush()
-        # Not an ordinary exit: it can wait for peers, and would leave data loader workers behind.
-        os.killpg(0, signal.SIGKILL)
-
-
-def _call(folder: str, rank: int) -> Any:
-    function, args, init_process_group, environments, directory = torch.load(f"{folder}/call", weights_only=False)
-    os.environ.clear()
-    os.environ.update(environments[rank])
-    os.chdir(directory)
-    rank_zero_only.rank = rank  # set at import in a process that was started with these variables
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
-    random.seed(0)
-    np.random.seed(0)
-    if _on_cuda():
-        torch.cuda.set_device(device())
-    if init_process_group:
-        bound = {"device_id": device()} if _on_cuda() else {}
-        dist.init_process_group("nccl" if _on_cuda() else "gloo", **bound)
-    return function(*args)
+_crews: dict[int, _Crew] = {}
 
 
 def _rank_environments(world_size: int, port: int) -> list[dict[str, str]]:
@@ -302,36 +299,11 @@ def _rank_environments(world_size: int, port: int) -> list[dict[str, str]]:
         "TORCHELASTIC_RESTART_COUNT": "0",
     }
     environments = [{**common, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(world_size)]
-    if _on_cuda() and torch.cuda.device_count() < world_size:
+    if on_cuda() and torch.cuda.device_count() < world_size:
         # NCCL refuses two ranks of one host on one GPU: let each be a host of its own, over the loopback interface.
         for rank, environment in enumerate(environments):
             environment.update(NCCL_HOSTID=f"rank-{rank}", NCCL_SOCKET_IFNAME="lo", NCCL_IB_DISABLE="1")
     return environments
-
-
-def _die_with_parent() -> None:
-    """Has the kernel kill this process when the fork server ends, which ends with pytest, however that ends."""
-    # The server ends when nobody holds this pipe; multiprocessing hands it to every process that the server forks.
-    server = multiprocessing.forkserver._forkserver
-    os.close(server._forkserver_alive_fd)
-    server._forkserver_alive_fd = None
-    pr_set_pdeathsig = 1
-    ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
-    if os.getppid() == 1:
-        os._exit(1)
-
-
-def _redirect_output(path: str) -> None:
-    target = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(target, 1)
-    os.dup2(target, 2)
-    os.close(target)
-    sys.stdout = open(1, "w", buffering=1, closefd=False)  # noqa: SIM115
-    sys.stderr = open(2, "w", buffering=1, closefd=False)  # noqa: SIM115
-
-
-def _on_cuda() -> bool:
-    return os.environ.get("LIGHTNING_EP_TEST_DEVICE", "cpu") == "cuda"
 
 
 class _SharedCUDAAccelerator(CUDAAccelerator):

@@ -1,15 +1,20 @@
-"""run_ranks: results, failures of every kind, and nothing left behind."""
+"""run_ranks: results, failures of every kind, and nothing left behind from one call to the next."""
 
 from __future__ import annotations
 
+import multiprocessing
 import os
+import random
+import re
 import signal
 import subprocess
 import sys
 import threading
 import time
+import warnings
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,7 +23,8 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.demos.boring_classes import BoringModel
 from torch.utils.data import DataLoader
 
-from tests.ranks import RankFailure, accelerator, device, run_ranks
+from lightning_ep import layout
+from tests.ranks import RankFailure, accelerator, assert_ranks_agree, device, run_ranks
 
 
 def _all_reduce(offset: torch.Tensor) -> dict[str, object]:
@@ -39,6 +45,65 @@ def test_four_ranks_start_quickly() -> None:
     start = time.monotonic()
     run_ranks(4, _all_reduce, torch.tensor(0.0))
     assert time.monotonic() - start < 10.0  # about one second on an idle machine
+
+
+def test_ranks_live_on_with_a_group_of_each_call_alone() -> None:
+    first, second = run_ranks(2, _all_reduce, torch.tensor(0.5)), run_ranks(2, _all_reduce, torch.tensor(1.0))
+    assert [result["pid"] for result in first] == [result["pid"] for result in second]
+    assert [result["sum"] for result in second] == [2.0, 2.0]
+
+
+def _change(what: str) -> int:
+    if what == "surroundings":
+        os.environ["ANSWER"] = "42"
+        os.chdir("/")
+        torch.set_default_dtype(torch.float64)
+        torch.use_deterministic_algorithms(True)
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        random.seed(1)
+        warnings.simplefilter("error")
+    elif what == "a thread":
+        threading.Thread(target=time.sleep, args=(1000,), daemon=True).start()
+    elif what == "a process":
+        multiprocessing.get_context("spawn").Process(target=time.sleep, args=(1000,)).start()
+    elif what == "the package":
+        layout.ParallelLayout = None  # type: ignore[misc]
+    return os.getpid()
+
+
+def _look() -> tuple[int, tuple[Any, ...]]:
+    settings = torch.get_default_dtype(), torch.are_deterministic_algorithms_enabled(), random.random()
+    signals = signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    return os.getpid(), (os.environ.get("ANSWER"), os.getcwd(), *settings, signals, list(warnings.filters))
+
+
+def test_what_a_call_changes_of_its_process_is_put_back() -> None:
+    pid, before = run_ranks(1, _look)[0]
+    assert run_ranks(1, _change, "surroundings") == [pid]
+    assert run_ranks(1, _look) == [(pid, before)]
+
+
+@pytest.mark.parametrize("what", ["a thread", "a process"])
+def test_ranks_that_are_not_alone_in_their_process_any_more_are_replaced(what: str) -> None:
+    pid = run_ranks(1, _change, what)[0]
+    assert not _is_running(pid)
+    assert run_ranks(1, _look)[0][0] != pid
+
+
+def test_a_function_that_leaves_the_package_changed_fails() -> None:
+    with pytest.raises(RankFailure, match=r"has set \['lightning_ep.layout.ParallelLayout'\] and not put it back"):
+        run_ranks(1, _change, "the package")
+
+
+def _differ(wrong: object) -> object:
+    return wrong if dist.get_rank() == 1 else []
+
+
+@pytest.mark.parametrize("wrong", [["loss 1 != 2"], None, True])
+def test_what_is_wrong_on_one_rank_is_said_with_it(wrong: object) -> None:
+    assert_ranks_agree(2, _differ, [])
+    with pytest.raises(AssertionError, match=re.escape(f"rank 1: {wrong}")):
+        assert_ranks_agree(2, _differ, wrong)
 
 
 def _surroundings() -> tuple[str | None, str, int, float, int]:
@@ -126,7 +191,7 @@ def test_what_cannot_be_pickled_is_refused_in_the_test() -> None:
 
 def test_an_interrupt_ends_all_ranks(tmp_path: Path) -> None:
     def interrupt() -> None:
-        while not (tmp_path / "child").exists():
+        while not all((tmp_path / name).exists() for name in ("0", "1", "child")):
             time.sleep(0.05)
         os.kill(os.getpid(), signal.SIGINT)
 

@@ -7,10 +7,12 @@ import signal
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Callable
 from types import FrameType
 
 EXIT_CODE = 128 + signal.SIGINT  # what a shell says of an interrupted program
+_END = 0  # no signal has this number
 _ONE_PRESS = 1.0  # seconds; launchers may forward what the terminal has sent already
 
 
@@ -30,6 +32,7 @@ class Interrupts:
         self._second = second
         self._pipe: tuple[int, int] | None = None
         self._previous = -1
+        self._thread: threading.Thread | None = None
 
     def begin(self) -> None:
         """Takes SIGINT over, until `end`."""
@@ -40,9 +43,9 @@ class Interrupts:
         os.set_blocking(self._pipe[1], False)
         signal.signal(signal.SIGINT, _noted_elsewhere)
         self._previous = signal.set_wakeup_fd(self._pipe[1], warn_on_full_buffer=False)
-        # Workers of a loader that are forked would write into the pipe, too.
-        os.register_at_fork(after_in_child=self._leave_to_parent)
-        threading.Thread(target=self._count, args=(self._pipe[0],), daemon=True, name="interrupts").start()
+        _begun.add(self)
+        self._thread = threading.Thread(target=self._count, args=(self._pipe[0],), daemon=True, name="interrupts")
+        self._thread.start()
 
     def end(self) -> None:
         """Puts back what was there before `begin`."""
@@ -51,16 +54,16 @@ class Interrupts:
         signal.set_wakeup_fd(self._previous)
         if signal.getsignal(signal.SIGINT) is _noted_elsewhere:
             signal.signal(signal.SIGINT, signal.default_int_handler)
-        os.close(self._pipe[1])  # which ends the thread
+        _begun.discard(self)
+        os.write(self._pipe[1], bytes([_END]))  # closing it does not end the thread while a worker has it open, too
+        os.close(self._pipe[1])
         self._pipe = None
-
-    def _leave_to_parent(self) -> None:
-        if self._pipe is not None:
-            signal.set_wakeup_fd(-1)
+        if self._thread is not None and self._thread is not threading.current_thread():
+            self._thread.join()
 
     def _count(self, pipe: int) -> None:
         last = None
-        while number := os.read(pipe, 1):
+        while (number := os.read(pipe, 1)) and number[0] != _END:
             if number[0] != signal.SIGINT:
                 continue
             now = time.monotonic()
@@ -71,6 +74,18 @@ class Interrupts:
                 os._exit(EXIT_CODE)
             last = last or now
         os.close(pipe)
+
+
+_begun: weakref.WeakSet[Interrupts] = weakref.WeakSet()
+
+
+def _leave_to_parent() -> None:
+    """Workers of a loader that are forked would write into the pipe, too."""
+    if _begun:
+        signal.set_wakeup_fd(-1)
+
+
+os.register_at_fork(after_in_child=_leave_to_parent)
 
 
 def _noted_elsewhere(signum: int, frame: FrameType | None) -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import os
+import threading
+import weakref
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -368,6 +371,21 @@ def resume_a_file_of_another_strategy(root: Path) -> None:
     trainer = quiet(root, max_steps=STEPS)
     trainer.fit(module := TinyModule(), loader(), ckpt_path=root / "other.ckpt")
     check(trainer, module, STEPS)
+
+
+@row()
+def a_run_leaves_nothing_behind(root: Path) -> None:
+    threads = threading.active_count()
+
+    def run() -> list[weakref.ref[Any]]:
+        trainer, module = fit(root)
+        left = [trainer, trainer.strategy, module, module.model, module.model.lm_head.weight]
+        return [weakref.ref(thing) for thing in left]
+
+    left = run()
+    gc.collect()
+    assert not [type(thing()).__name__ for thing in left if thing() is not None]
+    assert threading.active_count() <= threads, threading.enumerate()
 
 
 @row()
