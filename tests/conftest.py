@@ -15,20 +15,38 @@ import torch.distributed as dist
 from tests import ranks
 from tests.rows import RowFailures
 
+pytest_plugins = ["tests.record"]
+
 _PROCESSES = {"run_ranks", "row_failures", "run_cell", "subprocess", "multiprocessing", "TwoNodes"}
 """What tests that start processes name, themselves or through functions and fixtures of ``tests``."""
+_DEVICES = {"run_ranks", "row_failures", "device", "accelerator", "DEVICE"}
+"""What tests name that use a GPU with LIGHTNING_EP_TEST_DEVICE=cuda."""
+_ON_CUDA = os.environ.get("LIGHTNING_EP_TEST_DEVICE") == "cuda"
 
 
-def _starts_processes(function: Callable[..., Any], seen: set[Callable[..., Any]]) -> bool:
+def _reaches(item: pytest.Item, names: set[str]) -> bool:
+    """Whether a test names one of these, itself or through functions and fixtures of ``tests``."""
+    if not isinstance(item, pytest.Function):
+        return True
+    if set(item.fixturenames) & names:
+        return True
+    fixtures = [
+        definition.func for definitions in item._fixtureinfo.name2fixturedefs.values() for definition in definitions
+    ]
+    seen: set[Callable[..., Any]] = set()
+    return any(_names_one(function, names, seen) for function in (item.function, *fixtures))
+
+
+def _names_one(function: Callable[..., Any], names: set[str], seen: set[Callable[..., Any]]) -> bool:
     function = inspect.unwrap(function)
     if not inspect.isfunction(function) or function in seen:
         return False
     seen.add(function)
-    names = _names(function.__code__)
-    if names & _PROCESSES:
+    used = _names(function.__code__) & function.__globals__.keys()  # and not attributes that are called alike
+    if used & names:
         return True
-    called = [function.__globals__.get(name) for name in names]
-    return any(_starts_processes(f, seen) for f in called if str(getattr(f, "__module__", "")).startswith("tests."))
+    called = [function.__globals__.get(name) for name in used]
+    return any(_names_one(f, names, seen) for f in called if str(getattr(f, "__module__", "")).startswith("tests."))
 
 
 def _names(code: CodeType) -> set[str]:
@@ -36,32 +54,28 @@ def _names(code: CodeType) -> set[str]:
     return {*code.co_names, *(name for function in inner for name in _names(function))}
 
 
-def _is_quick(item: pytest.Item) -> bool:
-    """Whether a test needs no ranks and is not marked as anything that takes long."""
-    if not isinstance(item, pytest.Function) or any(map(item.get_closest_marker, ("slow", "gpu", "fault_injection"))):
+def _is_left_out(item: pytest.Item, config: pytest.Config) -> bool:
+    """Tests that run only when they are asked for, by their mark or by name; on GPUs also those that use none."""
+    if any("::" in argument and item.nodeid.startswith(argument) for argument in config.args):
         return False
-    if set(item.fixturenames) & _PROCESSES:
-        return False
-    fixtures = [
-        definition.func for definitions in item._fixtureinfo.name2fixturedefs.values() for definition in definitions
-    ]
-    seen: set[Callable[..., Any]] = set()
-    return not any(_starts_processes(function, seen) for function in (item.function, *fixtures))
+    long = [mark for mark in ("slow", "fault_injection") if item.get_closest_marker(mark)]
+    if not all(mark in config.option.markexpr for mark in long):
+        return True
+    if _ON_CUDA:
+        return not (item.get_closest_marker("gpu") or _reaches(item, _DEVICES))
+    return item.get_closest_marker("gpu") is not None
 
 
 @pytest.hookimpl(tryfirst=True)  # before `-m` selects
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    left_out = [item for item in items if _is_left_out(item, config)]
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in left_out]
     for item in items:
-        if _is_quick(item):
+        marked = any(map(item.get_closest_marker, ("slow", "gpu", "fault_injection")))
+        if not marked and not _reaches(item, _PROCESSES):
             item.add_marker("quick")
-    if "fault_injection" not in config.option.markexpr:
-        for item in items:
-            if item.get_closest_marker("fault_injection"):
-                item.add_marker(pytest.mark.skip(reason="long: run with -m fault_injection"))
-    if os.environ.get("LIGHTNING_EP_TEST_DEVICE") != "cuda":
-        for item in items:
-            if item.get_closest_marker("gpu"):
-                item.add_marker(pytest.mark.skip(reason="needs LIGHTNING_EP_TEST_DEVICE=cuda"))
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:

@@ -5,6 +5,7 @@ The losses, each gradient of the first step, the gradient norms and the weights 
 
 from __future__ import annotations
 
+import functools
 import os
 import tempfile
 from typing import Any
@@ -20,7 +21,7 @@ from lightning_ep import CausalLM, ExpertParallelStrategy
 from lightning_ep import loss as loss_module
 from lightning_ep import transformers_adapter as adapter
 from lightning_ep.fsdp import groups as layer_groups
-from tests.ranks import accelerator
+from tests.ranks import accelerator, assert_ranks_agree
 from tests.reference import Trace, batches, relative_error, tiny_config, tiny_model, train
 
 STEPS, LR = 3, 0.5
@@ -179,28 +180,52 @@ def _compare(trace: Trace, expected: Trace, tolerance: float, bf16: bool = False
     return wrong
 
 
-def compare_with_one_process(layout: dict[str, int], cases: list[dict[str, Any]]) -> list[str]:
-    """What differs from one process; for `run_ranks` with ``init_process_group=False``.
+def assert_trains_like_one_process(
+    world: int, layout: dict[str, int], cases: list[dict[str, Any]], timeout: float = 90.0
+) -> None:
+    """Runs the cases on ``world`` ranks and in this process, without any code of ours.
 
     Args:
+        world: Number of ranks.
         layout: Arguments of ExpertParallelStrategy.
         cases: ``causal`` (CausalLM, or a user's module), ``accumulate`` and ``clip``, and what else `_fit` takes.
+        timeout: As in `run_ranks`.
     """
+    data_ranks = world // (layout.get("tp", 1) * layout.get("cp", 1))
+    expected = [_one_process(data_ranks, case) for case in cases]
+    assert_ranks_agree(world, _differences, layout, cases, expected, init_process_group=False, timeout=timeout)
+
+
+def compare_with_one_process(layout: dict[str, int], cases: list[dict[str, Any]]) -> list[str]:
+    """What differs on this rank, which trains the one process, too: for ranks that somebody else has started."""
+    data_ranks = _world() // (layout.get("tp", 1) * layout.get("cp", 1))
+    return _differences(layout, cases, [_one_process(data_ranks, case) for case in cases])
+
+
+def _one_process(data_ranks: int, case: dict[str, Any]) -> Trace:
+    causal, length, overrides = case["causal"], case.get("length", 12), case.get("overrides", {})
+    trace = _reference(data_ranks, causal, case["accumulate"], case["clip"], length, _hashable(overrides))
+    if case["clip"] is not None:
+        assert trace["norms"][0] > 1.5 * case["clip"], "the bound must bite"
+    return trace
+
+
+def _hashable(overrides: dict[str, Any]) -> tuple[Any, ...]:
+    return tuple((name, tuple(value) if isinstance(value, list) else value) for name, value in overrides.items())
+
+
+@functools.cache  # many layouts are compared with the same
+def _reference(
+    data_ranks: int, causal: bool, accumulate: int, clip: float | None, length: int, overrides: tuple[Any, ...]
+) -> Trace:
+    model = tiny_model(**{name: list(value) if isinstance(value, tuple) else value for name, value in overrides})
+    return train(model, _windows(data_ranks, accumulate, causal, length), LR, clip, token_weighted=causal)
+
+
+def _differences(layout: dict[str, int], cases: list[dict[str, Any]], expected: list[Trace]) -> list[str]:
     wrong = []
-    sharing = layout.get("tp", 1) * layout.get("cp", 1)
-    for case in cases:
-        overrides = case.get("overrides", {})
-        causal, accumulate, precision = case["causal"], case["accumulate"], case.get("precision", "32-true")
-        expected = train(
-            tiny_model(**overrides),
-            _windows(_world() // sharing, accumulate, causal, case.get("length", 12)),
-            LR,
-            case["clip"],
-            token_weighted=causal,
-        )
-        if case["clip"] is not None:
-            assert expected["norms"][0] > 1.5 * case["clip"], "the bound must bite"
-        trace = _fit(layout, **case)
-        bf16 = precision != "32-true"
-        wrong += [f"{case}: {message}" for message in _compare(trace, expected, 3e-2 if bf16 else 1e-5, bf16)]
+    for case, one_process in zip(cases, expected, strict=True):
+        bf16 = case.get("precision", "32-true") != "32-true"
+        found = _compare(_fit(layout, **case), one_process, 3e-2 if bf16 else 1e-5, bf16)
+        wrong += [f"{case}: {message}" for message in found]
     return wrong

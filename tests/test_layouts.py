@@ -9,7 +9,7 @@ import pytest
 import torch.distributed as dist
 
 from lightning_ep import ParallelLayout
-from tests.parity import compare_with_one_process
+from tests.parity import assert_trains_like_one_process
 from tests.ranks import device, run_ranks
 
 CASES = [
@@ -39,8 +39,7 @@ CASES = [
     ],
 )
 def test_training_equals_one_process(world: int, layout: dict[str, int]) -> None:
-    for wrong in run_ranks(world, compare_with_one_process, layout, CASES, init_process_group=False):
-        assert not wrong, "\n".join(wrong)
+    assert_trains_like_one_process(world, layout, CASES)
 
 
 COMBINED = [
@@ -56,16 +55,14 @@ COMBINED = [
     [(4, {"ep": 4, "tp": 2, "cp": 2}), (4, {"ep": 1, "fsdp": 2, "replicate": 2, "tp": 2}), (4, {"ep": 2, "cp": 2})],
 )
 def test_layouts_combine_with_recompute_accumulation_and_precision(world: int, layout: dict[str, int]) -> None:
-    for wrong in run_ranks(world, compare_with_one_process, layout, COMBINED, init_process_group=False):
-        assert not wrong, "\n".join(wrong)
+    assert_trains_like_one_process(world, layout, COMBINED)
 
 
 @pytest.mark.slow
 def test_layouts_combine_with_compiled_layers() -> None:
     case = {"causal": True, "accumulate": 1, "clip": 0.2, "compile": True, "recompute": "full"}
     layout = {"ep": 4, "tp": 2, "cp": 2}
-    for wrong in run_ranks(4, compare_with_one_process, layout, [case], init_process_group=False, timeout=110):
-        assert not wrong, "\n".join(wrong)
+    assert_trains_like_one_process(4, layout, [case], timeout=110)
 
 
 @pytest.mark.parametrize(

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.parity import compare_with_one_process
-from tests.ranks import run_ranks
+from tests.parity import assert_trains_like_one_process
 
 PLAIN = [
     {"causal": False, "accumulate": 1, "clip": None},
@@ -41,30 +40,25 @@ GROUPS = [
 
 @pytest.mark.parametrize(("world", "ep"), [(1, 1), (2, 1), (2, 2), (4, 2), (4, 4)])
 def test_training_equals_one_process(world: int, ep: int) -> None:
-    for wrong in run_ranks(world, compare_with_one_process, {"ep": ep}, PLAIN, init_process_group=False):
-        assert not wrong, "\n".join(wrong)
+    assert_trains_like_one_process(world, {"ep": ep}, PLAIN)
 
 
 @pytest.mark.parametrize(("world", "ep"), [(2, 2), (4, 2)])
 def test_models_with_dense_layers_ties_and_extreme_top_k(world: int, ep: int) -> None:
-    for wrong in run_ranks(world, compare_with_one_process, {"ep": ep}, MODELS, init_process_group=False):
-        assert not wrong, "\n".join(wrong)
+    assert_trains_like_one_process(world, {"ep": ep}, MODELS)
 
 
 @pytest.mark.parametrize(("world", "ep"), [(1, 1), (2, 2), (4, 2)])
 def test_layers_that_are_gathered_alone_or_together(world: int, ep: int) -> None:
-    for wrong in run_ranks(world, compare_with_one_process, {"ep": ep}, GROUPS, init_process_group=False):
-        assert not wrong, "\n".join(wrong)
+    assert_trains_like_one_process(world, {"ep": ep}, GROUPS)
 
 
 @pytest.mark.parametrize(("world", "ep"), [(1, 1), (2, 2), (4, 2)])
 def test_bf16_mixed_is_within_bf16_tolerance(world: int, ep: int) -> None:
-    for wrong in run_ranks(world, compare_with_one_process, {"ep": ep}, BF16, init_process_group=False):
-        assert not wrong, "\n".join(wrong)
+    assert_trains_like_one_process(world, {"ep": ep}, BF16)
 
 
 @pytest.mark.slow
 def test_compiled_layers_train_alike() -> None:
     case = {"causal": True, "accumulate": 1, "clip": 0.2, "compile": True}
-    for wrong in run_ranks(2, compare_with_one_process, {"ep": 2}, [case], init_process_group=False, timeout=110):
-        assert not wrong, "\n".join(wrong)
+    assert_trains_like_one_process(2, {"ep": 2}, [case], timeout=110)

@@ -30,8 +30,8 @@ from lightning_ep.context_parallel import (
 from lightning_ep.context_parallel.exchange import kv_repeats
 from lightning_ep.parallelize import is_parallelized
 from tests.documents import PACKED, PADDED, SHAPES, documents_error, varlen_by_loops
-from tests.parity import SeededCausalLM, compare_with_one_process
-from tests.ranks import accelerator, device, run_ranks
+from tests.parity import SeededCausalLM, assert_trains_like_one_process
+from tests.ranks import accelerator, assert_ranks_agree, device, run_ranks
 from tests.reference import VOCAB, family_model, grad_or_zero, relative_error, tiny_config, tiny_model
 from tests.tiny import TinyModule, loader, quiet
 
@@ -136,14 +136,12 @@ def _compare(build: Any, arguments: tuple[Any, ...], kinds: list[str], tolerance
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("world", [2, 4])
 def test_attention_is_that_of_one_process(world: int, attention: str) -> None:
-    for wrong in run_ranks(world, _compare, _qwen, (attention,), KINDS, 2e-6):
-        assert not wrong, "\n".join(wrong)
+    assert_ranks_agree(world, _compare, _qwen, (attention,), KINDS, 2e-6)
 
 
 @pytest.mark.parametrize(("family", "attention"), [("mixtral", "sdpa"), ("gpt_oss", "eager"), ("deepseek_v3", "sdpa")])
 def test_windows_sinks_and_latent_attention(family: str, attention: str) -> None:
-    for wrong in run_ranks(2, _compare, _family, (family, attention), ["odd", "packed", "left"], 2e-6):
-        assert not wrong, "\n".join(wrong)
+    assert_ranks_agree(2, _compare, _family, (family, attention), ["odd", "packed", "left"], 2e-6)
 
 
 def _compare_otherwise() -> list[str]:
@@ -154,16 +152,14 @@ def _compare_otherwise() -> list[str]:
 
 
 def test_bf16_and_replayed_layers() -> None:
-    for wrong in run_ranks(2, _compare_otherwise):
-        assert not wrong, "\n".join(wrong)
+    assert_ranks_agree(2, _compare_otherwise)
 
 
 @pytest.mark.slow
 def test_compiled_layers_train_alike() -> None:
     case = {"causal": True, "accumulate": 1, "clip": 0.2, "compile": True}
     layout = {"ep": 2, "cp": 2}
-    for wrong in run_ranks(2, compare_with_one_process, layout, [case], init_process_group=False, timeout=110):
-        assert not wrong, "\n".join(wrong)
+    assert_trains_like_one_process(2, layout, [case], timeout=110)
 
 
 @pytest.mark.skipif(ON_GPU, reason="the kernel itself runs in test_gpu.py; this is a loop in its place, on the CPU")

@@ -20,7 +20,7 @@ from lightning_ep.fsdp import groups as layer_groups
 from lightning_ep.fsdp.accumulation import set_gradient_sync
 from lightning_ep.loss import summed_loss
 from lightning_ep.ops.cross_entropy import shifted
-from tests.ranks import device, run_ranks
+from tests.ranks import assert_ranks_agree, device, run_ranks
 from tests.reference import batches, tiny_model
 from tests.rows import wrong_gradients
 
@@ -98,12 +98,12 @@ def _next_step(ep: int, together: bool, fused: bool, mode: str) -> list[str]:
 @pytest.mark.parametrize(("ep", "together"), [(2, True), (2, False), (1, False)])
 @pytest.mark.parametrize("fused", [False, True])
 def test_the_next_step(ep: int, together: bool, fused: bool) -> None:
-    assert run_ranks(2, _next_step, ep, together, fused, "none") == [[], []]
+    assert_ranks_agree(2, _next_step, ep, together, fused, "none")
 
 
 @pytest.mark.parametrize("mode", ["selective", "full"])
 def test_the_next_step_of_layers_that_are_recomputed(mode: str) -> None:
-    assert run_ranks(2, _next_step, 2, False, False, mode) == [[], []]
+    assert_ranks_agree(2, _next_step, 2, False, False, mode)
 
 
 def _window(backward: bool) -> list[str]:
@@ -125,7 +125,7 @@ def _window(backward: bool) -> list[str]:
 
 @pytest.mark.parametrize("backward", [False, True])
 def test_an_accumulation_window(backward: bool) -> None:
-    assert run_ranks(2, _window, backward) == [[], []]
+    assert_ranks_agree(2, _window, backward)
 
 
 def _other_entrance() -> list[str]:
@@ -153,7 +153,7 @@ def _other_entrance() -> list[str]:
 
 
 def test_methods_that_are_forwards_too() -> None:
-    assert run_ranks(2, _other_entrance) == [[], []]
+    assert_ranks_agree(2, _other_entrance)
 
 
 class _Around(nn.Module):
@@ -181,7 +181,7 @@ def _root_around() -> list[str]:
 
 
 def test_a_root_of_the_users_around_ours_goes_on() -> None:
-    assert run_ranks(2, _root_around) == [[], []]
+    assert_ranks_agree(2, _root_around)
 
 
 def _experts_of_the_users() -> list[bool]:

@@ -11,7 +11,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 
 from lightning_ep import ParallelLayout, parallelize
 from lightning_ep.fsdp import groups as layer_groups
-from tests.ranks import device, run_ranks
+from tests.ranks import assert_ranks_agree, device, run_ranks
 from tests.reference import batches, tiny_model
 from tests.rows import wrong_gradients
 
@@ -52,7 +52,7 @@ def _middle(hidden: int) -> list[str]:
 
 def test_a_loss_on_hidden_states_in_the_middle() -> None:
     for hidden in (1, 3):
-        assert run_ranks(2, _middle, hidden) == [[], []]
+        assert_ranks_agree(2, _middle, hidden)
 
 
 def _exit(training: bool) -> list[str]:
@@ -75,7 +75,7 @@ def _exit(training: bool) -> list[str]:
 
 def test_a_forward_that_ends_in_the_middle() -> None:
     for training in (True, False):
-        assert run_ranks(2, _exit, training) == [[], []]
+        assert_ranks_agree(2, _exit, training)
 
 
 def _alone(ep: int | None) -> list[str]:
@@ -110,7 +110,7 @@ def _alone(ep: int | None) -> list[str]:
 
 @pytest.mark.parametrize("ep", [None, 1])
 def test_layers_that_are_called_by_themselves(ep: int | None) -> None:
-    assert run_ranks(2, _alone, ep) == [[], []]
+    assert_ranks_agree(2, _alone, ep)
 
 
 def _embedding_first(ep: int | None) -> list[str]:
@@ -125,7 +125,7 @@ def _embedding_first(ep: int | None) -> list[str]:
 
 @pytest.mark.parametrize("ep", [None, 1])
 def test_an_embedding_that_is_called_before_the_model(ep: int | None) -> None:
-    assert run_ranks(2, _embedding_first, ep) == [[], []]
+    assert_ranks_agree(2, _embedding_first, ep)
 
 
 def _dtypes() -> list[torch.dtype]:
@@ -159,7 +159,7 @@ def _frozen(names: tuple[str, ...]) -> list[str]:
 
 @pytest.mark.parametrize("names", [("embed_tokens", "layers.0."), ("layers.1.", "layers.2."), ("layers.3.", "norm")])
 def test_frozen_layers_among_others(names: tuple[str, ...]) -> None:
-    assert run_ranks(2, _frozen, names) == [[], []]
+    assert_ranks_agree(2, _frozen, names)
 
 
 @pytest.mark.parametrize(

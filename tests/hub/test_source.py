@@ -18,7 +18,7 @@ from lightning_ep import ParallelLayout, from_pretrained, parallelize
 from lightning_ep.hub.errors import CheckpointError
 from lightning_ep.hub.load import stream_pretrained
 from tests.hub_files import full_state, write_checkpoint
-from tests.ranks import device, run_ranks
+from tests.ranks import assert_ranks_agree, device, run_ranks
 from tests.reference import VOCAB, batches, relative_error
 
 Build = Callable[[Any], Any]
@@ -121,8 +121,7 @@ def _wrong(paths: list[str]) -> list[str]:
 def test_weights_follow_their_modules(tmp_path: Path) -> None:
     for tied in (False, True):
         write_checkpoint(tmp_path / str(tied), tie_word_embeddings=tied)
-    for wrong in run_ranks(2, _wrong, [str(tmp_path / "False"), str(tmp_path / "True")]):
-        assert not wrong, "\n".join(wrong)
+    assert_ranks_agree(2, _wrong, [str(tmp_path / "False"), str(tmp_path / "True")])
 
 
 def _lora_gradients(path: str) -> list[str]:
@@ -149,8 +148,7 @@ def _lora_gradients(path: str) -> list[str]:
 
 def test_lora_over_streamed_weights_is_pefts(tmp_path: Path) -> None:
     write_checkpoint(tmp_path)
-    for wrong in run_ranks(2, _lora_gradients, str(tmp_path)):
-        assert not wrong, "\n".join(wrong)
+    assert_ranks_agree(2, _lora_gradients, str(tmp_path))
 
 
 def _classifiers(path: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

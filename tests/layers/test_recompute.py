@@ -26,7 +26,7 @@ from lightning_ep import ParallelLayout, expert_plan, parallelize
 from lightning_ep.ops import fused_experts
 from lightning_ep.parallelize import check_recompute
 from tests.moe.test_families import FAMILIES, SIZES
-from tests.ranks import device, run_ranks
+from tests.ranks import assert_ranks_agree, device, run_ranks
 from tests.reference import batches, relative_error
 from tests.rows import refused, whole
 
@@ -142,8 +142,7 @@ def _compare(ep: int) -> list[str]:
 
 @pytest.mark.parametrize(("world", "ep"), [(1, 1), (2, 2), (4, 2)])
 def test_gradients_are_equal_and_nothing_runs_twice_that_need_not(world: int, ep: int) -> None:
-    for wrong in run_ranks(world, _compare, ep):
-        assert not wrong, "\n".join(wrong)
+    assert_ranks_agree(world, _compare, ep)
 
 
 def _compiled(family: str, ep: int, modes: tuple[str, ...], layers: int, backend: str) -> list[str]:
@@ -191,16 +190,14 @@ def _far(model: PreTrainedModel, expected: dict[str, Tensor | None]) -> list[str
 
 
 def test_compiled_layers_recompute_in_graphs_that_serve_any_number_of_tokens() -> None:
-    for wrong in run_ranks(2, _compiled, "qwen2_moe", 2, MODES[1:], 1, "aot_eager", timeout=110):
-        assert not wrong, "\n".join(wrong)
+    assert_ranks_agree(2, _compiled, "qwen2_moe", 2, MODES[1:], 1, "aot_eager", timeout=110)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v3"])
 @pytest.mark.parametrize(("world", "ep"), [(2, 2), (2, 1)])
 def test_layers_compiled_by_inductor_recompute(family: str, world: int, ep: int) -> None:
-    for wrong in run_ranks(world, _compiled, family, ep, MODES[1:], 2, "inductor", timeout=300):
-        assert not wrong, "\n".join(wrong)
+    assert_ranks_agree(world, _compiled, family, ep, MODES[1:], 2, "inductor", timeout=300)
 
 
 def _freeze(*words: str) -> Change:
@@ -261,8 +258,7 @@ def _special_cases() -> list[str]:
 
 
 def test_frozen_parts_dropout_router_losses_and_bf16() -> None:
-    for wrong in run_ranks(2, _special_cases):
-        assert not wrong, "\n".join(wrong)
+    assert_ranks_agree(2, _special_cases)
 
 
 def _modified_in_place() -> None:

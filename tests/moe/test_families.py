@@ -25,7 +25,7 @@ from lightning_ep.moe.function import moe_forward
 from lightning_ep.ops.fused_experts import FusedExperts
 from lightning_ep.parallelize import check
 from lightning_ep.transformers_adapter import experts_modules, why_not_fused
-from tests.ranks import device, run_ranks
+from tests.ranks import assert_ranks_agree, device, run_ranks
 from tests.reference import batches, family_model, relative_error
 from tests.tiny import quiet
 
@@ -88,8 +88,7 @@ def _gradients(family: str, ep: int) -> list[str]:
 @pytest.mark.parametrize(("world", "ep"), [(2, 2), (4, 2)])
 @pytest.mark.parametrize("family", [family for family in FAMILIES if family != "qwen3_moe"])
 def test_gradients_equal_one_process(family: str, world: int, ep: int) -> None:
-    for wrong in run_ranks(world, _gradients, family, ep):
-        assert not wrong, "\n".join(wrong)
+    assert_ranks_agree(world, _gradients, family, ep)
 
 
 def _rounding(ep: int) -> float:
@@ -172,8 +171,7 @@ def _kernels_by_name(family: str, ep: int) -> list[str]:
 @pytest.mark.parametrize("ep", [1, 2])
 @pytest.mark.parametrize("family", ["qwen3_moe", "gpt_oss"])
 def test_kernels_named_in_the_plan_run_whatever_a_config_says(family: str, ep: int) -> None:
-    for wrong in run_ranks(2, _kernels_by_name, family, ep):
-        assert not wrong, "\n".join(wrong)
+    assert_ranks_agree(2, _kernels_by_name, family, ep)
 
 
 def test_a_kernel_named_beside_a_plan_is_refused(tmp_path: Path) -> None:

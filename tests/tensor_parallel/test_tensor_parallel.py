@@ -21,8 +21,8 @@ from lightning_ep.ops import cross_entropy
 from lightning_ep.ops.fused_experts import FusedExperts
 from lightning_ep.tensor_parallel import tensor_plan
 from lightning_ep.tensor_parallel.vocabulary import VocabularyHead, head_cross_entropy
-from tests.parity import compare_with_one_process
-from tests.ranks import device, run_ranks
+from tests.parity import assert_trains_like_one_process
+from tests.ranks import assert_ranks_agree, device, run_ranks
 from tests.reference import batches, family_model, relative_error, tiny_model
 from tests.tiny import TinyModule, loader, quiet
 
@@ -36,16 +36,14 @@ MODELS = [
 
 
 def test_models_lengths_and_precisions() -> None:
-    for wrong in run_ranks(2, compare_with_one_process, {"ep": 2, "tp": 2}, MODELS, init_process_group=False):
-        assert not wrong, "\n".join(wrong)
+    assert_trains_like_one_process(2, {"ep": 2, "tp": 2}, MODELS)
 
 
 @pytest.mark.slow
 def test_compiled_layers_train_alike() -> None:
     case = {"causal": True, "accumulate": 1, "clip": 0.2, "compile": True, "length": 11}
     layout = {"ep": 2, "tp": 2}
-    for wrong in run_ranks(2, compare_with_one_process, layout, [case], init_process_group=False, timeout=110):
-        assert not wrong, "\n".join(wrong)
+    assert_trains_like_one_process(2, layout, [case], timeout=110)
 
 
 SIZES: dict[str, Any] = {
@@ -115,8 +113,7 @@ def _gradients(family: str, overrides: dict[str, Any]) -> list[str]:
 @pytest.mark.parametrize("family", ["qwen3_moe", *FAMILIES])
 def test_gradients_of_families_equal_one_process(family: str) -> None:
     overrides = {"num_experts": 8, "router_aux_loss_coef": 0.5} if family == "qwen3_moe" else {}
-    for wrong in run_ranks(2, _gradients, family, overrides):
-        assert not wrong, "\n".join(wrong)
+    assert_ranks_agree(2, _gradients, family, overrides)
 
 
 def _value_head() -> list[str]:
@@ -141,8 +138,7 @@ def _value_head() -> list[str]:
 
 
 def test_modules_beside_the_model_need_no_plan() -> None:
-    for wrong in run_ranks(4, _value_head):
-        assert not wrong, "\n".join(wrong)
+    assert_ranks_agree(4, _value_head)
 
 
 def _loss(tokens: int, ignored: int, dtype: torch.dtype, tolerance: float) -> list[str]:
@@ -179,8 +175,7 @@ def _loss(tokens: int, ignored: int, dtype: torch.dtype, tolerance: float) -> li
 )
 @pytest.mark.parametrize(("tokens", "ignored"), [(21, 5), (21, 21), (0, 0)])
 def test_the_loss_without_logits(tokens: int, ignored: int, dtype: torch.dtype, tolerance: float) -> None:
-    for wrong in run_ranks(2, _loss, tokens, ignored, dtype, tolerance):
-        assert not wrong
+    assert_ranks_agree(2, _loss, tokens, ignored, dtype, tolerance)
 
 
 def _memory_and_traffic() -> tuple[dict[str, int], int, list[int]]:
