@@ -47,8 +47,8 @@ def device() -> torch.device:
 def main(pipe: multiprocessing.connection.Connection, rank: int) -> None:
     """Serves calls until the pipe is closed.
 
-    What is said: the folder of a call; that it has returned here; that it has returned on all ranks; whether this
-    process may be called again.
+    What is said: the folder of a call, and whether it is the only one; that it has returned here; that it has returned
+    on all ranks; whether this process may be called again.
     """
     os.setsid()
     _die_with_parent()
@@ -56,11 +56,13 @@ def main(pipe: multiprocessing.connection.Connection, rank: int) -> None:
     faulthandler.register(STACK_SIGNAL, all_threads=True)
     gc.freeze()  # what the imports have made is not looked at again after every call
     with contextlib.suppress(EOFError):
-        while True:
-            _serve(pipe, pipe.recv(), rank)
+        alone = False
+        while not alone:
+            folder, alone = pipe.recv()
+            _serve(pipe, folder, rank, alone)
 
 
-def _serve(pipe: multiprocessing.connection.Connection, folder: str, rank: int) -> None:
+def _serve(pipe: multiprocessing.connection.Connection, folder: str, rank: int, alone: bool) -> None:
     _redirect_output(f"{folder}/{rank}.output")
     try:
         threads = threading.active_count()
@@ -72,10 +74,11 @@ def _serve(pipe: multiprocessing.connection.Connection, folder: str, rank: int) 
             del result
             Path(folder, f"{rank}.result").write_bytes(buffer.getvalue())
             pipe.send(True)
-            pipe.recv()  # peers may still need what this rank has of the group
+            if not alone:
+                pipe.recv()  # peers may still need what this rank has of the group
         sys.stdout.flush()
         # What still runs might go on to work on what the next call makes.
-        pipe.send(threading.active_count() == threads and not multiprocessing.active_children())
+        pipe.send(not alone and threading.active_count() == threads and not multiprocessing.active_children())
     except BaseException as exception:
         summary = "".join(traceback.format_exception_only(exception)).strip()
         error = {"time": time.monotonic(), "summary": summary, "traceback": traceback.format_exc()}
@@ -98,7 +101,7 @@ def _call(folder: str, rank: int) -> Any:
     if on_cuda():
         torch.cuda.set_device(device())
         torch.cuda.reset_peak_memory_stats()
-    if init_process_group:
+    if init_process_group and not dist.is_initialized():
         bound = {"device_id": device()} if on_cuda() else {}
         dist.init_process_group("nccl" if on_cuda() else "gloo", **bound)
     return function(*args)
@@ -106,24 +109,18 @@ def _call(folder: str, rank: int) -> Any:
 
 @contextlib.contextmanager
 def _surroundings() -> Iterator[None]:
-    """What a call changes of its process is put back; what it changes of this package is an error."""
+    """What a call changes of its process is put back."""
     handlers = {number: signal.getsignal(number) for number in _SIGNALS}
     settings = torch.get_default_dtype(), torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark
-    package = _modules_of_the_package()
+    package = {name: dict(vars(module)) for name, module in _modules_of_the_package()}
     with warnings.catch_warnings():
         yield
-    changed = [
-        f"{module}.{name}"
-        for module, names in _modules_of_the_package().items()
-        if module in package
-        for name, value in names.items()
-        if name in package[module] and package[module][name] is not value
-    ]
-    assert not changed, f"the function of the test has set {changed} and not put it back"
+    for name, module in _modules_of_the_package():
+        for key, value in package.get(name, {}).items():
+            if getattr(module, key, None) is not value:
+                setattr(module, key, value)
     gc.collect()
-    if dist.is_initialized():
-        dist.destroy_process_group()
-    _clear_sharding_prop_cache()  # it holds meshes whose groups have just ended
+    _end_groups()
     if "torch._dynamo" in sys.modules:
         torch._dynamo.reset()
     if on_cuda():
@@ -136,12 +133,21 @@ def _surroundings() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _modules_of_the_package() -> dict[str, dict[str, Any]]:
-    return {
-        name: dict(vars(module))
-        for name, module in list(sys.modules.items())
-        if name.partition(".")[0] == "lightning_ep" and isinstance(module, ModuleType)
-    }
+def _modules_of_the_package() -> list[tuple[str, ModuleType]]:
+    return [(name, module) for name, module in sys.modules.items() if name.partition(".")[0] == "lightning_ep"]
+
+
+def _end_groups() -> None:
+    if not dist.is_initialized():
+        return
+    if on_cuda():
+        # The default one lives on: torch 2.11 breaks (SIGSEGV in `split_group`) once it has been initialised again.
+        for group in list(dist.distributed_c10d._world.pg_map):
+            if group is not dist.group.WORLD:
+                dist.destroy_process_group(group)
+    else:
+        dist.destroy_process_group()
+    _clear_sharding_prop_cache()  # it holds meshes whose groups have just ended
 
 
 def _die_with_parent() -> None:

@@ -92,6 +92,7 @@ def run_ranks(
     function: Callable[..., Any],
     *args: Any,
     init_process_group: bool = True,
+    alone: bool = False,
     timeout: float = 90.0,
 ) -> list[Any]:
     """Calls ``function(*args)`` on every rank, with the environment and working directory of the caller.
@@ -105,6 +106,8 @@ def run_ranks(
         args: What to call it with; every rank gets its own copy.
         init_process_group: Whether to initialise the default process group. Without it the variables are still there:
             ``Trainer(devices=world_size, accelerator=accelerator())`` in ``function`` initialises the group itself.
+        alone: Whether the ranks are processes of this call only, each of which ends when ``function`` has returned. On
+            GPUs, others have a process group from the first call on.
         timeout: Seconds after which ranks that still run are killed; on GPUs three times as many.
 
     Returns:
@@ -116,14 +119,17 @@ def run_ranks(
     # The store lives here, as it does in torchrun's agent: its port cannot be taken before the ranks connect.
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     call = (function, args, init_process_group, _rank_environments(world_size, store.port), os.getcwd())
-    if world_size not in _crews:
-        _crews[world_size] = _Crew(world_size, start_fork_server())
-    crew, reusable = _crews[world_size], False
+    crew = (None if alone else _crews.pop(world_size, None)) or _Crew(world_size, start_fork_server())
+    crew.stores.append(store)
     try:
-        results, reusable = crew.call(call, timeout * (_SLOWER_ON_GPU if on_cuda() else 1))
-    finally:
-        if not reusable:
-            _crews.pop(world_size).dismiss()
+        results = crew.call(call, alone, timeout * (_SLOWER_ON_GPU if on_cuda() else 1))
+    except BaseException:
+        crew.dismiss()
+        raise
+    if crew.reusable:
+        _crews[world_size] = crew
+    else:
+        crew.dismiss()
     return results
 
 
@@ -169,9 +175,11 @@ class _Crew:
 
     def __init__(self, world_size: int, server: multiprocessing.context.ForkServerContext) -> None:
         self.world_size = world_size
+        self.reusable = True
         self.folder = Path(tempfile.mkdtemp(prefix="ranks-"))
         self.processes: list[Any] = []
         self.pipes: list[multiprocessing.connection.Connection] = []
+        self.stores: list[dist.TCPStore] = []  # of every call: that of the first one may be used by all
         for rank in range(world_size):
             ours, theirs = multiprocessing.Pipe()
             process = server.Process(target=rank_process.main, args=(theirs, rank), name=f"rank {rank}")
@@ -180,20 +188,20 @@ class _Crew:
             process.start()
             theirs.close()
 
-    def call(self, call: Any, timeout: float) -> tuple[list[Any], bool]:
-        """What the function returned on every rank, and whether these processes may be called again."""
+    def call(self, call: Any, alone: bool, timeout: float) -> list[Any]:
+        """What the function returned on every rank."""
         self._forget_last_call()
         torch.save(call, self.folder / "call")
         deadline = time.monotonic() + timeout
-        self._tell_all(str(self.folder))
+        self._tell_all((str(self.folder), alone))
         self._hear_all(deadline, timeout)
         self._tell_all("all have returned")
-        reusable = all(self._hear_all(deadline + _CLEANING, timeout))
+        self.reusable = all(self._hear_all(deadline + _CLEANING, timeout))
         print(self._outputs(), end="")
         files = [self.folder / f"{rank}.result" for rank in range(self.world_size)]
-        return [torch.load(file, map_location="cpu", weights_only=False) for file in files], reusable
+        return [torch.load(file, map_location="cpu", weights_only=False) for file in files]
 
-    def _tell_all(self, what: str) -> None:
+    def _tell_all(self, what: Any) -> None:
         for pipe in self.pipes:
             with contextlib.suppress(OSError):  # it has died, which is seen when it should answer
                 pipe.send(what)

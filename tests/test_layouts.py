@@ -105,6 +105,6 @@ def _communicators() -> tuple[bool, bool, list[timedelta]]:
 
 
 def test_tokens_do_not_queue_behind_parameters_and_every_group_has_the_time_out() -> None:
-    for ep_shares, dense_shares, timeouts in run_ranks(2, _communicators, init_process_group=False):
+    for ep_shares, dense_shares, timeouts in run_ranks(2, _communicators, init_process_group=False, alone=True):
         assert (ep_shares, dense_shares) == (False, True)
         assert timeouts == [timedelta(seconds=77)] * 3

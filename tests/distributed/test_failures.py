@@ -211,4 +211,4 @@ def _saves_after_the_other_has_gone(root: Path) -> None:
 
 
 def test_a_checkpoint_of_one_rank_at_the_end_says_why_there_is_none(tmp_path: Path) -> None:
-    run_ranks(2, _saves_after_the_other_has_gone, tmp_path, init_process_group=False, timeout=40)
+    run_ranks(2, _saves_after_the_other_has_gone, tmp_path, init_process_group=False, alone=True, timeout=40)
