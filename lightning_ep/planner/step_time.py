@@ -57,7 +57,7 @@ def step_ms(case: Case, device: Device) -> dict[str, float]:
     """What a GPU works in a step, by part.
 
     Compute scales with FLOPs, what is bound by memory with bytes and the device's bandwidth, exchanges with rows, as if
-    nothing hid them. FSDP of experts is what the layer's arithmetic does not hide of it, and its copies. Skew, the fixed
+    nothing hid them. FSDP of experts is what the layer's arithmetic does not hide of it, and its copies. Skew, fixed
     costs of small shapes, and collectives that slow the arithmetic that hides them are not known here.
     """
     slower = _MEASURED_BANDWIDTH / device.bandwidth
