@@ -13,6 +13,7 @@ the training (``async_save=True``). Both print one JSON line, seconds and 1e9 by
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import os
 import shutil
@@ -110,6 +111,7 @@ def _load(path: Path, files: list[Path], cold: bool, device: torch.device) -> fl
     model = _sharded(from_pretrained(path), device)
     if cold and dist.get_rank() == 0:
         _drop_from_cache(files)
+    gc.collect()  # the model of the load before
     start = _together(device)
     stream_pretrained(model, device)
     return _together(device) - start

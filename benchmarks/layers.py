@@ -64,6 +64,8 @@ def main(arguments: list[str] | None = None) -> None:
     path.write_text(json.dumps(record, indent=1) + "\n")
     path.with_suffix(".md").write_text(text + "\n")
     print(text)
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def _table(rows: list[dict[str, Any]]) -> list[str]:

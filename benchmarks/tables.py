@@ -139,7 +139,8 @@ def comparison(records: Sequence[Record]) -> str:
         done = {record["cell"]["turn"]: record for record in turns if record["status"] == "ok"}
         if len(done) == len(cell.in_turns("old")):
             rows.append(_compared(cell, [done[turn] for turn in sorted(done)]))
-    header = ["trainer", "per GPU", "old tokens/s per GPU", "new", "new / old", "by turns", "peak GiB, old", "new"]
+    header = ["trainer", "per GPU", "old tokens/s per GPU", "new tokens/s per GPU", "new / old", "by turns"]
+    header += ["old peak GiB", "new peak GiB"]
     sides = {f"{'old' if r['cell']['tree'] else 'new'} is {r['commit']}": None for r in records}
     heading = f"**{', '.join(sides)}; medians of all steps of two turns, with the 10th and 90th percentile**"
     parts = [[heading], lines(header, rows) if rows else [], failed, [runs(records)]]
