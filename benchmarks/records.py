@@ -16,7 +16,6 @@ from typing import Any
 from benchmarks.cells import Cell
 
 ROOT = Path(__file__).resolve().parents[1]
-_LIBRARIES = ("torch", "lightning", "transformers")
 
 
 def read(path: Path) -> list[dict[str, Any]]:
@@ -73,6 +72,8 @@ def machine(device: Any) -> dict[str, Any]:
     import torch
 
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
-    libraries = [*_LIBRARIES, *(["torchtitan"] if "torchtitan" in sys.modules else [])]
-    versions = {name: importlib.metadata.version(name) for name in libraries}
+    versions = {"torch": torch.__version__}  # with its build, which metadata may lack
+    for library in ("lightning", "transformers", "torchtitan"):
+        if library in sys.modules:
+            versions[library] = importlib.metadata.version(library)
     return {"device_name": name, "versions": {**versions, "python": platform.python_version()}}
