@@ -72,7 +72,7 @@ def machine(device: Any) -> dict[str, Any]:
     import torch
 
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
-    versions = {"torch": torch.__version__}  # with its build, which metadata may lack
+    versions = {"torch": str(torch.__version__)}  # with its build, which metadata may lack
     for library in ("lightning", "transformers", "torchtitan"):
         if library in sys.modules:
             versions[library] = importlib.metadata.version(library)
