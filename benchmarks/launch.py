@@ -11,48 +11,40 @@ import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import time
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from benchmarks import costs
-from benchmarks.cells import TORCHTITAN, Cell
-from benchmarks.estimates import estimates
+from benchmarks.cells import Cell
 from benchmarks.measure import merge
+from benchmarks.records import ROOT, provenance
+from lightning_ep import planner
 
-_ROOT = Path(__file__).resolve().parents[1]
 _GRACE_S = 5.0  # between the first rank that fails and the end of the others, which wait for it
 
 
-def run_cell(cell: Cell, timeout: float, log_folder: Path | None = None) -> dict[str, Any]:
+def run_cell(cell: Cell, timeout: float, folder: Path) -> dict[str, Any]:
     """Measures one cell; never raises for what happens inside of it.
 
     Args:
         cell: What to run.
         timeout: Seconds after which its processes are killed.
-        log_folder: Where the output of every rank is kept; a temporary folder by default.
+        folder: Where the output of every rank is kept, in place of what an earlier call left.
 
     Returns:
-        A record: ``cell``, ``status`` (``ok``, ``out of memory``, ``failed``, ``timed out`` or ``skipped``), ``error``
-        if it is not ``ok``, ``seconds`` in all, ``date``, what was estimated before, and what was measured.
+        A record: ``cell``, ``status`` (``ok``, ``out of memory``, ``failed`` or ``timed out``), ``error`` if it is not
+        ``ok``, ``seconds`` in all, its provenance, what was estimated before, and what was measured.
     """
     name = device_name(cell.device)
-    record: dict[str, Any] = {"cell": dataclasses.asdict(cell), "device_name": name, "date": _now()}
-    record |= estimates(cell, name)
-    reason = _why_skip(cell)
-    if reason is not None:
-        return {**record, "status": "skipped", "error": reason}
+    tree = Path(cell.tree) if cell.tree else ROOT
+    record = {"cell": dataclasses.asdict(cell), "device_name": name, **provenance(tree), **estimates(cell, name)}
+    folder.mkdir(parents=True, exist_ok=True)
+    for stale in folder.glob("*.json"):
+        stale.unlink()
     start = time.monotonic()
-    with tempfile.TemporaryDirectory(prefix="cell-") as temporary:
-        folder = log_folder or Path(temporary)
-        folder.mkdir(parents=True, exist_ok=True)
-        for stale in folder.glob("*.json"):
-            stale.unlink()
-        codes = _run_ranks(cell, folder, timeout)
-        record["seconds"] = time.monotonic() - start
-        return {**record, **_outcome(cell, folder, codes, timeout)}
+    codes = _run_ranks(cell, tree, folder, timeout)
+    record["seconds"] = time.monotonic() - start
+    return {**record, **_outcome(cell, folder, codes, timeout)}
 
 
 @functools.cache
@@ -64,47 +56,50 @@ def device_name(device: str) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout.splitlines()[0]
 
 
-def _why_skip(cell: Cell) -> str | None:
-    if cell.trainer != TORCHTITAN:
+def estimates(cell: Cell, device_name: str) -> dict[str, float]:
+    """What goes into a cell's record before it runs; nothing where `lightning_ep.planner` knows nothing of it."""
+    device = planner.find_device(device_name)
+    ep, cp, tp = (cell.layout.get(name, 1) for name in ("ep", "cp", "tp"))
+    if device is None or not cell.ours or tp > 1:
+        return {}
+    shape = (_widths(cell), cell.layers, cell.batch, cell.sequence, cell.ranks)
+    try:
+        case = planner.Case(*shape, ep, cp, recompute=cell.recompute, compile=cell.compile)
+    except ValueError:
+        return {}  # a layout that does not exist: its run says so
+    limit = planner.allocatable_gib(device, cell.memory_cap_gib)
+    return {
+        "estimate_tokens_per_second": planner.tokens_per_second(case, device),
+        "estimate_peak_gib": planner.peak_gib(case, limit),
+    }
+
+
+def mfu(cell: Cell, tokens_per_second: float, device_name: str) -> float | None:
+    """Share of the device's dense bf16 peak that the model's FLOPs take; None for an unknown device."""
+    device = planner.find_device(device_name)
+    if device is None:
         return None
-    return "torchtitan needs a GPU" if cell.device == "cpu" else _why_no_torchtitan()
+    return tokens_per_second * planner.flops_per_token(_widths(cell), cell.layers, cell.sequence) / device.flops
 
 
-@functools.cache
-def _why_no_torchtitan() -> str | None:
-    # Its imports touch CUDA; a process of its own keeps that out of this one.
-    code = "from benchmarks.peer_torchtitan import why_not; print(why_not() or '')"
-    done = subprocess.run([sys.executable, "-c", code], cwd=_ROOT, capture_output=True, text=True, timeout=300)
-    lines = (done.stderr if done.returncode else done.stdout).strip().splitlines()
-    return lines[-1] if lines else None
+def _widths(cell: Cell) -> planner.ModelWidths:
+    return planner.ModelWidths.of(cell.config())
 
 
-def _run_ranks(cell: Cell, folder: Path, timeout: float) -> list[int | None]:
+def _run_ranks(cell: Cell, tree: Path, folder: Path, timeout: float) -> list[int | None]:
     """Exit codes by rank, None for those that were killed here because the time was up."""
     deadline = time.monotonic() + timeout
-    environment = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join(filter(None, [str(_ROOT), os.environ.get("PYTHONPATH")])),
-        "HF_HUB_OFFLINE": "1",
-        "WORLD_SIZE": str(cell.ranks),
-        "LOCAL_WORLD_SIZE": str(cell.processes),
-        "GROUP_RANK": "0",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(_free_port()),
-        "TORCHELASTIC_RUN_ID": "benchmarks",  # so that Lightning takes the processes as started
-    }
-    environment.pop("TORCHELASTIC_USE_AGENT_STORE", None)
-    if cell.device == "cpu":
-        environment["OMP_NUM_THREADS"] = "1"
+    code = _these_benchmarks(folder)
+    environment = _environment(cell, [code, tree])
     command = [sys.executable, "-m", "benchmarks.worker", json.dumps(dataclasses.asdict(cell))]
     processes: list[subprocess.Popen[bytes]] = []
     try:
-        for rank in range(cell.processes):
+        for rank in range(cell.ranks):
             with (folder / f"{rank}.log").open("wb") as log:
                 process = subprocess.Popen(
-                    [*command, str(folder / f"{rank}.json")],
+                    [*command, str((folder / f"{rank}.json").absolute())],
                     env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-                    cwd=_ROOT,
+                    cwd=code,
                     stdin=subprocess.DEVNULL,
                     stdout=log,
                     stderr=subprocess.STDOUT,
@@ -123,8 +118,39 @@ def _run_ranks(cell: Cell, folder: Path, timeout: float) -> list[int | None]:
             process.wait()
 
 
+def _these_benchmarks(folder: Path) -> Path:
+    """A folder with this tree's ``benchmarks`` alone: whose ``lightning_ep`` runs is said by the path behind it."""
+    code = (folder / "code").absolute()
+    code.mkdir(exist_ok=True)
+    link = code / "benchmarks"
+    link.unlink(missing_ok=True)
+    link.symlink_to(ROOT / "benchmarks")
+    return code
+
+
+def _environment(cell: Cell, path: list[Path]) -> dict[str, str]:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        free_port = int(probe.getsockname()[1])
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(filter(None, [*map(str, path), os.environ.get("PYTHONPATH")])),
+        "HF_HUB_OFFLINE": "1",
+        "WORLD_SIZE": str(cell.ranks),
+        "LOCAL_WORLD_SIZE": str(cell.ranks),
+        "GROUP_RANK": "0",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port),
+        "TORCHELASTIC_RUN_ID": "benchmarks",  # so that Lightning takes the processes as started
+    }
+    environment.pop("TORCHELASTIC_USE_AGENT_STORE", None)
+    if cell.device == "cpu":
+        environment["OMP_NUM_THREADS"] = "1"
+    return environment
+
+
 def _outcome(cell: Cell, folder: Path, codes: list[int | None], timeout: float) -> dict[str, Any]:
-    paths = [folder / f"{rank}.json" for rank in range(cell.processes)]
+    paths = [folder / f"{rank}.json" for rank in range(cell.ranks)]
     results = [json.loads(path.read_text()) if path.exists() else {} for path in paths]
     # Out of memory on one rank shows as lost connections on the others.
     for status in ("out of memory", "failed"):
@@ -137,30 +163,17 @@ def _outcome(cell: Cell, folder: Path, codes: list[int | None], timeout: float) 
         return {"status": "failed", "error": f"rank {died[0]} ended with code {codes[died[0]]}: {line}"}
     if not all(results):
         rank = next(rank for rank, result in enumerate(results) if not result)
-        return {
-            "status": "timed out",
-            "error": f"rank {rank} still ran after {timeout:.0f} s: {_last_line(folder / f'{rank}.log')}",
-        }
+        line = _last_line(folder / f"{rank}.log")
+        return {"status": "timed out", "error": f"rank {rank} still ran after {timeout:.0f} s: {line}"}
     machine = results[0]["machine"]
     try:
         measured = merge(cell, [result["measured"] for result in results])
     except ValueError as error:
         return {"status": "failed", "error": str(error), "machine": machine}
-    if cell.task == "train":
-        measured["mfu"] = costs.mfu(cell, measured["tokens_per_second"], machine["device_name"])
-    return {"status": "ok", "machine": machine, **measured}
+    share = mfu(cell, measured["tokens_per_second"], machine["device_name"])
+    return {"status": "ok", "machine": machine, **measured, "mfu": share}
 
 
 def _last_line(path: Path) -> str:
     lines = [line.strip() for line in path.read_text(errors="replace").splitlines() if line.strip()]
     return lines[-1][:300] if lines else "no output"
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="seconds")

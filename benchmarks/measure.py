@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-import os
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile, schedule
 
 from benchmarks.cells import Cell
-from benchmarks.trace import device_kernels, summary
+from benchmarks.kernels import device_kernels, summary
+from benchmarks.workload import batches
 
 _HOST_STEPS = 3
 _PROFILED_STEPS = 2  # the first one warms the profiler up
@@ -36,42 +37,43 @@ class Meter:
     def __init__(self, cell: Cell, device: torch.device) -> None:
         self.device = device
         self.read_popularity: Callable[[], float] = lambda: math.nan  # set by whoever can count the routing
-        self.num_steps = cell.warmup + cell.steps + _HOST_STEPS + (_PROFILED_STEPS if device.type == "cuda" else 0)
+        self._cuda = device.type == "cuda"
+        self.num_steps = cell.warmup + cell.steps + _HOST_STEPS + (_PROFILED_STEPS if self._cuda else 0)
         self._first, self._last = cell.warmup, cell.warmup + cell.steps - 1
         self._step = 0
         self._marks: list[Any] = []
         self._losses: list[Tensor] = []
-        self._host_since = (0.0, 0.0)
-        self._host_ms: list[tuple[float, float]] = []
+        self._host_since = 0.0
+        self._host_ms: list[float] = []
         self._profile: profile | None = None
         self._results: dict[str, Any] = {}
 
-    def step_ended(self, loss: Tensor) -> None:
+    def step_ended(self, loss: Callable[[], Tensor]) -> None:
         """To be called after the optimizer step, without a synchronisation before it.
 
         Args:
-            loss: The step's mean loss per token on this rank, detached, 0-dim.
+            loss: Gives the step's mean loss per token, detached, 0-dim; asked of the first and last measured step.
         """
         step, self._step = self._step, self._step + 1
         if step == 0:
             self._results["max_over_mean_tokens_per_expert"] = self.read_popularity()
         if step == self._first - 1:
-            self._synchronize()
-            if self.device.type == "cuda":
+            synchronize(self.device)
+            if self._cuda:
                 torch.cuda.reset_peak_memory_stats(self.device)
-            self._marks.append(self._mark())
+            self._marks.append(mark(self.device))
         elif self._first <= step <= self._last:
-            self._marks.append(self._mark())
-            self._losses.append(loss.detach())
+            self._marks.append(mark(self.device))
+            if step in (self._first, self._last):
+                self._losses.append(loss().detach())
             if step == self._last:
                 self._finish_timing()
-                self._start_host_step()
         elif self._last < step <= self._last + _HOST_STEPS:
             self._end_host_step()
-            if step == self._last + _HOST_STEPS:
+            if step == self._last + _HOST_STEPS and self._cuda:
                 self._start_profile()
         elif step > self._last:
-            self._synchronize()
+            synchronize(self.device)
             assert self._profile is not None
             self._profile.step()
             if step == self.num_steps - 1:
@@ -85,46 +87,23 @@ class Meter:
         """
         if self._step < self.num_steps:
             raise RuntimeError(f"only {self._step} of {self.num_steps} steps were run.")
-        launch, process = zip(*self._host_ms, strict=True)
-        return {
-            **self._results,
-            "launch_ms": statistics.median(launch),
-            "process_cpu_ms": statistics.median(process),
-        }
-
-    def _synchronize(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-
-    def _mark(self) -> Any:
-        if self.device.type != "cuda":
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
+        return {**self._results, "launch_ms": statistics.median(self._host_ms)}
 
     def _finish_timing(self) -> None:
-        self._synchronize()
-        pairs = zip(self._marks, self._marks[1:], strict=False)
-        cuda = self.device.type == "cuda"
-        self._results["step_ms"] = [a.elapsed_time(b) if cuda else (b - a) * 1e3 for a, b in pairs]
+        synchronize(self.device)
+        self._results["steps_ms"] = [elapsed_ms(*pair) for pair in itertools.pairwise(self._marks)]
         self._results["first_loss"], self._results["last_loss"] = float(self._losses[0]), float(self._losses[-1])
-        if cuda:
+        if self._cuda:
             self._results["peak_allocated_gib"] = torch.cuda.max_memory_allocated(self.device) / 2**30
             self._results["peak_reserved_gib"] = torch.cuda.max_memory_reserved(self.device) / 2**30
-
-    def _start_host_step(self) -> None:
-        self._host_since = (time.perf_counter(), time.process_time())
+        self._host_since = time.perf_counter()
 
     def _end_host_step(self) -> None:
-        now = (time.perf_counter(), time.process_time())
-        self._host_ms.append(((now[0] - self._host_since[0]) * 1e3, (now[1] - self._host_since[1]) * 1e3))
-        self._synchronize()
-        self._start_host_step()
+        self._host_ms.append((time.perf_counter() - self._host_since) * 1e3)
+        synchronize(self.device)
+        self._host_since = time.perf_counter()
 
     def _start_profile(self) -> None:
-        if self.device.type != "cuda":
-            return
         self._profile = profile(
             activities=[ProfilerActivity.CUDA],
             schedule=schedule(wait=0, warmup=1, active=1, repeat=1),
@@ -133,56 +112,24 @@ class Meter:
         self._profile.start()
 
 
-def merge(cell: Cell, ranks: list[dict[str, Any]]) -> dict[str, Any]:
-    """One record of what all ranks measured.
-
-    A step, a save or a load lasts as long as on its slowest rank; memory and host time are the largest of any rank; GPU
-    times are means over ranks, and the kernels are rank 0's.
-    """
-    if cell.task == "weights":
-        return {name: max(rank[name] for rank in ranks) for name in ranks[0]}
-    steps = [max(times) for times in zip(*(rank["step_ms"] for rank in ranks), strict=True)]
-    median = statistics.median(steps)
-    record: dict[str, Any] = {
-        "step_ms": median,
-        "tokens_per_second": cell.tokens / median * 1e3,
-        "tokens_per_second_p10": cell.tokens / quantile(steps, 0.9) * 1e3,
-        "tokens_per_second_p90": cell.tokens / quantile(steps, 0.1) * 1e3,
-    }
-    for name in ("peak_allocated_gib", "peak_reserved_gib", "launch_ms", "process_cpu_ms"):
-        if name in ranks[0]:
-            record[name] = max(rank[name] for rank in ranks)
-    for name in (
-        "gpu_busy_ms",
-        "communication_ms",
-        "exposed_communication_ms",
-        "max_over_mean_tokens_per_expert",
-        "first_loss",
-        "last_loss",
-    ):
-        if name in ranks[0]:
-            record[name] = statistics.fmean(rank[name] for rank in ranks)
-    record |= {name: ranks[0][name] for name in ("launches", "by_stage", "kernels") if name in ranks[0]}
-    if not (math.isfinite(record["first_loss"]) and math.isfinite(record["last_loss"])):
-        raise ValueError(f"the loss is not finite: {record['first_loss']} at first, {record['last_loss']} at last.")
-    return record
+def synchronize(device: torch.device) -> None:
+    """Waits until the device is done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
-def quantile(values: list[float], q: float) -> float:
-    """The ``q``-quantile, interpolated linearly."""
-    ordered = sorted(values)
-    position = q * (len(ordered) - 1)
-    low = math.floor(position)
-    high = min(low + 1, len(ordered) - 1)
-    return ordered[low] + (position - low) * (ordered[high] - ordered[low])
+def mark(device: torch.device) -> Any:
+    """This moment in what the device works off; on the CPU, now."""
+    if device.type != "cuda":
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
 
 
-def batches(cell: Cell, count: int) -> Iterator[dict[str, Tensor]]:
-    """Random tokens on the CPU; every trainer gets the same ones on the same rank, but for ranks that share them."""
-    generator = torch.Generator().manual_seed(int(os.environ.get("RANK", "0")) // (cell.cp * cell.tp))
-    for _ in range(count):
-        ids = torch.randint(0, cell.widths.vocab, (cell.batch, cell.sequence), generator=generator)
-        yield {"input_ids": ids, "labels": ids}
+def elapsed_ms(before: Any, after: Any) -> float:
+    """Milliseconds between two marks, of a device that is done."""
+    return (after - before) * 1e3 if isinstance(before, float) else before.elapsed_time(after)
 
 
 def run_loop(cell: Cell, meter: Meter, step: Callable[[Tensor], Tensor]) -> None:
@@ -195,29 +142,48 @@ def run_loop(cell: Cell, meter: Meter, step: Callable[[Tensor], Tensor]) -> None
             the mean loss.
     """
     for batch in batches(cell, meter.num_steps):
-        meter.step_ended(step(batch["input_ids"].to(meter.device, non_blocking=True)))
+        loss = step(batch["input_ids"].to(meter.device, non_blocking=True))
+        meter.step_ended(loss.clone)
 
 
-@torch.no_grad()
-def fill_parameters(model: torch.nn.Module, device: torch.device, std: float = 0.02) -> None:
-    """Allocates parameters that are on meta and draws all of them on the device: ones for norms, normal for the rest.
+def merge(cell: Cell, ranks: list[dict[str, Any]]) -> dict[str, Any]:
+    """One record of what all ranks measured.
 
-    Seconds faster than any trainer's own initialisation, and the same distribution for all of them. Buffers stay.
+    A step lasts as long as on its slowest rank; memory and host time are the largest of any rank; GPU times are means
+    over ranks, and the kernels are rank 0's.
+
+    Raises:
+        ValueError: If the loss is not finite.
     """
-    # fn is called with parameters and buffers; `_apply` is how `to_empty` allocates, also under FSDP2.
-    model._apply(lambda t: torch.empty_like(t, device=device) if isinstance(t, torch.nn.Parameter) and t.is_meta else t)
-    rank = int(os.environ.get("RANK", "0"))
-    generator = torch.Generator(device).manual_seed(rank)
-    for param in model.parameters():
-        local = getattr(param, "to_local", lambda p=param: p)()
-        if param.ndim == 1:
-            local.fill_(1.0)
-        else:
-            local.normal_(std=std, generator=generator)
+    steps = [max(times) for times in zip(*(rank["steps_ms"] for rank in ranks), strict=True)]
+    record: dict[str, Any] = {"steps_ms": steps, **rates(cell, steps)}
+    for name in ("peak_allocated_gib", "peak_reserved_gib", "launch_ms"):
+        if name in ranks[0]:
+            record[name] = max(rank[name] for rank in ranks)
+    gpu = ("gpu_busy_ms", "communication_ms", "exposed_communication_ms")
+    for name in (*gpu, "max_over_mean_tokens_per_expert", "first_loss", "last_loss"):
+        if name in ranks[0]:
+            record[name] = statistics.fmean(rank[name] for rank in ranks)
+    record |= {name: ranks[0][name] for name in ("launches", "by_kind", "by_name") if name in ranks[0]}
+    if not (math.isfinite(record["first_loss"]) and math.isfinite(record["last_loss"])):
+        raise ValueError(f"the loss is not finite: {record['first_loss']} at first, {record['last_loss']} at last.")
+    return record
 
 
-def cap_memory(cell: Cell, device: torch.device) -> None:
-    """Limits torch's allocator to ``cell.memory_cap_gib``, which stands in for a smaller card."""
-    if cell.memory_cap_gib is not None and device.type == "cuda":
-        total = torch.cuda.get_device_properties(device).total_memory
-        torch.cuda.set_per_process_memory_fraction(min(1.0, cell.memory_cap_gib * 2**30 / total), device)
+def rates(cell: Cell, steps_ms: list[float]) -> dict[str, float]:
+    """Tokens per second and GPU of steps of a cell: median, 10th and 90th percentile."""
+    return {
+        "step_ms": statistics.median(steps_ms),
+        "tokens_per_second": cell.tokens / statistics.median(steps_ms) * 1e3,
+        "tokens_per_second_p10": cell.tokens / quantile(steps_ms, 0.9) * 1e3,
+        "tokens_per_second_p90": cell.tokens / quantile(steps_ms, 0.1) * 1e3,
+    }
+
+
+def quantile(values: list[float], q: float) -> float:
+    """The ``q``-quantile, interpolated linearly."""
+    ordered = sorted(values)
+    position = q * (len(ordered) - 1)
+    low = math.floor(position)
+    high = min(low + 1, len(ordered) - 1)
+    return ordered[low] + (position - low) * (ordered[high] - ordered[low])

@@ -1,39 +1,37 @@
-"""Runs a cell through Lightning's Trainer with ExpertParallelStrategy and CausalLM, as a user does."""
+"""Runs a cell through Lightning's Trainer with ExpertParallelStrategy and CausalLM, as a user does.
+
+With names that users know, and no others: ``lightning_ep`` may be that of an older commit.
+"""
 
 from __future__ import annotations
 
 import functools
+from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from torch import Tensor
 from torch.utils.data import DataLoader
 from typing_extensions import override
 
+import lightning_ep
 from benchmarks.cells import Cell
-from benchmarks.measure import Meter, batches, fill_parameters
-from benchmarks.router import prepare_transformers_routers
+from benchmarks.measure import Meter
+from benchmarks.records import ROOT
+from benchmarks.workload import Popularity, batches, fill_parameters
 from lightning_ep import AdamW, CausalLM, ExpertParallelStrategy
 
 
 class _Module(CausalLM):
-    """CausalLM that keeps its last loss, with routers of the cell's popularity."""
+    """CausalLM whose routers are counted."""
 
     def __init__(self, cell: Cell, meter: Meter, **kwargs: Any) -> None:
         super().__init__(cell.config(), pretrained=False, **kwargs)
-        self._cell, self._meter = cell, meter
-        self.last_loss: Tensor | None = None
+        self._meter = meter
 
     @override
     def configure_model(self) -> None:
         super().configure_model()
-        self._meter.read_popularity = prepare_transformers_routers(self.model, self._cell, self._meter.device).read
-
-    @override
-    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        loss = super().training_step(batch, batch_idx)
-        self.last_loss = self._train_loss
-        return loss
+        self._meter.read_popularity = Popularity(self.model).read
 
 
 class _FastStart(ExpertParallelStrategy):
@@ -54,27 +52,25 @@ class _Steps(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        assert isinstance(pl_module, _Module)
-        assert pl_module.last_loss is not None
-        self._meter.step_ended(pl_module.last_loss)
+        self._meter.step_ended(lambda: trainer.callback_metrics["train/loss"])
 
 
 def run(cell: Cell, meter: Meter) -> None:
-    """Trains ``meter.num_steps`` steps."""
+    """Trains ``meter.num_steps`` steps.
+
+    Raises:
+        RuntimeError: If the code that was imported is not that of the cell's tree.
+    """
+    expected, found = Path(cell.tree or ROOT).resolve(), Path(lightning_ep.__file__).resolve().parents[1]
+    if found != expected:
+        raise RuntimeError(f"lightning_ep is that of {found}, not of {expected}.")
     cuda = meter.device.type == "cuda"
-    module = _Module(cell, meter, optimizer=functools.partial(AdamW, lr=1e-5))
+    settings: dict[str, Any] = {**cell.layout, "activation_checkpointing": cell.recompute, "compile": cell.compile}
     trainer = Trainer(
-        strategy=_FastStart(
-            ep=cell.ep,
-            cp=cell.cp,
-            tp=cell.tp,
-            activation_checkpointing=cell.recompute,  # type: ignore[arg-type]
-            compile=cell.compile,
-        ),
+        strategy=_FastStart(**settings),
         accelerator="cuda" if cuda else "cpu",
-        devices=cell.processes,
-        num_nodes=cell.ranks // cell.processes,
-        precision=cell.precision,  # type: ignore[arg-type]
+        devices=cell.ranks,
+        precision="bf16-mixed",
         gradient_clip_val=1.0,
         max_steps=meter.num_steps,
         callbacks=[_Steps(meter)],
@@ -84,5 +80,6 @@ def run(cell: Cell, meter: Meter) -> None:
         enable_progress_bar=False,
         enable_model_summary=False,
     )
+    module = _Module(cell, meter, optimizer=functools.partial(AdamW, lr=1e-5))
     data: Any = list(batches(cell, meter.num_steps))
     trainer.fit(module, DataLoader(data, batch_size=None, pin_memory=cuda))

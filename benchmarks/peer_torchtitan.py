@@ -13,18 +13,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from benchmarks.cells import Cell
-from benchmarks.measure import Meter, fill_parameters, run_loop
-from benchmarks.router import max_over_mean, zipf_bias
-
-
-def why_not() -> str | None:
-    """Why torchtitan cannot run here, or None."""
-    try:
-        _do_without_tensorboard()
-        import torchtitan.models.qwen3  # noqa: F401
-    except Exception as error:  # its imports fail in many ways on machines without a GPU
-        return f"{type(error).__name__}: {error}"
-    return None
+from benchmarks.measure import Meter, run_loop
+from benchmarks.workload import fill_parameters, max_over_mean
 
 
 def _do_without_tensorboard() -> None:
@@ -72,7 +62,7 @@ def _job(cell: Cell) -> Any:
     job.compile.enable = True
     job.activation_checkpoint.mode = cell.recompute
     job.training.seq_len = cell.sequence
-    job.training.dtype = "bfloat16" if cell.precision == "bf16-true" else "float32"
+    job.training.dtype = "float32"
     job.optimizer.lr = 1e-5
     return job
 
@@ -80,48 +70,27 @@ def _job(cell: Cell) -> Any:
 def _dims(cell: Cell) -> Any:
     from torchtitan.distributed import ParallelDims
 
-    dims = ParallelDims(dp_replicate=1, dp_shard=cell.ranks, cp=1, tp=1, pp=1, ep=cell.ep, etp=1, world_size=cell.ranks)
+    ranks = cell.ranks
+    dims = ParallelDims(dp_replicate=1, dp_shard=ranks, cp=1, tp=1, pp=1, ep=ranks, etp=1, world_size=ranks)
     dims.build_mesh()
     return dims
 
 
 def _build(cell: Cell, meter: Meter, spec: Any, job: Any, dims: Any) -> Any:
-    if cell.sizes != "qwen3-30b-a3b" or cell.precision == "32-true":
-        raise ValueError(f"torchtitan runs here with qwen3-30b-a3b in bf16 only, not {cell.sizes} {cell.precision}.")
+    if cell.sizes != "qwen3-30b-a3b":
+        raise ValueError(f"torchtitan runs here with qwen3-30b-a3b only, not {cell.sizes}.")
     ours = spec.model_args["30B-A3B"]
-    # Without the buffer of its bias-based balancing, which the other trainers do not have; the bias of a skewed router
-    # is one of its options.
-    moe = dataclasses.replace(ours.moe_args, load_balance_coeff=None, gate_bias=cell.router == "skewed")
+    # Without the buffer of its bias-based balancing, which the other trainers do not have.
+    moe = dataclasses.replace(ours.moe_args, load_balance_coeff=None)
     args = dataclasses.replace(ours, n_layers=cell.layers, moe_args=moe)
     args.update_from_config(job)
-    default = torch.get_default_dtype()
-    torch.set_default_dtype(torch.bfloat16 if job.training.dtype == "bfloat16" else torch.float32)
-    try:
-        with torch.device("meta"):
-            model = spec.model_cls(args)
-    finally:
-        torch.set_default_dtype(default)
+    with torch.device("meta"):
+        model = spec.model_cls(args)
     layers = list(model.layers.values())
     spec.parallelize_fn(model, dims, job)
     model.to_empty(device=meter.device)
     with torch.no_grad():
         model.init_weights(buffer_device=meter.device)
     fill_parameters(model, meter.device)
-    for index, layer in enumerate(layers):
-        if cell.router == "skewed":
-            _fill(layer.moe.router.gate.bias, zipf_bias(cell.widths.experts, index))
     meter.read_popularity = lambda: max_over_mean(layer.moe.tokens_per_expert for layer in layers)
     return model.train()
-
-
-@torch.no_grad()
-def _fill(param: Any, values: Tensor) -> None:
-    if not hasattr(param, "to_local"):
-        param.copy_(values)
-        return
-    local = param.to_local()
-    # Sharded on its only dimension over one mesh, in chunks as FSDP cuts them.
-    chunks = values.chunk(param.device_mesh.size())
-    rank = param.device_mesh.get_local_rank()
-    if local.numel():
-        local.copy_(chunks[rank])

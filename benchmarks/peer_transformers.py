@@ -1,8 +1,7 @@
-"""Runs a cell with transformers alone: its FSDP2, its all-to-all expert parallelism, or one process."""
+"""Runs a cell with transformers alone: its FSDP2, or its all-to-all expert parallelism."""
 
 from __future__ import annotations
 
-import contextlib
 from collections import defaultdict
 from typing import Any
 
@@ -16,26 +15,21 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from transformers import AutoModelForCausalLM
 from transformers.distributed.configuration_utils import DistributedConfig
 
-from benchmarks.cells import Cell
-from benchmarks.measure import Meter, fill_parameters, run_loop
-from benchmarks.router import prepare_transformers_routers
+from benchmarks.cells import TRANSFORMERS_EP, Cell
+from benchmarks.measure import Meter, run_loop
+from benchmarks.workload import Popularity, fill_parameters
 
 
 def run(cell: Cell, meter: Meter) -> None:
     """Trains ``meter.num_steps`` steps."""
-    cuda = meter.device.type == "cuda"
     model = _build(cell, meter.device)
-    meter.read_popularity = prepare_transformers_routers(model, cell, meter.device).read
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=cuda or None)
-    single = cell.base == "transformers/single" and cell.precision == "bf16-mixed"
-    # With fp32 masters in one process autocast is what transformers' Trainer uses for bf16=True.
-    autocast: Any = torch.autocast(meter.device.type, torch.bfloat16) if single else contextlib.nullcontext()
+    meter.read_popularity = Popularity(model).read
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=meter.device.type == "cuda" or None)
 
     def step(ids_BS: Tensor) -> Tensor:
-        with autocast:
-            loss = model(input_ids=ids_BS, labels=ids_BS, use_cache=False).loss
+        loss = model(input_ids=ids_BS, labels=ids_BS, use_cache=False).loss
         loss.backward()
-        clip(list(model.parameters()), 1.0)
+        _clip(list(model.parameters()), 1.0)
         optimizer.step()
         optimizer.zero_grad()
         return loss.detach()
@@ -50,9 +44,8 @@ def _build(cell: Cell, device: torch.device) -> Any:
     The two functions that it calls before and after it has built the model on meta are called here in its place;
     only the loading is replaced, by `fill_parameters`.
     """
-    dtype = torch.bfloat16 if cell.precision == "bf16-true" else torch.float32
     with torch.device("meta"):
-        model: Any = AutoModelForCausalLM.from_config(cell.config(), dtype=dtype)
+        model: Any = AutoModelForCausalLM.from_config(cell.config(), dtype=torch.float32)
     model.set_experts_implementation("grouped_mm" if device.type == "cuda" else "eager")  # its fast path on each
     with torch.device(device):  # its buffers are no weights: computed on the device, never cast
         model.model.rotary_emb = type(model.model.rotary_emb)(model.config)
@@ -64,36 +57,34 @@ def _build(cell: Cell, device: torch.device) -> Any:
             # profile); inside of it its parts compile.
             for part in layer.children() if cell.recompute == "full" else [layer]:
                 part.compile()
-    if cell.base != "transformers/single":
-        model = _distribute(model, cell, device)
+    model = _distribute(model, cell, device)
     fill_parameters(model, device)
     return model.train()
 
 
 def _distribute(model: Any, cell: Cell, device: torch.device) -> Any:
-    mixed = cell.precision != "32-true"
     if cell.ranks > 1:
         settings = DistributedConfig(
             fsdp_size=cell.ranks,
-            ep_size=cell.ep,
+            ep_size=cell.ranks if cell.base == TRANSFORMERS_EP else 1,
             ep_implementation="all_to_all",
-            fsdp_mixed_precision=mixed,
+            fsdp_mixed_precision=True,
         )
         settings, _, meshes = model.prepare_distribute_model(settings)
         return model.maybe_distribute_model(model, settings, meshes)
-    if cell.base == "transformers/ep":
+    if cell.base == TRANSFORMERS_EP:
         raise ValueError("transformers has no expert parallelism over one rank.")
     # transformers leaves a single rank unsharded; FSDP2 around each layer of it is what gives fp32 masters with bf16
     # compute there, as its own plan does on several ranks.
     dist.init_process_group(device_id=device if device.type == "cuda" else None)
     mesh = init_device_mesh(device.type, (1,), mesh_dim_names=("fsdp",))
-    policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if mixed else MixedPrecisionPolicy()
+    policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32)
     for layer in model.model.layers:
         fully_shard(layer, mesh=mesh, mp_policy=policy)
     return fully_shard(model, mesh=mesh, mp_policy=policy)
 
 
-def clip(params: list[Tensor], max_norm: float) -> None:
+def _clip(params: list[Tensor], max_norm: float) -> None:
     """Clips by norm over any number of meshes, as transformers' Trainer does for such models."""
     by_mesh = defaultdict(list)
     for param in params:

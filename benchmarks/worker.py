@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import importlib
-import importlib.metadata
 import json
 import os
 import signal
@@ -16,9 +15,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from benchmarks import rehearsal
 from benchmarks.cells import Cell
-from benchmarks.measure import Meter, cap_memory
+from benchmarks.measure import Meter
+from benchmarks.records import machine
 
 _MODULES = {
     "lightning_ep": "benchmarks.ours",
@@ -36,13 +35,12 @@ def main() -> None:
     try:
         if device.type == "cuda":
             torch.cuda.set_device(device)
+            _cap_memory(cell, device)
         else:
             torch.set_num_threads(1)
-        cap_memory(cell, device)
-        if cell.rehearse:
-            rehearsal.start(cell.ranks)
-        measure = _train if cell.task == "train" else _weights
-        _write(path, {"measured": measure(cell, device, path.parent), "machine": machine(device)})
+        meter = Meter(cell, device)
+        importlib.import_module(_MODULES[cell.trainer.split("/")[0]]).run(cell, meter)
+        _write(path, {"measured": meter.results(), "machine": machine(device)})
     except BaseException as error:
         traceback.print_exc()
         _write(path, {"status": status(error), "error": last_line(error)})
@@ -54,22 +52,17 @@ def main() -> None:
     os._exit(0)  # nothing that is torn down from here on could change the result, and all of it can hang
 
 
-def _train(cell: Cell, device: torch.device, folder: Path) -> dict[str, Any]:
-    meter = Meter(cell, device)
-    importlib.import_module(_MODULES[cell.trainer.split("/")[0]]).run(cell, meter)
-    return meter.results()
-
-
-def _weights(cell: Cell, device: torch.device, folder: Path) -> dict[str, Any]:
-    from benchmarks import weights
-
-    return weights.run(cell, device, folder)
-
-
 def _end_with_parent() -> None:
     """Has the kernel kill this rank when the command ends, however: a rank left behind would keep the GPU's memory."""
     parent_dies = 1  # PR_SET_PDEATHSIG
     ctypes.CDLL(None).prctl(parent_dies, signal.SIGKILL)
+
+
+def _cap_memory(cell: Cell, device: torch.device) -> None:
+    """Limits torch's allocator to ``cell.memory_cap_gib``, which stands in for a smaller card."""
+    if cell.memory_cap_gib is not None:
+        total = torch.cuda.get_device_properties(device).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, cell.memory_cap_gib * 2**30 / total), device)
 
 
 def _write(path: Path, result: dict[str, Any]) -> None:
@@ -88,23 +81,6 @@ def last_line(error: BaseException) -> str:
     """The error on one line of at most 300 characters."""
     text = " ".join(str(error).split())
     return f"{type(error).__name__}: {text}"[:300]
-
-
-def machine(device: torch.device) -> dict[str, Any]:
-    """Device and versions, for the record."""
-    import lightning
-    import transformers
-
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
-    versions = {
-        "torch": torch.__version__,
-        "lightning": lightning.__version__,
-        "transformers": transformers.__version__,
-    }
-    if "torchtitan" in sys.modules:
-        versions["torchtitan"] = importlib.metadata.version("torchtitan")
-    versions["python"] = ".".join(map(str, sys.version_info[:3]))
-    return {"device_name": name, "versions": versions}
 
 
 if __name__ == "__main__":

@@ -1,0 +1,270 @@
+"""What follows the router, and the loss, alone on one device, forward and backward, beside others' and bare GEMMs.
+
+The MoE body takes tokens, expert ids and routing weights, and returns weighted sums. The loss takes hidden states and
+the head's weight, and returns a sum over tokens.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor.parallel import parallelize_module
+from torch.profiler import ProfilerActivity, profile
+from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
+
+from benchmarks.cells import SIZES, model_config
+from benchmarks.kernels import device_kernels, summary
+from benchmarks.measure import elapsed_ms, mark, quantile, synchronize
+from benchmarks.records import machine, provenance
+from benchmarks.tables import lines, runs
+from benchmarks.workload import max_over_mean
+from lightning_ep import ExpertParallel
+from lightning_ep.ops.cross_entropy import linear_cross_entropy
+
+Function = Callable[..., Any]
+Inputs = list[tuple[Tensor, ...]]
+Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""(hidden [T, H], weight [V, H], targets [T]) to the sum of the losses."""
+
+_FLUSH_BYTES = 256 * 2**20  # several times the L2 cache of an H200
+_LOGIT_STD = 0.9  # of a router with weights of standard deviation 0.02 on normalised rows of width 2048
+_EXPONENT = 0.25  # of a skewed router: the most popular of 128 experts then gets about five times the mean, top-8
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Times one of the layers and prints the table."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.layers", description=__doc__)
+    parser.add_argument("layer", choices=["moe", "loss"])
+    parser.add_argument("--tokens", type=int, default=16_384)
+    parser.add_argument("--sizes", default="qwen3-30b-a3b", choices=sorted(SIZES))
+    parser.add_argument("--repeats", type=int, default=30)
+    parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
+    parser.add_argument("--json", type=Path, help="default: runs/benchmarks/LAYER.json")
+    options = parser.parse_args(arguments)
+    device = torch.device(options.device)
+    rows = {"moe": measure_moe, "loss": measure_loss}[options.layer](
+        options.sizes, options.tokens, device, options.repeats
+    )
+    record = {**provenance(), "machine": machine(device), "rows": rows}
+    text = "\n".join([*_table(rows), "", f"{options.tokens:,} tokens of {options.sizes}.", "", runs([record])])
+    path = options.json or Path(f"runs/benchmarks/{options.layer}.json")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(record, indent=1) + "\n")
+    path.with_suffix(".md").write_text(text + "\n")
+    print(text)
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _table(rows: list[dict[str, Any]]) -> list[str]:
+    """A row says more by its keys: a text as it is, a number of milliseconds, a profile by kind."""
+    cells = []
+    for row in rows:
+        kinds = row.get("profile", {}).get("by_kind", {})
+        cells.append([
+            row["name"],
+            row.get("router", ""),
+            row["error"] if "error" in row else f"{row['ms']:.2f} ({row['p10']:.2f} to {row['p90']:.2f})",
+            f"{row['profile']['gpu_busy_ms']:.2f}" if kinds else "",
+            f"{row['memory_gib']:.2f}" if "memory_gib" in row else "",
+            ", ".join(f"{name} {ms:.2f}" for name, ms in kinds.items()),
+        ])  # fmt: skip
+    header = ["forward and backward", "router, hottest expert", "ms", "GPU busy ms"]
+    header += ["GiB above weight and gradients", "of it by kind of kernel"]
+    return lines(header, cells)
+
+
+def timed(function: Function, inputs: Inputs, repeats: int) -> dict[str, Any]:
+    """Milliseconds of calls that take the inputs in turn: median, 10th and 90th percentile; on CUDA with a profile.
+
+    From the first launch to the end of the last kernel, with a cold L2 cache: a host that is too slow shows.
+    """
+    device = inputs[0][0].device
+    flush = torch.empty(_FLUSH_BYTES if device.type == "cuda" else 0, dtype=torch.int8, device=device)
+    for index in range(3):
+        function(*inputs[index % len(inputs)])
+    pairs = []
+    for index in range(repeats):
+        flush.zero_()
+        before = mark(device)
+        function(*inputs[index % len(inputs)])
+        pairs.append((before, mark(device)))
+    synchronize(device)
+    times = [elapsed_ms(*pair) for pair in pairs]
+    row: dict[str, Any] = {"ms": statistics.median(times), "p10": quantile(times, 0.1), "p90": quantile(times, 0.9)}
+    for _ in range(2 if device.type == "cuda" else 0):  # the first use of the profiler disturbs what it records
+        with profile(activities=[ProfilerActivity.CUDA]) as profiled:
+            function(*inputs[0])
+            synchronize(device)
+        row["profile"] = summary(device_kernels(profiled))
+    return row
+
+
+def _dtype(device: torch.device) -> torch.dtype:
+    return torch.bfloat16 if device.type == "cuda" else torch.float32
+
+
+# ---------------------------------------------------------------------- the MoE body
+
+
+def measure_moe(sizes: str, tokens: int, device: torch.device, repeats: int) -> list[dict[str, Any]]:
+    """One row per body and popularity of experts."""
+    peer = "grouped_mm" if device.type == "cuda" else "eager"
+    bodies = {
+        "lightning_ep, ep=1": forward_backward(our_experts(sizes, device)),
+        f"transformers, {peer}": forward_backward(transformers_experts(sizes, device, peer)),
+    }
+    rows = []
+    for router in ("balanced", "skewed"):
+        inputs = [moe_inputs(sizes, tokens, router, seed, device) for seed in range(3)]
+        counts = torch.bincount(inputs[0][1].reshape(-1), minlength=SIZES[sizes]["num_experts"])
+        label = f"{router}, {max_over_mean([counts]):.2f}"
+        rows += [{"name": name, "router": label, **timed(body, inputs, repeats)} for name, body in bodies.items()]
+    floor, operands = _gemms(sizes, tokens, device)
+    return [*rows, {"name": "the six grouped GEMMs alone", "router": "even", **timed(floor, operands, repeats)}]
+
+
+def our_experts(sizes: str, device: torch.device) -> nn.Module:
+    """An experts module whose forward is the package's whole body, as the plan sets it up on an EP group of one."""
+    if not dist.is_initialized():
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", rank=0, world_size=1)
+    mesh = init_device_mesh(device.type, (1,), mesh_dim_names=("ep",))
+    return parallelize_module(transformers_experts(sizes, device, "eager"), mesh, ExpertParallel())
+
+
+def transformers_experts(sizes: str, device: torch.device, implementation: str) -> nn.Module:
+    """transformers' own experts module with random weights."""
+    config = model_config(sizes, layers=1)
+    config._experts_implementation = implementation
+    with torch.device("meta"):
+        experts = Qwen3MoeExperts(config).to(_dtype(device))
+    experts.to_empty(device=device)
+    generator = torch.Generator(device).manual_seed(0)
+    with torch.no_grad():
+        for param in experts.parameters():
+            param.normal_(std=0.02, generator=generator)
+    return experts
+
+
+def forward_backward(experts: nn.Module) -> Function:
+    """Calls the experts and differentiates by tokens, routing weights and parameters."""
+
+    def body(hidden_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor, grad_TH: Tensor) -> tuple[Tensor, ...]:
+        out_TH = experts(hidden_TH, ids_TK, weights_TK)
+        return torch.autograd.grad(out_TH, [hidden_TH, weights_TK, *experts.parameters()], grad_TH)
+
+    return body
+
+
+def moe_inputs(sizes: str, tokens: int, router: str, seed: int, device: torch.device) -> tuple[Tensor, ...]:
+    """Hidden states ``[T, H]``, ids and weights ``[T, K]``, and the gradient of the output ``[T, H]``."""
+    widths, dtype = SIZES[sizes], _dtype(device)
+    generator = torch.Generator().manual_seed(seed)
+    logits_TE = _LOGIT_STD * torch.randn(tokens, widths["num_experts"], generator=generator)
+    if router == "skewed":
+        # Popularity falls with rank like Zipf's law.
+        ranks_E = torch.randperm(widths["num_experts"], generator=generator) + 1
+        logits_TE -= _EXPONENT * ranks_E.log()
+    weights_TK, ids_TK = logits_TE.softmax(-1).topk(widths["num_experts_per_tok"])
+    weights_TK = (weights_TK / weights_TK.sum(-1, keepdim=True)).to(device, dtype).requires_grad_()
+    shape = (tokens, widths["hidden_size"])
+    hidden_TH, grad_TH = (torch.randn(shape, generator=generator).to(device, dtype) for _ in range(2))
+    return hidden_TH.requires_grad_(), ids_TK.to(device), weights_TK, grad_TH
+
+
+def _gemms(sizes: str, tokens: int, device: torch.device) -> tuple[Function, Inputs]:
+    """Forward, input-gradient and weight-gradient GEMMs of both projections on rows already sorted, even splits.
+
+    Nothing that an MoE layer needs can be faster than these, unless it uses a better grouped GEMM.
+    """
+    widths, dtype = SIZES[sizes], _dtype(device)
+    width, inner, experts = widths["hidden_size"], widths["moe_intermediate_size"], widths["num_experts"]
+    rows = tokens * widths["num_experts_per_tok"] // experts * experts
+    ends_E = torch.arange(1, experts + 1, dtype=torch.int32, device=device) * (rows // experts)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(shape, device=device, dtype=dtype) * 0.02
+
+    up_EIH, down_EHI = random(experts, 2 * inner, width), random(experts, width, inner)
+
+    def body(x_PH: Tensor, act_PI: Tensor, grad_up_PI: Tensor, grad_PH: Tensor) -> tuple[Tensor, ...]:
+        return (
+            F.grouped_mm(x_PH, up_EIH.transpose(1, 2), offs=ends_E),
+            F.grouped_mm(act_PI, down_EHI.transpose(1, 2), offs=ends_E),
+            F.grouped_mm(grad_PH, down_EHI, offs=ends_E),
+            F.grouped_mm(grad_PH.t(), act_PI, offs=ends_E),
+            F.grouped_mm(grad_up_PI, up_EIH, offs=ends_E),
+            F.grouped_mm(grad_up_PI.t(), x_PH, offs=ends_E),
+        )
+
+    columns = (width, inner, 2 * inner, width)
+    return body, [tuple(random(rows, column) for column in columns) for _ in range(2)]
+
+
+# ---------------------------------------------------------------------- the loss
+
+
+def measure_loss(sizes: str, tokens: int, device: torch.device, repeats: int) -> list[dict[str, Any]]:
+    """One row per implementation that is installed."""
+    hidden, vocab, dtype = SIZES[sizes]["hidden_size"], SIZES[sizes]["vocab_size"], _dtype(device)
+    generator = torch.Generator(device).manual_seed(0)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(shape, device=device, generator=generator)
+
+    weight_VH = (random(vocab, hidden) * 0.02).to(dtype).requires_grad_()
+    inputs: Inputs = []
+    for _ in range(2):
+        targets_T = torch.randint(0, vocab, (tokens,), device=device, generator=generator)
+        inputs.append((random(tokens, hidden).to(dtype).requires_grad_(), weight_VH, targets_T))
+    return [{"name": name, **_row(loss, inputs, repeats)} for name, loss in losses().items()]
+
+
+def _plain(hidden_TH: Tensor, weight_VH: Tensor, targets_T: Tensor) -> Tensor:
+    """Full logits, in fp32 for the softmax: what a transformers model does."""
+    return F.cross_entropy(F.linear(hidden_TH, weight_VH).float(), targets_T, reduction="sum")
+
+
+def losses() -> dict[str, Loss]:
+    """Every implementation that is here by name."""
+    found: dict[str, Loss] = {"plain": _plain, "lightning_ep": linear_cross_entropy}
+    with contextlib.suppress(ImportError):
+        from liger_kernel.transformers.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyLoss
+
+        liger = LigerFusedLinearCrossEntropyLoss(reduction="sum")
+        found["Liger"] = lambda hidden, weight, targets: liger(weight, hidden, targets)
+    return found
+
+
+def _row(loss: Loss, inputs: Inputs, repeats: int) -> dict[str, Any]:
+    def run(hidden_TH: Tensor, weight_VH: Tensor, targets_T: Tensor) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(loss(hidden_TH, weight_VH, targets_T), [hidden_TH, weight_VH])
+
+    row: dict[str, Any] = {}
+    try:
+        if inputs[0][0].device.type == "cuda":
+            size = sum(gradient.numel() * gradient.element_size() for gradient in run(*inputs[0]))
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            run(*inputs[0])
+            row["memory_gib"] = (torch.cuda.max_memory_allocated() - before - size) / 2**30
+        return {**row, **timed(run, inputs, repeats)}
+    except Exception as error:  # a peer that breaks or runs out of memory is a result
+        return {"error": f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"}
+
+
+if __name__ == "__main__":
+    main()
