@@ -21,6 +21,13 @@ _PROCESSES = {"run_ranks", "row_failures", "run_cell", "subprocess", "multiproce
 """What tests that start processes name, themselves or through functions and fixtures of ``tests``."""
 _DEVICES = {"run_ranks", "row_failures", "device", "accelerator", "DEVICE"}
 """What tests name that use a GPU with LIGHTNING_EP_TEST_DEVICE=cuda."""
+_HOST = {
+    *("callbacks", "cli", "data", "distributed.test_failures", "test_configurations", "test_multinode", "test_ranks"),
+    *("checkpoint.test_files", "checkpoint.test_resumed_loaders", "checkpoint.test_resumed_programs"),
+    *("checkpoint.test_saves_of_users", "hub.test_export", "trainer.test_flags", "trainer.test_loaders"),
+    *("trainer.test_steering", "trainer.test_user_loaders", "trainer.test_watched_gradients"),
+}
+"""Folders and modules whose ranks show on GPUs what they show on CPUs: files, loaders, decisions, messages."""
 _ON_CUDA = os.environ.get("LIGHTNING_EP_TEST_DEVICE") == "cuda"
 
 
@@ -61,8 +68,11 @@ def _is_left_out(item: pytest.Item, config: pytest.Config) -> bool:
     long = [mark for mark in ("slow", "fault_injection") if item.get_closest_marker(mark)]
     if not all(mark in config.option.markexpr for mark in long):
         return True
+    if _ON_CUDA and item.get_closest_marker("gpu") is None:
+        module = item.module.__name__.removeprefix("tests.")
+        return module in _HOST or module.partition(".")[0] in _HOST or not _reaches(item, _DEVICES)
     if _ON_CUDA:
-        return not (item.get_closest_marker("gpu") or _reaches(item, _DEVICES))
+        return False
     return item.get_closest_marker("gpu") is not None
 
 

@@ -66,6 +66,7 @@ def varlen_by_loops(
         q, k, v = (x[start:end].transpose(0, 1) for x in (query_THD, key_THD, value_THD))
         back = torch.arange(end - start)[:, None] - torch.arange(end - start)
         mask = (back >= 0) & ((back <= window_size[0]) | (window_size[0] < 0))
+        mask = mask.to(q.device)
         out = F.scaled_dot_product_attention(q[None], k[None], v[None], mask, scale=scale, enable_gqa=enable_gqa)[0]
         outputs.append(out.transpose(0, 1))
     return torch.cat(outputs)

@@ -139,7 +139,7 @@ def check(trainer: L.Trainer, module: L.LightningModule, steps: int = STEPS) -> 
     assert trainer.global_step == steps, f"{trainer.global_step} optimizer steps"
     start = tiny_model(**module.overrides).state_dict()
     for name, param in module.model.named_parameters():
-        full = whole(param).cpu()
+        full = whole(param)
         assert full.isfinite().all(), name
         assert agreed(full.sum().item()), name
         if name.endswith(("gate_up_proj", "q_proj.weight", "lm_head.weight")) and steps:
@@ -147,14 +147,15 @@ def check(trainer: L.Trainer, module: L.LightningModule, steps: int = STEPS) -> 
 
 
 def whole(param: Tensor) -> Tensor:
-    return (param.detach().full_tensor() if isinstance(param, DTensor) else param.detach()).clone()
+    """A copy of all of it, on the CPU; every rank must call this."""
+    return (param.detach().full_tensor() if isinstance(param, DTensor) else param.detach()).cpu().clone()
 
 
 def wrong_gradients(plain: Iterable[tuple[str, Tensor]], sharded: Iterable[Tensor], tolerance: float) -> list[str]:
     """Parameters whose summed gradients are not one process's, when every rank has had the same batch."""
     world, wrong = dist.get_world_size(), []
     for (name, param), other in zip(plain, sharded, strict=True):
-        found = torch.zeros_like(param) if other.grad is None else whole(other.grad).cpu() / world
+        found = torch.zeros_like(param) if other.grad is None else whole(other.grad) / world
         if not (error := relative_error(found, grad_or_zero(param))) <= tolerance:
             wrong.append(f"{name} {error:.1e}")
     return wrong

@@ -84,7 +84,7 @@ class Module(TinyModule):
 
     def on_before_optimizer_step(self, optimizer: Any) -> None:
         named = self.model.named_parameters()
-        self.gradients = {name: whole(param.grad).cpu() for name, param in named if param.grad is not None}
+        self.gradients = {name: whole(param.grad) for name, param in named if param.grad is not None}
         dense = [param for name, param in self.model.named_parameters() if "experts" not in name]
         assert all(param.grad.dtype == param.dtype for param in dense if param.grad is not None)
 

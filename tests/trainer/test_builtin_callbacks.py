@@ -303,7 +303,7 @@ def backbone_finetuning(root: Path) -> None:
                 param -= rates.get(param, (0.1,) * 3)[epoch] * param.grad  # type: ignore[operator]
                 param.grad = None
     for (name, param), expected in zip(module.named_parameters(), plain.parameters(), strict=True):
-        assert (error := relative_error(whole(param).cpu(), expected.detach())) < 1e-5, (name, error)
+        assert (error := relative_error(whole(param), expected.detach())) < 1e-5, (name, error)
 
 
 @row("BaseFinetuning")

@@ -178,7 +178,7 @@ def workers_of_tensor_parallel_peers_draw_the_same(root: Path) -> None:
 
         class Keeps(TinyModule):
             def training_step(self, batch: Any, batch_idx: int, batches: list[Tensor] = batches) -> Tensor:
-                batches.append(batch["input_ids"])
+                batches.append(batch["input_ids"].cpu())
                 return super().training_step(batch, batch_idx)
 
         data = DataLoader(_Random(), batch_size=1, num_workers=1)
