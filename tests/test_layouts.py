@@ -24,7 +24,7 @@ CASES = [
         (2, {"ep": 1, "replicate": 2}),
         (4, {"ep": 2, "replicate": 2}),
         (4, {"ep": 1, "fsdp": 2, "replicate": 2}),
-        (8, {"ep": 2, "fsdp": 2, "replicate": 2}),
+        pytest.param(8, {"ep": 2, "fsdp": 2, "replicate": 2}, marks=pytest.mark.slow),
         (2, {"ep": 1, "cp": 2}),
         (2, {"ep": 2, "cp": 2}),
         (4, {"ep": 2, "fsdp": 2, "cp": 2}),
@@ -35,7 +35,7 @@ CASES = [
         (4, {"ep": 4, "tp": 2}),
         (4, {"ep": 2, "tp": 2}),
         (4, {"ep": 4, "tp": 2, "cp": 2}),
-        (8, {"ep": 2, "fsdp": 2, "replicate": 2, "tp": 2}),
+        pytest.param(8, {"ep": 2, "fsdp": 2, "replicate": 2, "tp": 2}, marks=pytest.mark.slow),
     ],
 )
 def test_training_equals_one_process(world: int, layout: dict[str, int]) -> None:

@@ -58,7 +58,6 @@ def test_bf16_mixed_is_within_bf16_tolerance(world: int, ep: int) -> None:
     assert_trains_like_one_process(world, {"ep": ep}, BF16)
 
 
-@pytest.mark.slow
 def test_compiled_layers_train_alike() -> None:
     case = {"causal": True, "accumulate": 1, "clip": 0.2, "compile": True}
     assert_trains_like_one_process(2, {"ep": 2}, [case], timeout=110)

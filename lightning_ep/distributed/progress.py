@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import threading
 import time
+import weakref
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -137,20 +138,28 @@ class Progress:
         """
         if self._watch is not None:
             return
-        limit = 0.9 * timeout_s
+        # The thread holds the record only while it looks: it ends with it.
+        record, stop, limit = weakref.ref(self), self._stop, 0.9 * timeout_s
 
         def run() -> None:
             reported: Exchange | None = None
-            while not self._stop.wait(min(5.0, limit / 4)):
-                with self._lock:
-                    self._drop_finished()
-                    oldest = self._started[0] if self._started else None
-                if oldest is not None and oldest is not reported and time.monotonic() - oldest.since > limit:
-                    reported = oldest
-                    print(f"[rank {rank}] {self.describe()}", file=sys.stderr, flush=True)
+            while not stop.wait(min(5.0, limit / 4)) and (progress := record()) is not None:
+                reported = progress._report(rank, limit, reported)
+                del progress
 
         self._watch = threading.Thread(target=run, name="lightning-ep-progress", daemon=True)
         self._watch.start()
+        weakref.finalize(self, stop.set)
+
+    def _report(self, rank: int, limit: float, reported: Exchange | None) -> Exchange | None:
+        """Prints the exchange that has been waited for longer than ``limit`` seconds, once; returns it."""
+        with self._lock:
+            self._drop_finished()
+            oldest = self._started[0] if self._started else None
+        if oldest is None or oldest is reported or time.monotonic() - oldest.since <= limit:
+            return reported
+        print(f"[rank {rank}] {self.describe()}", file=sys.stderr, flush=True)
+        return oldest
 
     def close(self) -> None:
         """Stops the watching thread."""

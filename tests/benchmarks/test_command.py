@@ -52,6 +52,7 @@ def _timed(cells: list[Cell]) -> dict[Cell, float]:
 # ---------------------------------------------------------------------- runs
 
 
+@pytest.mark.slow
 def test_train_measures_a_cell_from_the_command_line_to_the_table(tmp_path: Path) -> None:
     path = tmp_path / "r.jsonl"
     command = [sys.executable, "-m", "benchmarks.train", "--json", str(path), *_ONE_RANK]

@@ -290,8 +290,12 @@ _JOB = """
 """
 
 
-@pytest.mark.parametrize("launcher", [[], ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]],
-                         ids=["lightning", "torchrun"])  # fmt: skip
+_TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+
+
+@pytest.mark.parametrize(
+    "launcher", [[], pytest.param(_TORCHRUN, marks=pytest.mark.slow)], ids=["lightning", "torchrun"]
+)
 def test_a_terminated_job_saves_and_ends_as_a_whole(tmp_path: Path, launcher: list[str]) -> None:
     (tmp_path / "job.py").write_text(textwrap.dedent(_JOB))
     root = str(Path(__file__).resolve().parents[2])

@@ -80,13 +80,21 @@ def _save(root: Path, world_size: int) -> dict[str, State]:
     return expected
 
 
-def _load(root: Path, world_size: int, names: dict[str, int]) -> dict[str, State]:
+def _two_others(name: str) -> list[tuple[int, int, int, int]]:
+    """Layouts that load a checkpoint in the short form, which every layout is for some; others for files."""
+    kind, *sizes = name.removesuffix(".ckpt").split("-")
+    same = [layout for layout in LAYOUTS if layout[-1] == int(sizes[-1])]
+    own, step = same.index(tuple(map(int, sizes))), 1 if kind == "dir" else -1
+    return [same[(own + step) % len(same)], same[(own + 2 * step) % len(same)]]
+
+
+def _load(root: Path, world_size: int, names: list[str], every: bool) -> dict[str, State]:
     found = {}
     for world, ep, tp, width in LAYOUTS:
         if world != world_size:
             continue
-        for name, saved_width in names.items():
-            if saved_width == width:
+        for name in names:
+            if name.endswith(f"-{width}.ckpt") if every else (world, ep, tp, width) in _two_others(name):
                 module = _Module(width)
                 trainer = quiet(root, strategy=_strategy(ep, tp=tp), max_steps=2)
                 trainer.fit(module, loader(16), ckpt_path=root / name)
@@ -121,12 +129,16 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Sta
     return root, expected
 
 
+@pytest.mark.parametrize(
+    "every", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["two layouts", "every layout"]
+)
 @pytest.mark.parametrize("world_size", [4, 2, 1])
-def test_weights_and_moments_are_equal_bit_for_bit(saved: tuple[Path, dict[str, State]], world_size: int) -> None:
+def test_weights_and_moments_are_equal_bit_for_bit(
+    saved: tuple[Path, dict[str, State]], world_size: int, every: bool
+) -> None:
     root, expected = saved
-    widths = {name: int(name.removesuffix(".ckpt").split("-")[-1]) for name in expected}
-    found = run_ranks(world_size, _load, root, world_size, widths, init_process_group=False)[0]
-    assert len(found) >= 6
+    found = run_ranks(world_size, _load, root, world_size, list(expected), every, init_process_group=False)[0]
+    assert len(found) >= (7 if every else 2)
     for case, state in found.items():
         reference = expected[case.split()[0]]
         assert state.keys() == reference.keys(), case
@@ -146,7 +158,8 @@ def test_a_directory_becomes_one_file(saved: tuple[Path, dict[str, State]]) -> N
     )
     for parameter, value in module.named_parameters():
         assert torch.equal(value, expected[name][parameter]), parameter
-    found = run_ranks(2, _load, root, 2, {"one/all.ckpt": UNEVEN}, init_process_group=False)[0]
+    (root / "one" / "all.ckpt").rename(root / _name(4, 2, 1, UNEVEN, False))
+    found = run_ranks(2, _load, root, 2, [_name(4, 2, 1, UNEVEN, False)], True, init_process_group=False)[0]
     (state,) = found.values()
     assert all(torch.equal(state[key], value) for key, value in expected[name].items())
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import io
 import os
 import re
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from datetime import timedelta
 from pathlib import Path
@@ -79,7 +81,11 @@ def _alive(pid: int) -> bool:
 
 @pytest.mark.parametrize(
     ("launcher", "rank"),
-    [(LIGHTNING, 0), (LIGHTNING, 1), (TORCHRUN, 1)],
+    [
+        pytest.param(LIGHTNING, 0, marks=pytest.mark.slow),
+        (LIGHTNING, 1),
+        pytest.param(TORCHRUN, 1, marks=pytest.mark.slow),
+    ],
     ids=["lightning-0", "lightning-1", "torchrun"],
 )
 def test_an_exception_on_one_rank_ends_all(tmp_path: Path, launcher: list[str], rank: int) -> None:
@@ -144,6 +150,19 @@ def test_the_watch_speaks_before_an_exchange_times_out() -> None:
     )
     assert sleeping == ""
     assert run_ranks(2, _watch, 0.0, 60.0) == ["", ""]
+
+
+def test_the_watch_ends_with_the_run_that_it_watches() -> None:
+    before = threading.active_count()
+    progress = Progress()
+    progress.watch(0, timeout_s=0.4)
+    assert threading.active_count() == before + 1
+    del progress
+    gc.collect()
+    deadline = time.monotonic() + 10
+    while threading.active_count() > before:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 class _OnOneRank(TinyModule):

@@ -300,7 +300,7 @@ def _adapter(base_layer: nn.Module) -> nn.Module:
         ("lm_head", _adapter, r"its head is an adapter \(peft\.tuners\.lora\.layer\.Linear\)"),
         ("model.embed_tokens", _adapter, r"its embedding is an adapter \(peft\.tuners\.lora\.layer\.Embedding\)"),
         ("model.layers.0.self_attn.o_proj", lambda base: _Subclass(32, 32),
-         r"self_attn\.o_proj, which is tests\.test_tensor_parallel\._Subclass, a subclass of nn\.Linear"),
+         r"self_attn\.o_proj, which is tests\.tensor_parallel\.\w+\._Subclass, a subclass of nn\.Linear"),
         ("model.layers.0.self_attn.o_proj", lambda base: nn.Identity(), "Identity and not an nn.Linear"),
     ],
 )  # fmt: skip

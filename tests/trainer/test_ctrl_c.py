@@ -68,7 +68,11 @@ def start(tmp_path: Path) -> Generator[Start, None, None]:
                 os.killpg(job.pid, signal.SIGKILL)
 
 
-@pytest.mark.parametrize(("launcher", "send"), [([], os.killpg), (TORCHRUN, os.kill)], ids=["a terminal", "torchrun"])
+@pytest.mark.parametrize(
+    ("launcher", "send"),
+    [([], os.killpg), pytest.param(TORCHRUN, os.kill, marks=pytest.mark.slow)],
+    ids=["a terminal", "torchrun"],
+)
 def test_the_first_one_saves_and_says_how_to_go_on(
     launcher: list[str], send: Callable[[int, int], None], start: Start, tmp_path: Path
 ) -> None:

@@ -224,7 +224,7 @@ def _predict_nothing(root: Path) -> str:
 
 def test_a_stream_without_any_sample_on_one_rank_is_refused(tmp_path: Path) -> None:
     try:
-        message = run_ranks(2, _predict_nothing, tmp_path, init_process_group=False, timeout=40)[0]
+        message = run_ranks(2, _predict_nothing, tmp_path, init_process_group=False, alone=True, timeout=40)[0]
     except RankFailure as failure:  # the other rank waits for the one that raised, until that leaves
         message = str(failure)
     assert "Give every rank at least one batch" in message
