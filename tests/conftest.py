@@ -28,6 +28,19 @@ _HOST = {
     *("trainer.test_steering", "trainer.test_user_loaders", "trainer.test_watched_gradients"),
 }
 """Folders and modules whose ranks show on GPUs what they show on CPUs: files, loaders, decisions, messages."""
+_LONG_ON_GPUS = (
+    *(
+        "test_layouts",
+        "hub.test_load",
+        "test_gpu",
+        "test_parity",
+        "trainer.test_runs",
+        "trainer.test_builtin_callbacks",
+    ),
+    *("tensor_parallel.test_tensor_parallel", "context_parallel.test_context_parallel", "test_wrapped_models"),
+    *("layers.test_recompute", "layers.test_compilation", "checkpoint.test_resharding", "moe.test_families"),
+)
+"""What runs first there, so that no worker is left with it at the end."""
 _ON_CUDA = os.environ.get("LIGHTNING_EP_TEST_DEVICE") == "cuda"
 
 
@@ -61,6 +74,10 @@ def _names(code: CodeType) -> set[str]:
     return {*code.co_names, *(name for function in inner for name in _names(function))}
 
 
+def _module(item: Any) -> str:
+    return item.module.__name__.removeprefix("tests.")
+
+
 def _is_left_out(item: pytest.Item, config: pytest.Config) -> bool:
     """Tests that run only when they are asked for, by their mark or by name; on GPUs also those that use none."""
     if any("::" in argument and item.nodeid.startswith(argument) for argument in config.args):
@@ -69,7 +86,7 @@ def _is_left_out(item: pytest.Item, config: pytest.Config) -> bool:
     if not all(mark in config.option.markexpr for mark in long):
         return True
     if _ON_CUDA and item.get_closest_marker("gpu") is None:
-        module = item.module.__name__.removeprefix("tests.")
+        module = _module(item)
         return module in _HOST or module.partition(".")[0] in _HOST or not _reaches(item, _DEVICES)
     if _ON_CUDA:
         return False
@@ -82,6 +99,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if left_out:
         config.hook.pytest_deselected(items=left_out)
         items[:] = [item for item in items if item not in left_out]
+    if _ON_CUDA:
+        items.sort(key=lambda item: _LONG_ON_GPUS.index(_module(item)) if _module(item) in _LONG_ON_GPUS else 99)
     for item in items:
         marked = any(map(item.get_closest_marker, ("slow", "gpu", "fault_injection")))
         if not marked and not _reaches(item, _PROCESSES):
