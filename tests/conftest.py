@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dis
+import functools
 import inspect
 import os
 from collections.abc import Callable, Iterator
@@ -62,16 +64,19 @@ def _names_one(function: Callable[..., Any], names: set[str], seen: set[Callable
     if not inspect.isfunction(function) or function in seen:
         return False
     seen.add(function)
-    used = _names(function.__code__) & function.__globals__.keys()  # and not attributes that are called alike
+    used = _names(function.__code__)
     if used & names:
         return True
     called = [function.__globals__.get(name) for name in used]
     return any(_names_one(f, names, seen) for f in called if str(getattr(f, "__module__", "")).startswith("tests."))
 
 
-def _names(code: CodeType) -> set[str]:
+@functools.cache
+def _names(code: CodeType) -> frozenset[str]:
+    """Names of other scopes that a function uses: not attributes, which may be called alike."""
     inner = [constant for constant in code.co_consts if isinstance(constant, CodeType)]
-    return {*code.co_names, *(name for function in inner for name in _names(function))}
+    own = {step.argval for step in dis.get_instructions(code) if step.opname in ("LOAD_GLOBAL", "IMPORT_NAME")}
+    return frozenset({*own, *(name for function in inner for name in _names(function))})
 
 
 def _module(item: Any) -> str:

@@ -147,7 +147,13 @@ def _end_groups() -> None:
                 dist.destroy_process_group(group)
     else:
         dist.destroy_process_group()
-    _clear_sharding_prop_cache()  # it holds meshes whose groups have just ended
+    # It holds meshes whose groups have just ended. Every thread has one: autograd's thread of a GPU, too.
+    _clear_sharding_prop_cache()
+    if on_cuda():
+        (one := torch.ones(1, device=device(), requires_grad=True)).register_hook(
+            lambda _: _clear_sharding_prop_cache()
+        )
+        one.backward()
 
 
 def _die_with_parent() -> None:

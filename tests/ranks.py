@@ -306,6 +306,9 @@ def _rank_environments(world_size: int, port: int) -> list[dict[str, str]]:
         "TORCHELASTIC_USE_AGENT_STORE": "True",
         "TORCHELASTIC_RESTART_COUNT": "0",
     }
+    if on_cuda():
+        # Hundreds of small communicators are made, by many processes per GPU.
+        common.update(NCCL_BUFFSIZE=str(2**20), NCCL_MAX_NCHANNELS="4")
     environments = [{**common, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(world_size)]
     if on_cuda() and torch.cuda.device_count() < world_size:
         # NCCL refuses two ranks of one host on one GPU: let each be a host of its own, over the loopback interface.
