@@ -184,8 +184,9 @@ def _losses(implementation: str, plain_loss: bool) -> list[float]:
         pretrained=False,
         optimizer=lambda params: torch.optim.AdamW(params, lr=5e-4),
     )
+    patch = pytest.MonkeyPatch()
     if plain_loss:
-        loss_module.is_plain_head = lambda head: False  # this process ends with the test
+        patch.setattr(loss_module, "is_plain_head", lambda head: False)
     trainer = L.Trainer(
         strategy=ExpertParallelStrategy(experts_implementation=implementation),
         accelerator=accelerator(), devices=1, precision="bf16-mixed", max_steps=50, gradient_clip_val=1.0,
@@ -194,6 +195,7 @@ def _losses(implementation: str, plain_loss: bool) -> list[float]:
     )  # fmt: skip
     data = [{k: v.squeeze(0) for k, v in b.items()} for b in batches(16, 1, length=64)]
     trainer.fit(module, DataLoader(data, batch_size=4))
+    patch.undo()
     return trace
 
 

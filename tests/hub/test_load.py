@@ -58,8 +58,9 @@ def _stream(path: str, ep: int, tp: int = 1, **overrides: Any) -> tuple[PreTrain
 
 
 def _states(paths: list[str], ep: int, tp: int = 1) -> list[tuple[dict[str, Tensor], LoadStatistics]]:
-    reader.MIN_RUN_BYTES = 256  # in proportion to the tensors
-    loaded = [_stream(path, ep, tp) for path in paths]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(reader, "MIN_RUN_BYTES", 256)  # in proportion to the tensors
+        loaded = [_stream(path, ep, tp) for path in paths]
     return [(full_state(model) if dist.get_rank() == 0 else _join(model), numbers) for model, numbers in loaded]
 
 
@@ -164,8 +165,9 @@ def test_large_tensors_are_read_in_pieces(tmp_path: Path) -> None:
 
 
 def _chunked(path: str, size: int) -> tuple[dict[str, Tensor], LoadStatistics]:
-    reader.CHUNK_BYTES = size
-    model, numbers = _stream(path, 1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(reader, "CHUNK_BYTES", size)
+        model, numbers = _stream(path, 1)
     return full_state(model), numbers
 
 
@@ -181,8 +183,8 @@ def _fit(root: Path, checkpoint: str) -> tuple[list[str], dict[str, Tensor]]:
 
 
 def _in_memory(root: Path) -> list[str]:
-    advice._LARGE_MODEL_BYTES = 1
-    with warnings.catch_warnings(record=True) as caught:
+    with warnings.catch_warnings(record=True) as caught, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(advice, "_LARGE_MODEL_BYTES", 1)
         warnings.simplefilter("always")
         quiet(root, max_steps=1).fit(TinyModule(), loader())
     return [str(warning.message) for warning in caught]

@@ -108,8 +108,9 @@ class AddsInHook(Module):
 
 
 def _trained(root: Path, module: Module, **flags: Any) -> Module:
-    kernels.LARGE = 0  # on a GPU the kernel takes all parameters
-    quiet(root, max_epochs=1, precision="bf16-mixed", **flags).fit(module, loader(12))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kernels, "LARGE", 0)  # on a GPU the kernel takes all parameters
+        quiet(root, max_epochs=1, precision="bf16-mixed", **flags).fit(module, loader(12))
     return module
 
 

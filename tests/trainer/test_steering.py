@@ -200,7 +200,9 @@ class Broken(TinyModule):
 def _fit(root: Path, module: L.LightningModule, batches: list[int], skip: int = 2, **flags: Any) -> L.Trainer:
     """Trains on numbered batches of two samples per rank."""
     samples = [Samples(64)[4 * batch + i] for batch in batches for i in range(4)]
-    data = DataLoader(samples, batch_size=2, sampler=DistributedSampler(samples, shuffle=False))  # type: ignore
+    # By the environment: in the first row of a process there is no group yet.
+    world, rank = int(os.environ["WORLD_SIZE"]), int(os.environ["RANK"])
+    data = DataLoader(samples, batch_size=2, sampler=DistributedSampler(samples, world, rank, shuffle=False))  # type: ignore
     strategy = ExpertParallelStrategy(ep=2, skip_nonfinite_steps=skip)
     trainer = quiet(root, strategy=strategy, max_epochs=1, limit_val_batches=0, **flags)
     trainer.fit(module, data)
