@@ -93,6 +93,19 @@ def test_a_style_that_spreads_nothing_is_named() -> None:
     run_ranks(2, _other_style)
 
 
+def _buffer_of_each_rank() -> list[float]:
+    """As the bias of a router that balances without a loss, which user code may have changed on a rank."""
+    model, rank, world = tiny_model(), dist.get_rank(), dist.get_world_size()
+    router = model.model.layers[0].mlp.gate
+    router.register_buffer("bias", torch.full((3,), 5.0 + rank))
+    parallelize(model, ParallelLayout(world, ep=world), device())
+    return router.bias.tolist()
+
+
+def test_buffers_in_memory_are_those_of_rank_0_everywhere() -> None:
+    assert run_ranks(2, _buffer_of_each_rank) == [[5.0, 5.0, 5.0]] * 2
+
+
 class _Mine(Qwen3MoeForCausalLM):
     """A class in a file where transformers finds no experts."""
 

@@ -37,6 +37,22 @@ def test_loss_and_gradients(
         assert torch.equal(linear_cross_entropy(hidden, weight, targets), loss)
 
 
+def test_a_head_in_bf16_is_rounded_where_it_is_stored_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The softmax of bf16 logits is that of fp32; chunks, of which there are many, are added in fp32."""
+    monkeypatch.setattr(cross_entropy, "_CHUNK", 2)
+    torch.manual_seed(0)
+    hidden = torch.randn(512, 16, device=device()).bfloat16()
+    weight = torch.randn(40, 16, device=device()).bfloat16().requires_grad_()
+    targets = torch.randint(0, 40, (512,), device=device())
+    loss = linear_cross_entropy(hidden, weight, targets)
+    loss.backward()
+    logits = F.linear(hidden, weight.detach())
+    assert relative_error(loss.detach(), F.cross_entropy(logits.double(), targets, reduction="sum")) < 2e-5
+    exact = weight.detach().double().requires_grad_()
+    F.cross_entropy(F.linear(hidden.double(), exact), targets, reduction="sum").backward()
+    assert relative_error(weight.grad, exact.grad) < 5e-3  # 3e-3 are of the logits
+
+
 def test_a_frozen_head_has_no_gradient() -> None:
     hidden, weight = torch.randn(4, 8, requires_grad=True), torch.randn(10, 8)
     targets = torch.tensor([1, 2, 3, -100])

@@ -1,0 +1,69 @@
+"""What the PyTorch twins promise of rounding, in float64: kernels are compared with them, and CPUs run them."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lightning_ep.ops.activation import swiglu_backward_twin, swiglu_twin
+from lightning_ep.ops.cross_entropy import cross_entropy_twin_, softmax_gradient_twin_, softmax_statistics_twin
+from lightning_ep.ops.norm import sum_of_squares_twin
+from lightning_ep.ops.permute import gather_sum_twin
+from tests.reference import relative_error
+
+_ONE_ROUNDING = 2.0**-8  # of bf16, relative
+
+
+def _rounded_once(found: Tensor, exact: Tensor) -> bool:
+    assert found.dtype == torch.bfloat16
+    return bool(((found.double() - exact).abs() <= 1.01 * _ONE_ROUNDING * exact.abs() + 1e-6).all())
+
+
+def test_rows_in_bf16_are_summed_in_fp32() -> None:
+    rows = torch.tensor([[256.0], [1.0]]).bfloat16()
+    assert rows[0] + rows[1] == 256, "one after the other, in bf16, the small ones are lost"
+    places = torch.tensor([[0, 1, 1], [1, -1, 0]])
+    assert gather_sum_twin(rows, places, torch.bfloat16).tolist() == [[258.0], [256.0]]
+    assert gather_sum_twin(rows, places, torch.float32).tolist() == [[258.0], [257.0]]
+
+
+def test_activations_in_bf16_are_rounded_once() -> None:
+    generator = torch.Generator().manual_seed(0)
+    h_PF, grad_PI = (torch.randn(64, width, generator=generator).bfloat16() for width in (32, 16))
+    weights_NK, slot_P = torch.rand(40, 2, generator=generator), torch.randperm(80, generator=generator)[:64].int()
+    h, weights = h_PF.double().requires_grad_(), weights_NK.double().requires_grad_()
+    gate, up = h.chunk(2, dim=1)
+    out = gate * torch.sigmoid(gate) * up * weights.flatten()[slot_P.long()].unsqueeze(1)
+    out.backward(grad_PI.double())
+    assert _rounded_once(swiglu_twin(h_PF, weights_NK, slot_P), out.detach())
+    grad_h, again, grad_weights = swiglu_backward_twin(grad_PI, h_PF, weights_NK, slot_P)
+    assert _rounded_once(again, out.detach())
+    assert h.grad is not None
+    assert weights.grad is not None
+    assert _rounded_once(grad_h, h.grad)
+    assert relative_error(grad_weights, weights.grad) < 1e-6
+
+
+def test_losses_of_logits_in_bf16_are_those_of_fp32() -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits_TV = (4 * torch.randn(16, 200, generator=generator)).bfloat16()
+    targets_T = torch.randint(0, 200, (16,), generator=generator)
+    exact = logits_TV.double().requires_grad_()
+    expected_T = torch.nn.functional.cross_entropy(exact, targets_T, reduction="none")
+    expected_T.sum().backward()
+    assert exact.grad is not None
+    largest_T, total_T, chosen_T = softmax_statistics_twin(logits_TV, targets_T, torch.float32)
+    normalizer_T = largest_T + total_T.log()
+    assert relative_error(normalizer_T - chosen_T, expected_T.detach()) < 1e-6
+    shard_TV, losses_T = logits_TV.clone(), torch.empty(16)
+    softmax_gradient_twin_(shard_TV, targets_T, normalizer_T)
+    assert _rounded_once(shard_TV, exact.grad)
+    cross_entropy_twin_(logits_TV, targets_T, losses_T, -100, gradient=True)
+    assert relative_error(losses_T, expected_T.detach()) < 1e-6
+    assert _rounded_once(logits_TV, exact.grad)
+
+
+def test_norms_of_gradients_in_bf16_are_those_of_fp32() -> None:
+    grads = [torch.randn(50, 40, generator=torch.Generator().manual_seed(seed)).bfloat16() for seed in range(3)]
+    expected = torch.cat([grad.double().flatten() for grad in grads]).square().sum()
+    assert relative_error(sum_of_squares_twin(grads), expected) < 1e-6
