@@ -1,0 +1,293 @@
+"""The faults that `python -m tests.mutations` plants, and the test that must fail for each."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Mutation:
+    """A planted fault.
+
+    Attributes:
+        name: What is wrong.
+        file: Where, below ``lightning_ep/``.
+        before: Text that is there once.
+        after: What takes its place.
+        test: The test of the default run that must fail, by its pytest id below ``tests/``.
+    """
+
+    name: str
+    file: str
+    before: str
+    after: str
+    test: str
+
+
+_MOE = "moe/test_moe.py::test_output_and_gradients[dtype0-fused-1e-12-2]"
+_NORMS = "trainer/test_clipping.py::test_norms_of_every_order_count_copies_once"
+_PARITY = "test_parity.py::test_training_equals_one_process[2-2]"
+
+MUTATIONS = (
+    # ------------------------------------------------------------------------------------------------ gradients
+    Mutation(
+        "gradient_of_tokens_scaled",
+        "moe/function.py",
+        'dispatcher.combine(plan, grad_rows_NH, "dispatch, backward")',
+        'dispatcher.combine(plan, grad_rows_NH * 1.001, "dispatch, backward")',
+        _MOE,
+    ),
+    Mutation(
+        "gradient_of_routing_weights_scaled",
+        "moe/function.py",
+        "dispatcher.combine_slots(plan, grad_weights_NK, ",
+        "dispatcher.combine_slots(plan, grad_weights_NK * 1.001, ",
+        _MOE,
+    ),
+    Mutation(
+        "gradient_of_experts_scaled",
+        "ops/fused_experts.py",
+        "return grad_up_EFH, grad_down_EHI",
+        "return grad_up_EFH, grad_down_EHI * 1.001",
+        _MOE,
+    ),
+    Mutation(
+        "gradient_of_dense_parameters_scaled",
+        "fsdp/groups.py",
+        "child.set_gradient_divide_factor(1.0)",
+        "child.set_gradient_divide_factor(1.001)",
+        "moe/test_families.py::test_gradients_equal_one_process[mixtral-2-2]",
+    ),
+    Mutation(
+        "gradients_added_in_bf16",
+        "moe/master_weights.py",
+        "        widen_gradient(param)\n        alone = self._calls == 1 and param.grad is None and",
+        "        alone =",
+        "ops/test_adamw.py::test_equals_torch[gradients_that_are_added_are_wide]",
+    ),
+    Mutation(
+        "clipped_to_another_bound",
+        "trainer/clipping.py",
+        "return (max_norm / (norm + 1e-6)).clamp(max=1.0)",
+        "return (1.001 * max_norm / (norm + 1e-6)).clamp(max=1.0)",
+        _PARITY,
+    ),
+    Mutation(
+        "copies_counted_in_the_norm",
+        "trainer/clipping.py",
+        "total += sum_of_squares(grads) / replicas",
+        "total += sum_of_squares(grads)",
+        _NORMS,
+    ),
+    Mutation(
+        "copies_counted_in_norms_of_other_orders",
+        "trainer/clipping.py",
+        "total += norms.pow(norm_type).sum() / replicas",
+        "total += norms.pow(norm_type).sum()",
+        _NORMS,
+    ),
+    # ------------------------------------------------------------------------------------------------ steps
+    Mutation(
+        "lost_micro_batch",
+        "fsdp/passes.py",
+        "    if fsdp.is_outermost(state):\n        end_pass(state)",
+        "    if fsdp.is_outermost(state):\n        fsdp.forget_gradients(state)\n        end_pass(state)",
+        _PARITY,
+    ),
+    Mutation(
+        "tokens_counted_per_rank",
+        "causal_lm.py",
+        "        loss, tokens = self._summed_over_ranks(sums)\n        # A window",
+        "        loss, tokens = sums * dist.get_world_size()\n        # A window",
+        _PARITY,
+    ),
+    Mutation(
+        "stale_weights_after_a_pass_that_broke_off",
+        "fsdp/state.py",
+        "            state._fsdp_param_group.reshard()",
+        "            pass",
+        "fsdp/test_interrupted.py::test_the_next_step[False-2-True]",
+    ),
+    Mutation(
+        "stale_weights_after_a_forward_alone",
+        "fsdp/groups.py",
+        "shard(model, reshard_after_forward=True)",
+        "shard(model, reshard_after_forward=False)",
+        "fsdp/test_layer_groups.py::test_a_forward_that_ends_in_the_middle",
+    ),
+    Mutation(
+        "step_left_out_by_each_rank_for_itself",
+        "trainer/nonfinite.py",
+        "if bool(torch.isfinite(norm)):",
+        "if all(bool(p.grad.to_local().isfinite().all()) for p in params if p.grad is not None):",
+        "trainer/test_steering.py::test_works_or_is_refused[a_step_without_a_finite_norm_is_left_out]",
+    ),
+    Mutation(
+        "weight_decay_scaled",
+        "ops/adamw.py",
+        "weight_decay=rule.weight_decay,",
+        "weight_decay=1.001 * rule.weight_decay,",
+        "ops/test_adamw.py::test_goes_on_from_the_other_state[True-plain]",
+    ),
+    # ------------------------------------------------------------------------------------------------ ranks
+    Mutation(
+        "tokens_sent_to_the_next_rank",
+        "moe/dispatch/all_to_all.py",
+        "to = destinations(ids_TK, weights_TK,",
+        "to = destinations((ids_TK + self.num_local_experts) % self.num_experts, weights_TK,",
+        _MOE,
+    ),
+    Mutation(
+        "pairs_counted_as_sent",
+        "moe/dispatch/all_to_all.py",
+        "num_pairs = sum(pairs & _COUNT for _, pairs in received)",
+        "num_pairs = sum(pairs & _COUNT for _, pairs in sent)",
+        _MOE,
+    ),
+    Mutation(
+        "buffers_of_each_rank",
+        "parallelize.py",
+        "(*self.module.parameters(), *self.module.buffers())",
+        "self.module.parameters()",
+        "test_parallelize.py::test_buffers_in_memory_are_those_of_rank_0_everywhere",
+    ),
+    Mutation(
+        "swapped_data_ranks",
+        "layout.py",
+        "return global_rank // (self.tp * self.cp)",
+        "return global_rank % self.data_world_size",
+        "test_layouts.py::test_both_views_of_the_ranks",
+    ),
+    Mutation(
+        "a_problem_of_one_rank_is_its_own",
+        "distributed/agreement.py",
+        "    if problems:\n        raise error(problems)",
+        "    if problem is not None:\n        raise error(problems)",
+        "distributed/test_agreement.py::test_all_return_or_all_raise[False]",
+    ),
+    Mutation(
+        "tensor_parallel_gradient_not_summed",
+        "tensor_parallel/collectives.py",
+        "        return _all_reduce(grad, ctx.name), None\n\n\ndef all_reduce(",
+        "        return grad, None\n\n\ndef all_reduce(",
+        "tensor_parallel/test_tensor_parallel.py::test_the_loss_without_logits[21-5-dtype0-1e-12]",
+    ),
+    Mutation(
+        "positions_begin_anew_in_every_piece",
+        "context_parallel/sequence.py",
+        'pieces["position_ids"] = torch.arange(start, start + length, device=tokens.device)[None]',
+        'pieces["position_ids"] = torch.arange(length, device=tokens.device)[None]',
+        "context_parallel/test_context_parallel.py::test_pieces_are_consecutive_and_their_targets_cross_the_borders",
+    ),
+    Mutation(
+        "packed_documents_that_a_mask_hides",
+        "transformers_adapter/packing.py",
+        "return Packing(True, bool((counts[:, 1:] & ~counts[:, :-1]).any()))",
+        "return Packing(False, bool((counts[:, 1:] & ~counts[:, :-1]).any()))",
+        "transformers_adapter/test_packed_documents.py::test_positions_say_what_padding_does_not",
+    ),
+    # ------------------------------------------------------------------------------------------------ layers
+    Mutation(
+        "routed_twice_under_recompute",
+        "layers/recompute.py",
+        "for module in (*routers, *experts):",
+        "for module in experts:",
+        "layers/test_recompute.py::test_gradients_are_equal_and_nothing_runs_twice_that_need_not[1-1]",
+    ),
+    Mutation(
+        "rows_summed_in_bf16",
+        "ops/permute.py",
+        "accumulate = torch.promote_types(rows_NH.dtype, torch.float32)",
+        "accumulate = rows_NH.dtype",
+        "ops/test_twins.py::test_rows_in_bf16_are_summed_in_fp32",
+    ),
+    Mutation(
+        "gradient_of_the_head_added_in_bf16",
+        "ops/cross_entropy.py",
+        "torch.empty_like(weight_VH, dtype=accumulate) if of_weight",
+        "torch.empty_like(weight_VH) if of_weight",
+        "ops/test_cross_entropy.py::test_a_head_in_bf16_is_rounded_where_it_is_stored_only",
+    ),
+    Mutation(
+        "rotary_frequencies_in_bf16",
+        "transformers_adapter/dtypes.py",
+        "            name in narrow\n            and buffer.dtype",
+        "            buffer.dtype",
+        "test_models.py::test_works_or_is_refused[dtypes_of_every_precision]",
+    ),
+    Mutation(
+        "routing_weights_rounded_by_fsdp",
+        "fsdp/groups.py",
+        "replace(mp_policy, cast_forward_inputs=False)",
+        "replace(mp_policy, cast_forward_inputs=True)",
+        "moe/test_families.py::test_routing_weights_in_fp32_stay_so_on_every_layout[1]",
+    ),
+    # ------------------------------------------------------------------------------------------------ data and metrics
+    Mutation(
+        "validation_weighted_by_batches",
+        "causal_lm.py",
+        "sums = torch.stack([loss.double(), tokens.double()])",
+        "sums = torch.stack([(loss / tokens.clamp(min=1)).double(), torch.ones_like(loss).double()])",
+        "trainer/test_runs.py::test_works_or_is_refused[evaluation_in_which_some_ranks_and_batches_have_no_target]",
+    ),
+    Mutation(
+        "balancing_loss_not_counted_by_tokens",
+        "causal_lm.py",
+        "* auxiliary * tokens",
+        "* auxiliary",
+        "trainer/test_losses.py::test_works_or_is_refused"
+        "[the_balancing_loss_of_routers_counts_batches_by_their_targets]",
+    ),
+    Mutation(
+        "predictions_given_twice",
+        "trainer/uneven_inputs.py",
+        "                self._join(self, last, step)",
+        "                self._join(self, last, step)\n                yield last",
+        "trainer/test_loaders.py::test_predict_returns_each_sample_once[4]",
+    ),
+    Mutation(
+        "resumed_loader_gives_a_batch_again",
+        "data/resumable_loader.py",
+        "            self._samples = self.batch_sampler.next_position(self._samples)\n            yield batch",
+        "            yield batch\n            self._samples = self.batch_sampler.next_position(self._samples)",
+        "data/test_text.py::test_resumes_on_another_number_of_data_ranks",
+    ),
+    # ------------------------------------------------------------------------------------------------ files
+    Mutation(
+        "checksum_not_looked_at",
+        "checkpoint/files.py",
+        "if found.crc32 != expected.crc32:",
+        "if found.bytes != expected.bytes:",
+        "checkpoint/test_files.py::test_damage_is_named_on_every_rank",
+    ),
+    Mutation(
+        "random_state_not_put_back",
+        "checkpoint/metadata.py",
+        'torch.set_rng_state(state["torch"])',
+        "torch.get_rng_state()",
+        "checkpoint/test_files.py::test_generators_of_random_numbers_come_back",
+    ),
+    Mutation(
+        "moments_not_read",
+        "checkpoint/resume.py",
+        "        self._alone(allocate)\n        read_shards(state, self._reader, self._ranks.group)",
+        "        self._alone(allocate)\n        for tensors in state.values():\n"
+        '            for moments in tensors["state"].values():\n'
+        '                [value.zero_() for key, value in moments.items() if key != "step"]',
+        "checkpoint/test_resume.py::test_losses_after_a_resume[2-{}]",
+    ),
+    Mutation(
+        "experts_read_from_the_other_end",
+        "distributed/shards.py",
+        "offset = min(index * chunk, size[dim])",
+        "offset = min((num_chunks - 1 - index) * chunk, size[dim])",
+        "hub/test_load.py::test_weights_take_the_parameters_dtype",
+    ),
+    Mutation(
+        "two_experts_begin_alike",
+        "hub/initialize.py",
+        'f"{stream}[{e}]")) for e in experts]',
+        'f"{stream}[{e - region.start[0]}]")) for e in experts]',
+        "hub/test_initialize.py::test_one_seed_gives_one_model_on_every_layout",
+    ),
+)
