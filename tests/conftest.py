@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from lightning.fabric.utilities.rank_zero import rank_zero_only
 
 from tests import ranks
 from tests.rows import RowFailures
@@ -123,12 +124,13 @@ def pytest_collection_finish(session: pytest.Session) -> None:
 @pytest.fixture(autouse=True)
 def _isolated() -> Iterator[None]:
     """Undoes what Lightning and the Trainer leave in the process."""
-    environment = dict(os.environ)
+    environment, rank = dict(os.environ), rank_zero_only.rank
     torch.set_num_threads(1)
     torch.manual_seed(0)
     yield
     if dist.is_initialized():
         dist.destroy_process_group()
+    rank_zero_only.rank = rank
     os.environ.clear()
     os.environ.update(environment)
 

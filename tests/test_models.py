@@ -176,7 +176,7 @@ def dtypes_of_every_precision(root: Path) -> None:
         _, module = fit(root, _Dtypes(), precision=precision)
         assert module.computed == {computed}, f"{precision} computes in {module.computed}"
         assert module.gradients == {param.dtype for param in module.parameters()} == {stored}, precision
-        assert torch.equal(module.model.model.rotary_emb.inv_freq, inverse_frequencies), precision
+        assert torch.equal(module.model.model.rotary_emb.inv_freq.cpu(), inverse_frequencies), precision
 
 
 class _Reductions(TorchDispatchMode):

@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
 from lightning_ep.trainer.refusals import refuse_optimizers
+from tests.ranks import device
 from tests.reference import relative_error, tiny_model
 from tests.rows import STEPS, WORLD, RowFailures, Rows, fit, refused, whole
 from tests.tiny import SMALL, Samples, TinyModule, loader, quiet
@@ -162,7 +163,7 @@ def every_optimizer_of_torch_steps_as_on_one_process_or_is_refused(root: Path) -
     """Three steps on the same gradients; the sharded ones bit for bit, since no optimizer mixes elements (but Muon)."""
     module = TinyModule()
     quiet(root, max_steps=1, use_distributed_sampler=False).fit(module, DataLoader(_Mine(1), batch_size=None))
-    with_value_loss(module.model, value_head(), _batch(0, 0)).backward()
+    with_value_loss(module.model, value_head().to(device()), _batch(0, 0)).backward()
     kinds = [kind for _, kind in inspect.getmembers(torch.optim, inspect.isclass) if issubclass(kind, Optimizer)]
     kinds = [kind for kind in kinds if kind is not Optimizer]
     assert len(kinds) >= 14
@@ -176,9 +177,9 @@ def every_optimizer_of_torch_steps_as_on_one_process_or_is_refused(root: Path) -
 
 def _steps_alike(kind: Any, flags: dict[str, Any], model: nn.Module) -> str | None:
     params = [param for param in model.parameters() if kind is not torch.optim.Muon or param.ndim == 2]
-    plain = [nn.Parameter(whole(param)) for param in params]
+    plain = [nn.Parameter(whole(param).to(device())) for param in params]
     for param, sharded in zip(plain, params, strict=True):
-        param.grad = whole(sharded.grad)
+        param.grad = whole(sharded.grad).to(device())
     optimizer, reference = kind(params, lr=1e-2, **flags), kind(plain, lr=1e-2, **flags)
     try:
         refuse_optimizers([optimizer])
