@@ -1,5 +1,9 @@
 """Expert parallelism for mixture-of-experts transformers as an ordinary Lightning strategy."""
 
+from lightning_ep_start import __version__, answer_module_run
+
+answer_module_run()  # `python -m lightning_ep --help` needs nothing of what follows, which takes seconds
+
 from lightning.pytorch.strategies import StrategyRegistry
 
 from lightning_ep.causal_lm import CausalLM
@@ -13,8 +17,6 @@ from lightning_ep.strategy import ExpertParallelStrategy
 from lightning_ep.trainer.adamw import AdamW
 from lightning_ep.trainer.clipping import clip_grad_norm_
 
-__version__ = "0.1.0"
-
 __all__ = [
     "AdamW",
     "CausalLM",
@@ -22,6 +24,7 @@ __all__ = [
     "ExpertParallel",
     "ExpertParallelStrategy",
     "ParallelLayout",
+    "__version__",
     "clip_grad_norm_",
     "expert_plan",
     "from_config",

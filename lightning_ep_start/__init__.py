@@ -1,4 +1,4 @@
-"""Where the console script ``lightning-ep`` starts: its help and its commands, without torch, which takes seconds."""
+"""Where ``lightning-ep`` starts: its help, its commands and its recipes, without torch, which takes seconds."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import os
 import sys
 from collections.abc import Iterable
 from typing import NoReturn
+
+__version__ = "0.1.0"
 
 COMMANDS: dict[str, str] = {
     "consolidate": "lightning_ep.cli.consolidate:consolidate",
@@ -24,15 +26,17 @@ SENTENCES = {
     "predict": "Run a model or a checkpoint on the data to predict.",
     "consolidate": "Write a checkpoint directory as one file.",
     "export": "Write a training checkpoint as a directory that transformers and vLLM read.",
+    "recipes": "List, show or copy the recipes that come with this package.",
 }
 
 _HELP = """\
 usage: lightning-ep COMMAND [options]
 
 Trains mixture-of-experts transformers with expert parallelism. A run is a YAML
-recipe, and every value in it can be overridden by an option:
+recipe, a file of yours or the name of one that comes with this package, and
+every value in it can be overridden by an option:
 
-  lightning-ep fit --config recipes/quickstart.yaml --trainer.max_steps 12
+  lightning-ep fit --config quickstart --trainer.max_steps 12
 
 commands:
 {commands}
@@ -56,24 +60,42 @@ In a recipe:
 
 def main(args: list[str] | None = None) -> None:
     """Runs the command line; see `lightning_ep.cli.main`, which is imported only where it is needed."""
-    if not answered(sys.argv[1:] if args is None else args):
-        from lightning_ep.cli import main
+    answer(sys.argv[1:] if args is None else args)
+    from lightning_ep.cli import main
 
-        main(args)
+    main(args)
 
 
-def answered(arguments: list[str]) -> bool:
-    """Prints the help, if it is asked for; ends the program, if there is no such command."""
+def answer_module_run() -> None:
+    """Does for ``python -m lightning_ep`` what `main` does for the console script, before the package is imported.
+
+    Python imports a package before it runs its ``__main__``. Until then the first of ``sys.argv`` is ``-m``.
+    """
+    module = sys.orig_argv[-len(sys.argv) :][:1]
+    if sys.argv[:1] == ["-m"] and module in (["lightning_ep"], ["-mlightning_ep"]):
+        answer(sys.argv[1:])
+
+
+def answer(arguments: list[str]) -> None:
+    """Ends the program where an answer needs no torch: the help, a list of recipes, a mistake in a name."""
+    from lightning_ep_start import recipes
+
+    commands = (*TRAINER_COMMANDS, *COMMANDS, "recipes")
     if arguments in (["-h"], ["--help"]):
-        commands = (*TRAINER_COMMANDS, *COMMANDS)
         print(_HELP.format(commands="\n".join(f"  {name:<12} {SENTENCES.get(name, '')}".rstrip() for name in commands)))
         sys.exit(0)
+    if arguments == ["--version"]:
+        print(f"lightning-ep {__version__}")
+        sys.exit(0)
     if not arguments:
-        fail(f"no command: give one of {', '.join((*TRAINER_COMMANDS, *COMMANDS))}.")
-    if not arguments[0].startswith("-") and arguments[0] not in (*TRAINER_COMMANDS, *COMMANDS):
-        commands = (*TRAINER_COMMANDS, *COMMANDS)
+        fail(f"no command: give one of {', '.join(commands)}.")
+    if not arguments[0].startswith("-") and arguments[0] not in commands:
         fail(f"there is no command {arguments[0]!r}{did_you_mean(arguments[0], commands)}: {', '.join(commands)}.")
-    return False
+    if arguments[0] == "recipes":
+        recipes.main(arguments[1:])
+        sys.exit(0)
+    if arguments[0] in TRAINER_COMMANDS:
+        recipes.check(arguments)
 
 
 def did_you_mean(name: str, names: Iterable[str]) -> str:
@@ -84,6 +106,11 @@ def did_you_mean(name: str, names: Iterable[str]) -> str:
 
 def fail(text: str) -> NoReturn:
     """Ends the program with a line, which only the first of several processes prints."""
-    if all(os.environ.get(name, "0") == "0" for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID")):
-        print(f"lightning-ep: error: {text}", file=sys.stderr)
+    say(f"error: {text}")
     sys.exit(2)
+
+
+def say(text: str) -> None:
+    """Prints a line beside the output of the first of several processes."""
+    if all(os.environ.get(name, "0") == "0" for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID")):
+        print(f"lightning-ep: {text}", file=sys.stderr)

@@ -1,9 +1,13 @@
 #!/bin/bash
-# Trains a recipe on SLURM: sbatch recipes/slurm.sh [options of `lightning-ep fit`], from the repository's root.
-# One task per GPU. Started again (requeued, or by hand) it goes on from the newest checkpoint. See docs/multinode.md.
+# Starts a recipe on several nodes with SLURM.
+#
+#   [RECIPE=qwen3_30b_a3b] sbatch slurm.sh [options of `lightning-ep fit`]
+#
+# RECIPE is a file or a name of `lightning-ep recipes`. One task per GPU. Started again (requeued, or by hand) it goes on
+# from the newest checkpoint. See docs/multinode.md.
 
 # (Lightning takes jobs named "bash" or "interactive" for terminals and ignores SLURM.)
-#SBATCH --job-name=qwen3-30b-a3b
+#SBATCH --job-name=lightning-ep
 #SBATCH --output=%x-%j.out
 #SBATCH --open-mode=append
 #SBATCH --nodes=2
@@ -29,6 +33,6 @@ export NCCL_DEBUG=WARN
 
 # --kill-on-bad-exit: one failed task ends all. --distribution=block: ranks node by node, EP groups inside nodes.
 exec srun --kill-on-bad-exit=1 --distribution=block python -m lightning_ep fit \
-    --config recipes/qwen3_30b_a3b.yaml \
+    --config "${RECIPE:-qwen3_30b_a3b}" \
     --trainer.num_nodes "$SLURM_NNODES" --trainer.devices "$SLURM_NTASKS_PER_NODE" \
     --ckpt_path last "$@"

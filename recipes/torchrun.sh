@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# Trains a recipe with torchrun; run it on every node, from the repository's root:
+# Starts a recipe on several nodes with torchrun; run it on every node.
 #
-#   [NODES=2] [GPUS=8] [MAX_RESTARTS=0] recipes/torchrun.sh FIRST_NODE [options of `lightning-ep fit`]
+#   [RECIPE=qwen3_30b_a3b] [NODES=2] [GPUS=8] [MAX_RESTARTS=0] torchrun.sh FIRST_NODE [options of `lightning-ep fit`]
 #
-# FIRST_NODE is the name or address of one of the nodes, the same for all. Started again on all nodes it goes on from the
-# newest checkpoint. See docs/multinode.md.
+# RECIPE is a file or a name of `lightning-ep recipes`. FIRST_NODE is the name or address of one of the nodes, the same
+# for all. Started again on all nodes it goes on from the newest checkpoint. See docs/multinode.md.
 set -euo pipefail
-first_node="${1:?usage: recipes/torchrun.sh FIRST_NODE [options]}"
+first_node="${1:?usage: torchrun.sh FIRST_NODE [options]}"
 shift
 nodes="${NODES:-2}" gpus="${GPUS:-8}"
 
@@ -19,7 +19,7 @@ export NCCL_DEBUG="${NCCL_DEBUG:-WARN}"
 # export NCCL_SOCKET_IFNAME=eth0 GLOO_SOCKET_IFNAME=eth0
 
 exec torchrun --nnodes="$nodes" --nproc-per-node="$gpus" --max-restarts="${MAX_RESTARTS:-0}" \
-    --rdzv-id=qwen3-30b-a3b --rdzv-backend=c10d --rdzv-endpoint="$first_node:29500" \
-    -m lightning_ep fit --config recipes/qwen3_30b_a3b.yaml \
+    --rdzv-id=lightning-ep --rdzv-backend=c10d --rdzv-endpoint="$first_node:29500" \
+    -m lightning_ep fit --config "${RECIPE:-qwen3_30b_a3b}" \
     --trainer.num_nodes "$nodes" --trainer.devices "$gpus" \
     --ckpt_path last "$@"

@@ -11,7 +11,7 @@ from jsonargparse import auto_cli
 
 from lightning_ep.cli import training
 from lightning_ep.cli.mistakes import OneLineParser, refusal
-from lightning_ep_start import COMMANDS, answered, fail
+from lightning_ep_start import COMMANDS, answer, fail, recipes
 
 PROG = "lightning-ep"
 
@@ -29,7 +29,7 @@ def main(args: list[str] | None = None) -> None:
     training.quiet_other_ranks()
     _import_from_working_directory()
     arguments = sys.argv[1:] if args is None else args
-    answered(arguments)
+    answer(arguments)
     if arguments[0] in COMMANDS:
         module, _, function = COMMANDS[arguments[0]].partition(":")
         command = getattr(importlib.import_module(module), function)
@@ -42,7 +42,7 @@ def main(args: list[str] | None = None) -> None:
                 raise
             fail(str(cause))
         return
-    training.run(args, PROG)
+    training.run(recipes.with_files(arguments), PROG)
 
 
 def _import_from_working_directory() -> None:

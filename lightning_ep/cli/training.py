@@ -12,7 +12,7 @@ from typing import Any
 
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.cli import LightningCLI, SaveConfigCallback
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from transformers.utils import logging as transformers_logging
 from typing_extensions import override
 
@@ -52,6 +52,11 @@ class CLI(LightningCLI):
     """Lightning's commands, with errors of one line and a display of our own."""
 
     @override
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        # Lightning's own warns of arguments that are not those of the process, in which recipes have names.
+        self.config = parser.parse_args(args)
+
+    @override
     def instantiate_classes(self) -> None:
         try:
             super().instantiate_classes()
@@ -66,11 +71,11 @@ class CLI(LightningCLI):
         return super().instantiate_trainer(**kwargs)
 
 
-def run(args: list[str] | None, prog: str) -> None:
+def run(args: list[str], prog: str) -> None:
     """Runs one of Lightning's commands.
 
     Args:
-        args: As in `lightning_ep.cli.main`.
+        args: The command and its options.
         prog: Name of the program, for its help.
     """
     leave_out_tips()

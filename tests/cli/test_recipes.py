@@ -1,4 +1,4 @@
-"""The recipes parse, are of the model that they name, and their scripts start what they say."""
+"""The recipes are found by name, are of the model that they name, and their scripts start what they say."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import os
 import stat
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,13 @@ import pytest
 import yaml
 from transformers import AutoConfig
 
-from lightning_ep import ParallelLayout, from_config
+from lightning_ep import ParallelLayout, __version__, cli, from_config
+from lightning_ep_start import recipes
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 RECIPE = REPOSITORY / "recipes" / "qwen3_30b_a3b.yaml"
+RECIPES = {path.stem: path for path in (REPOSITORY / "recipes").glob("*.yaml")}
+SCRIPTS = {path.name: path for path in (REPOSITORY / "recipes").glob("*.sh")}
 
 TINY = """
 trainer:
@@ -47,6 +51,157 @@ data:
   class_path: lightning_ep.data.TextDataModule
   init_args: {source: texts, sequence_length: 16, vocab_size: 260, validation_fraction: 0.3}
 """
+
+
+@pytest.fixture
+def empty(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The working directory, with nothing in it."""
+    folder = tmp_path / "empty"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    return folder
+
+
+def _ends(*arguments: str) -> int | str | None:
+    with pytest.raises(SystemExit) as info:
+        cli.main(list(arguments))
+    return info.value.code
+
+
+def _listed(text: str) -> dict[str, str]:
+    return dict(line.split(maxsplit=1) for line in text.splitlines())
+
+
+def test_they_are_listed_with_a_line_each(empty: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert _ends("recipes") == 0
+    shown = capsys.readouterr().out
+    listed = _listed(shown)
+    assert list(listed) == [*sorted(RECIPES), *sorted(SCRIPTS)]
+    assert max(map(len, shown.splitlines())) <= 140
+    for name, path in (RECIPES | SCRIPTS).items():
+        assert f"# {listed[name]}\n" in path.read_text()
+        assert listed[name].endswith("."), "the line is a whole sentence"
+
+
+def test_a_name_runs_the_recipe(
+    empty: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = ["fit", "--config", "quickstart", "--print_config"]
+    monkeypatch.setattr(sys, "argv", ["lightning-ep", *arguments])  # as in the process of a user
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 0
+    by_name = capsys.readouterr()
+    assert _ends("fit", "--config", str(RECIPES["quickstart"]), "--print_config") == 0
+    assert by_name.out == capsys.readouterr().out
+    assert yaml.safe_load(by_name.out)["trainer"]["logger"]["init_args"]["name"] == "quickstart"
+    assert not by_name.err, "neither Lightning nor a file of that name is spoken of"
+
+
+@pytest.mark.parametrize("option", [["--config", "quickstart"], ["--config=quickstart"], ["-c", "quickstart"]])
+def test_names_are_replaced_where_a_config_is_given(option: list[str], empty: Path) -> None:
+    given = ["fit", *option, "--data.source", "quickstart", "--config", "s3://bucket/quickstart.yaml"]
+    found = recipes.with_files(given)
+    expected = str(RECIPES["quickstart"])
+    assert [word.removeprefix("--config=") for word in found[len(option) : 1 + len(option)]] == [expected]
+    assert found[1 + len(option) :] == given[1 + len(option) :]
+    assert len(found) == len(given)
+
+
+@pytest.mark.parametrize("file", ["quickstart", "quickstart.yaml"])
+def test_a_file_of_that_name_wins_and_that_is_said_once_and_on_one_rank(
+    file: str, empty: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (empty / file).write_text("mine")
+    given = ["fit", "--config", "quickstart"]
+    found = recipes.with_files(given)
+    assert Path(found[2]).read_text() == "mine"
+    assert recipes.with_files(found) == found
+    line = f"lightning-ep: --config quickstart is the file ./{file} here, not the recipe of that name.\n"
+    assert capsys.readouterr().err == line
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert recipes.with_files(given) == found
+    assert not capsys.readouterr().err
+
+
+def test_a_file_of_the_users_needs_no_suffix_and_no_remark(empty: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (empty / "mine.yaml").touch()
+    (empty / "quickstart").mkdir()
+    found = recipes.with_files(["fit", "--config", "quickstart", "--config", "mine"])
+    assert found[2] == str(RECIPES["quickstart"])
+    assert Path(found[4]).resolve() == empty / "mine.yaml"
+    assert not capsys.readouterr().err
+
+
+def test_a_file_is_shown_and_copied_as_it_is_and_replaces_nothing(
+    empty: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, path in (RECIPES | SCRIPTS).items():
+        assert _ends("recipes", "show", name) == 0
+        assert capsys.readouterr().out == path.read_text()
+        assert _ends("recipes", "copy", name, "my/own") == 0
+        copied = empty / "my" / "own" / path.name
+        assert copied.read_text() == path.read_text()
+        assert os.access(copied, os.X_OK) == (name in SCRIPTS)
+        told = capsys.readouterr().out.split()
+        assert told[-1] == f"my/own/{path.name}"
+    copied.write_text("mine\n")
+    assert _ends("recipes", "copy", name, "my/own") == 2
+    assert "exists already" in capsys.readouterr().err
+    assert copied.read_text() == "mine\n"
+
+
+def _python(*arguments: str, path: Path = REPOSITORY, **options: Any) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, *arguments], env={**os.environ, "PYTHONPATH": str(path)}, stdin=subprocess.DEVNULL,
+        capture_output=True, text=True, timeout=100, **options,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("start", [["-m", "lightning_ep"], ["-c", "import lightning_ep_start as s; s.main()"]])
+@pytest.mark.parametrize(
+    ("arguments", "shown"),
+    [
+        (["--help"], "usage: lightning-ep"),
+        (["--version"], f"lightning-ep {__version__}"),
+        (["recipes"], "quickstart "),
+        (["fit"], "needs --config"),
+        (["fit", "--config", "qickstart"], "did you mean quickstart?"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_what_needs_no_torch_does_not_import_it(
+    start: list[str], arguments: list[str], shown: str, empty: Path
+) -> None:
+    done = _python("-X", "importtime", *start, *arguments, cwd=empty)
+    imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines() if line.startswith("import time")}
+    assert "lightning_ep_start" in imported
+    assert not {"torch", "lightning", "transformers", "jsonargparse"} & imported
+    assert shown in done.stdout + done.stderr
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("wheel")
+    done = _python("-m", "hatchling", "build", "-t", "wheel", "-d", str(folder), cwd=REPOSITORY)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return next(folder.glob("*.whl"))
+
+
+def test_a_wheel_holds_them(wheel: Path, tmp_path: Path, empty: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        held = {info.filename: info.external_attr >> 16 for info in archive.infolist() if "recipes/" in info.filename}
+        archive.extractall(tmp_path / "site")
+    assert held.keys() == {f"lightning_ep/recipes/{path.name}" for path in (RECIPES | SCRIPTS).values()}
+    assert all(bool(mode & stat.S_IXUSR) == name.endswith(".sh") for name, mode in held.items()), "what pip restores"
+    code = "import lightning_ep_start.recipes as r; print(*r.files().values(), sep='\\n')"
+    found = _python("-c", code, path=tmp_path / "site", cwd=empty).stdout.splitlines()
+    assert {Path(file).parent for file in found} == {tmp_path / "site" / "lightning_ep" / "recipes"}
+    done = _python(
+        "-m", "lightning_ep", "fit", "--config", "quickstart", "--print_config", path=tmp_path / "site", cwd=empty
+    )
+    assert yaml.safe_load(done.stdout)["trainer"]["max_steps"] == 600
 
 
 def test_the_model_is_the_one_it_is_named_after() -> None:
