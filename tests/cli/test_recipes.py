@@ -11,11 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
-from transformers import AutoConfig
+from jsonargparse import ArgumentParser
+from lightning.pytorch.cli import LRSchedulerCallable
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from lightning_ep import ParallelLayout, __version__, cli, from_config
+from lightning_ep.data import corpus
 from lightning_ep_start import recipes
+from tests.hub_files import write_checkpoint
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 RECIPE = REPOSITORY / "recipes" / "qwen3_30b_a3b.yaml"
@@ -202,6 +207,72 @@ def test_a_wheel_holds_them(wheel: Path, tmp_path: Path, empty: Path) -> None:
         "-m", "lightning_ep", "fit", "--config", "quickstart", "--print_config", path=tmp_path / "site", cwd=empty
     )
     assert yaml.safe_load(done.stdout)["trainer"]["max_steps"] == 600
+
+
+@pytest.mark.parametrize(
+    ("name", "warm_up", "peak", "last"),
+    [("qwen3_30b_a3b", 500, 3e-4, 1.2e-9), ("continued_pretraining", 100, 1e-5, 1e-6)],
+)
+def test_the_learning_rate_is_what_the_comments_say(name: str, warm_up: int, peak: float, last: float) -> None:
+    recipe = yaml.safe_load(RECIPES[name].read_text())
+    steps, init = recipe["trainer"]["max_steps"], recipe["model"]["init_args"]
+    parser = ArgumentParser()
+    parser.add_argument("--scheduler", type=LRSchedulerCallable)
+    build = parser.instantiate(parser.parse_object({"scheduler": init["lr_scheduler"]})).scheduler
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=init["optimizer"]["init_args"]["lr"])
+    scheduler = build(optimizer)
+    rates = []
+    for _ in range(steps):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()  # Lightning steps once more than there are rates; that must not be refused
+    assert max(rates) == pytest.approx(peak)
+    assert rates.index(max(rates)) == warm_up - 1
+    assert rates[-1] == pytest.approx(last, rel=1e-2)
+    assert init["optimizer"]["init_args"]["lr"] == peak
+
+
+def test_published_weights_go_on_with_as_many_tokens_per_step_as_its_source() -> None:
+    recipe = yaml.safe_load(RECIPES["continued_pretraining"].read_text())
+    trainer, data = recipe["trainer"], recipe["data"]["init_args"]
+    assert trainer["devices"] * data["batch_size"] == 16
+    assert data["sequence_length"] == 8192
+    assert f"of 8 GPUs x {data['batch_size']} windows x 8,192 tokens" in RECIPES["continued_pretraining"].read_text()
+    architecture = yaml.safe_load(RECIPE.read_text())["model"]["init_args"]["model"]
+    layout = ParallelLayout.resolve(trainer["strategy"]["init_args"]["ep"], "auto", 8, 8)
+    layout.check_num_experts(architecture["num_experts"], "the recipe")
+    assert data["sequence_length"] <= architecture["max_position_embeddings"]
+
+
+@pytest.mark.slow
+def test_published_weights_are_trained_further_and_exported(empty: Path) -> None:
+    (empty / "texts").mkdir()
+    for index in range(4):
+        (empty / "texts" / f"{index}.txt").write_text(f"the quick brown fox {index} jumps over lazy dogs\n" * 20)
+    tokenizer = corpus.train_tokenizer(iter(["zeta eta theta " * 50]), 262)
+    write_checkpoint(empty / "published", vocab_size=300)
+    tokenizer.save_pretrained(empty / "published")
+    (empty / "small.yaml").write_text(
+        "trainer:\n  accelerator: cpu\n  devices: 2\n  precision: 32-true\n  max_steps: 2\n  val_check_interval: 2\n"
+        "  log_every_n_steps: 1\n"
+        "  strategy: {class_path: lightning_ep.ExpertParallelStrategy, init_args: {ep: 2, compile: false}}\n"
+        "data:\n  class_path: lightning_ep.data.TextDataModule\n"
+        "  init_args: {sequence_length: 16, validation_fraction: 0.3}\n"
+    )
+    options = ["--model.init_args.model", "published", "--trainer.callbacks.init_args.dtype", "float32"]
+    command = ["fit", "--config", "continued_pretraining", "--config", "small", *options, "--ckpt_path", "last"]
+    done = _python("-m", "lightning_ep", *command, cwd=empty)
+    assert done.returncode == 0, done.stdout + done.stderr
+    metrics = (empty / "runs/continued_pretraining/version_0/metrics.csv").read_text()
+    assert "train/loss" in metrics
+    assert "val/loss" in metrics
+    exported = AutoModelForCausalLM.from_pretrained(empty / "exports" / "continued_pretraining")
+    before = AutoModelForCausalLM.from_pretrained(empty / "published")
+    moved = [not torch.equal(a, b) for a, b in zip(exported.parameters(), before.parameters(), strict=True)]
+    assert all(moved)
+    differences = [(a - b).abs().max() for a, b in zip(exported.parameters(), before.parameters(), strict=True)]
+    assert max(differences) < 1e-4, "they are the published weights, two small steps later"
+    assert AutoTokenizer.from_pretrained(empty / "exports/continued_pretraining").get_vocab() == tokenizer.get_vocab()
 
 
 def test_the_model_is_the_one_it_is_named_after() -> None:
