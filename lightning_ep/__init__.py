@@ -12,6 +12,7 @@ from lightning_ep.parallelize import parallelize
 from lightning_ep.strategy import ExpertParallelStrategy
 from lightning_ep.trainer.adamw import AdamW
 from lightning_ep.trainer.clipping import clip_grad_norm_
+from lightning_ep.trainer.schedules import Schedule
 
 __version__ = "0.1.0"
 
@@ -22,6 +23,7 @@ __all__ = [
     "ExpertParallel",
     "ExpertParallelStrategy",
     "ParallelLayout",
+    "Schedule",
     "clip_grad_norm_",
     "expert_plan",
     "from_config",
