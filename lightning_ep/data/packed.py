@@ -264,9 +264,9 @@ class PackedDataModule(LightningDataModule):
             if len(dataset) < needed:
                 names = ", ".join(repr(rows.name) for rows in self.sources())
                 raise ValueError(
-                    f"{names}: {len(dataset)} {name} windows of sequence_length={self.sequence_length}, but "
-                    f"{data_world_size} data ranks with batch_size={self.batch_size} need at least {needed} for a batch "
-                    "each. Use more data, shorter windows, smaller batches, fewer data ranks or another "
+                    f"{names}: {len(dataset)} {name} windows of sequence_length={self.sequence_length}, "
+                    f"but {data_world_size} data ranks with batch_size={self.batch_size} need at least {needed} for a "
+                    "batch each. Use more data, shorter windows, smaller batches, fewer data ranks or another "
                     f"validation_fraction (now {self.validation_fraction})."
                 )
 

@@ -223,9 +223,9 @@ def _made(
     with ExitStack() as stack:
         # Not where nobody watches: a log would get a line for every update.
         bar = stack.enter_context(tqdm(total=total, desc=description, unit=" rows", disable=None, mininterval=0.5))
-        results = map(work.do, tasks)
+        results: Iterator[_Made] = map(work.do, tasks)
         if num_proc > 1:
-            # Forked, as DataLoader's workers are: what makes samples need not be picklable, and rows in memory are shared.
+            # Forked, as DataLoader's workers are: what makes samples need not be picklable, and rows are shared.
             context = multiprocessing.get_context("fork")
             pool = ProcessPoolExecutor(num_proc, context, _begin_worker, (work,))
             stack.callback(pool.shutdown, cancel_futures=True)

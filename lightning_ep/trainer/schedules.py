@@ -19,10 +19,10 @@ _SHAPES = ("cosine", "linear", "wsd", "constant")
 class Schedule(LRScheduler):
     """Warm-up, then a decay that ends with the last step, or none.
 
-    Of ``T`` steps, the learning rate grows linearly over the first ``W``, of which the last has the optimizer's; what
-    follows falls to ``end`` times that, which a step after the last one would have. Shapes are ``cosine`` (half a
-    cosine), ``linear``, ``wsd`` (warm-up, stable, decay: linear over the last steps only; Hu et al., 2024, "MiniCPM") and
-    ``constant``.
+    The learning rate grows linearly over the steps of warm-up, of which the last has the optimizer's. It falls to
+    ``end`` times that, which the step after the last one would have. Shapes are ``cosine`` (half a
+    cosine), ``linear``, ``wsd`` (warm-up, stable, decay: linear over the last steps only; Hu et al., 2024, "MiniCPM")
+    and ``constant``.
 
     Under `ExpertParallelStrategy` the number of steps is that of the run, whether ``max_epochs`` or ``max_steps`` ends
     it, and a run that is resumed with another number ends with that. It steps once per optimizer step.
@@ -36,7 +36,7 @@ class Schedule(LRScheduler):
         total_steps: Steps of the run. Default: ExpertParallelStrategy says so when training starts.
 
     Raises:
-        ValueError: If an argument is out of its range, or warm-up and decay together are longer than the run.
+        ValueError: If an argument is out of its range, or the run has no end and the learning rate is to fall.
         RuntimeError: If it is stepped and nobody has said how many steps there are.
     """
 
@@ -63,22 +63,14 @@ class Schedule(LRScheduler):
             self.set_total_steps(total_steps)
 
     def set_total_steps(self, total_steps: float) -> None:
-        """Says how many steps the run has, at any time; infinity if nobody knows.
+        """Says how many steps the run has, at any time; infinity if it has no end.
 
         Raises:
-            ValueError: If warm-up and decay do not fit into it.
+            ValueError: If it has none and the learning rate is to fall.
         """
-        warmup, decay = (_steps(value, total_steps) for value in (self.warmup, self.decay))
-        if self.shape == "constant":
-            decay = 0
-        elif math.isinf(total_steps):
-            raise ValueError(f"shape={self.shape!r} ends with the run. Say when: max_steps or max_epochs of the Trainer.")
-        elif self.shape != "wsd":
-            decay = 1
-        if warmup + decay > total_steps:
+        if math.isinf(total_steps) and self.shape != "constant":
             raise ValueError(
-                f"The run has {total_steps} steps, too few for warmup={self.warmup} and "
-                f"{f'decay={self.decay}' if self.shape == 'wsd' else 'a decay'}. Give shares (0.1), or train for longer."
+                f"shape={self.shape!r} ends with the run. Say when: max_steps or max_epochs of the Trainer."
             )
         self.total_steps = total_steps
         for group, lr in zip(self.optimizer.param_groups, self.get_lr(), strict=False):
@@ -93,7 +85,9 @@ class Schedule(LRScheduler):
             return (step + 1) / warmup
         if self.shape == "constant":
             return 1.0
-        length = _steps(self.decay, self.total_steps) if self.shape == "wsd" else self.total_steps - max(warmup - 1, 0)
+        length = self.total_steps - max(warmup - 1, 0)
+        if self.shape == "wsd":
+            length = min(length, _steps(self.decay, self.total_steps))
         gone = min(max(0.0, 1 - (self.total_steps - step) / max(1, length)), 1.0)
         left = (1 + math.cos(math.pi * gone)) / 2 if self.shape == "cosine" else 1 - gone
         return self.end + (1 - self.end) * left
@@ -103,8 +97,8 @@ class Schedule(LRScheduler):
         if self.total_steps is None:
             if self.last_epoch > 0:
                 raise RuntimeError(
-                    "Schedule does not know how many steps there are. Under ExpertParallelStrategy it is told; elsewhere"
-                    " pass total_steps=self.trainer.estimated_stepping_batches."
+                    "Schedule does not know how many steps there are. ExpertParallelStrategy tells it; elsewhere pass "
+                    "total_steps=self.trainer.estimated_stepping_batches."
                 )
             return list(self.base_lrs)
         factor = self.factor(self.last_epoch)
@@ -123,16 +117,13 @@ def tell_total_steps(trainer: Trainer) -> None:
     A position inside an epoch counts as this run cuts the epoch into batches, which another number of data ranks does
     otherwise than the run that it resumes.
     """
-    schedules = [config.scheduler for config in trainer.lr_scheduler_configs]
-    schedules = [schedule for schedule in schedules if isinstance(schedule, Schedule)]
-    if schedules:
-        steps = total_steps(trainer)
-        for schedule in schedules:
-            schedule.set_total_steps(steps)
+    for config in trainer.lr_scheduler_configs:
+        if isinstance(config.scheduler, Schedule):
+            config.scheduler.set_total_steps(total_steps(trainer))
 
 
 def total_steps(trainer: Trainer) -> float:
-    """Optimizer steps at the end of a fit whose loaders are set up; infinity if neither steps nor epochs are bounded."""
+    """Optimizer steps at the end of a fit whose loaders are set up; infinity if nothing bounds them."""
     most = math.inf if trainer.max_steps == -1 else trainer.max_steps
     batches, epochs = trainer.num_training_batches, trainer.max_epochs
     if epochs is None or epochs == -1 or math.isinf(batches) or not batches:
