@@ -10,6 +10,7 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from datetime import timedelta
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -101,7 +102,7 @@ def documents(data: PackedDataModule, dataset: Any) -> list[tuple[str, str]]:
     for window in dataset:
         ids, labels, positions = (window[name].tolist() for name in ("input_ids", "labels", "position_ids"))
         begins = [index for index, position in enumerate(positions) if position == 0] + [len(ids)]
-        for begin, end in zip(begins, begins[1:], strict=False):
+        for begin, end in pairwise(begins):
             if not set(ids[begin:end]) <= {data.tokenizer.pad_token_id}:
                 supervised = [id for id, label in zip(ids[begin:end], labels[begin:end], strict=True) if label != -100]
                 assert all(label in (-100, id) for id, label in zip(ids[begin:end], labels[begin:end], strict=True))

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch.callbacks import GradientAccumulationScheduler, ModelCheckpoint
-from torch.utils.data import DataLoader
 
 from lightning_ep import Schedule
-from lightning_ep.cli.training import main
+from lightning_ep.cli.training import run
+from lightning_ep.data import ResumableLoader
 from tests.tiny import Samples, TinyModule, quiet
 
 
@@ -72,7 +72,7 @@ def test_a_schedule_that_nobody_told_the_number_of_steps_says_how_to() -> None:
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
     schedule = Schedule(optimizer)
     optimizer.step()
-    with pytest.raises(RuntimeError, match="total_steps=self.trainer.estimated_stepping_batches"):
+    with pytest.raises(RuntimeError, match=r"total_steps=self\.trainer\.estimated_stepping_batches"):
         schedule.step()
 
 
@@ -98,7 +98,7 @@ def fit(root: Path, resume: Path | None = None, batch_size: int = 2, **settings:
     """The learning rate of each optimizer step, of 14 samples per epoch."""
     module = Scheduled(shape="linear", warmup=3)
     trainer = quiet(root, strategy="ep", devices=1, accelerator="cpu", limit_val_batches=0, **settings)
-    trainer.fit(module, DataLoader(Samples(14), batch_size=batch_size), ckpt_path=resume)
+    trainer.fit(module, ResumableLoader(Samples(14), batch_size), ckpt_path=resume)
     return dict(module.rates)
 
 
@@ -127,23 +127,31 @@ def test_windows_that_change_with_the_epoch_are_counted(tmp_path: Path) -> None:
     assert fit(tmp_path, max_epochs=4, callbacks=[windows]) == pytest.approx(expected(7 + 4 + 1 + 1))
 
 
-@pytest.mark.parametrize("step", [3, 7, 9, 14])
-@pytest.mark.parametrize("name", ["epochs", "accumulated"])
+def keep(root: Path, **when: Any) -> ModelCheckpoint:
+    return ModelCheckpoint(root, filename="{step}", save_top_k=-1, **when)
+
+
+@pytest.mark.parametrize(
+    ("name", "step"), [("epochs", 3), ("epochs", 7), ("epochs", 9), ("epochs", 14), ("accumulated", 3)]
+)
 def test_resumed_runs_go_on_as_if_nothing_had_been(name: str, step: int, tmp_path: Path) -> None:
     settings, steps = RUNS[name]
-    if step >= steps:
-        pytest.skip("the run is over by then")
-    keep = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=step, save_top_k=-1)
-    fit(tmp_path, callbacks=[keep], **settings)
+    fit(tmp_path, callbacks=[keep(tmp_path, every_n_train_steps=step)], **settings)
     found = fit(tmp_path, tmp_path / f"step={step}.ckpt", **settings)
     assert found == pytest.approx({number: rate for number, rate in expected(steps).items() if number >= step})
 
 
-def test_a_resumed_run_of_another_length_ends_with_its_own_last_step(tmp_path: Path) -> None:
-    keep = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=7, save_top_k=-1)
-    fit(tmp_path, callbacks=[keep], max_epochs=2)
+def test_resumed_runs_of_another_length_end_with_their_own_last_step(tmp_path: Path) -> None:
+    fit(tmp_path, callbacks=[keep(tmp_path, every_n_epochs=1, save_on_train_epoch_end=True)], max_epochs=2)
     found = fit(tmp_path, tmp_path / "step=7.ckpt", max_epochs=4)
     assert found == pytest.approx({number: rate for number, rate in expected(28).items() if number >= 7})
+
+
+def test_a_resumed_epoch_counts_as_this_run_cuts_it(tmp_path: Path) -> None:
+    fit(tmp_path, callbacks=[keep(tmp_path, every_n_train_steps=3)], max_epochs=2)
+    found = fit(tmp_path, tmp_path / "step=3.ckpt", batch_size=1, max_epochs=2)
+    steps = 3 + (14 - 3 * 2) + 14
+    assert found == pytest.approx({number: rate for number, rate in expected(steps).items() if number >= 3})
 
 
 def test_recipes_may_name_it(tmp_path: Path, capsys) -> None:
@@ -153,7 +161,7 @@ def test_recipes_may_name_it(tmp_path: Path, capsys) -> None:
         "lightning_ep.Schedule, init_args: {shape: wsd, warmup: 0.03, decay: 0.2}}}}\n"
     )
     with pytest.raises(SystemExit) as done:
-        main(["fit", "--config", str(recipe), "--print_config"])
+        run(["fit", "--config", str(recipe), "--print_config"], "lightning-ep")
     assert done.value.code == 0
     printed = capsys.readouterr().out
     assert "lightning_ep.Schedule" in printed
