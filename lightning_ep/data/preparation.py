@@ -19,7 +19,7 @@ import numpy as np
 import pyarrow as pa
 from tqdm import tqdm
 
-from lightning_ep.data.packing import Fill, Sample, Window, best_fit, fill_window
+from lightning_ep.data.windows import Fill, Sample, Window, best_fit, fill_window
 
 WINDOWS, COUNTS = "windows.arrow", "counts.json"
 """The files that `prepare` makes."""
@@ -94,7 +94,8 @@ class Samples:
 
     def note(self, what: str, count: int = 1) -> None:
         """Counts what the log should say beside: "3 {what}"."""
-        self.notes[what] += count
+        if count:
+            self.notes[what] += count
 
 
 MakeSamples = Callable[[Sequence[Any], Samples], None]

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lightning_ep import transformers_adapter as adapter
 from lightning_ep.context_parallel import find_documents
-from lightning_ep.data.packing import Fill, Sample, Window, best_fit, fill_window
+from lightning_ep.data.windows import Fill, Sample, Window, best_fit, fill_window
 from lightning_ep.loss import summed_loss
 from lightning_ep.ops.cross_entropy import shifted
 from tests.reference import VOCAB, grad_or_zero, relative_error, tiny_model

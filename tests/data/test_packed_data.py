@@ -80,7 +80,7 @@ class Sentences(PackedDataModule):
             encoded = self.tokenizer(text + self.stop, return_offsets_mapping=True)
             begin = len(" ".join(text.split()[:3]))
             samples.add(encoded["input_ids"], [start >= begin for start, _ in encoded["offset_mapping"]])
-            samples.note("texts with a letter that is no ASCII", "ü" in text)
+            samples.note("texts with a letter that is no ASCII", int("ü" in text))
 
 
 @pytest.fixture(scope="module")

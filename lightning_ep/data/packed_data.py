@@ -44,7 +44,7 @@ class PackedDataModule(LightningDataModule):
     calls it on one process of a node while the others wait, however long it takes. After ``setup``, ``train_dataset``
     and ``val_dataset`` are the windows, ``tokenizer`` is what made them, and ``counts`` says what is in them and what
     was left out; the same on all ranks. Batches are dicts of ``input_ids``, ``labels`` and ``position_ids``, int64
-    ``[batch_size, sequence_length]``; see `lightning_ep.data.packing.Window`. Every data rank gets the same number of
+    ``[batch_size, sequence_length]``; see `lightning_ep.data.windows.Window`. Every data rank gets the same number of
     batches. Training batches are shuffled anew in every epoch, and a checkpoint taken in mid-epoch resumes at the next
     one; validation sees every window once (see ``ResumableLoader``).
 
@@ -68,6 +68,8 @@ class PackedDataModule(LightningDataModule):
 
     kind: ClassVar[str] = "packed"
     """What directories in the cache begin with."""
+    across_documents = False
+    """Whether documents see those before them in the window; batches have no ``position_ids`` then."""
 
     tokenizer: PreTrainedTokenizerBase
     train_dataset: Dataset
@@ -247,7 +249,7 @@ class PackedDataModule(LightningDataModule):
             shuffle=shuffle,
             seed=self.seed,
             drop_last=drop_last,
-            collate_fn=_collate,
+            collate_fn=_without_positions if self.across_documents else _collate,
             num_workers=self.num_workers,
             pin_memory=self.trainer is not None and self.trainer.strategy.root_device.type == "cuda",
         )
@@ -323,6 +325,10 @@ def _pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
     """Any token will do, since no loss is made of padding."""
     known = (tokenizer.pad_token_id, tokenizer.eos_token_id)
     return next((token for token in known if token is not None), 0)
+
+
+def _without_positions(windows: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    return {name: values for name, values in _collate(windows).items() if name != "position_ids"}
 
 
 def _collate(windows: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
