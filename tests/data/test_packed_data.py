@@ -6,6 +6,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -282,6 +283,22 @@ def test_what_is_missing_is_said(tokenizer: str, tmp_path: Path) -> None:
         Sentences({"a": sentences(3)}, weights={"a": 0}, **settings).prepare_data()
     with pytest.raises(ValueError, match=r"2 tokens and says of 1"):
         Samples().add([1, 2], [True])
+
+
+def test_the_data_module_of_the_page_runs_as_printed(tokenizer: str, tmp_path: Path) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "data.md").read_text()
+    names: dict[str, Any] = {}
+    exec(re.search(r"```python\n(.*?)```", page, re.S)[1], names)  # type: ignore[index]
+    rows = [{"letter": f"alpha {number}", "answer": "beta gamma" * (number > 2)} for number in range(40)]
+    source = tmp_path / "letters.jsonl"
+    source.write_text("\n".join(map(json.dumps, rows)))
+    data = names["Letters"](str(source), 64, tokenizer=tokenizer)
+    data.cache_dir = str(tmp_path / "cache")
+    prepared(data)
+    found = documents(data, data.train_dataset) + documents(data, data.val_dataset)
+    assert sorted(found) == sorted((f"alpha {number}beta gamma{END}", f"beta gamma{END}") for number in range(3, 40))
+    dropped = [counts["dropped"].get("without an answer", 0) for counts in data.counts.values()]
+    assert sum(dropped) == 3
 
 
 class Slow(Sentences):
