@@ -16,6 +16,7 @@ from lightning_ep.parallelize import parallelize
 from lightning_ep.strategy import ExpertParallelStrategy
 from lightning_ep.trainer.adamw import AdamW
 from lightning_ep.trainer.clipping import clip_grad_norm_
+from lightning_ep.trainer.schedules import Schedule
 
 __all__ = [
     "AdamW",
@@ -24,6 +25,7 @@ __all__ = [
     "ExpertParallel",
     "ExpertParallelStrategy",
     "ParallelLayout",
+    "Schedule",
     "__version__",
     "clip_grad_norm_",
     "expert_plan",

@@ -49,7 +49,8 @@ class CausalLM(LightningModule):
         model: Hub id or local path, or a configuration: an object, or a dict with ``model_type``.
         pretrained: Load weights (every rank streams its own shards), or start from random ones.
         optimizer: Builds the optimizer from the parameters.
-        lr_scheduler: Builds a scheduler from the optimizer; it steps once per optimizer step.
+        lr_scheduler: Builds a scheduler from the optimizer; it steps once per optimizer step. `lightning_ep.Schedule`
+            ends with the run.
 
     Raises:
         ValueError: If there are no weights to load, or a configuration in a dict has a key that nobody reads.

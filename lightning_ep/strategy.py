@@ -61,6 +61,7 @@ from lightning_ep.trainer.refusals import (
     refuse_other_processes,
     refuse_unsupported,
 )
+from lightning_ep.trainer.schedules import tell_total_steps
 from lightning_ep.trainer.signals import AgreeOnSignals, Interrupted
 from lightning_ep.trainer.steering import CheckMonitored
 
@@ -469,6 +470,7 @@ class ExpertParallelStrategy(ModelParallelStrategy):
     def on_train_start(self) -> None:
         assert self.lightning_module is not None
         resume_accumulation(self.lightning_module.trainer)
+        tell_total_steps(self.lightning_module.trainer)
 
     @override
     def training_step(self, *args: Any, **kwargs: Any) -> STEP_OUTPUT:

@@ -37,6 +37,7 @@ OURS = [
     ("cli/export.py", {"generation_config"}, "a model that `meta_model` has made"),
     ("context_parallel/attention.py", {"masks"}, "a SequencePiece"),
     ("data/corpus.py", {"pre_tokenizer", "decoder"}, "a tokenizer in the making"),
+    ("data/preparation.py", {"environ"}, "a worker process's own"),
     ("data/resumable_loader.py", {"manual_seed"}, "a generator of its own"),
     ("distributed/agreement.py", {"__cause__"}, "an exception that it raises"),
     ("hub/directory.py", {"architectures", "dtype"}, "a copy of the config"),

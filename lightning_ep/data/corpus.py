@@ -1,4 +1,4 @@
-"""From text files to packed windows of tokens: the steps behind ``TextDataModule``, none of which knows Lightning."""
+"""Text files, a tokenizer of them, and a cache of what is made of them: the steps behind ``TextDataModule``."""
 
 from __future__ import annotations
 
@@ -16,8 +16,7 @@ import numpy as np
 from lightning_ep.data.examples.standard_library import standard_library, walk
 
 if TYPE_CHECKING:
-    from datasets import Dataset
-    from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerFast
 
 END_OF_TEXT = "<|endoftext|>"
 
@@ -118,46 +117,6 @@ def train_tokenizer(texts: Iterator[str], vocab_size: int) -> PreTrainedTokenize
     )
     tokenizer.train_from_iterator(texts, trainer)
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END_OF_TEXT, pad_token=END_OF_TEXT)
-
-
-def pack(files: Sequence[Path], tokenizer: PreTrainedTokenizerBase, sequence_length: int) -> Dataset:
-    """Tokenize files, end each with the end-of-text token, and cut their concatenation into windows.
-
-    A tokenizer that begins texts with a token of its own, or ends them, does so for every file.
-
-    Returns:
-        A dataset with the column ``input_ids``, int32 ``[sequence_length]``. Tokens past the last full window are left
-        out.
-
-    Raises:
-        ValueError: If there are too few tokens for one window, a file is not UTF-8, or the tokenizer has no end-of-text
-            token.
-    """
-    from datasets import Dataset, Features, List, Value
-
-    end = tokenizer.eos_token_id
-    if end is None:
-        raise ValueError(
-            f"The tokenizer ({tokenizer.name_or_path}) has no end-of-text token, which separates documents. Set its "
-            "`eos_token` and save it, or pass another one as `tokenizer`."
-        )
-
-    documents = Dataset.from_dict({"text": [read_text(path) for path in files]})
-    documents = documents.map(
-        # Not verbose: it would warn of texts longer than a model's input, which are cut into windows here.
-        lambda batch: {"ids": tokenizer(batch["text"], verbose=False)["input_ids"]},
-        batched=True,
-        desc=f"tokenizing {len(files)} files",
-    )
-    tokens = np.concatenate([ids if ids[-1:] == [end] else np.append(ids, end) for ids in documents["ids"]])
-    if len(tokens) < sequence_length:
-        raise ValueError(
-            f"{len(files)} files, the first of them {files[0]}, have {len(tokens)} tokens, too few for one window of "
-            f"sequence_length={sequence_length}. Use more text, shorter windows or another validation_fraction."
-        )
-    windows = tokens[: len(tokens) // sequence_length * sequence_length].reshape(-1, sequence_length)
-    features = Features({"input_ids": List(Value("int32"), length=sequence_length)})
-    return Dataset.from_dict({"input_ids": windows.astype(np.int32)}, features=features)
 
 
 def build_once(target: Path, build: Callable[[Path], None]) -> None:

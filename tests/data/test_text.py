@@ -290,27 +290,61 @@ def prepared(*args: Path, **settings: object) -> TextDataModule:
 
 def test_windows_are_the_texts(texts: Path, tmp_path: Path) -> None:
     data = prepared(texts, tmp_path)
-    files = sorted(texts.iterdir())
-    for part, other in ((data.train_dataset, data.val_dataset), (data.val_dataset, data.train_dataset)):
-        ids = torch.cat([row["input_ids"] for row in part]).tolist()
-        documents = data.tokenizer.decode(ids).split("<|endoftext|>")
-        wanted = [path.read_text(encoding="utf-8") for path in files]
-        assert all(document in wanted for document in documents[:-1])  # the last one is cut off
-        assert not set(documents) & set(data.tokenizer.decode(other["input_ids"][:].flatten()).split("<|endoftext|>"))
-        assert ids.count(data.tokenizer.eos_token_id) >= len(documents) - 1
-    assert len(data.train_dataset) > len(data.val_dataset) > 0
+    end = data.tokenizer.eos_token_id
+    pieces = {}  # of each text, cut into windows from its beginning
+    for path in sorted(texts.iterdir()):
+        ids = [*data.tokenizer(path.read_text(encoding="utf-8"))["input_ids"], end]
+        pieces[path] = [tuple(ids[begin : begin + 32]) for begin in range(0, len(ids), 32)]
+        assert len(pieces[path]) > 2
+    files = []
+    for part in (data.train_dataset, data.val_dataset):
+        found = Counter(documents(part, end))
+        files.append({path for path in pieces if pieces[path][0] in found})
+        assert found == Counter(piece for path in files[-1] for piece in pieces[path] if len(piece) > 1)
+    assert files[0] | files[1] == set(pieces)
+    assert len(files[0]) > len(files[1]) > 0
+
+
+def documents(part: object, end: int) -> list[tuple[int, ...]]:
+    """The runs of tokens in windows that see each other, without padding; all but the first are to be predicted."""
+    found = []
+    for window in part:  # type: ignore[attr-defined]
+        ids, labels, positions = (window[name].tolist() for name in ("input_ids", "labels", "position_ids"))
+        begins = [*(index for index, position in enumerate(positions) if position == 0), len(ids)]
+        for begin, stop in pairwise(begins):
+            if set(ids[begin:stop]) != {end}:
+                found.append(tuple(ids[begin:stop]))
+                assert labels[begin:stop] == [-100, *ids[begin + 1 : stop]]
+            else:
+                assert set(labels[begin:stop]) == {-100}
+    return found
+
+
+def test_long_texts_fill_windows(texts: Path, tmp_path: Path) -> None:
+    data = prepared(texts, tmp_path)
+    assert data.counts["train"]["fill_rate"] > 0.98
+    assert data.counts["train"]["notes"]["long texts were cut"] == data.counts["train"]["sources"][str(texts)]["rows"]
+
+
+def test_texts_may_see_those_before_them(texts: Path, tmp_path: Path) -> None:
+    apart, across = (
+        next(iter(prepared(texts, tmp_path, across_documents=x).train_dataloader())) for x in (False, True)
+    )
+    assert across.keys() == {"input_ids", "labels"}
+    assert all(torch.equal(values, apart[name]) for name, values in across.items())
 
 
 def test_batches_are_what_a_causal_language_model_takes(texts: Path, tmp_path: Path) -> None:
     data = prepared(texts, tmp_path)
     for loader in (data.train_dataloader(), data.val_dataloader()):
         batch = next(iter(loader))
-        assert batch.keys() == {"input_ids", "labels"}
-        assert batch["input_ids"].dtype == batch["labels"].dtype == torch.int64
+        assert batch.keys() == {"input_ids", "labels", "position_ids"}
+        assert {values.dtype for values in batch.values()} == {torch.int64}
         assert batch["input_ids"].shape[1] == 32
         assert batch["input_ids"].shape[0] in (3, 4)
-        assert torch.equal(batch["input_ids"], batch["labels"])
-        assert batch["input_ids"].data_ptr() != batch["labels"].data_ptr()
+        predicted = batch["labels"] != -100
+        assert predicted.any()
+        assert torch.equal(batch["input_ids"][predicted], batch["labels"][predicted])
 
 
 def test_tokenizer_restores_any_text(texts: Path, tmp_path: Path) -> None:
@@ -441,7 +475,7 @@ def test_wrong_arguments_say_what_to_do(texts: Path, tmp_path: Path) -> None:
 
 
 def test_too_little_text_is_refused_before_training(texts: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"\d+ tokens, too few for one window of sequence_length=100000"):
+    with pytest.raises(ValueError, match=r"1 training windows of sequence_length=100000.*Use more data, shorter"):
         prepared(texts, tmp_path, sequence_length=100_000)
     with pytest.raises(
         ValueError, match=r"training windows of sequence_length=32, but 1 data ranks with batch_size=1000"

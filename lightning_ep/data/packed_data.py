@@ -1,0 +1,335 @@
+"""What data modules of packed documents share: a tokenizer, prepared windows, and loaders that resume."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+import torch
+from lightning.pytorch import LightningDataModule, LightningModule
+from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities.types import EVAL_DATALOADERS
+from transformers import AutoTokenizer
+from typing_extensions import override
+
+from lightning_ep import transformers_adapter as adapter
+from lightning_ep.checkpoint.loop_state import close_finished_epoch, match_batches
+from lightning_ep.data import corpus
+from lightning_ep.data.preparation import COUNTS, FORMAT, WINDOWS, Part, Rows, Samples, prepare
+from lightning_ep.data.resumable_loader import ResumableLoader, data_ranks
+from lightning_ep.data.tokenizers import (
+    check_vocabulary,
+    checkpoint_of,
+    tokenizer_files,
+    vocabulary_size,
+    warn_of_other_special_tokens,
+)
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import PreTrainedTokenizerBase
+
+
+class PackedDataModule(LightningDataModule):
+    """Documents packed whole into windows of ``sequence_length`` tokens; they do not attend to each other.
+
+    A subclass says where rows come from and what documents they become: `sources`, `settings` and `make_samples`; if it
+    wants to, `validation_sources`, `split` and `make_tokenizer`.
+
+    ``prepare_data`` makes the windows, in several processes, once for the same rows, tokenizer and settings. Lightning
+    calls it on one process of a node while the others wait, however long it takes. After ``setup``, ``train_dataset``
+    and ``val_dataset`` are the windows, ``tokenizer`` is what made them, and ``counts`` says what is in them and what
+    was left out; the same on all ranks. Batches are dicts of ``input_ids``, ``labels`` and ``position_ids``, int64
+    ``[batch_size, sequence_length]``; see `lightning_ep.data.windows.Window`. Every data rank gets the same number of
+    batches. Training batches are shuffled anew in every epoch, and a checkpoint taken in mid-epoch resumes at the next
+    one; validation sees every window once (see ``ResumableLoader``).
+
+    Args:
+        sequence_length: Tokens per window.
+        batch_size: Windows per batch and data rank.
+        validation_fraction: Share of the rows of every source that is held out; 0 for no validation. It has no meaning
+            where a subclass gives rows for validation.
+        seed: Seed of the split, of the mixture of sources and of the order of the training windows.
+        cache_dir: Where windows are kept. Default: $LIGHTNING_EP_CACHE, or ~/.cache/lightning_ep.
+        num_workers: Worker processes per loader. The windows lie in memory-mapped files, so 0 is rarely a bottleneck.
+        num_proc: Processes that prepare the windows. Default: one for each CPU of this process.
+        tokenizer: Directory or hub id of the tokenizer. Default: that of the checkpoint whose weights the model starts
+            from, known for `CausalLM` and for modules with an attribute ``pretrained_path``.
+
+    Raises:
+        ValueError: In ``prepare_data``, if there is no tokenizer; in ``setup``, if there are too few windows to give
+            every data rank a batch; there, or when a loader is asked for, if the model's vocabulary is smaller than the
+            tokenizer's.
+    """
+
+    kind: ClassVar[str] = "packed"
+    """What directories in the cache begin with."""
+    across_documents = False
+    """Whether documents see those before them in the window; batches have no ``position_ids`` then."""
+
+    tokenizer: PreTrainedTokenizerBase
+    train_dataset: Dataset
+    val_dataset: Dataset | None
+    counts: dict[str, dict[str, Any]]
+
+    def __init__(
+        self,
+        sequence_length: int = 4096,
+        batch_size: int = 1,
+        validation_fraction: float = 0.05,
+        seed: int = 0,
+        cache_dir: str | None = None,
+        num_workers: int = 0,
+        num_proc: int | None = None,
+        tokenizer: str | None = None,
+    ) -> None:
+        super().__init__()
+        self.sequence_length = sequence_length
+        self.batch_size = batch_size
+        self.validation_fraction = validation_fraction
+        self.seed = seed
+        self.cache_dir = cache_dir
+        self.num_workers = num_workers
+        self.num_proc = num_proc
+        self._tokenizer_source = tokenizer
+        self._makes_tokenizer = False
+
+    # ------------------------------------------------------------------------------------------ what a subclass says
+
+    def sources(self) -> Sequence[Rows]:
+        """The rows that are trained on. Every rank asks; rows are read later, on one."""
+        raise NotImplementedError
+
+    def validation_sources(self) -> Sequence[Rows] | None:
+        """Rows of their own for validation. Default: none, so that some of `sources` are held out."""
+        return None
+
+    def settings(self) -> Sequence[object]:
+        """Arguments of the subclass on which samples depend. Their ``repr`` is part of the cache's key."""
+        raise NotImplementedError
+
+    def make_samples(self, rows: Sequence[Any], samples: Samples) -> None:
+        """Add what rows become to ``samples``; ``self.tokenizer`` is there.
+
+        Called in processes forked from the one that prepares, for a few hundred rows of one source at a time, so that
+        tokenizers may take many texts at once. What a row becomes must not depend on the rows beside it.
+        """
+        raise NotImplementedError
+
+    def split(self, rows: Rows) -> tuple[np.ndarray, np.ndarray]:
+        """Indices of the rows to train on, and of those to validate on. Default: random rows."""
+        order = np.random.default_rng(self.seed).permutation(rows.count)
+        # At least one, whatever the share, and never all.
+        held_out = min(max(1, round(self.validation_fraction * rows.count)), rows.count - 1)
+        return np.sort(order[held_out:]), np.sort(order[:held_out])
+
+    def make_tokenizer(self, directory: Path, training: Sequence[Part]) -> None:
+        """Save a tokenizer where the model has none. Default: that is refused."""
+        checkpoint = checkpoint_of(self._module())
+        because = f"{checkpoint} has none" if checkpoint is not None else "the model starts from no checkpoint"
+        raise ValueError(
+            f"{type(self).__name__} needs a tokenizer, and {because}. Pass the directory or hub id of one: "
+            f"{type(self).__name__}(tokenizer=...)."
+        )
+
+    # ------------------------------------------------------------------------------------------------------ Lightning
+
+    @override
+    def prepare_data(self) -> None:
+        """Make the windows, unless they are cached. Lightning calls it on one process of each node."""
+        origin, sources, validation = self._tokenizer_files(), self.sources(), self.validation_sources()
+
+        def build(directory: Path) -> None:
+            parts = self._parts(sources, validation)
+            if not origin:
+                self.make_tokenizer(directory / "tokenizer", parts["train"])
+            self.tokenizer = AutoTokenizer.from_pretrained(origin[0].parent if origin else directory / "tokenizer")
+            for name, rows in parts.items():
+                (directory / name).mkdir()
+                prepare(
+                    directory / name,
+                    rows,
+                    self.make_samples,
+                    self.sequence_length,
+                    _pad_token_id(self.tokenizer),
+                    self.num_proc or len(os.sched_getaffinity(0)),
+                    shuffle_seed=self.seed if name == "train" else None,
+                    description=f"preparing {name}",
+                )
+
+        corpus.build_once(self._cached(origin, sources, validation), build)
+
+    @override
+    def setup(self, stage: str | None = None) -> None:
+        """Load what ``prepare_data`` made, on every rank."""
+        origin = self._tokenizer_files()
+        directory = self._cached(origin, self.sources(), self.validation_sources())
+        if not directory.exists():
+            raise FileNotFoundError(
+                f"{directory} does not exist on this process. Call prepare_data() first (a Trainer does), and let "
+                "sources and cache_dir be the same on all processes of a node."
+            )
+        self._makes_tokenizer = not origin
+        self.tokenizer = AutoTokenizer.from_pretrained(origin[0].parent if origin else directory / "tokenizer")
+        config = getattr(self._module(), "model_config", None)  # CausalLM's, before the model is built
+        if config is not None:
+            self._refuse_too_small(config)
+        self.train_dataset, self.val_dataset = _windows(directory / "train"), None
+        self.counts = {"train": json.loads((directory / "train" / COUNTS).read_text())}
+        if (directory / "val").exists():
+            self.val_dataset = _windows(directory / "val")
+            self.counts["val"] = json.loads((directory / "val" / COUNTS).read_text())
+        for name, counts in self.counts.items():
+            rank_zero_info(f"{type(self).__name__}, {name}: {describe(counts)}")
+        self._refuse_too_few()
+
+    @override
+    def train_dataloader(self) -> ResumableLoader:
+        """Return this data rank's training batches."""
+        trainer = self.trainer
+        if trainer is not None:  # as ExpertParallelStrategy does, under other strategies
+            close_finished_epoch(trainer)
+        # overfit_batches is meant to repeat the same batches
+        shuffle = trainer is None or not trainer.overfit_batches  # type: ignore[attr-defined]
+        loader = self._loader(self.train_dataset, shuffle=shuffle, drop_last=True)
+        if trainer is not None:
+            match_batches(trainer, loader)
+        return loader
+
+    @override
+    def val_dataloader(self) -> EVAL_DATALOADERS:
+        """Return this data rank's share of the validation windows; nothing if none are held out."""
+        return [] if self.val_dataset is None else self._loader(self.val_dataset, shuffle=False, drop_last=False)
+
+    # --------------------------------------------------------------------------------------------------------- inside
+
+    def _parts(self, sources: Sequence[Rows], validation: Sequence[Rows] | None) -> dict[str, list[Part]]:
+        if validation is not None:
+            whole = {"train": sources, "val": validation}
+            return {name: [Part(rows, np.arange(rows.count)) for rows in some] for name, some in whole.items()}
+        if self.validation_fraction == 0:
+            return {"train": [Part(rows, np.arange(rows.count)) for rows in sources]}
+        if not 0 < self.validation_fraction < 1:
+            raise ValueError(f"validation_fraction={self.validation_fraction} must lie between 0 and 1, such as 0.05.")
+        split = [(rows, *self.split(rows)) for rows in sources]
+        return {
+            "train": [Part(rows, train) for rows, train, _ in split],
+            "val": [Part(rows, val) for rows, _, val in split],
+        }
+
+    def _cached(self, origin: list[Path], sources: Sequence[Rows], validation: Sequence[Rows] | None) -> Path:
+        import tokenizers
+
+        root = self.cache_dir or os.environ.get("LIGHTNING_EP_CACHE") or "~/.cache/lightning_ep"
+        rows = [[(r.name, r.count, r.fingerprint, r.weight) for r in some] for some in (sources, validation or ())]
+        shared = (self.sequence_length, self.seed, self.validation_fraction, validation is None)
+        settings = (FORMAT, type(self).__qualname__, rows, shared, tuple(self.settings()), tokenizers.__version__)
+        return Path(root).expanduser() / f"{self.kind}-{corpus.fingerprint(origin, *settings)}"
+
+    def _tokenizer_files(self) -> list[Path]:
+        """The files of the tokenizer to use; none if one is to be made."""
+        checkpoint = self._tokenizer_source or checkpoint_of(self._module())
+        files = tokenizer_files(checkpoint) if checkpoint is not None else []
+        if self._tokenizer_source is not None and not files:
+            raise ValueError(f"tokenizer={self._tokenizer_source!r} has no tokenizer: no tokenizer.json or the like.")
+        return files
+
+    def _loader(self, dataset: Dataset, shuffle: bool, drop_last: bool) -> ResumableLoader:
+        self._check_vocabulary()
+        data_rank, data_world_size = data_ranks(self.trainer)
+        return ResumableLoader(
+            dataset,
+            self.batch_size,
+            data_rank,
+            data_world_size,
+            shuffle=shuffle,
+            seed=self.seed,
+            drop_last=drop_last,
+            collate_fn=_without_positions if self.across_documents else _collate,
+            num_workers=self.num_workers,
+            pin_memory=self.trainer is not None and self.trainer.strategy.root_device.type == "cuda",
+        )
+
+    def _module(self) -> LightningModule | None:
+        return self.trainer.lightning_module if self.trainer is not None else None
+
+    def _refuse_too_few(self) -> None:
+        _, data_world_size = data_ranks(self.trainer)
+        checks = [("training", self.train_dataset, self.batch_size * data_world_size)]
+        if self.val_dataset is not None:
+            checks.append(("validation", self.val_dataset, data_world_size))
+        for name, dataset, needed in checks:
+            if len(dataset) < needed:
+                names = ", ".join(repr(rows.name) for rows in self.sources())
+                raise ValueError(
+                    f"{names}: {len(dataset)} {name} windows of sequence_length={self.sequence_length}, "
+                    f"but {data_world_size} data ranks with batch_size={self.batch_size} need at least {needed} for a "
+                    "batch each. Use more data, shorter windows, smaller batches, fewer data ranks or another "
+                    f"validation_fraction (now {self.validation_fraction})."
+                )
+
+    def _check_vocabulary(self) -> None:
+        # not in `setup`: models are often built later, in `configure_model`
+        module = self._module()
+        models: list[Any] = list(adapter.pretrained_models(module).values()) if module is not None else []
+        for model in models or [getattr(module, "model", None)]:
+            if hasattr(model, "config"):
+                self._refuse_too_small(model.config)
+                warn_of_other_special_tokens(self.tokenizer, model)
+        checkpoint = checkpoint_of(module)
+        if checkpoint is not None and self._makes_tokenizer and tokenizer_files(checkpoint):
+            name = type(self).__name__
+            raise ValueError(
+                f"The model's weights are those of {checkpoint}, which has a tokenizer, and {name} has made a new one, "
+                "whose ids mean nothing to these weights: it could not know before the model was built. Pass "
+                f"{name}(tokenizer={checkpoint!r}), or give {type(module).__name__} an attribute `pretrained_path`."
+            )
+
+    def _refuse_too_small(self, config: Any) -> None:
+        size = vocabulary_size(config)
+        check_vocabulary(
+            self.tokenizer,
+            config,
+            f"Set the model's to {len(self.tokenizer)} or more, or the data's to {size} or less."
+            if self._makes_tokenizer
+            else f"Use the tokenizer of these weights, not {self.tokenizer.name_or_path}, or resize the embeddings.",
+        )
+
+
+def describe(counts: dict[str, Any]) -> str:
+    """One line on windows, from what `lightning_ep.data.preparation.prepare` counted."""
+    line = (
+        f"{counts['documents']:,} documents in {counts['windows']:,} windows of {counts['sequence_length']:,} tokens, "
+        f"{counts['fill_rate']:.1%} full; {counts['supervised_share']:.1%} of their tokens are supervised"
+    )
+    if len(counts["sources"]) > 1:
+        line += "; from " + ", ".join(f"{name} ({some['documents']:,})" for name, some in counts["sources"].items())
+    if counts["dropped"]:
+        line += "; left out: " + ", ".join(f"{count:,} {reason}" for reason, count in sorted(counts["dropped"].items()))
+    if counts["notes"]:
+        line += "; " + ", ".join(f"{count:,} {what}" for what, count in sorted(counts["notes"].items()))
+    return line
+
+
+def _windows(directory: Path) -> Dataset:
+    from datasets import Dataset
+
+    return Dataset.from_file(str(directory / WINDOWS)).with_format("torch")
+
+
+def _pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Any token will do, since no loss is made of padding."""
+    known = (tokenizer.pad_token_id, tokenizer.eos_token_id)
+    return next((token for token in known if token is not None), 0)
+
+
+def _without_positions(windows: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    return {name: values for name, values in _collate(windows).items() if name != "position_ids"}
+
+
+def _collate(windows: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    return {name: torch.stack([window[name] for window in windows]) for name in windows[0]}

@@ -1,0 +1,335 @@
+"""Rows of sources become windows on disk: samples are made by several processes, and packed by one."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from tqdm import tqdm
+
+from lightning_ep.data.windows import Fill, Sample, Window, best_fit, fill_window
+
+WINDOWS, COUNTS = "windows.arrow", "counts.json"
+"""The files that `prepare` makes."""
+
+FORMAT = 1
+"""Part of every cache's key: to be raised when the same rows give other windows."""
+
+_WINDOWS_PER_WRITE = 64
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The rows of one source, of which nothing is in memory yet.
+
+    Attributes:
+        name: What messages call the source.
+        count: Number of rows.
+        fingerprint: Changes with the rows' contents.
+        read: Returns the rows of these indices; called in worker processes, which are forked.
+        weight: How often each of its samples comes in an epoch: 2 is twice; 0.5 is once for a random half of them, the
+            same half in every epoch.
+        rows_per_task: Rows that a worker reads at a time: fewer where rows are large.
+    """
+
+    name: str
+    count: int
+    fingerprint: str
+    read: Callable[[Sequence[int]], Sequence[Any]] = field(repr=False)
+    weight: float = 1.0
+    rows_per_task: int = 256
+
+    def __post_init__(self) -> None:
+        if not self.weight > 0:
+            raise ValueError(f"{self.name}: weight={self.weight} must be positive. Leave the source out instead.")
+
+
+@dataclass(frozen=True)
+class Part:
+    """Some rows of a source."""
+
+    rows: Rows
+    indices: np.ndarray
+
+
+class Samples:
+    """What rows became, in their order.
+
+    Attributes:
+        samples: The documents.
+        dropped: How many samples were left out, by reason.
+        notes: How often something else happened that the log should say.
+    """
+
+    def __init__(self) -> None:
+        self.samples: list[Sample] = []
+        self.dropped: Counter[str] = Counter()
+        self.notes: Counter[str] = Counter()
+
+    def add(self, input_ids: Sequence[int], supervised: Sequence[bool]) -> None:
+        """Adds a document; see `Sample`.
+
+        Raises:
+            ValueError: If not every token is said to be supervised or not.
+        """
+        if len(input_ids) != len(supervised):
+            raise ValueError(f"A sample has {len(input_ids)} tokens and says of {len(supervised)} if they count.")
+        self.samples.append(Sample(input_ids, supervised))
+
+    def drop(self, reason: str, count: int = 1) -> None:
+        """Counts samples that are left out; the log says "3 {reason}"."""
+        self.dropped[reason] += count
+
+    def note(self, what: str, count: int = 1) -> None:
+        """Counts what the log should say beside: "3 {what}"."""
+        if count:
+            self.notes[what] += count
+
+
+MakeSamples = Callable[[Sequence[Any], Samples], None]
+"""Adds to the samples what rows become; the same whichever rows come along with them."""
+
+
+def prepare(
+    directory: Path,
+    parts: Sequence[Part],
+    make_samples: MakeSamples,
+    sequence_length: int,
+    pad_token_id: int,
+    num_proc: int,
+    shuffle_seed: int | None,
+    description: str,
+) -> None:
+    """Write windows of the documents that rows become, and what was counted.
+
+    The windows do not depend on ``num_proc``. Documents longer than a window, and those of which no token is
+    supervised, are left out and counted.
+
+    Args:
+        directory: An existing directory, in which `WINDOWS` and `COUNTS` are made.
+        parts: The rows.
+        make_samples: What they become. It is called in processes that are forked from this one, so it may hold
+            anything, but must not touch a GPU.
+        sequence_length: Tokens of a window.
+        pad_token_id: What fills windows up.
+        num_proc: Processes; 1 is this one.
+        shuffle_seed: Mixes the documents of all parts before they are packed, and repeats them as the sources' weights
+            say. None leaves each where it is, once.
+        description: What the progress bar says.
+    """
+    counts = _Counts()
+    with tempfile.TemporaryDirectory(dir=directory) as scratch:
+        with _Writer(Path(scratch)) as writer:
+            for part, made in _made(parts, make_samples, sequence_length, num_proc, description):
+                writer.add(made, part)
+                counts.add(made, parts[part].rows.name)
+        documents = writer.documents()
+        order = documents.order([part.rows.weight for part in parts], shuffle_seed)
+        fill = _pack(directory / WINDOWS, documents, order, sequence_length, pad_token_id)
+    shares = {"fill_rate": fill.fill_rate, "supervised_share": fill.supervised_share}
+    (directory / COUNTS).write_text(json.dumps({**vars(fill), **shares, **vars(counts)}, indent=1))
+
+
+# --------------------------------------------------------------------------------------------------- rows to documents
+
+
+@dataclass
+class _Made:
+    """What a task's rows became, as it travels from a worker."""
+
+    rows: int
+    tokens: np.ndarray  # int32, one document after the other
+    supervised: np.ndarray  # bool, of each token
+    lengths: np.ndarray  # int64, of each document
+    dropped: Counter[str]
+    notes: Counter[str]
+
+    @staticmethod
+    def of(samples: Samples, rows: int, sequence_length: int) -> _Made:
+        kept = []
+        for sample in samples.samples:
+            if len(sample.input_ids) > sequence_length:
+                samples.drop(f"longer than {sequence_length} tokens")
+            elif not any(sample.supervised[1:]):
+                samples.drop("without supervised tokens")
+            else:
+                kept.append(sample)
+        return _Made(
+            rows,
+            np.fromiter(chain.from_iterable(sample.input_ids for sample in kept), np.int32),
+            np.fromiter(chain.from_iterable(sample.supervised for sample in kept), np.bool_),
+            np.array([len(sample.input_ids) for sample in kept], np.int64),
+            samples.dropped,
+            samples.notes,
+        )
+
+
+@dataclass(frozen=True)
+class _Work:
+    """What every worker knows, since it is forked from the process that does."""
+
+    parts: Sequence[Part]
+    make_samples: MakeSamples
+    sequence_length: int
+
+    def tasks(self) -> list[tuple[int, int, int]]:
+        """Runs of rows, as (part, begin, end): the same however many processes there are."""
+        return [
+            (number, begin, min(begin + part.rows.rows_per_task, len(part.indices)))
+            for number, part in enumerate(self.parts)
+            for begin in range(0, len(part.indices), part.rows.rows_per_task)
+        ]
+
+    def do(self, task: tuple[int, int, int]) -> _Made:
+        number, begin, end = task
+        part, samples = self.parts[number], Samples()
+        self.make_samples(part.rows.read(part.indices[begin:end].tolist()), samples)
+        return _Made.of(samples, end - begin, self.sequence_length)
+
+
+_work: _Work | None = None  # in worker processes
+
+
+def _begin_worker(work: _Work) -> None:
+    global _work
+    _work = work
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # each process is a thread's worth; and its warning of forks is gone
+
+
+def _do(task: tuple[int, int, int]) -> _Made:
+    assert _work is not None
+    return _work.do(task)
+
+
+def _made(
+    parts: Sequence[Part], make_samples: MakeSamples, sequence_length: int, num_proc: int, description: str
+) -> Iterator[tuple[int, _Made]]:
+    """What each task's rows became, in the order of the rows, with the number of its part."""
+    work = _Work(parts, make_samples, sequence_length)
+    tasks = work.tasks()
+    num_proc = min(num_proc, len(tasks))
+    total = sum(len(part.indices) for part in parts)
+    with ExitStack() as stack:
+        # Not where nobody watches: a log would get a line for every update.
+        bar = stack.enter_context(tqdm(total=total, desc=description, unit=" rows", disable=None, mininterval=0.5))
+        results: Iterator[_Made] = map(work.do, tasks)
+        if num_proc > 1:
+            # Forked, as DataLoader's workers are: what makes samples need not be picklable, and rows are shared.
+            context = multiprocessing.get_context("fork")
+            pool = ProcessPoolExecutor(num_proc, context, _begin_worker, (work,))
+            stack.callback(pool.shutdown, cancel_futures=True)
+            results = pool.map(_do, tasks)
+        for (number, _, _), made in zip(tasks, results, strict=True):
+            bar.update(made.rows)
+            yield number, made
+
+
+@dataclass
+class _Counts:
+    """What is said of rows that became windows."""
+
+    sources: dict[str, dict[str, int]] = field(default_factory=dict)
+    dropped: Counter[str] = field(default_factory=Counter)
+    notes: Counter[str] = field(default_factory=Counter)
+
+    def add(self, made: _Made, source: str) -> None:
+        counts = self.sources.setdefault(source, {"rows": 0, "documents": 0, "tokens": 0})
+        counts["rows"] += made.rows
+        counts["documents"] += len(made.lengths)
+        counts["tokens"] += len(made.tokens)
+        self.dropped.update(made.dropped)
+        self.notes.update(made.notes)
+
+
+# ------------------------------------------------------------------------------------------------- documents to windows
+
+
+class _Writer:
+    """Writes documents to files as they come: there may be more of them than fit into memory."""
+
+    def __init__(self, directory: Path) -> None:
+        self._paths = directory / "tokens", directory / "supervised"
+        self._lengths: list[np.ndarray] = [np.zeros(0, np.int64)]
+        self._parts: list[np.ndarray] = [np.zeros(0, np.int64)]
+
+    def __enter__(self) -> _Writer:
+        self._files = [path.open("wb") for path in self._paths]
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for file in self._files:
+            file.close()
+
+    def add(self, made: _Made, part: int) -> None:
+        for file, values in zip(self._files, (made.tokens, made.supervised), strict=True):
+            file.write(values.tobytes())
+        self._lengths.append(made.lengths)
+        self._parts.append(np.full(len(made.lengths), part))
+
+    def documents(self) -> _Documents:
+        lengths, parts = np.concatenate(self._lengths), np.concatenate(self._parts)
+        if not len(lengths):
+            return _Documents(np.zeros(0, np.int32), np.zeros(0, np.bool_), lengths, parts)
+        tokens, supervised = self._paths
+        return _Documents(np.memmap(tokens, np.int32, "r"), np.memmap(supervised, np.bool_, "r"), lengths, parts)
+
+
+@dataclass
+class _Documents:
+    """All documents, in the order of the rows."""
+
+    tokens: np.ndarray
+    supervised: np.ndarray
+    lengths: np.ndarray
+    parts: np.ndarray
+
+    def __post_init__(self) -> None:
+        self._ends = np.cumsum(self.lengths)
+
+    def __getitem__(self, index: int) -> Sample:
+        begin, end = self._ends[index] - self.lengths[index], self._ends[index]
+        return Sample(self.tokens[begin:end], self.supervised[begin:end])  # type: ignore[arg-type]  # arrays
+
+    def order(self, weights: Sequence[float], seed: int | None) -> np.ndarray:
+        """The documents of an epoch: mixed, and as often as their parts' weights say; without a seed, as they are."""
+        if seed is None:
+            return np.arange(len(self.lengths))
+        rng = np.random.default_rng(seed)
+        chosen = [np.zeros(0, np.int64)]
+        for part, weight in enumerate(weights):
+            documents = np.flatnonzero(self.parts == part)
+            times, rest = divmod(weight, 1)
+            chosen += [documents] * int(times)
+            chosen.append(rng.permutation(documents)[: round(rest * len(documents))])
+        return rng.permutation(np.concatenate(chosen))
+
+
+def _pack(path: Path, documents: _Documents, order: np.ndarray, sequence_length: int, pad_token_id: int) -> Fill:
+    """Write the windows as an Arrow stream, which `datasets.Dataset.from_file` maps into memory."""
+    fill = Fill(sequence_length)
+    values = pa.list_(pa.int32(), sequence_length)
+    schema = pa.schema([(name, values) for name in Window._fields])
+    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, schema) as stream:
+        windows = best_fit(documents.lengths[order], sequence_length)
+        while batch := list(islice(windows, _WINDOWS_PER_WRITE)):
+            filled = []
+            for places in batch:
+                chosen = [documents[index] for index in order[places].tolist()]
+                filled.append(fill_window(chosen, sequence_length, pad_token_id))
+                fill.add(filled[-1], len(chosen), sum(len(sample.input_ids) for sample in chosen))
+            columns = [pa.array(np.concatenate(column)) for column in zip(*filled, strict=True)]
+            arrays = [pa.FixedSizeListArray.from_arrays(column, sequence_length) for column in columns]
+            stream.write_batch(pa.record_batch(arrays, schema=schema))
+    return fill
