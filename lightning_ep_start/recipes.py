@@ -41,7 +41,7 @@ def summary(path: Path) -> str:
 def check(arguments: list[str]) -> None:
     """Ends the program if a command with a Trainer is told of no model, or is given a recipe that does not exist."""
     for _, value in _configs(arguments):
-        _file(value)
+        file_of(value)
     says_what = (*_FLAGS, "--model", "--help", "-h", "--print_config")
     if not any(word.startswith(says_what) or word.partition("=")[0].endswith(".help") for word in arguments[1:]):
         fail(
@@ -58,7 +58,7 @@ def with_files(arguments: list[str]) -> list[str]:
     """
     result = list(arguments)
     for position, value in _configs(arguments):
-        file = _file(value)
+        file = file_of(value)
         if file != value and value in names() and not Path(file).is_absolute():
             say(f"--config {value} is the file {file} here, not the recipe of that name.")
         result[position] = result[position].removesuffix(value) + file
@@ -75,7 +75,7 @@ def _configs(arguments: list[str]) -> Iterator[tuple[int, str]]:
             yield position, word
 
 
-def _file(value: str) -> str:
+def file_of(value: str) -> str:
     """The file that a value of ``--config`` stands for; one of the user's with a slash, so that it is no name again."""
     if not _NAME.fullmatch(value):
         path = Path(value)
