@@ -80,6 +80,10 @@ def _names(code: CodeType) -> frozenset[str]:
     return frozenset({*own, *(name for function in inner for name in _names(function))})
 
 
+def _row(item: Any) -> str | None:
+    return item.callspec.params.get("name") if hasattr(item, "callspec") else None
+
+
 def _module(item: Any) -> str:
     return item.module.__name__.removeprefix("tests.")
 
@@ -101,6 +105,9 @@ def _is_left_out(item: pytest.Item, config: pytest.Config) -> bool:
 
 @pytest.hookimpl(tryfirst=True)  # before `-m` selects
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    for item in items:
+        if isinstance(item, pytest.Function) and _row(item) in getattr(getattr(item.module, "row", None), "slow", ()):
+            item.add_marker("slow")
     left_out = [item for item in items if _is_left_out(item, config)]
     if left_out:
         config.hook.pytest_deselected(items=left_out)
@@ -145,6 +152,6 @@ def _ranks_of_the_module() -> Iterator[None]:
 def row_failures(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> RowFailures:
     """Runs those rows of the module that were asked for (see tests/rows.py)."""
     items = (item for item in request.session.items if item.module is request.module and hasattr(item, "callspec"))
-    wanted = {item.callspec.params.get("name") for item in items}
+    wanted = {_row(item) for item in items}
     names = [name for name in request.module.row if name in wanted]
     return RowFailures(request.module.__name__, names, tmp_path_factory.mktemp("rows"))

@@ -34,18 +34,20 @@ Row = Callable[[Path], None]
 
 
 class Rows(dict[str, Row]):
-    """The rows of a test module by name, and the built-in callbacks of Lightning that they cover."""
+    """The rows of a test module by name, the built-in callbacks of Lightning that they cover, and which are slow."""
 
     def __init__(self) -> None:
         super().__init__()
         self.covered: set[str] = set()
+        self.slow: set[str] = set()
 
-    def __call__(self, *callbacks: str) -> Callable[[Row], Row]:
-        """Registers a row, and the built-in callbacks that it covers."""
+    def __call__(self, *callbacks: str, slow: bool = False) -> Callable[[Row], Row]:
+        """Registers a row, the built-in callbacks that it covers, and whether it is marked `slow`."""
 
         def register(function: Row) -> Row:
             self[function.__name__] = function
             self.covered.update(callbacks)
+            self.slow.update([function.__name__] if slow else [])
             return function
 
         return register

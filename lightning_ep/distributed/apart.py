@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import linecache
 import os
 import sys
 import sysconfig
@@ -19,13 +18,13 @@ import weakref
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from lightning_ep.distributed.progress import Progress
+from lightning_ep.distributed.stacks import Call, Stacks, own_calls
 
 _PATIENCE = 6.0  # seconds on one line, twice, until ranks that all wait are said to wait for ever
 _WARN_AFTER = 30.0  # seconds until a rank says for which others it waits, which may be slow only
@@ -66,30 +65,18 @@ class Place:
     answered: int
 
     @classmethod
-    def of(cls, frame: FrameType, progress: Progress, still: float = 0.0, answered: int = 0) -> Place:
-        """That of a thread."""
-        frames: list[FrameType] = []
-        walk: FrameType | None = frame
-        while walk is not None:
-            frames.append(walk)
-            walk = walk.f_back
-        files = [f.f_code.co_filename for f in frames]
-        users = [f for f, file in zip(frames, files, strict=True) if not file.startswith(_LIBRARIES)]
+    def of(cls, calls: Sequence[Call], progress: Progress, still: float = 0.0, answered: int = 0) -> Place:
+        """That of a thread which is in these calls, innermost first."""
+        users = [call for call in calls if not call.file.startswith(_LIBRARIES)]
         # The first function of torch behind all others, which may call further ones or be wrapped.
-        inside = list(itertools.takewhile(lambda f: f.f_code.co_filename.startswith(_TORCH), frames))
-        names = [f.f_code.co_name for f in reversed(inside) if f.f_code.co_name != "wrapper"]
-        waits = any(file.startswith(_WAITING) for file in files[:_COLLECTIVE_FRAMES])
-        line = _line(users[0] if users else frame)
+        inside = itertools.takewhile(lambda call: call.file.startswith(_TORCH), calls)
+        names = [call.function for call in reversed(list(inside)) if call.function != "wrapper"]
+        waits = any(call.file.startswith(_WAITING) for call in calls[:_COLLECTIVE_FRAMES])
+        line = str(next(iter(users), calls[0]))
         return cls(progress.steps, progress.step, line, names[0] if names else "", waits, still, answered)
 
     def __str__(self) -> str:
         return f"{self.line} ({self.stage})"
-
-
-def _line(frame: FrameType) -> str:
-    file, number = frame.f_code.co_filename, frame.f_lineno
-    source = linecache.getline(file, number).strip()
-    return f"{file}:{number} in {frame.f_code.co_name}" + (f": `{source}`" if source else "")
 
 
 def are_apart(places: Sequence[Place]) -> bool:
@@ -132,7 +119,7 @@ def meet_apart(progress: Progress, ranks: Sequence[int]) -> ApartError:
         progress: Where this rank stands.
         ranks: The ranks of the exchange.
     """
-    store, mine = _store("met"), Place.of(sys._getframe(1), progress)
+    store, mine = _store("met"), Place.of(own_calls()[1:], progress)
     store.set(str(dist.get_rank()), json.dumps(asdict(mine)))
     deadline = time.monotonic() + 5
     while not store.check([str(rank) for rank in ranks]) and time.monotonic() < deadline:
@@ -162,7 +149,7 @@ class Watch:
 
     def __init__(self, progress: Progress) -> None:
         self._progress = weakref.ref(progress)
-        self._watched = threading.get_ident()
+        self._watched, self._stacks = threading.get_ident(), Stacks()
         self._rank, self._size = dist.get_rank(), dist.get_world_size()
         self._store = _store(str(next(_instances)))
         self._signature: Any = None
@@ -187,30 +174,24 @@ class Watch:
             self._ended.wait(_INTERVAL)
 
     def _look(self, progress: Progress) -> None:
-        frame = sys._current_frames().get(self._watched)
-        if frame is None:
+        if not (calls := self._stacks.calls(self._watched)):
             return
-        still = self._standing(frame, progress)
+        still = self._standing(calls, progress)
         if self._rank != 0 and self._store.check(["verdict"]):
             _end()
-        asks = still > _PATIENCE and Place.of(frame, progress).waits
+        asks = still > _PATIENCE and Place.of(calls, progress).waits
         asked = self._store.add("asked", int(asks))
         if asked == self._answered:
             return
         self._answered = asked
-        self._store.set(str(self._rank), json.dumps(asdict(Place.of(frame, progress, still, asked))))
+        self._store.set(str(self._rank), json.dumps(asdict(Place.of(calls, progress, still, asked))))
         if self._rank == 0:
             self._judge(progress)
 
-    def _standing(self, frame: FrameType, progress: Progress) -> float:
+    def _standing(self, calls: list[Call], progress: Progress) -> float:
         """Seconds since the thread has moved."""
-        signature: list[Any] = [progress.steps]
-        walk: FrameType | None = frame
-        while walk is not None:
-            signature.append((id(walk.f_code), walk.f_lasti))
-            walk = walk.f_back
-        if signature != self._signature:
-            self._signature, self._since = signature, time.monotonic()
+        if (progress.steps, calls) != self._signature:
+            self._signature, self._since = (progress.steps, calls), time.monotonic()
         return time.monotonic() - self._since
 
     def _judge(self, progress: Progress) -> None:
@@ -230,9 +211,7 @@ class Watch:
             print(f"\n{verdict}", file=sys.stderr, flush=True)
             self._store.set("verdict", "")
             time.sleep(_GRACE)
-            if (frame := sys._current_frames().get(self._watched)) is not None and self._standing(
-                frame, progress
-            ) > _GRACE:
+            if (calls := self._stacks.calls(self._watched)) and self._standing(calls, progress) > _GRACE:
                 _end()
         self._warn(places)
 

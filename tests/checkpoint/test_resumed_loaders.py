@@ -155,14 +155,21 @@ def _warning(message: str) -> Iterator[None]:
 @row()
 def a_loader_with_lightnings_sampler_goes_on(root: Path) -> None:
     with _no_warning():
-        _goes_on(root, _INJECTED["shuffled"], own=False, epochs=3, points=(2, 7, 8))
-        for name in ("workers", "workers that stay"):
-            _goes_on(root / name, _INJECTED[name], own=False)
+        _goes_on(root, _INJECTED["shuffled"], own=False, epochs=2, points=(2, 7, 8))
 
 
 @row()
 def a_loader_of_ones_own_goes_on(root: Path) -> None:
     with _no_warning():
+        for name in ("own generator, workers", "two, the shorter again and again"):
+            _goes_on(root / name, _OWN[name], own=True)
+
+
+@row(slow=True)
+def every_loader_goes_on(root: Path) -> None:
+    with _no_warning():
+        for name in ("workers", "workers that stay"):
+            _goes_on(root / name, _INJECTED[name], own=False)
         for name, make in _OWN.items():
             _goes_on(root / name, make, own=True)
 
@@ -321,9 +328,9 @@ def what_cannot_go_on_is_named(root: Path) -> None:
     }
     for name, (saves, resumes, flags, message) in cases.items():
         point = 9 if name in ("sampler", "dataset") else 2
-        _straight(root / name, saves, point, **flags)
+        _straight(root / name, saves, point, max_steps=point, **flags)
         with _warning(message):
-            quiet(root, max_epochs=2, **flags).fit(_Epochs(resumes), ckpt_path=root / name / f"{point}.ckpt")
+            quiet(root, max_steps=point + 1, **flags).fit(_Epochs(resumes), ckpt_path=root / name / f"{point}.ckpt")
 
 
 @row()

@@ -61,15 +61,17 @@ def _groups(trainer: L.Trainer) -> list[tuple[int, float]]:
 
 @row()
 def groups_that_a_callback_has_added(root: Path) -> None:
+    _goes_on(root, [(_Thaw, {}), (_AddsInFitStart, {})])
+
+
+@row(slow=True)
+def groups_that_a_callback_has_added_in_every_checkpoint(root: Path) -> None:
+    _goes_on(root, [(_Thaw, {"async_save": True}), (_Thaw, {"save_distributed_checkpoint": False})])
+
+
+def _goes_on(root: Path, cases: list[tuple[Any, dict[str, Any]]]) -> None:
     flags: dict[str, Any] = {"max_epochs": 4, "num_sanity_val_steps": 0}
-    for number, (callback, options) in enumerate(
-        [
-            (_Thaw, {}),
-            (_Thaw, {"async_save": True}),
-            (_Thaw, {"save_distributed_checkpoint": False}),
-            (_AddsInFitStart, {}),
-        ]
-    ):
+    for number, (callback, options) in enumerate(cases):
         path = root / str(number)
         strategy = ExpertParallelStrategy(ep=2, **options)
         whole = quiet(path, strategy=strategy, callbacks=[callback(), _keep(path)], **flags)
