@@ -31,7 +31,7 @@ from typing_extensions import override
 
 from lightning_ep import transformers_adapter as adapter
 from lightning_ep.checkpoint.files import local_path
-from lightning_ep.checkpoint.loop_state import resume_accumulation
+from lightning_ep.checkpoint.loop_state import forget_early_loaders, resume_accumulation
 from lightning_ep.checkpoint.run import RunCheckpoints
 from lightning_ep.context_parallel import shard_sequence
 from lightning_ep.distributed.apart import ApartError, Watch
@@ -398,6 +398,7 @@ class ExpertParallelStrategy(ModelParallelStrategy):
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         # After `on_fit_start`, in which BaseFinetuning builds the groups again that it has added.
         assert self.lightning_module is not None
+        forget_early_loaders(self.lightning_module.trainer)
         self._run.restore_optimizers(self.lightning_module)
 
     @override

@@ -45,6 +45,19 @@ def close_finished_epoch(trainer: Trainer) -> None:
         _Loop.restarting.fset(fit_loop, False)  # type: ignore[attr-defined]
 
 
+def forget_early_loaders(trainer: Trainer) -> None:
+    """Let a trainer that resumes make its training loaders once it knows where they stood.
+
+    ``trainer.estimated_stepping_batches``, which Lightning recommends for `configure_optimizers`, makes them before the
+    loops are restored. They would not be given their positions any more, and start at the first sample. Call it between
+    the loading of the checkpoint and the start of the fit loop.
+
+    Args:
+        trainer: The trainer that is about to fit.
+    """
+    trainer.fit_loop._combined_loader = None
+
+
 def match_batches(trainer: Trainer, loader: Any) -> None:
     """Let a trainer count the batches of an epoch it resumes as this run cuts them.
 

@@ -19,7 +19,7 @@ import numpy as np
 import pyarrow as pa
 from tqdm import tqdm
 
-from lightning_ep.data.windows import Fill, Sample, Window, best_fit, fill_window
+from lightning_ep.data.windows import COLUMNS, Fill, Sample, best_fit, fill_window
 
 WINDOWS, COUNTS = "windows.arrow", "counts.json"
 """The files that `prepare` makes."""
@@ -320,7 +320,7 @@ def _pack(path: Path, documents: _Documents, order: np.ndarray, sequence_length:
     """Write the windows as an Arrow stream, which `datasets.Dataset.from_file` maps into memory."""
     fill = Fill(sequence_length)
     values = pa.list_(pa.int32(), sequence_length)
-    schema = pa.schema([(name, values) for name in Window._fields])
+    schema = pa.schema([(name, values) for name in COLUMNS])
     with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, schema) as stream:
         windows = best_fit(documents.lengths[order], sequence_length)
         while batch := list(islice(windows, _WINDOWS_PER_WRITE)):

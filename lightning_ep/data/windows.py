@@ -36,6 +36,10 @@ class Sample(NamedTuple):
     supervised: Sequence[bool]
 
 
+COLUMNS = ("input_ids", "labels", "position_ids")
+"""The fields of a `Window`, by which models know them, too."""
+
+
 class Window(NamedTuple):
     """What a model is given, int32 ``[sequence_length]`` each.
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lightning_ep import transformers_adapter as adapter
 from lightning_ep.context_parallel import find_documents
-from lightning_ep.data.windows import Fill, Sample, Window, best_fit, fill_window
+from lightning_ep.data.windows import COLUMNS, Fill, Sample, Window, best_fit, fill_window
 from lightning_ep.loss import summed_loss
 from lightning_ep.ops.cross_entropy import shifted
 from tests.reference import VOCAB, grad_or_zero, relative_error, tiny_model
@@ -116,7 +116,7 @@ def test_padding_attends_to_little() -> None:
 
 
 def batch(windows: list[Window]) -> dict[str, Tensor]:
-    return {name: torch.from_numpy(np.stack([getattr(w, name) for w in windows])).long() for name in Window._fields}
+    return {name: torch.from_numpy(np.stack([getattr(w, name) for w in windows])).long() for name in COLUMNS}
 
 
 LENGTHS = {"padded": [9, 1, 14, 5], "full": [9, 1, 14, 8], "one": [32], "one, padded": [20], "long padding": [3]}

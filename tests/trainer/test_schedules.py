@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch.callbacks import GradientAccumulationScheduler, ModelCheckpoint
+from torch.utils.data import DataLoader
 
 from lightning_ep import Schedule
 from lightning_ep.cli.training import run
@@ -152,6 +153,31 @@ def test_a_resumed_epoch_counts_as_this_run_cuts_it(tmp_path: Path) -> None:
     found = fit(tmp_path, tmp_path / "step=3.ckpt", batch_size=1, max_epochs=2)
     steps = 3 + (14 - 3 * 2) + 14
     assert found == pytest.approx({number: rate for number, rate in expected(steps).items() if number >= 3})
+
+
+class Asking(TinyModule):
+    """As Lightning recommends; it makes the loaders before they are given their positions."""
+
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.SGD(self.parameters(), lr=0.01)
+        steps = self.trainer.estimated_stepping_batches
+        assert steps == 14
+        return [optimizer], [torch.optim.lr_scheduler.LinearLR(optimizer, total_iters=steps)]
+
+
+@pytest.mark.parametrize("kind", [ResumableLoader, DataLoader])
+def test_a_module_that_asks_for_the_number_of_steps_itself_resumes_at_its_sample(kind: Any, tmp_path: Path) -> None:
+    def run(resume: Path | None = None) -> list[int]:
+        module, saves = Asking(num_hidden_layers=1), keep(tmp_path, every_n_train_steps=3)
+        settings: dict[str, Any] = {"strategy": "ep", "devices": 1, "accelerator": "cpu", "limit_val_batches": 0}
+        trainer = quiet(tmp_path, max_epochs=2, callbacks=[saves], **settings)
+        trainer.fit(module, kind(Samples(14), 2, shuffle=True), ckpt_path=resume)
+        return module.seen
+
+    torch.manual_seed(0)
+    whole = run()
+    torch.manual_seed(1)
+    assert run(tmp_path / "step=3.ckpt") == whole[6:]
 
 
 def test_recipes_may_name_it(tmp_path: Path, capsys) -> None:
