@@ -17,17 +17,20 @@ from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from transformers import AutoTokenizer, PreTrainedModel
 
+from lightning_ep import transformers_adapter as adapter
 from lightning_ep.checkpoint.resume import Resume
 from lightning_ep.cli.saved_model import match, saved_model
 from lightning_ep.data.tokenizers import check_vocabulary, tokenizer_files
 from lightning_ep.distributed.agreement import Ranks
+from lightning_ep.fsdp.groups import in_bf16
 from lightning_ep.hub.directory import ExportDtype
 from lightning_ep.hub.errors import CheckpointError
 from lightning_ep.hub.initialize import materialize
+from lightning_ep.hub.load import stream_pretrained
 from lightning_ep.hub.meta_models import cast_parameters, from_pretrained, small_files
 from lightning_ep.layout import ParallelLayout
 from lightning_ep.moe.expert_parallel import expert_plan
-from lightning_ep.parallelize import parallelize, shard
+from lightning_ep.parallelize import shard
 
 _TIMEOUT = timedelta(minutes=30)
 
@@ -37,7 +40,7 @@ class Opened:
     """A model that is ready for forwards, which every rank must enter.
 
     Attributes:
-        model: In eval mode, sharded over the ranks.
+        model: In eval mode; sharded if there are several ranks.
         tokenizer: The model's.
         layout: Which rank holds what, and which ranks see one batch (those of ``tp``).
         rank: This rank.
@@ -85,8 +88,11 @@ def opened(
         if of_run:
             model = _of_run(Path(checkpoint).expanduser(), origin, layout, device, ranks, cast, weights_only)
         else:
-            model = from_pretrained(checkpoint, **({} if dtype is None else {"dtype": dtype}))
-            parallelize(model, layout, device)
+            overrides: dict[str, Any] = {"dtype": dtype} if dtype is not None else {}
+            model = from_pretrained(checkpoint, **overrides)
+            _shard(model, layout, device)
+            stream_pretrained(model, device)
+            materialize(model, device, seed=0)  # buffers that are in no file
         check_vocabulary(tokenizer, model.config, "Give the tokenizer of the model with --model.")
         yield Opened(model.eval(), tokenizer, layout, dist.get_rank(), device)
 
@@ -104,7 +110,8 @@ def _process_group() -> Iterator[torch.device]:
     if "WORLD_SIZE" in os.environ:
         dist.init_process_group(backend, timeout=_TIMEOUT)
     else:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        store = dist.HashStore()  # type: ignore[attr-defined]
+        dist.init_process_group(backend, store=store, rank=0, world_size=1)
     try:
         yield device
     finally:
@@ -159,12 +166,22 @@ def _of_run(
         for name, param in model.named_parameters():
             param.data = param.data.to(dtypes.get(name, param.dtype))
     module = _under_its_name(model, prefix)
-    meshes = layout.build_meshes(device.type)
-    shard(module, layout, meshes, device, expert_plan(module), MixedPrecisionPolicy())
+    _shard(module, layout, device)
     saved.allocate(module, device)
     saved.restore(module)
     materialize(module, device, seed=0)  # buffers that are not saved
     return model
+
+
+def _shard(module: nn.Module, layout: ParallelLayout, device: torch.device) -> None:
+    """Shards what is on meta over several processes; alone, forwards need not gather what is whole."""
+    policy = MixedPrecisionPolicy()
+    if layout.world_size > 1:
+        shard(module, layout, layout.build_meshes(device.type), device, expert_plan(module), policy)
+        return
+    for model in adapter.pretrained_models(module).values():
+        if in_bf16(model, policy):
+            adapter.cast_constants(model)
 
 
 def _under_its_name(model: PreTrainedModel, prefix: str) -> LightningModule:
