@@ -82,8 +82,9 @@ def opened(
         local = int(os.environ.get("LOCAL_WORLD_SIZE", world))
         layout = ParallelLayout.resolve(ep, "auto", world, local, tp=tp)
         ranks = Ranks(CheckpointError, _TIMEOUT)
-        of_run = ranks.on_first("opening", lambda: _is_of_run(Path(checkpoint).expanduser()))
-        tokenizer = ranks.alone("opening", lambda: _tokenizer(checkpoint, origin, of_run))
+        what = f"{checkpoint} cannot be opened"
+        of_run = ranks.on_first(what, lambda: _is_of_run(Path(checkpoint).expanduser()))
+        tokenizer = ranks.alone(what, lambda: _tokenizer(checkpoint, origin, of_run))
         cast = getattr(torch, dtype) if dtype is not None else None
         if of_run:
             model = _of_run(Path(checkpoint).expanduser(), origin, layout, device, ranks, cast, weights_only)
@@ -129,15 +130,15 @@ def _is_of_run(path: Path) -> bool:
     if path.exists():
         return True
     if path.suffix == ".ckpt" or len(path.parts) > 2 or path.parts[:1] in ((".",), ("/",)):
-        raise CheckpointError(f"there is no checkpoint {path}, nor a directory of a model.")
+        raise CheckpointError("there is neither a checkpoint nor a directory of a model.")
     return False
 
 
 def _tokenizer(checkpoint: str, origin: str | None, of_run: bool) -> Any:
     if of_run and origin is None:
         raise CheckpointError(
-            f"{checkpoint} is a checkpoint of a run, which has no tokenizer: name the directory or hub id of the model "
-            "that was trained with --model, or export the checkpoint and open what was exported."
+            "a checkpoint of a run has no tokenizer: name the directory or hub id of the model that was trained with "
+            "--model, or export the checkpoint and open what was exported."
         )
     source = origin or checkpoint
     if not tokenizer_files(source):
@@ -158,7 +159,7 @@ def _of_run(
     saved = Resume(path, ranks, weights_only)
     directory = small_files(origin) if origin is not None else None
     tensors = saved.weights()
-    prefix, model = ranks.alone("opening", lambda: saved_model(saved.configs, tensors, directory))
+    prefix, model = ranks.alone(f"{path} cannot be opened", lambda: saved_model(saved.configs, tensors, directory))
     dtypes = match(tensors, model, prefix, str(path))
     if cast is not None:
         cast_parameters(model, cast)

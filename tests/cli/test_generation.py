@@ -157,7 +157,10 @@ def test_weights_are_held_in_the_dtype_that_is_asked_for(hub: Path) -> None:
         (["{hub}", "--prompt", "a", "--chat", "--chat_template", "{tmp}/none"], "{tmp}/none"),
         (["{tmp}/bare", "--prompt", "a", "--chat"], "no chat template"),
         (["{tmp}/run.ckpt", "--prompt", "a"], "has no tokenizer: name the directory or hub id"),
-        (["{tmp}/none.ckpt", "--prompt", "a"], "there is no checkpoint {tmp}/none.ckpt, nor a directory of a model"),
+        (
+            ["{tmp}/none.ckpt", "--prompt", "a"],
+            "none.ckpt cannot be opened: there is neither a checkpoint nor a dir",
+        ),
         (["{hub}", "--prompt", "z" * 999], "and fewer than the model's 256 positions"),
         (["{hub}", "--prompt", "a", "--ep", "3"], "ep must divide 1"),
         (["{hub}", "--promt", "a"], "no option 'promt' (did you mean prompt?)"),
