@@ -5,11 +5,18 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from lightning_ep.data import corpus
 from tests.hub_files import write_checkpoint
+from tests.rank_process import on_cuda
+
+on_two_ranks = pytest.mark.skipif(
+    on_cuda() and torch.cuda.device_count() < 2, reason="the commands take a GPU for each rank"
+)
+
 
 TEMPLATE = (
     "{% for message in messages %}<|turn|>{{ message.role }}: {{ message.content }}<|endoftext|>{% endfor %}"

@@ -12,12 +12,15 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch.utils.data import DataLoader
-from transformers import AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lightning_ep import CausalLM, ExpertParallelStrategy, cli
+from lightning_ep import CausalLM, CheckpointError, ExpertParallelStrategy, cli
+from tests.hub_files import refused_in_one_line
 from tests.ranks import run_ranks
-from tests.talking import TEMPLATE, greedy, greedy_ids, write_talking
+from tests.talking import TEMPLATE, greedy, greedy_ids, on_two_ranks, write_talking
 from tests.tiny import Samples, quiet
+
+pytestmark = [pytest.mark.usefixtures("on_the_tests_device"), on_two_ranks]
 
 
 @pytest.fixture(scope="module")
@@ -137,6 +140,24 @@ def test_ranks_answer_together_and_rank_0_alone_listens_and_prints(hub: Path, tm
     ):
         said = run_ranks(2, _said_by_rank, arguments, ["zeta", "eta"], init_process_group=False)
         assert said == [f"{first}\n{second}\n", ""], arguments
+
+
+def _file_of(hub: Path, path: Path, lost: str | None = None) -> Path:
+    """A checkpoint in one file of a module that trains more than the model, which it has inside of another module."""
+    model = AutoModelForCausalLM.from_pretrained(hub)
+    state = {f"policy.model.{name}": tensor for name, tensor in model.state_dict().items() if name != lost}
+    header = {"format": 1, "configs": {"policy.model": model.config.to_dict()}}
+    torch.save({"state_dict": {**state, "value.weight": torch.ones(1)}, "lightning_ep": header}, path)
+    return path
+
+
+def test_the_model_is_found_among_what_else_a_run_has_trained(hub: Path, tmp_path: Path) -> None:
+    expected = greedy(hub, _prompt(hub, "theta"), 6)
+    options = ["--model", str(hub), "--prompt", "theta", "--max_new_tokens", "6"]
+    assert _said([str(_file_of(hub, tmp_path / "run.ckpt")), *options]) == f"{expected}\n"
+    _file_of(hub, tmp_path / "lacking.ckpt", lost="model.layers.1.self_attn.q_proj.weight")
+    with refused_in_one_line(CheckpointError, r"missing \(1\):\n    policy.model.model.layers.1.self_attn.q_"):
+        _said([str(tmp_path / "lacking.ckpt"), *options])
 
 
 def test_weights_are_held_in_the_dtype_that_is_asked_for(hub: Path) -> None:

@@ -16,8 +16,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from lightning_ep import cli
 from lightning_ep.cli.perplexity import batches_of, windows_of
 from tests.ranks import run_ranks
-from tests.talking import write_talking
+from tests.talking import on_two_ranks, write_talking
 
+pytestmark = [pytest.mark.usefixtures("on_the_tests_device"), on_two_ranks]
 TEXTS = ["zeta eta theta " * 30, "eta", "theta zeta zeta\u2028line " * 9, "z", "", "eta theta " * 4]
 
 
