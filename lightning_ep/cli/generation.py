@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from jinja2 import TemplateError
 from transformers import TextStreamer
 
 from lightning_ep.cli.opened import Opened, opened
@@ -161,13 +162,20 @@ class Conversation:
             )
 
     def answer(self, text: str) -> None:
-        """Prints the answer to a user's message."""
+        """Prints the answer to a user's message.
+
+        Raises:
+            ValueError: If the template refuses the conversation.
+        """
         self._messages.append({"role": "user", "content": text})
         tokenizer = self._writer.tokenizer
-        # The template writes every special token that there is to be.
-        prompt = tokenizer.apply_chat_template(
-            self._messages, add_generation_prompt=True, return_dict=False, **self._variables
-        )
+        try:
+            # The template writes every special token that there is to be.
+            prompt = tokenizer.apply_chat_template(
+                self._messages, add_generation_prompt=True, return_dict=False, **self._variables
+            )
+        except TemplateError as error:
+            raise ValueError(f"the chat template refuses the conversation: {error}") from error
         ids = self._writer.write(prompt)
         if getattr(tokenizer, "response_template", None):
             self._messages.append(tokenizer.parse_response(ids, prefix=prompt))

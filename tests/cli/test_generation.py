@@ -177,6 +177,14 @@ def test_weights_are_held_in_the_dtype_that_is_asked_for(hub: Path) -> None:
         (["{hub}", "--prompt", "a", "--system", "b"], "--system is for chats: add --chat"),
         (["{hub}", "--prompt", "a", "--chat", "--chat_template", "{tmp}/none"], "{tmp}/none"),
         (["{tmp}/bare", "--prompt", "a", "--chat"], "no chat template"),
+        (
+            ["{hub}", "--prompt", "a", "--chat", "--chat_template", "{tmp}/strict"],
+            "conversation: no system message",
+        ),
+        (
+            ["{hub}", "--prompt", "a", "--chat", "--chat_template", "{tmp}/wrong"],
+            "template refuses the conversation",
+        ),
         (["{tmp}/run.ckpt", "--prompt", "a"], "has no tokenizer: name the directory or hub id"),
         (
             ["{tmp}/none.ckpt", "--prompt", "a"],
@@ -193,6 +201,8 @@ def test_an_error_is_one_line(
 ) -> None:
     write_talking(tmp_path / "bare", template=None)
     (tmp_path / "run.ckpt").mkdir()
+    (tmp_path / "strict").write_text("{{ raise_exception('no system message') }}")
+    (tmp_path / "wrong").write_text("{% if %}")
     capsys.readouterr()
     with pytest.raises(SystemExit) as ended:
         cli.main(["generate", *(word.format(hub=hub, tmp=tmp_path) for word in arguments)])
