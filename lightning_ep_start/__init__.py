@@ -13,6 +13,8 @@ __version__ = "0.1.0"
 COMMANDS: dict[str, str] = {
     "consolidate": "lightning_ep.cli.consolidate:consolidate",
     "export": "lightning_ep.cli.export:export",
+    "generate": "lightning_ep.cli.generation:generate",
+    "perplexity": "lightning_ep.cli.perplexity:perplexity",
 }
 """Commands that run without a Trainer: the name, and ``module:function`` to call. The function's signature and
 docstring become the command's options and help; its module is imported only when the command is called."""
@@ -26,6 +28,8 @@ SENTENCES = {
     "predict": "Run a model or a checkpoint on the data to predict.",
     "consolidate": "Write a checkpoint directory as one file.",
     "export": "Write a training checkpoint as a directory that transformers and vLLM read.",
+    "generate": "Print what a model adds to a prompt, or chat with it.",
+    "perplexity": "Evaluate a model on a text file.",
     "recipes": "List, show or copy the recipes that come with this package.",
 }
 
@@ -45,10 +49,12 @@ In a recipe:
   strategy   lightning_ep.ExpertParallelStrategy (the default)
   model      lightning_ep.CausalLM, or a LightningModule of your own
   optimizer  lightning_ep.AdamW, or any of torch's
-  data       lightning_ep.data.TextDataModule, or a LightningDataModule of your own
+  data       lightning_ep.data.TextDataModule, or a LightningDataModule of your own;
+             lightning_ep.data.PackedDataModule is one that packs documents.
   callbacks  lightning_ep.callbacks.Throughput logs tokens per second.
              lightning_ep.callbacks.GenerateSamples prints continuations of prompts.
              lightning_ep.callbacks.HuggingFaceExport writes what transformers reads.
+             lightning_ep.callbacks.WritePredictions writes what predict gives.
              And those of lightning.pytorch.callbacks.
 
   lightning-ep COMMAND --help           shows the options of a command.

@@ -2,6 +2,7 @@
 
 from lightning_ep.callbacks.generate import GenerateSamples
 from lightning_ep.callbacks.huggingface_export import HuggingFaceExport
+from lightning_ep.callbacks.predictions import WritePredictions
 from lightning_ep.callbacks.throughput import Throughput
 
-__all__ = ["GenerateSamples", "HuggingFaceExport", "Throughput"]
+__all__ = ["GenerateSamples", "HuggingFaceExport", "Throughput", "WritePredictions"]

@@ -22,9 +22,9 @@ class HuggingFaceExport(Callback):
     """Writes the model at the end of ``fit`` as a directory that transformers and vLLM read.
 
     The weights are in the hub's layout (per-expert names), in safetensors files that the ranks write side by side, with
-    an index, the config, the generation config, the tokenizer if the datamodule or the original checkpoint has one, and
-    a README with the command that serves it. Nothing is written after ``fast_dev_run``. For a checkpoint in
-    mid-training use ``lightning-ep export``.
+    an index, the config, the generation config, the tokenizer with its chat templates if the datamodule or the original
+    checkpoint has one, and a README with the commands that serve and upload it. Nothing is written after
+    ``fast_dev_run``. For a checkpoint in mid-training use ``lightning-ep export``.
 
     Args:
         path: The new directory, on a filesystem that all nodes share. It appears when it is complete.

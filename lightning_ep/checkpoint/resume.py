@@ -103,6 +103,11 @@ class Resume:
             saved = (entry.get("loaders"), ranks[0].get("loaders"))
             self.loaders = PlainLoaders(*saved, before["data_world_size"], layout.data_world_size)
 
+    @property
+    def configs(self) -> dict[str, dict[str, Any]]:
+        """Config of every transformers model in the module, by its name there; empty if the checkpoint does not say."""
+        return self.metadata.get(HEADER, {}).get("configs", {})
+
     # ------------------------------------------------------------------ tensors
 
     def allocate(self, module: LightningModule, device: torch.device) -> None:
@@ -115,14 +120,15 @@ class Resume:
         target = {clean(name): value for name, value in state.items() if isinstance(value, Tensor)}
 
         def compare() -> set[str]:
-            saved = self._saved()
+            saved = self.weights()
             check_fit(target, saved, module.strict_loading, self.path)
             return target.keys() & saved.keys()
 
         filled = [target[name] for name in self._alone(compare)]
         assign(module, {id(t): torch.empty_like(local_tensor(t), device=device) for t in filled if t.is_meta})
 
-    def _saved(self) -> dict[str, Saved]:
+    def weights(self) -> dict[str, Saved]:
+        """Shape and dtype of what `restore` can fill, by name."""
         if self.is_directory:
             return self._reader.weights()
         saved = self.metadata["state_dict"]
@@ -134,7 +140,7 @@ class Resume:
         target = {clean(name): value for name, value in raw.items() if isinstance(value, Tensor)}
         with torch.no_grad():
             if self.is_directory:
-                saved = self._saved()
+                saved = self.weights()
                 state = {"state_dict": {name: target[name] for name in target if name in saved}}
                 read_shards(state, self._reader, self._ranks.group)
                 extra = self.metadata[HEADER].get("extra_state", {})

@@ -6,6 +6,8 @@ import importlib
 import os
 import sys
 import warnings
+from collections.abc import Callable
+from typing import Any, get_type_hints
 
 from jsonargparse import auto_cli
 
@@ -36,13 +38,24 @@ def main(args: list[str] | None = None) -> None:
         try:
             # Without a description of the parser's own, it is the function's.
             prog = f"{PROG} {arguments[0]}"
-            auto_cli(command, args=arguments[1:], prog=prog, description=None, parser_class=OneLineParser)
+            words = _with_values(command, arguments[1:])
+            auto_cli(command, args=words, prog=prog, description=None, parser_class=OneLineParser)
         except (ValueError, RuntimeError, OSError) as error:
             if (cause := refusal(error)) is None:
                 raise
             fail(str(cause))
         return
     training.run(recipes.with_files(arguments), PROG)
+
+
+def _with_values(command: Callable[..., Any], words: list[str]) -> list[str]:
+    """The words of a command line with ``true`` behind every option that is said or not and stands alone."""
+    flags = {f"--{name}" for name, kind in get_type_hints(command).items() if kind is bool}
+    values = ("true", "false", "yes", "no")
+    found = []
+    for word, following in zip(words, [*words[1:], ""], strict=True):
+        found += [word, "true"] if word in flags and following.lower() not in values else [word]
+    return found
 
 
 def _import_from_working_directory() -> None:

@@ -7,13 +7,11 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, GenerationConfig, PreTrainedModel
 
-from lightning_ep import transformers_adapter as adapter
 from lightning_ep.checkpoint.saved_weights import SavedWeights
+from lightning_ep.cli.saved_model import match, saved_model
 from lightning_ep.hub.directory import ExportDtype, HubDirectory
-from lightning_ep.hub.errors import CheckpointError
-from lightning_ep.hub.meta_models import meta_model, small_files
+from lightning_ep.hub.meta_models import small_files
 from lightning_ep.hub.problems import Problems
 from lightning_ep.hub.writer import Group, Part, plan_files, plan_groups, write_files
 
@@ -44,9 +42,8 @@ def export(
     directory = HubDirectory(Path(output))
     source = SavedWeights(Path(checkpoint), weights_only)
     origin = small_files(model) if model is not None else None
-    name, plain = _model(source, origin)
-    prefix = f"{name}." if name else ""
-    dtypes = _match(source, plain, prefix, checkpoint)
+    prefix, plain = saved_model(source.configs, source.tensors, origin)
+    dtypes = match(source.tensors, plain, prefix, checkpoint)
     cast = getattr(torch, dtype) if dtype is not None else None
     groups = plan_groups(plain, dtypes, cast)
     files = plan_files(groups, {spec.key: 0 for group in groups for spec in group.outputs}, 1)
@@ -74,55 +71,3 @@ def _assemble(part: Part, tensors: Mapping[str, Tensor]) -> Tensor:
     for piece, box in zip(part.pieces, boxes, strict=True):
         piece.target.of(tensor).copy_(box)
     return tensor
-
-
-def _model(source: SavedWeights, origin: Path | None) -> tuple[str, PreTrainedModel]:
-    """The name of the transformers model in the LightningModule, and the model on meta."""
-    if len(source.configs) == 1:
-        ((name, values),) = source.configs.items()
-        model = meta_model(AutoConfig.for_model(**values))
-    elif source.configs:
-        raise CheckpointError(f"the checkpoint contains {len(source.configs)} models; exactly one can be exported.")
-    elif origin is None:
-        raise CheckpointError(
-            "the checkpoint does not contain the config of its model, or only among objects that may run code when "
-            "loaded; name the model with --model."
-        )
-    else:
-        model = meta_model(AutoConfig.from_pretrained(origin))
-        name = _name_in(source, model)
-    if origin is not None and (origin / "generation_config.json").exists():
-        model.generation_config = GenerationConfig.from_pretrained(origin)
-    return name, model
-
-
-def _name_in(source: SavedWeights, model: PreTrainedModel) -> str:
-    """The attribute of the LightningModule that holds the model: what is in front of the names."""
-    first = next(name for name, _ in model.named_parameters())
-    names = [key.removesuffix(first).removesuffix(".") for key in source.tensors if f".{key}".endswith(f".{first}")]
-    if len(names) != 1:
-        raise CheckpointError(
-            f"the checkpoint has {len(names)} tensors that end in {first}, the first parameter of a "
-            f"{type(model).__name__} as --model describes it; exactly one model can be exported."
-        )
-    return names[0]
-
-
-def _match(source: SavedWeights, model: PreTrainedModel, prefix: str, checkpoint: str) -> dict[str, torch.dtype]:
-    """Dtypes of the checkpoint by name in the model, if the two fit."""
-    problems = Problems(f"{checkpoint} does not fit the {type(model).__name__} of its config:")
-    state = model.state_dict(keep_vars=True)
-    tied = adapter.tied_names(model)
-    dtypes: dict[str, torch.dtype] = {}
-    for name, tensor in state.items():
-        shape, dtype = source.tensors.get(prefix + name, (None, None))
-        if shape is None or dtype is None:
-            problems.add("missing", *([prefix + name] if name not in tied else []))
-            continue
-        dtypes[name] = dtype
-        if shape != tuple(tensor.shape):
-            problems.add("shape", f"{prefix + name}: {list(shape)}, the config makes it {list(tensor.shape)}")
-    inside = [key.removeprefix(prefix) for key in source.tensors if key.startswith(prefix)]
-    problems.add("unexpected", *[prefix + name for name in inside if name not in state and prefix])
-    problems.raise_on_all_ranks()
-    return dtypes

@@ -19,10 +19,13 @@ from typing_extensions import override
 import lightning_ep
 import lightning_ep.callbacks
 import lightning_ep.data
+from lightning_ep.callbacks import WritePredictions
 from lightning_ep.cli.display import add_defaults, leave_out_tips
 from lightning_ep.cli.mistakes import OneLineParser, refusal
 from lightning_ep.trainer.signals import KnowsCommand
 from lightning_ep_start import SENTENCES, TRAINER_COMMANDS, fail
+
+_OUTPUT = "New file for the predictions, as JSON lines: one for each sample, from all processes, in order."
 
 
 class SaveConfig(SaveConfigCallback, KnowsCommand):
@@ -60,14 +63,27 @@ class CLI(LightningCLI):
     def instantiate_classes(self) -> None:
         try:
             super().instantiate_classes()
-        except (ValueError, TypeError, FileNotFoundError) as error:
+        except (ValueError, TypeError, OSError) as error:
             if (cause := refusal(error)) is None:
                 raise
             fail(str(cause))
 
     @override
+    def init_parser(self, takes_output: bool = False, **kwargs: Any) -> LightningArgumentParser:
+        parser = super().init_parser(**kwargs)
+        if takes_output:
+            parser.add_argument("--output", type=str | None, help=_OUTPUT)
+        return parser
+
+    @override
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        add_defaults(self.config_init[self.subcommand]["trainer"])
+        config = self.config_init[self.subcommand]
+        add_defaults(config["trainer"])
+        if (output := config.get("output")) is not None:
+            writer = WritePredictions(output)
+            writer.refuse_existing()
+            config["trainer"]["callbacks"].append(writer)
+            config["return_predictions"] = False  # they would be kept until the end
         return super().instantiate_trainer(**kwargs)
 
 
@@ -95,7 +111,7 @@ def run(args: list[str], prog: str) -> None:
             "prog": prog,
             "version": lightning_ep.__version__,
             "allow_abbrev": False,  # a misspelt option is an error, not another option
-            **{command: {"description": SENTENCES[command]} for command in TRAINER_COMMANDS},
+            **{c: {"description": SENTENCES[c], "takes_output": c == "predict"} for c in TRAINER_COMMANDS},
         },
     )
 

@@ -21,6 +21,16 @@ def from_all_ranks(value: T, group: dist.ProcessGroup | None = None) -> list[T]:
     return gathered
 
 
+def to_first_rank(value: T) -> list[T] | None:
+    """The objects of all ranks, by rank, on rank 0; None on the others. Every rank must call it."""
+    if not dist.is_initialized():
+        return [value]
+    first = dist.get_rank() == 0
+    gathered: list[T] | None = [value] * dist.get_world_size() if first else None
+    dist.gather_object(value, gathered)
+    return gathered
+
+
 def agree(
     value: T, problem: P | None, error: Callable[[Mapping[int, P]], Exception], group: dist.ProcessGroup | None = None
 ) -> list[T]:

@@ -20,7 +20,18 @@ from lightning_ep.hub.writer import OutputFile
 
 ExportDtype = Literal["float32", "bfloat16", "float16"]
 
-TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "vocab.*", "merges.txt", "chat_template*", "*.model")
+TOKENIZER_FILES = (
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "*.model",
+    "*.tiktoken",
+    "tekken.json",
+    "chat_template*",
+    "additional_chat_templates/*.jinja",
+)
 
 
 class HubDirectory:
@@ -72,13 +83,20 @@ class HubDirectory:
             model.generation_config.to_json_file(self.temporary / "generation_config.json")
         if tokenizer is not None:
             tokenizer.save_pretrained(self.temporary)
-        elif files_from is not None:
-            for pattern in (*TOKENIZER_FILES, "*.py"):
+        if files_from is not None:
+            for pattern in ("*.py", *(TOKENIZER_FILES if tokenizer is None else ())):
                 for file in files_from.glob(pattern):
-                    shutil.copy(file, self.temporary)
+                    copy = self.temporary / file.relative_to(files_from)
+                    copy.parent.mkdir(exist_ok=True)
+                    shutil.copy(file, copy)
         if not (self.path / "README.md").exists():
-            readme = _readme(self.path.name, type(model).__name__, dtype, model.can_generate())
-            (self.temporary / "README.md").write_text(readme)
+            card = _model_card(self.path.name, type(model).__name__, dtype, model.can_generate(), self._has_template())
+            (self.temporary / "README.md").write_text(card)
+
+    def _has_template(self) -> bool:
+        config = self.temporary / "tokenizer_config.json"  # where templates were before they had files
+        inside = config.exists() and "chat_template" in json.loads(config.read_text())
+        return inside or any(self.temporary.glob("chat_template*"))
 
     def finish(self, files: Sequence[OutputFile], problems: Problems) -> None:
         """Writes the index, checks that every rank's files are there, and moves the directory to its place."""
@@ -100,7 +118,7 @@ class HubDirectory:
             weight_map = {spec.key: file.name for file in files for spec in file.specs}
             index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))}
             (self.temporary / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n")
-        for path in (*self.temporary.iterdir(), self.temporary):
+        for path in (*self.temporary.rglob("*"), self.temporary):
             sync(path)
         if self.path.exists() and any(self.path.iterdir()):
             self._replace()
@@ -114,6 +132,8 @@ class HubDirectory:
         for old in (*self.path.glob("model*.safetensors"), self.path / INDEX_NAME):
             old.unlink(missing_ok=True)
         for new in self.temporary.iterdir():
+            if new.is_dir():
+                shutil.rmtree(self.path / new.name, ignore_errors=True)
             new.replace(self.path / new.name)
         self.temporary.rmdir()
 
@@ -124,26 +144,47 @@ def refuse_existing(path: Path) -> None:
         raise FileExistsError(f"{path} exists already and is not replaced; remove it, or export to another path.")
 
 
-def _readme(name: str, model_class: str, dtype: torch.dtype, generates: bool) -> str:
+def _model_card(name: str, model_class: str, dtype: torch.dtype, generates: bool, chats: bool) -> str:
+    """The README of an export: what the hub reads of it, how to run the model, and how to upload it."""
     known = hasattr(transformers, model_class)
     loader = model_class if known else "AutoModelForCausalLM" if generates else "AutoModel"
     code = "" if known else ", trust_remote_code=True"
-    serve = f"""
+    task = "pipeline_tag: text-generation\n" if generates else ""
+    talk = "lightning-ep generate . --chat" if chats else 'lightning-ep generate . --prompt "Once upon a time"'
+    run = f"""
 Serve it with vLLM, inside this directory; on several GPUs add `--tensor-parallel-size N --enable-expert-parallel`:
 
 ```bash
 vllm serve . --served-model-name {name}
 ```
+
+Try it in a terminal:
+
+```bash
+{talk}
+```
 """
-    return f"""# {name}
+    return f"""---
+library_name: transformers
+{task}tags:
+- lightning_ep
+---
+
+# {name}
 
 A `{model_class}` with weights in {str(dtype).removeprefix("torch.")}, exported by lightning_ep.
-{serve if generates else ""}
+{run if generates else ""}
 Load it with transformers:
 
 ```python
 from transformers import {loader}
 
 model = {loader}.from_pretrained("."{code})
+```
+
+Upload it to the Hugging Face hub (after `hf auth login`):
+
+```bash
+hf upload YOUR_NAME/{name} .
 ```
 """

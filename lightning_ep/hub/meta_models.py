@@ -30,7 +30,7 @@ from lightning_ep.hub.errors import CheckpointError
 from lightning_ep.hub.safetensors_file import INDEX_NAME, SINGLE_NAME
 from lightning_ep.hub.source import remember_source
 
-_SMALL_FILES = ("*.json", "*.txt", "*.model", "*.jinja")
+_SMALL_FILES = ("*.json", "*.txt", "*.model", "*.tiktoken", "*.jinja")
 
 
 def from_pretrained(
@@ -91,9 +91,7 @@ def from_pretrained(
     _check_architecture(str(path), config, model)
     model.config.dtype = dtype
     if dtype is not None:
-        fp32 = set(adapter.fp32_parameters(model).values()) if dtype == torch.bfloat16 else set()
-        for param in model.parameters():
-            param.data = param.data.to(torch.float32 if param in fp32 else dtype)
+        cast_parameters(model, dtype)
     if (directory / "generation_config.json").exists():
         model.generation_config = GenerationConfig.from_pretrained(directory)
     adapter.allow_resizing_on_meta(model)
@@ -140,6 +138,13 @@ def config_of(values: Mapping[str, Any]) -> PreTrainedConfig:
             "model as it is without it; correct or remove it."
         )
     return config
+
+
+def cast_parameters(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Gives a model on meta the dtype in which its weights are to be held; what a family asks to be fp32 stays so."""
+    fp32 = set(adapter.fp32_parameters(model).values()) if dtype == torch.bfloat16 else set()
+    for param in model.parameters():
+        param.data = param.data.to(torch.float32 if param in fp32 else dtype)
 
 
 def _refuse_unknown_overrides(overrides: Mapping[str, Any], unused: Iterable[str], config: PreTrainedConfig) -> None:

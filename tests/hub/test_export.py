@@ -14,12 +14,13 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+import yaml
 from lightning.pytorch.callbacks import ModelCheckpoint
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
 
 from lightning_ep import CausalLM, ExpertParallelStrategy, cli, from_pretrained, parallelize
 from lightning_ep.callbacks import HuggingFaceExport
@@ -30,6 +31,7 @@ from lightning_ep.hub.export import export_sharded
 from tests.hub_files import FAMILIES, family_model, full_state, layout, refused_in_one_line, write_checkpoint
 from tests.ranks import device, run_ranks
 from tests.reference import VOCAB
+from tests.talking import TEMPLATE, write_talking
 from tests.tiny import Samples, quiet
 
 
@@ -164,6 +166,56 @@ def _export_with_tokenizers(root: Path) -> None:
     parallelize(model, layout(1), device())
     export_sharded(model, root / "copied")
     export_sharded(model, root / "saved", tokenizer=_Tokenizer())
+
+
+def test_what_a_chat_needs_goes_with_the_model(tmp_path: Path) -> None:
+    hub = write_talking(tmp_path / "hub")
+    templates = {"default": TEMPLATE, "tools": "{{ tools }}"}
+    named = AutoTokenizer.from_pretrained(hub)
+    named.chat_template = templates
+    named.save_pretrained(hub)
+    assert (hub / "additional_chat_templates" / "tools.jinja").exists()
+    (hub / "added_tokens.json").write_text("{}")
+    (hub / "modeling_own.py").write_text("# of the checkpoint")
+    run_ranks(2, _train_talking, tmp_path, init_process_group=False)
+    cli.main(["export", str(tmp_path / "saved.ckpt"), str(tmp_path / "converted"), "--model", str(hub)])
+    for directory in (tmp_path / "copied", tmp_path / "converted", tmp_path / "again"):
+        tokenizer = AutoTokenizer.from_pretrained(directory)
+        assert tokenizer.chat_template == templates, directory
+        assert tokenizer.all_special_tokens == named.all_special_tokens
+        assert tokenizer("<|turn|>zeta")["input_ids"] == named("<|turn|>zeta")["input_ids"]
+        assert (directory / "modeling_own.py").exists()
+        found, expected = map(GenerationConfig.from_pretrained, (directory, hub))
+        assert (found.eos_token_id, found.temperature, found.top_k) == (0, 0.6, 20)
+        assert found.to_diff_dict() == expected.to_diff_dict()
+    assert (tmp_path / "converted" / "added_tokens.json").exists()
+
+
+def _train_talking(root: Path) -> None:
+    trainer = quiet(root, max_steps=1, callbacks=[HuggingFaceExport(str(root / "copied"))])
+    module = CausalLM(str(root / "hub"))
+    trainer.fit(module, DataLoader(_Batches(4)))
+    trainer.save_checkpoint(root / "saved.ckpt")
+    tokenizer = AutoTokenizer.from_pretrained(root / "hub")
+    for _ in range(2):  # the second time over the first
+        export_sharded(module.model, root / "again", tokenizer=tokenizer, into_existing=True)
+
+
+def test_the_model_card_says_how_to_serve_try_and_upload_the_model(tmp_path: Path) -> None:
+    write_talking(tmp_path / "chat")
+    write_talking(tmp_path / "text", template=None)
+    paths = [str(tmp_path / name) for name in ("chat", "text")]
+    run_ranks(1, _export, paths, tmp_path / "out", 1, None, 10**9)
+    for name, line in (("chat", "lightning-ep generate . --chat"), ("text", "lightning-ep generate . --prompt ")):
+        card = (tmp_path / "out" / name / "README.md").read_text()
+        _, head, body = card.split("---\n", 2)
+        assert yaml.safe_load(head) == {
+            "library_name": "transformers", "pipeline_tag": "text-generation", "tags": ["lightning_ep"],
+        }  # fmt: skip
+        assert f"\nvllm serve . --served-model-name {name}\n" in body
+        assert f"\nhf upload YOUR_NAME/{name} .\n" in body
+        assert line in body
+        assert 'Qwen3MoeForCausalLM.from_pretrained(".")' in body
 
 
 # ---------------------------------------------------------------------- failures

@@ -1,0 +1,215 @@
+"""The command ``lightning-ep generate``: what a trained model says to a prompt, or in a conversation."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import sys
+from collections.abc import Iterator
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from jinja2 import TemplateError
+from transformers import TextStreamer
+
+from lightning_ep.cli.opened import Opened, opened
+from lightning_ep.data.corpus import read_text
+from lightning_ep.distributed.agreement import Ranks
+from lightning_ep.hub.directory import ExportDtype
+
+_PATIENCE = timedelta(days=30)  # for the next line of whoever types
+
+
+def generate(
+    checkpoint: str,
+    prompt: str | None = None,
+    chat: bool = False,
+    system: str | None = None,
+    chat_template: str | None = None,
+    template_kwargs: dict[str, Any] | None = None,
+    max_new_tokens: int = 512,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int = 1,
+    model: str | None = None,
+    dtype: ExportDtype | None = None,
+    ep: int | Literal["auto"] = "auto",
+    tp: int = 1,
+    weights_only: bool = True,
+) -> None:
+    """Prints what a model adds to a prompt or answers in a chat, as it is generated.
+
+    Without --prompt it reads prompts, one a line, until the input ends; with --chat these are one conversation. Under
+    torchrun the model is sharded over all processes: torchrun --nproc-per-node 8 -m lightning_ep generate ...
+
+    Args:
+        checkpoint: A training checkpoint, a directory in the hub's layout (an export), or the id of a model on the hub.
+        prompt: The text to go on from, or the user's message.
+        chat: Put what is said into the model's chat template.
+        system: The system message of the chat.
+        chat_template: File with a chat template (Jinja), for models that have none or another.
+        template_kwargs: Variables of the chat template: --template_kwargs.enable_thinking false.
+        max_new_tokens: Tokens to generate at most.
+        temperature: Divides the logits before sampling; 0 takes the most likely token.
+        top_p: Sample among the most likely tokens that have this probability together.
+        seed: Of the sampling.
+        model: Directory or hub id of the model that was trained, with its tokenizer: for a training checkpoint.
+        dtype: What weights are held and multiplied in. Default: what they are in the checkpoint.
+        ep: Processes that share one set of experts.
+        tp: Processes that share the matrices of attention.
+        weights_only: Build no objects from a training checkpoint but tensors and plain values: others may run code.
+
+    Raises:
+        ValueError: If an argument is out of its range, or the chat has no template.
+        CheckpointError: If there is no such checkpoint, it is damaged, or it has no tokenizer.
+    """
+    if max_new_tokens < 1 or temperature < 0 or not 0 < top_p <= 1:
+        raise ValueError(
+            f"max_new_tokens={max_new_tokens} must be at least 1, temperature={temperature} must not be negative, and "
+            f"top_p={top_p} must be above 0 and at most 1."
+        )
+    given = {"system": system, "chat_template": chat_template, "template_kwargs": template_kwargs}
+    if not chat and (names := [f"--{name}" for name, value in given.items() if value is not None]):
+        raise ValueError(f"{', '.join(names)} is for chats: add --chat.")
+    sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
+    if chat_template is not None and not Path(chat_template).is_file():
+        raise FileNotFoundError(f"chat_template={chat_template}: there is no such file.")
+    template = read_text(Path(chat_template)) if chat_template is not None else None
+    with opened(checkpoint, model, dtype, ep, tp, weights_only) as found:
+        writer = Writer(found, max_new_tokens, sampling if temperature else {"do_sample": False})
+        answer = Conversation(writer, system, template, template_kwargs or {}).answer if chat else writer.go_on
+        torch.manual_seed(seed)
+        with contextlib.suppress(KeyboardInterrupt):
+            for text in [prompt] if prompt is not None else _lines():
+                answer(text)
+
+
+class Writer:
+    """Generates and prints on rank 0, word by word; every rank makes the same calls and gets the same tokens.
+
+    Args:
+        found: The model.
+        max_new_tokens: Tokens to generate at most.
+        sampling: As `generate` of transformers has it.
+    """
+
+    def __init__(self, found: Opened, max_new_tokens: int, sampling: dict[str, Any]) -> None:
+        self.tokenizer = found.tokenizer
+        self._found = found
+        self._max_new_tokens = max_new_tokens
+        self._sampling = sampling
+        config: Any = found.model.generation_config
+        self._ends = ids_of(config.eos_token_id, found.tokenizer.eos_token_id)
+        self._pad = next(iter([*ids_of(config.pad_token_id, found.tokenizer.pad_token_id), *self._ends]), None)
+
+    def go_on(self, text: str) -> None:
+        """Continues a text."""
+        self.write(self.tokenizer(text)["input_ids"])
+
+    def write(self, prompt: list[int]) -> list[int]:
+        """Prints what comes after a prompt, and returns its ids.
+
+        Raises:
+            ValueError: If the prompt has no tokens, or as many as the model has positions.
+        """
+        length = model_length(self._found.model.config)
+        if not 0 < len(prompt) < length:
+            raise ValueError(
+                f"what was said has {len(prompt)} tokens; a model needs some, and fewer than the model's {length} "
+                "positions."
+            )
+        streamer = TextStreamer(self.tokenizer, skip_prompt=True, skip_special_tokens=True)
+        ids = torch.tensor([prompt], device=self._found.device)
+        model: Any = self._found.model
+        found = model.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=int(min(length - len(prompt), self._max_new_tokens)),
+            num_beams=1,
+            eos_token_id=self._ends or None,
+            pad_token_id=self._pad,
+            streamer=streamer if self._found.rank == 0 else None,
+            **self._sampling,
+        )
+        return found[0, len(prompt) :].tolist()
+
+
+class Conversation:
+    """A chat through the model's template.
+
+    Args:
+        writer: What generates.
+        system: The system message.
+        template: A template in place of the model's.
+        variables: The template's variables.
+
+    Raises:
+        ValueError: If there is no template.
+    """
+
+    def __init__(self, writer: Writer, system: str | None, template: str | None, variables: dict[str, Any]) -> None:
+        self._writer = writer
+        self._messages = [{"role": "system", "content": system}] if system is not None else []
+        self._variables = variables
+        if template is not None:
+            writer.tokenizer.chat_template = template
+        if not writer.tokenizer.chat_template:
+            raise ValueError(
+                "the model's tokenizer has no chat template: give a file with the one that it was trained with as "
+                "--chat_template, or leave --chat out."
+            )
+
+    def answer(self, text: str) -> None:
+        """Prints the answer to a user's message.
+
+        Raises:
+            ValueError: If the template refuses the conversation.
+        """
+        self._messages.append({"role": "user", "content": text})
+        tokenizer = self._writer.tokenizer
+        try:
+            # The template writes every special token that there is to be.
+            prompt = tokenizer.apply_chat_template(
+                self._messages, add_generation_prompt=True, return_dict=False, **self._variables
+            )
+        except TemplateError as error:
+            raise ValueError(f"the chat template refuses the conversation: {error}") from error
+        ids = self._writer.write(prompt)
+        if getattr(tokenizer, "response_template", None):
+            self._messages.append(tokenizer.parse_response(ids, prefix=prompt))
+        else:
+            self._messages.append({"role": "assistant", "content": tokenizer.decode(ids, skip_special_tokens=True)})
+
+
+def ids_of(*values: int | list[int] | None) -> list[int]:
+    """Token ids of configurations, where one may be a number, a list or missing."""
+    return list(dict.fromkeys(i for v in values if v is not None for i in (v if isinstance(v, list) else [v])))
+
+
+def model_length(config: Any) -> float:
+    """Positions that a model has been made for, from its configuration; infinite if that does not say."""
+    length = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
+    return float("inf") if length is None else length
+
+
+def _lines() -> Iterator[str]:
+    """What is typed on rank 0, on every rank."""
+    ranks = Ranks(RuntimeError, _PATIENCE)
+    while (line := ranks.on_first("reading", _read)) is not None:
+        if line.strip():
+            yield line
+
+
+def _read() -> str | None:
+    """The next line, None at the end of the input."""
+    if not sys.stdin.isatty():
+        line = sys.stdin.readline()
+        return line.rstrip("\n") if line else None
+    with contextlib.suppress(ImportError):
+        importlib.import_module("readline")  # with which `input` lets a line be edited
+    try:
+        return input("> ")
+    except EOFError:
+        return None
