@@ -194,6 +194,7 @@ def test_compiled_layers_recompute_in_graphs_that_serve_any_number_of_tokens() -
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(330)  # inductor compiles for a minute, and longer beside other work
 @pytest.mark.parametrize("family", ["qwen3_moe", "deepseek_v3"])
 @pytest.mark.parametrize(("world", "ep"), [(2, 2), (2, 1)])
 def test_layers_compiled_by_inductor_recompute(family: str, world: int, ep: int) -> None:
