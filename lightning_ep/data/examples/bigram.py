@@ -109,7 +109,7 @@ class BigramBaseline(Callback):
         if self._loss is None:
             data = trainer.datamodule  # type: ignore[attr-defined]
             train, val = (part.with_format("numpy")[:] for part in (data.train_dataset, data.val_dataset))
-            windows, labels = ([part.get(name) for part in (train, val)] for name in ("input_ids", "labels"))
+            windows, labels = (train["input_ids"], val["input_ids"]), (train.get("labels"), val.get("labels"))
             self._loss = bigram_cross_entropy(*windows, len(data.tokenizer), *labels)
         # equal on all ranks; sync_dist only because Lightning warns without it
         pl_module.log("val/bigram_loss", self._loss, sync_dist=True)
