@@ -197,10 +197,16 @@ def test_generate_checks_its_arguments() -> None:
 # -------------------------------------------------------------------------------------------------- BigramBaseline
 
 
+def bigram_loss(data: TextDataModule) -> float:
+    """Of the predictions that a model makes, which are not those of first tokens and of padding."""
+    parts = (data.train_dataset, data.val_dataset)
+    ids, labels = ([torch.stack(list(p[name])).numpy() for p in parts] for name in ("input_ids", "labels"))
+    return bigram_cross_entropy(*ids, len(data.tokenizer), *labels)
+
+
 def test_bigram_baseline_is_logged_and_printed_beside_the_loss(data: TextDataModule, capsys: Any) -> None:
     trainer = fit(Module(), data, BigramBaseline(), limit_val_batches=1.0)
-    train, val = (torch.stack(list(part["input_ids"])).numpy() for part in (data.train_dataset, data.val_dataset))
-    expected = bigram_cross_entropy(train, val, len(data.tokenizer))
+    expected = bigram_loss(data)
     assert trainer.callback_metrics["val/bigram_loss"].item() == pytest.approx(expected, rel=1e-6)
     loss = trainer.callback_metrics["val/loss"].item()
     lines = [line for line in capsys.readouterr().out.splitlines() if "bigram" in line]
@@ -215,8 +221,7 @@ def test_bigram_baseline_of_a_second_run_is_that_of_its_data(data: TextDataModul
     shorter.setup = lambda stage: None  # type: ignore[method-assign]
     shorter.train_dataset = data.train_dataset.select(range(20))
     second = fit(Module(), shorter, callback).callback_metrics["val/bigram_loss"].item()
-    train, val = (torch.stack(list(part["input_ids"])).numpy() for part in (shorter.train_dataset, data.val_dataset))
-    assert second == pytest.approx(bigram_cross_entropy(train, val, len(data.tokenizer)), rel=1e-6)
+    assert second == pytest.approx(bigram_loss(shorter), rel=1e-6)
     assert second != first
 
 

@@ -551,6 +551,20 @@ def test_bigram_matches_its_formula_and_sums_to_one() -> None:
     assert bigram_cross_entropy(train, val, 11) == pytest.approx(expected, rel=1e-12)
 
 
+def test_bigram_counts_and_predicts_what_has_a_label() -> None:
+    rng = np.random.default_rng(0)
+    documents = [rng.zipf(1.5, (12, 4)).clip(max=9) - 1 for _ in range(2)]  # two of four tokens in each window
+    windows = np.concatenate(documents, axis=1)
+    labels = windows.copy()
+    labels[:, [0, 4]] = -100
+    apart = np.concatenate(documents)
+    expected = bigram_cross_entropy(apart, apart[:5], 11)
+    assert bigram_cross_entropy(windows, apart[:5], 11, labels) == pytest.approx(expected, rel=1e-12)
+    both = bigram_cross_entropy(windows, windows[:5], 11, labels, labels[:5])
+    assert both == pytest.approx(bigram_cross_entropy(apart, np.concatenate([d[:5] for d in documents]), 11), rel=1e-12)
+    assert both != pytest.approx(bigram_cross_entropy(windows, windows[:5], 11), rel=1e-3)
+
+
 def test_bigram_predicts_inside_windows_only() -> None:
     train = np.array([[0, 1, 2, 3]] * 50)
     inside = bigram_cross_entropy(train, np.array([[0, 1, 2, 3]]), 4)

@@ -7,9 +7,16 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from typing_extensions import override
 
 from lightning_ep.distributed.console import print_once
+from lightning_ep.ops.cross_entropy import IGNORE
 
 
-def bigram_cross_entropy(train: np.ndarray, validation: np.ndarray, vocab_size: int) -> float:
+def bigram_cross_entropy(
+    train: np.ndarray,
+    validation: np.ndarray,
+    vocab_size: int,
+    train_labels: np.ndarray | None = None,
+    validation_labels: np.ndarray | None = None,
+) -> float:
     """Cross-entropy of an interpolated Kneser-Ney bigram model on the predictions that a causal language model makes.
 
     With ``c`` the counts of pairs in ``train`` and the discount ``D = n1 / (n1 + 2 n2)`` from the numbers of pairs seen
@@ -26,11 +33,13 @@ def bigram_cross_entropy(train: np.ndarray, validation: np.ndarray, vocab_size: 
         validation: Windows to predict, integers ``[M, S]``. Each predicts its positions 1 to ``S - 1`` from the token
             before, as a causal language model does whose labels are its inputs.
         vocab_size: Number of different tokens, more than the largest id.
+        train_labels: ``[N, S]``, -100 where a token is not predicted: such pairs are not counted. Default: all are.
+        validation_labels: The same ``[M, S]`` of what is predicted.
 
     Returns:
         Nats per token.
     """
-    pairs, counts = np.unique(_pairs(train, vocab_size), return_counts=True)
+    pairs, counts = np.unique(_pairs(train, train_labels, vocab_size), return_counts=True)
     first, second = pairs // vocab_size, pairs % vocab_size
     once, twice = (counts == 1).sum(), (counts == 2).sum()
     discount = once / (once + 2 * twice) if once else 0.5  # nothing to estimate it from: any value between 0 and 1
@@ -44,7 +53,7 @@ def bigram_cross_entropy(train: np.ndarray, validation: np.ndarray, vocab_size: 
     # the weight of p_low; 1 for a token that never came first
     backoff = np.divide(discount * distinct, total, out=np.ones(vocab_size), where=total > 0)
 
-    wanted = _pairs(validation, vocab_size)
+    wanted = _pairs(validation, validation_labels, vocab_size)
     v, w = wanted // vocab_size, wanted % vocab_size
     place = np.minimum(np.searchsorted(pairs, wanted), len(pairs) - 1)
     seen = np.where(pairs[place] == wanted, counts[place], 0)
@@ -52,10 +61,11 @@ def bigram_cross_entropy(train: np.ndarray, validation: np.ndarray, vocab_size: 
     return float(-np.log(p).mean())
 
 
-def _pairs(windows: np.ndarray, vocab_size: int) -> np.ndarray:
-    """Number the pairs of neighbours inside each window ``[N, S]``: int64 ``[N * (S - 1)]``, ``first * V + second``."""
+def _pairs(windows: np.ndarray, labels: np.ndarray | None, vocab_size: int) -> np.ndarray:
+    """Number the pairs of neighbours inside each window ``[N, S]``, ``first * V + second``; int64, one dimension."""
     windows = windows.astype(np.int64)
-    return (windows[:, :-1] * vocab_size + windows[:, 1:]).ravel()
+    pairs = windows[:, :-1] * vocab_size + windows[:, 1:]
+    return pairs.ravel() if labels is None else pairs[labels[:, 1:] != IGNORE]
 
 
 class BigramBaseline(Callback):
@@ -66,8 +76,9 @@ class BigramBaseline(Callback):
     once, on every rank for itself (a second for some million tokens), and printed beside the loss after each validation
     and at the end of ``fit``. See `bigram_cross_entropy` for the model.
 
-    The Trainer's datamodule must have ``tokenizer`` and, with a column ``input_ids`` of windows of equal length,
-    ``train_dataset`` and ``val_dataset``, as ``lightning_ep.data.TextDataModule`` has.
+    The Trainer's datamodule must have ``tokenizer`` and, with a column ``input_ids`` of windows of equal length (and
+    ``labels``, if not all tokens are predicted), ``train_dataset`` and ``val_dataset``, as
+    ``lightning_ep.data.TextDataModule`` has.
 
     Args:
         monitor: The logged validation loss to print it beside, in nats per token.
@@ -97,8 +108,9 @@ class BigramBaseline(Callback):
             return
         if self._loss is None:
             data = trainer.datamodule  # type: ignore[attr-defined]
-            train, val = (part.with_format("numpy")[:]["input_ids"] for part in (data.train_dataset, data.val_dataset))
-            self._loss = bigram_cross_entropy(train, val, len(data.tokenizer))
+            train, val = (part.with_format("numpy")[:] for part in (data.train_dataset, data.val_dataset))
+            windows, labels = (train["input_ids"], val["input_ids"]), (train.get("labels"), val.get("labels"))
+            self._loss = bigram_cross_entropy(*windows, len(data.tokenizer), *labels)
         # equal on all ranks; sync_dist only because Lightning warns without it
         pl_module.log("val/bigram_loss", self._loss, sync_dist=True)
 
