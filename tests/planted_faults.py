@@ -290,4 +290,26 @@ MUTATIONS = (
         'f"{stream}[{e - region.start[0]}]")) for e in experts]',
         "hub/test_initialize.py::test_one_seed_gives_one_model_on_every_layout",
     ),
+    # ------------------------------------------------------------------------------------------------ after training
+    Mutation(
+        "windows_of_others_count_twice",
+        "cli/perplexity.py",
+        "targets_BS = torch.full_like(targets_BS, IGNORE)",
+        "targets_BS = targets_BS.clone()",
+        "cli/test_perplexity.py::test_documents_are_weighted_by_token_on_any_ranks[ep=2]",
+    ),
+    Mutation(
+        "predictions_by_rank",
+        "callbacks/predictions.py",
+        "key=lambda item: item[0]",
+        "key=lambda item: 0",
+        "cli/test_predictions.py::test_each_sample_is_written_once_and_in_order[ep=2]",
+    ),
+    Mutation(
+        "chat_forgets_its_answers",
+        "cli/generation.py",
+        'self._messages.append({"role": "assistant", ',
+        'str({"role": "assistant", ',
+        "cli/test_generation.py::test_a_chat_goes_through_the_template_and_keeps_what_was_said",
+    ),
 )

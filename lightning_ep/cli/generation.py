@@ -47,7 +47,7 @@ def generate(
     Args:
         checkpoint: A training checkpoint, a directory in the hub's layout (an export), or the id of a model on the hub.
         prompt: The text to go on from, or the user's message.
-        chat: Put what is said into the model's chat template.
+        chat: Put what is said into the model's chat template. The option alone is enough.
         system: The system message of the chat.
         chat_template: File with a chat template (Jinja), for models that have none or another.
         template_kwargs: Variables of the chat template: --template_kwargs.enable_thinking false.

@@ -11,6 +11,7 @@ from typing import Literal
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from tqdm import tqdm
 
 from lightning_ep.cli.generation import model_length
 from lightning_ep.cli.opened import Opened, opened
@@ -122,7 +123,7 @@ def mean_loss(found: Opened, documents: Sequence[str], length: int) -> tuple[flo
     ranks = found.layout.data_world_size
     mine = batches[found.layout.data_rank(found.rank) :: ranks]
     sums = torch.zeros(2, dtype=torch.float64, device=found.device)
-    for step in range(math.ceil(len(batches) / ranks)):
+    for step in tqdm(range(math.ceil(len(batches) / ranks)), "perplexity", leave=False, disable=found.rank != 0):
         # A rank without a batch of its own takes part for its experts, with one of which nothing is counted.
         ids_BS, targets_BS = _tensors(mine[step] if step < len(mine) else batches[-1], found.device)
         if step >= len(mine):

@@ -140,6 +140,9 @@ def test_ranks_answer_together_and_rank_0_alone_listens_and_prints(hub: Path, tm
     ):
         said = run_ranks(2, _said_by_rank, arguments, ["zeta", "eta"], init_process_group=False)
         assert said == [f"{first}\n{second}\n", ""], arguments
+    sampling = [saved, "--model", str(hub), "--prompt", "zeta", "--max_new_tokens", "12", "--temperature", "1.5"]
+    sampled = run_ranks(2, _said_by_rank, [*sampling, "--tp", "2"], [], init_process_group=False)
+    assert sampled == [_said(sampling), ""], "ranks draw the same"
 
 
 def _file_of(hub: Path, path: Path, lost: str | None = None) -> Path:
