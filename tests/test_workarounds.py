@@ -34,7 +34,10 @@ IN_PLACE = {"add", "append", "clear", "discard", "extend", "insert", "pop", "rem
 # What looks like such a change and is made to an object of ours: file, what is set, whose it is.
 OURS = [
     ("causal_lm.py", {"model"}, "a CausalLM"),
-    ("cli/export.py", {"generation_config"}, "a model that `meta_model` has made"),
+    ("cli/generation.py", {"chat_template"}, "the tokenizer that the command has loaded"),
+    ("cli/generation.py", {"manual_seed"}, "the command's process"),
+    ("cli/opened.py", {"data", "strict_loading"}, "the model and module that the command has built"),
+    ("cli/saved_model.py", {"generation_config"}, "a model that `meta_model` has made"),
     ("context_parallel/attention.py", {"masks"}, "a SequencePiece"),
     ("data/corpus.py", {"pre_tokenizer", "decoder"}, "a tokenizer in the making"),
     ("data/preparation.py", {"environ"}, "a worker process's own"),
