@@ -49,8 +49,11 @@ In a recipe:
   strategy   lightning_ep.ExpertParallelStrategy (the default)
   model      lightning_ep.CausalLM, or a LightningModule of your own
   optimizer  lightning_ep.AdamW, or any of torch's
-  data       lightning_ep.data.TextDataModule, or a LightningDataModule of your own;
-             lightning_ep.data.PackedDataModule is one that packs documents.
+  data       lightning_ep.data.ChatDataModule teaches what the assistant says in chats.
+             lightning_ep.data.PromptCompletionDataModule teaches completions.
+             lightning_ep.data.TextDataModule teaches texts.
+             Or a LightningDataModule of your own, such as a PackedDataModule
+             (lightning_ep.data.PackedDataModule), which packs documents.
   callbacks  lightning_ep.callbacks.Throughput logs tokens per second.
              lightning_ep.callbacks.GenerateSamples prints continuations of prompts.
              lightning_ep.callbacks.HuggingFaceExport writes what transformers reads.

@@ -211,6 +211,7 @@ UNDOCUMENTED = [
     "transformers.modeling_rope_utils:RotaryEmbeddingConfigMixin.ignore_keys_at_rope_validation",
     "transformers.modeling_rope_utils:RotaryEmbeddingConfigMixin.nested_rope_parameter_keys",
     "transformers.modeling_utils:ALL_ATTENTION_FUNCTIONS",
+    "transformers.utils.chat_template_utils:render_jinja_template",
     "transformers.models.qwen3_moe.modeling_qwen3_moe:eager_attention_forward",
 ]
 

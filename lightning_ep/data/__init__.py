@@ -1,15 +1,21 @@
 """LightningDataModules, and the loader they share."""
 
+from lightning_ep.data.chat import ChatDataModule
 from lightning_ep.data.packed_data import PackedDataModule
 from lightning_ep.data.preparation import Rows, Samples
+from lightning_ep.data.prompt_completion import PromptCompletionDataModule
 from lightning_ep.data.resumable_loader import ResumableLoader, data_ranks
+from lightning_ep.data.row_files import Source
 from lightning_ep.data.text import TextDataModule
 
 __all__ = [
+    "ChatDataModule",
     "PackedDataModule",
+    "PromptCompletionDataModule",
     "ResumableLoader",
     "Rows",
     "Samples",
+    "Source",
     "TextDataModule",
     "data_ranks",
 ]

@@ -2,9 +2,9 @@
 
 One file for each question: where things are in a model (`structure`), who runs experts (`experts_interface`) and
 attention (`attention_interface`), which tokens are one document (`packing`), how random weights are drawn
-(`initialization`), what is fp32 in a bf16 model (`dtypes`), how weights come in and leave (`conversion`), and what is
-remembered of a model (`record`). Everyone else uses them through this package, which imports nothing of ours but `ops`
-and `distributed`.
+(`initialization`), what is fp32 in a bf16 model (`dtypes`), how weights come in and leave (`conversion`), what is
+remembered of a model (`record`), and how conversations are written for it (`chat_templates`). Everyone else uses them
+through this package, which imports nothing of ours but `ops` and `distributed`.
 """
 
 from lightning_ep.transformers_adapter.attention_interface import (
@@ -18,6 +18,7 @@ from lightning_ep.transformers_adapter.attention_interface import (
     why_not_context_parallel,
     without_packing,
 )
+from lightning_ep.transformers_adapter.chat_templates import marks_generation, render_chat
 from lightning_ep.transformers_adapter.config_keys import near, unknown_keys
 from lightning_ep.transformers_adapter.conversion import (
     Blueprint,
@@ -93,6 +94,7 @@ __all__ = [
     "local_experts_function",
     "mark_initialized",
     "marks_are_respected",
+    "marks_generation",
     "model_class",
     "near",
     "not_saved",
@@ -103,6 +105,7 @@ __all__ = [
     "recall",
     "refuse_own_checkpointing",
     "remember",
+    "render_chat",
     "routers",
     "saves_adapters",
     "select_attention",

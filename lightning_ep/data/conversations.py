@@ -1,0 +1,198 @@
+"""From a row of a source to a conversation: every way that rows are written in the field, brought to one."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+ROLES = ("system", "developer", "user", "assistant", "tool")
+"""What a message's role may be; templates render an unknown one as nothing, silently."""
+
+_REASONING = ("reasoning_content", "thinking", "reasoning")
+_SHAREGPT = {  # the values of "from" in ShareGPT's form, and in what grew from it
+    **{role: role for role in ROLES},
+    "human": "user",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "model": "assistant",
+    "bot": "assistant",
+    "function_call": "assistant",
+    "observation": "tool",
+    "function_response": "tool",
+}
+
+
+class MalformedRow(ValueError):
+    """A row that says nothing that can be trained on; the message begins with its file and line."""
+
+
+class Conversation(NamedTuple):
+    """Messages as templates take them, whichever way they were written.
+
+    Attributes:
+        messages: Each has ``role`` and ``content`` (a string, maybe empty); an assistant's may have
+            ``reasoning_content`` (not empty) and ``tool_calls``, whose ``arguments`` are dicts. Other keys are kept.
+        trained: Of each message, whether it is to be learnt: an assistant's, unless the row says otherwise.
+        tools: What the system offers, as it was written; None if nothing.
+        where: File and line, or source and row.
+    """
+
+    messages: list[dict[str, Any]]
+    trained: list[bool]
+    tools: list[dict[str, Any]] | None
+    where: str
+
+
+def conversation(row: Mapping[str, Any], where: str) -> Conversation:
+    """Read one row.
+
+    Args:
+        row: ``messages``, dicts of ``role`` and ``content``, or ``conversations``, dicts of ``from`` and ``value``,
+            or ``prompt`` and ``completion``, of which only the second is learnt; beside them ``system`` and ``tools``,
+            where there are any. Each may be JSON text.
+        where: What messages call the row.
+
+    Raises:
+        MalformedRow: If it is no conversation.
+    """
+    tools, system = row.get("tools"), row.get("system")
+    key = next((key for key in ("messages", "conversations") if row.get(key) is not None), None)
+    if key is not None:
+        return from_messages(row[key], tools, where, key, system)
+    if row.get("prompt") is None or row.get("completion") is None:
+        raise MalformedRow(
+            f"{where}: the row has {sorted(row)} and no 'messages' (dicts of 'role' and 'content'), 'conversations' "
+            "(dicts of 'from' and 'value'), or 'prompt' and 'completion' (lists of messages)."
+        )
+    if isinstance(row["prompt"], str) and not row["prompt"].lstrip().startswith("["):
+        raise MalformedRow(f"{where}: 'prompt' is a text: PromptCompletionDataModule reads pairs of texts.")
+    given = from_messages(row["prompt"], tools, where, "prompt", system)
+    learnt = from_messages(row["completion"], None, where, "completion")
+    trained = [False] * len(given.trained) + learnt.trained
+    return given._replace(messages=given.messages + learnt.messages, trained=trained)
+
+
+def from_messages(written: Any, tools: Any, where: str, key: str = "messages", system: Any = None) -> Conversation:
+    """Read a list of messages, or JSON text of one.
+
+    Args:
+        written: The messages.
+        tools: The list of tools, JSON text of it, or None.
+        where: What error messages call the row.
+        key: What they call the messages.
+        system: A system prompt to go in front.
+
+    Raises:
+        MalformedRow: If these are no messages.
+    """
+    written = _parsed(written, where, key)
+    if not isinstance(written, Sequence) or isinstance(written, str) or not written:
+        raise MalformedRow(f"{where}: {key} must be a list of at least one message, not {_short(written)}.")
+    messages, learnt = [], []
+    if system:
+        messages.append({"role": "system", "content": _text(system, f"{where}: system")})
+        learnt.append(False)
+    for index, one in enumerate(written):
+        place = f"{where}: {key}[{index}]"
+        if not isinstance(one, Mapping):
+            raise MalformedRow(f"{place} must be a dict with 'role' and 'content', not {_short(one)}.")
+        messages.append(_message(one, place))
+        learnt.append(_trained(one, place) and messages[-1]["role"] == "assistant")
+    return Conversation(messages, learnt, _tools(tools, where), where)
+
+
+def _message(written: Mapping[str, Any], place: str) -> dict[str, Any]:
+    # A key with None is one that Arrow has filled in, or an API that has nothing to say: templates ask for keys.
+    message = {key: value for key, value in written.items() if value is not None and key not in ("train", "weight")}
+    if "role" not in message and "from" in message:
+        speaker = message.pop("from")
+        message = {"role": _SHAREGPT.get(speaker, speaker), "content": message.pop("value", None), **message}
+        if speaker == "function_call":
+            call = _parsed(message["content"], place, "value")
+            message |= {"content": None, "tool_calls": call if isinstance(call, list) else [call]}
+    role = message.get("role")
+    if role not in ROLES:
+        raise MalformedRow(f"{place} has the role {_short(role)}, which is none of {', '.join(ROLES)}.")
+    reasoning = next((text for key in _REASONING if (text := message.pop(key, None))), None)
+    message = {key: value for key, value in message.items() if key not in _REASONING}
+    calls = _parsed(message.pop("tool_calls", None), place, "tool_calls")
+    if role != "assistant" and (reasoning or calls):
+        raise MalformedRow(f"{place}: reasoning and tool calls are an assistant's, and its role is {role!r}.")
+    if message.get("content") is None and not (reasoning or calls) and role != "tool":
+        raise MalformedRow(f"{place} has no content: give a text, '' if it is empty.")
+    # Never missing or None: some templates write "None", others fail.
+    message["content"] = _text(message.get("content") or "", f"{place}: content")
+    if reasoning:
+        message["reasoning_content"] = _text(reasoning, f"{place}: reasoning")
+    if calls:
+        if not isinstance(calls, Sequence) or isinstance(calls, str):
+            raise MalformedRow(f"{place}: tool_calls must be a list, not {_short(calls)}.")
+        message["tool_calls"] = [_call(call, f"{place}: tool_calls[{i}]") for i, call in enumerate(calls)]
+    return message
+
+
+def _text(content: Any, place: str) -> str:
+    """Texts come as strings or in parts; many templates would write a list of parts as Python does."""
+    if isinstance(content, str):
+        return content
+    if isinstance(content, Sequence) and all(isinstance(part, str | Mapping) for part in content):
+        texts = [part if isinstance(part, str) else part.get("text") for part in content]
+        kinds = {part.get("type", "text") for part in content if isinstance(part, Mapping)} - {"text"}
+        if kinds:
+            raise MalformedRow(f"{place} has parts of the type {', '.join(sorted(map(repr, kinds)))}; texts are read.")
+        if all(isinstance(text, str) for text in texts):
+            return "".join(texts)
+    raise MalformedRow(f"{place} must be a text, or a list of parts with 'text', not {_short(content)}.")
+
+
+def _call(written: Any, place: str) -> dict[str, Any]:
+    """As ``{"type": "function", "function": {"name": ..., "arguments": {...}}}``, with an id where there is one."""
+    function = written.get("function", written) if isinstance(written, Mapping) else None
+    if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+        raise MalformedRow(f"{place} must have a name and arguments, in 'function' or not, and is {_short(written)}.")
+    arguments = _parsed(function.get("arguments", function.get("parameters")) or {}, place, "arguments")
+    if not isinstance(arguments, Mapping):
+        raise MalformedRow(f"{place}: arguments must be a dict, or JSON text of one, not {_short(arguments)}.")
+    call = {"type": "function", "function": {"name": function["name"], "arguments": dict(arguments)}}
+    return {"id": written["id"], **call} if written.get("id") is not None else call
+
+
+def _tools(written: Any, where: str) -> list[dict[str, Any]] | None:
+    tools = _parsed(written, where, "tools")
+    if not tools:
+        return None
+    if not isinstance(tools, Sequence) or isinstance(tools, str):
+        raise MalformedRow(f"{where}: tools must be a list, or JSON text of one, not {_short(tools)}.")
+    tools = [_parsed(tool, where, f"tools[{index}]") for index, tool in enumerate(tools)]
+    for index, tool in enumerate(tools):
+        if not isinstance(tool, Mapping):
+            raise MalformedRow(f"{where}: tools[{index}] must be a dict with the schema, not {_short(tool)}.")
+    return [dict(tool) for tool in tools]
+
+
+def _trained(written: Mapping[str, Any], place: str) -> bool:
+    """Whether a message is to be learnt: its ``train``, or ``weight`` as OpenAI's files have it."""
+    for key in ("train", "weight"):
+        if (value := written.get(key)) is not None:
+            if value not in (0, 1):
+                raise MalformedRow(f"{place}: {key} says whether a message is learnt: 0 or 1, not {_short(value)}.")
+            return bool(value)
+    return True
+
+
+def _parsed(value: Any, where: str, key: str) -> Any:
+    """What JSON text means; anything but a string is there already."""
+    if not isinstance(value, str):
+        return value
+    if not value.strip():
+        return None
+    try:
+        return json.loads(value)
+    except json.JSONDecodeError as error:
+        raise MalformedRow(f"{where}: {key} is a text, and not JSON ({error}): {_short(value)}") from error
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."

@@ -1,0 +1,295 @@
+"""Files and datasets that hold a row per sample, and where in them each row is.
+
+JSON is read line by line and goes through no Arrow: Arrow would give every struct of a column the keys of all rows,
+with None in them, so that what one row says would depend on the others. Where rows come from Arrow files (parquet,
+datasets of the hub), such keys are taken out again.
+"""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import json
+from bisect import bisect_right
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+import numpy as np
+
+from lightning_ep.data.conversations import MalformedRow
+from lightning_ep.data.preparation import Rows
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+_JSON = (".jsonl", ".ndjson", ".json")
+
+
+class Row(NamedTuple):
+    """One row: its columns, or why it has none.
+
+    Attributes:
+        where: File and line, or source and row.
+        values: The columns.
+        malformed: What is wrong where it is no dict of columns.
+    """
+
+    where: str
+    values: Mapping[str, Any]
+    malformed: str | None = None
+
+    def columns(self) -> Mapping[str, Any]:
+        """The columns.
+
+        Raises:
+            MalformedRow: If it has none.
+        """
+        if self.malformed:
+            raise MalformedRow(f"{self.where}: {self.malformed}")
+        return self.values
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where rows come from, and how much of them.
+
+    Args:
+        path: A file of JSON lines (.jsonl; .json may hold one list, too) or parquet, a glob pattern of such files
+            (quoted) or a directory of them, a directory that `datasets` has saved, or a dataset's name on the hub.
+        weight: How often each row comes in an epoch: 2 is twice, 0.5 a random half of them once.
+        split: Which split of a dataset.
+        subset: Which of a hub dataset's subsets (configurations), where it has several.
+        max_rows: Take this many at most, from the front.
+    """
+
+    path: str
+    weight: float = 1.0
+    split: str = "train"
+    subset: str | None = None
+    max_rows: int | None = None
+
+
+def open_source(source: str | Source) -> Rows:
+    """Find the rows of a source; they are read when they are asked for.
+
+    Returns:
+        Rows whose ``read`` gives a list of `Row`.
+
+    Raises:
+        FileNotFoundError: If there is nothing of that name.
+        ValueError: If a file is of no known kind, or there are no rows.
+    """
+    source = Source(source) if isinstance(source, str) else source
+    if source.max_rows is not None and source.max_rows < 1:
+        raise ValueError(f"{source.path}: max_rows={source.max_rows} must be at least 1. Leave the source out instead.")
+    files = _files(source.path)
+    table = _Files([_open(file) for file in files]) if files else _Dataset.of(source)
+    count = len(table) if source.max_rows is None else min(len(table), source.max_rows)
+    if not count:
+        raise ValueError(f"{source.path!r} has no rows.")
+    return Rows(source.path, count, table.fingerprint, table.read, source.weight)
+
+
+class _Table(Protocol):
+    def __len__(self) -> int: ...
+
+    @property
+    def fingerprint(self) -> str: ...
+
+    def read(self, indices: Sequence[int]) -> list[Row]: ...
+
+
+def _files(path: str) -> list[Path]:
+    """The files that a path means; none if it is a dataset's."""
+    place = Path(path).expanduser()
+    if place.is_file():
+        return [place]
+    if place.is_dir():
+        if (place / "dataset_info.json").exists() or (place / "dataset_dict.json").exists():
+            return []
+        files = sorted(file for file in place.rglob("*") if file.suffix in (*_JSON, ".parquet"))
+        if not files:
+            raise FileNotFoundError(f"{place} has no files that end with {', '.join(_JSON)} or .parquet.")
+        return files
+    files = sorted(Path(file) for file in glob.glob(str(place), recursive=True))
+    if not files and (path.count("/") != 1 or path.startswith((".", "~", "/")) or place.suffix in (*_JSON, ".parquet")):
+        raise FileNotFoundError(
+            f"There is no {place.absolute()}. Give a file of JSON lines or parquet, a directory or a quoted pattern "
+            "such as 'chats/*.jsonl', or the name of a dataset on the hub, 'owner/name'."
+        )
+    return files
+
+
+def _open(file: Path) -> _Table:
+    if file.suffix in _JSON:
+        with file.open("rb") as opened:
+            begin = opened.read(1024).lstrip()
+        return _JsonList(file) if file.suffix == ".json" and begin.startswith(b"[") else _JsonLines(file)
+    if file.suffix == ".parquet":
+        return _Parquet(file)
+    raise ValueError(f"{file} is of no kind that is read: JSON lines ({', '.join(_JSON)}) and parquet are.")
+
+
+class _Files:
+    """Several files, one after the other."""
+
+    def __init__(self, tables: list[_Table]) -> None:
+        self._tables = tables
+        self._ends = np.cumsum([len(table) for table in tables]).tolist()
+
+    def __len__(self) -> int:
+        return self._ends[-1]
+
+    @cached_property
+    def fingerprint(self) -> str:
+        return " ".join(table.fingerprint for table in self._tables)
+
+    def read(self, indices: Sequence[int]) -> list[Row]:
+        places = [bisect_right(self._ends, index) for index in indices]
+        rows: dict[int, Row] = {}
+        for place in sorted(set(places)):
+            inside = [index for index, other in zip(indices, places, strict=True) if other == place]
+            begin = self._ends[place] - len(self._tables[place])
+            found = self._tables[place].read([index - begin for index in inside])
+            rows |= dict(zip(inside, found, strict=True))
+        return [rows[index] for index in indices]
+
+
+class _JsonLines:
+    """A file with an object in every line that is not empty."""
+
+    def __init__(self, file: Path) -> None:
+        self._file = file
+        digest, begins, lines, begin = hashlib.sha256(), [], [], 0
+        with file.open("rb") as opened:
+            for number, line in enumerate(opened, 1):
+                digest.update(line)
+                if not line.isspace():
+                    begins.append(begin)
+                    lines.append(number)
+                begin += len(line)
+        self._begins, self._lines = np.array(begins, np.int64), np.array(lines, np.int64)
+        self.fingerprint = digest.hexdigest()[:16]
+
+    def __len__(self) -> int:
+        return len(self._lines)
+
+    def read(self, indices: Sequence[int]) -> list[Row]:
+        rows = []
+        with self._file.open("rb") as opened:
+            for index in indices:
+                opened.seek(int(self._begins[index]))
+                rows.append(_json_row(f"{self._file}:{self._lines[index]}", opened.readline()))
+        return rows
+
+
+class _JsonList:
+    """A file with one list of objects. It is kept in memory."""
+
+    def __init__(self, file: Path) -> None:
+        content = file.read_bytes()
+        self._file, self.fingerprint = file, hashlib.sha256(content).hexdigest()[:16]
+        try:
+            self._rows = json.loads(content)
+        except ValueError as error:  # JSON or UTF-8
+            raise MalformedRow(f"{file} begins as a list, and is no JSON: {error}") from error
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def read(self, indices: Sequence[int]) -> list[Row]:
+        return [_row(f"{self._file}, item {index}", self._rows[index]) for index in indices]
+
+
+class _Parquet:
+    def __init__(self, file: Path) -> None:
+        from pyarrow.parquet import ParquetFile
+
+        self._file, self._groups = file, ParquetFile(file)
+        groups = range(self._groups.num_row_groups)
+        self._ends = np.cumsum([self._groups.metadata.row_group(group).num_rows for group in groups]).tolist() or [0]
+        self._last: tuple[int, Any] = (-1, None)  # the group that was read last
+
+    def __len__(self) -> int:
+        return self._ends[-1]
+
+    @cached_property
+    def fingerprint(self) -> str:
+        return _hash_of([self._file])
+
+    def read(self, indices: Sequence[int]) -> list[Row]:
+        rows = []
+        for index in indices:
+            group = bisect_right(self._ends, index)
+            if self._last[0] != group:
+                self._last = (group, self._groups.read_row_group(group, use_threads=False))
+            table = self._last[1]
+            values = table.slice(index - self._ends[group] + len(table), 1).to_pylist()[0]
+            rows.append(Row(f"{self._file}, row {index}", without_fills(values)))
+        return rows
+
+
+class _Dataset:
+    """A dataset of `datasets`, saved in a directory or from the hub."""
+
+    def __init__(self, name: str, dataset: Dataset) -> None:
+        self._name, self._dataset = name, dataset.with_format(None)
+
+    @staticmethod
+    def of(source: Source) -> _Dataset:
+        from datasets import DatasetDict, load_dataset, load_from_disk
+
+        if Path(source.path).expanduser().is_dir():
+            dataset = load_from_disk(str(Path(source.path).expanduser()))
+            if isinstance(dataset, DatasetDict):
+                if source.split not in dataset:
+                    raise ValueError(f"{source.path} has the splits {sorted(dataset)}, and no {source.split!r}.")
+                dataset = dataset[source.split]
+        else:
+            dataset = load_dataset(source.path, source.subset, split=source.split)
+        return _Dataset(f"{source.path}, {source.split}", dataset)
+
+    def __len__(self) -> int:
+        return len(self._dataset)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        return _hash_of([Path(file["filename"]) for file in self._dataset.cache_files]) + self._name
+
+    def read(self, indices: Sequence[int]) -> list[Row]:
+        columns = self._dataset[list(indices)]
+        rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+        return [Row(f"{self._name}, row {index}", without_fills(row)) for index, row in zip(indices, rows, strict=True)]
+
+
+def without_fills(value: Any) -> Any:
+    """A value without the keys, at any depth, to which Arrow gave None since other rows have them."""
+    if isinstance(value, Mapping):
+        return {key: without_fills(item) for key, item in value.items() if item is not None}
+    if isinstance(value, list):
+        return [without_fills(item) for item in value]
+    return value
+
+
+def _json_row(where: str, text: bytes) -> Row:
+    try:
+        return _row(where, json.loads(text))
+    except ValueError as error:  # JSON or UTF-8
+        return Row(where, {}, f"the line is no JSON: {error}")
+
+
+def _row(where: str, value: Any) -> Row:
+    if isinstance(value, Mapping):
+        return Row(where, value)
+    return Row(where, {}, f"a row is an object with columns, such as {{'messages': [...]}}, not {type(value).__name__}")
+
+
+def _hash_of(files: Sequence[Path]) -> str:
+    digest = hashlib.sha256()
+    for file in files:
+        with file.open("rb") as opened:
+            digest.update(hashlib.file_digest(opened, "sha256").digest())
+    return digest.hexdigest()[:16]
