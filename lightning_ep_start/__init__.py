@@ -52,8 +52,8 @@ In a recipe:
   data       lightning_ep.data.ChatDataModule teaches what the assistant says in chats.
              lightning_ep.data.PromptCompletionDataModule teaches completions.
              lightning_ep.data.TextDataModule teaches texts.
-             Or a LightningDataModule of your own, such as a PackedDataModule
-             (lightning_ep.data.PackedDataModule), which packs documents.
+             Or a LightningDataModule of your own; lightning_ep.data.PackedDataModule
+             is a base for those that pack documents.
   callbacks  lightning_ep.callbacks.Throughput logs tokens per second.
              lightning_ep.callbacks.GenerateSamples prints continuations of prompts.
              lightning_ep.callbacks.HuggingFaceExport writes what transformers reads.

@@ -18,6 +18,7 @@ import lightning_ep
 # "module:name", "module:Class.name"; an attribute that instances get in a method counts too.
 PRIVATE = [
     "os:_exit",
+    "sys:_current_frames",
     "sys:_getframe",
     "lightning.fabric.plugins.precision.utils:_DtypeContextManager",
     "lightning.fabric.plugins.precision.utils:_convert_fp_tensor",

@@ -39,6 +39,7 @@ OURS = [
     ("cli/opened.py", {"data", "strict_loading"}, "the model and module that the command has built"),
     ("cli/saved_model.py", {"generation_config"}, "a model that `meta_model` has made"),
     ("context_parallel/attention.py", {"masks"}, "a SequencePiece"),
+    ("data/chat.py", {"chat_template"}, "the tokenizer that the data module has loaded"),
     ("data/corpus.py", {"pre_tokenizer", "decoder"}, "a tokenizer in the making"),
     ("data/preparation.py", {"environ"}, "a worker process's own"),
     ("data/resumable_loader.py", {"manual_seed"}, "a generator of its own"),

@@ -24,7 +24,7 @@ import torch
 import torch.distributed as dist
 
 from lightning_ep.distributed.progress import Progress
-from lightning_ep.distributed.stacks import Call, Stacks, own_calls
+from lightning_ep.distributed.stacks import Call, calls_of, own_calls
 
 _PATIENCE = 6.0  # seconds on one line, twice, until ranks that all wait are said to wait for ever
 _WARN_AFTER = 30.0  # seconds until a rank says for which others it waits, which may be slow only
@@ -149,7 +149,8 @@ class Watch:
 
     def __init__(self, progress: Progress) -> None:
         self._progress = weakref.ref(progress)
-        self._watched, self._stacks = threading.get_ident(), Stacks()
+        self._watched = threading.get_ident()
+        self._moves = -1
         self._rank, self._size = dist.get_rank(), dist.get_world_size()
         self._store = _store(str(next(_instances)))
         self._signature: Any = None
@@ -174,16 +175,19 @@ class Watch:
             self._ended.wait(_INTERVAL)
 
     def _look(self, progress: Progress) -> None:
-        if not (calls := self._stacks.calls(self._watched)):
-            return
+        # A thread that goes on is left alone.
+        moved, self._moves = progress.moves != self._moves, progress.moves
+        calls = [] if moved else calls_of(self._watched)
         still = self._standing(calls, progress)
         if self._rank != 0 and self._store.check(["verdict"]):
             _end()
-        asks = still > _PATIENCE and Place.of(calls, progress).waits
+        asks = still > _PATIENCE and bool(calls) and Place.of(calls, progress).waits
         asked = self._store.add("asked", int(asks))
         if asked == self._answered:
             return
         self._answered = asked
+        if not (calls := calls or calls_of(self._watched)):
+            return  # it has ended
         self._store.set(str(self._rank), json.dumps(asdict(Place.of(calls, progress, still, asked))))
         if self._rank == 0:
             self._judge(progress)
@@ -211,7 +215,7 @@ class Watch:
             print(f"\n{verdict}", file=sys.stderr, flush=True)
             self._store.set("verdict", "")
             time.sleep(_GRACE)
-            if (calls := self._stacks.calls(self._watched)) and self._standing(calls, progress) > _GRACE:
+            if (calls := calls_of(self._watched)) and self._standing(calls, progress) > _GRACE:
                 _end()
         self._warn(places)
 

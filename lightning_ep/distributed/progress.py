@@ -58,12 +58,14 @@ class Progress:
     Attributes:
         step: Where training stands, for messages, such as ``"training step 12"``.
         steps: Steps of any stage that this rank has begun.
+        moves: What it has begun in all, steps and exchanges: unchanged while it stands.
         verdict: Why the job is being ended, if it is: ranks wait for one another in different places.
     """
 
     def __init__(self) -> None:
         self.step = "before the first step"
         self.steps = 0
+        self.moves = 0
         self.verdict: str | None = None
         self._first_layer: str | None = None
         self._started: deque[Exchange] = deque()
@@ -77,6 +79,7 @@ class Progress:
         """Notes a step that begins; all ranks begin the same ones."""
         self.step = step
         self.steps += 1
+        self.moves += 1
 
     def end(self, verdict: str) -> None:
         """Notes why the job is being ended."""
@@ -94,6 +97,7 @@ class Progress:
     def started(self, layer: str, hop: str, work: dist.Work) -> Exchange:
         """Notes an exchange that is in flight."""
         exchange = Exchange(layer, hop, self.step, work)
+        self.moves += 1
         with self._lock:
             if len(self._started) >= _KEPT:
                 self._drop_finished()
@@ -104,6 +108,7 @@ class Progress:
     def blocking(self, layer: str, hop: str) -> Iterator[None]:
         """Notes that the host may block on an exchange."""
         self._waiting = f"{hop} of layer {layer}, {self.step}"
+        self.moves += 1
         yield
         # Not in a finally: after an exception the note must still say where it happened.
         self._waiting, self._last = None, self._waiting

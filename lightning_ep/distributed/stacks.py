@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import faulthandler
+import gc
 import linecache
-import os
-import re
 import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FrameType
 
-_THREAD = re.compile(r"(?:Current thread|Thread) 0x([0-9a-f]+)")
-_CALL = re.compile(r'  File "(.*)", line (\d+|\?\?\?) in (.*)')
+_ALONE = 0.05  # seconds; a stack is read in a hundredth of that
 
 
 @dataclass(frozen=True)
@@ -29,40 +29,38 @@ class Call:
 
 def own_calls() -> list[Call]:
     """The calls that this thread is in, innermost first, without this one."""
+    return _calls(sys._getframe(1))
+
+
+def calls_of(thread: int) -> list[Call]:
+    """Those that another thread, by its `threading.get_ident`, is in, innermost first; none if it has ended.
+
+    All other threads stand still meanwhile. Frames that go on to run while they are walked crash Python 3.11 now and
+    then (SIGSEGV in `PyFrame_GetBack`, seen here; python/cpython#111363). `faulthandler` is no way around: it does not
+    lock the list of threads, and crashes where one is just being made (seen here, too).
+    """
+    with _no_other_thread_runs():
+        return _calls(sys._current_frames().get(thread))
+
+
+def _calls(frame: FrameType | None) -> list[Call]:
     calls: list[Call] = []
-    frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         calls.append(Call(frame.f_code.co_filename, frame.f_lineno, frame.f_code.co_name))
         frame = frame.f_back
     return calls
 
 
-class Stacks:
-    """Reads the calls of other threads.
-
-    Not from `sys._current_frames`: its frames go on to run while they are walked, and Python 3.11 crashes of that
-    (SIGSEGV in `PyFrame_GetBack`, seen here; python/cpython#111363). `faulthandler` writes them down in one go, in C,
-    with the interpreter's lock held.
-    """
-
-    def __init__(self) -> None:
-        self._file = os.fdopen(os.memfd_create("stacks"), "w+b")
-
-    def calls(self, thread: int) -> list[Call]:
-        """Those that a thread, by its `threading.get_ident`, is in: the innermost 100, innermost first.
-
-        Returns:
-            Nothing for a thread that has ended.
-        """
-        self._file.seek(0)
-        self._file.truncate()
-        faulthandler.dump_traceback(self._file, all_threads=True)
-        self._file.seek(0)
-        found: dict[int, list[Call]] = {}
-        calls: list[Call] = []
-        for line in self._file.read().decode(errors="replace").splitlines():
-            if begins := _THREAD.match(line):
-                calls = found[int(begins[1], 16)] = []
-            elif call := _CALL.match(line):
-                calls.append(Call(call[1], int(call[2]) if call[2].isdigit() else 0, call[3]))
-        return found.get(thread, [])
+@contextmanager
+def _no_other_thread_runs() -> Iterator[None]:
+    """Keeps the interpreter's lock: others ask for it after they have waited for the switch interval, made long."""
+    interval, collects = sys.getswitchinterval(), gc.isenabled()
+    gc.disable()  # it may run anything
+    sys.setswitchinterval(_ALONE)
+    try:
+        time.sleep(0)  # gives the lock away once: who waits for it now has the long interval before them
+        yield
+    finally:
+        sys.setswitchinterval(interval)
+        if collects:
+            gc.enable()
