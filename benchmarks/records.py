@@ -53,16 +53,16 @@ def provenance(tree: Path = ROOT) -> dict[str, str]:
 def commit(tree: Path = ROOT) -> str:
     """The commit of a tree in short, ``+changes`` behind it where files differ, or ``unknown``.
 
-    A tree without ``.git`` (of `git archive`, or copied to another machine) says it in a file ``.commit`` in its root,
-    or, if it is this one, in the environment variable ``LIGHTNING_EP_COMMIT``.
+    Of this tree the environment variable ``LIGHTNING_EP_COMMIT`` says it first: a machine that it was copied to may
+    have a ``.git`` of its own. A tree without one (of `git archive`) says it in a file ``.commit`` in its root.
     """
+    if tree == ROOT and os.environ.get("LIGHTNING_EP_COMMIT"):
+        return os.environ["LIGHTNING_EP_COMMIT"]
     if (tree / ".git").exists():
         git = ["git", "-C", str(tree)]
         name = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True).stdout
         changes = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True, check=True).stdout
         return name.strip() + ("+changes" if changes.strip() else "")
-    if tree == ROOT and os.environ.get("LIGHTNING_EP_COMMIT"):
-        return os.environ["LIGHTNING_EP_COMMIT"]
     written = tree / ".commit"
     return written.read_text().strip() if written.exists() else "unknown"
 

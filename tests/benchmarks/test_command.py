@@ -229,6 +229,8 @@ def test_a_record_says_which_commit_ran(tmp_path: Path, monkeypatch: pytest.Monk
     for arguments in (["init", "-q"], ["add", "."], ["commit", "-qm", "x"]):
         subprocess.run([*git, *arguments], check=True)
     name = subprocess.run([*git, "log", "-1", "--format=%h"], check=True, capture_output=True, text=True).stdout.strip()
+    assert records.commit(tmp_path) == "def5678", "it was copied, with somebody's .git"
+    monkeypatch.delenv("LIGHTNING_EP_COMMIT")
     assert records.commit(tmp_path) == name
     (tmp_path / "more").write_text("")
     assert records.commit(tmp_path) == f"{name}+changes"
