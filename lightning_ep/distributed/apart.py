@@ -150,10 +150,9 @@ class Watch:
     def __init__(self, progress: Progress) -> None:
         self._progress = weakref.ref(progress)
         self._watched = threading.get_ident()
-        self._moves = -1
         self._rank, self._size = dist.get_rank(), dist.get_world_size()
         self._store = _store(str(next(_instances)))
-        self._signature: Any = None
+        self._seen: tuple[int, list[Call]] = (-1, [])
         self._since = time.monotonic()
         self._answered = 0
         self._suspects = 0
@@ -176,8 +175,7 @@ class Watch:
 
     def _look(self, progress: Progress) -> None:
         # A thread that goes on is left alone.
-        moved, self._moves = progress.moves != self._moves, progress.moves
-        calls = [] if moved else calls_of(self._watched)
+        calls = calls_of(self._watched) if progress.moves == self._seen[0] else []
         still = self._standing(calls, progress)
         if self._rank != 0 and self._store.check(["verdict"]):
             _end()
@@ -194,8 +192,8 @@ class Watch:
 
     def _standing(self, calls: list[Call], progress: Progress) -> float:
         """Seconds since the thread has moved."""
-        if (progress.steps, calls) != self._signature:
-            self._signature, self._since = (progress.steps, calls), time.monotonic()
+        if (seen := (progress.moves, calls)) != self._seen:
+            self._seen, self._since = seen, time.monotonic()
         return time.monotonic() - self._since
 
     def _judge(self, progress: Progress) -> None:

@@ -58,7 +58,7 @@ class Interrupts:
         os.write(self._pipe[1], bytes([_END]))  # closing it does not end the thread while a worker has it open, too
         os.close(self._pipe[1])
         self._pipe = None
-        if self._thread is not None and self._thread is not threading.current_thread():
+        if self._thread is not None:
             self._thread.join()
 
     def _count(self, pipe: int) -> None:

@@ -165,6 +165,21 @@ def test_the_watch_ends_with_the_run_that_it_watches() -> None:
         time.sleep(0.01)
 
 
+def _slow_step() -> float:
+    """Seconds for which a rank is said to stand in one step of many exchanges."""
+    apart._INTERVAL = 0.1  # in which it has gone on, whenever it is looked at
+    progress = Progress()
+    watch = apart.Watch(progress)
+    for _ in range(25):
+        with progress.blocking("layers.3", "dispatch"):
+            time.sleep(0.04)
+    return time.monotonic() - watch._since
+
+
+def test_a_rank_that_goes_on_in_a_long_step_does_not_stand() -> None:
+    assert run_ranks(1, _slow_step)[0] < 0.5
+
+
 class _OnOneRank(TinyModule):
     """Does on rank 0 alone what is for all ranks, after its second step."""
 
