@@ -6,7 +6,9 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
+from lightning_ep import transformers_adapter as adapter
 from lightning_ep.fsdp import state as fsdp
+from lightning_ep.fsdp.optional_parts import OptionalParts
 from lightning_ep.moe.experts import is_parallel_experts
 
 
@@ -32,12 +34,14 @@ def reduce_kept_gradients(module: nn.Module) -> None:
     one is a root of its own. What copies of the model (``replicate``) have yet to add is added with a gradient only.
     Every rank must call it.
     """
+    parts = {child: found for child in module.modules() if (found := adapter.recall(child, OptionalParts)) is not None}
+    agreed = {fsdp.state_of(model) for model, found in parts.items() if found.agree_on_waiting()}
     for root in fsdp.roots(module):
         waiting = [group for group in fsdp.groups_of(root) if fsdp.keeps_gradients(group)]
         for group in waiting:
             if fsdp.awaits_all_reduce(group):
                 fsdp.add_zero_gradients(group)
-        if waiting:
+        if waiting or root in agreed:
             fsdp.finish_backward(root)
 
 

@@ -7,15 +7,17 @@ from dataclasses import replace
 from functools import partial
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 from transformers import PreTrainedModel
 
 from lightning_ep import transformers_adapter as adapter
+from lightning_ep.fsdp.optional_parts import OptionalParts
 from lightning_ep.fsdp.passes import watch_layers, watch_root
 from lightning_ep.fsdp.prefetch import chain_prefetches
-from lightning_ep.fsdp.state import keep_fp32, state_of
+from lightning_ep.fsdp.state import keep_fp32, states_in
 from lightning_ep.layout import Meshes
 from lightning_ep.moe.experts import expert_context, is_parallel_experts
 from lightning_ep.moe.master_weights import ModelMasterWeights
@@ -100,7 +102,9 @@ def shard_dense(model: PreTrainedModel, meshes: Meshes, mp_policy: MixedPrecisio
     shard = partial(fully_shard, mesh=meshes.dense_shards, mp_policy=mp_policy, ignored_params=ignored)
     kept = {_holder(model, name) for name in adapter.fp32_parameters(model)} if in_bf16(model, mp_policy) else set()
     layers = adapter.decoder_layers(model)
-    groups = group_layers(layers, ignored)
+    parts = adapter.optional_parts(model) if dist.get_world_size() > 1 else []
+    beside = {child for part in parts for child in part.modules()}
+    groups = group_layers([layer for layer in layers if layer not in beside], ignored)
     for group in groups:
         shard(group)
         watch_layers(group, mp_policy)
@@ -112,15 +116,32 @@ def shard_dense(model: PreTrainedModel, meshes: Meshes, mp_policy: MixedPrecisio
     # losses expect that read its weight.
     if head_alone and head is not None and not adapter.shares_parameters(head, model):
         shard(head)
+    units = [
+        unit for part in parts if not adapter.shares_parameters(part, model) for unit in _units(part, layers, ignored)
+    ]
+    for unit in units:
+        shard(unit)
     # Said explicitly: by default a root stays gathered until a backward comes to it. After validation none comes, and
     # an optimizer built then would get plain copies of its parameters and train nothing; nor does it come in steps
     # that freeze the model, and the next forward would use weights from before the optimizer step.
     shard(model, reshard_after_forward=True)
     if kept:
-        for state in {state_of(module) for module in model.modules() if isinstance(module, FSDPModule)}:
+        for state in states_in(model):
             keep_fp32(state, kept)
     watch_root(model, [embedding, *layers])
-    chain_prefetches(model, embedding, groups)
+    chain_prefetches(model, embedding, groups, [unit[0] for unit in units])
+    for child in model.modules():
+        if isinstance(child, FSDPModule) and isinstance(child, PreTrainedModel):
+            adapter.keep_recording(child)
+    if units:
+        OptionalParts(model, units, embedding, mp_policy)
+
+
+def _units(part: nn.Module, layers: Collection[nn.Module], ignored: Collection[nn.Parameter]) -> list[list[nn.Module]]:
+    """What of an optional part is gathered together: its layers in groups, and the rest."""
+    inner = [layer for layer in part.modules() if layer in layers and layer is not part]
+    inside = {child for layer in inner for child in layer.modules() if child is not layer}
+    return [*group_layers([layer for layer in inner if layer not in inside], ignored), [part]]
 
 
 def in_bf16(model: nn.Module, mp_policy: MixedPrecisionPolicy) -> bool:

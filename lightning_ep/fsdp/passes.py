@@ -129,6 +129,11 @@ def _enter_layer(state: State, mp_policy: MixedPrecisionPolicy, layer: nn.Module
             "through backward already: a reentrant checkpoint around single layers does that. Use "
             "activation_checkpointing='selective' or 'full' instead, or use_reentrant=False."
         )
+    return cast_inputs(mp_policy, args, kwargs)
+
+
+def cast_inputs(mp_policy: MixedPrecisionPolicy, args: Any, kwargs: Any) -> tuple[Any, Any] | None:
+    """The arguments of a forward as FSDP casts them, or None where there is nothing to cast."""
     dtype = mp_policy.param_dtype
     if dtype is None or not mp_policy.cast_forward_inputs or not any(map(partial(_may_cast, dtype), (args, kwargs))):
         return None

@@ -8,7 +8,9 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
 
-def chain_prefetches(model: nn.Module, embedding: nn.Module, layers: Iterable[Sequence[nn.Module]]) -> None:
+def chain_prefetches(
+    model: nn.Module, embedding: nn.Module, layers: Iterable[Sequence[nn.Module]], parts: Sequence[nn.Module] = ()
+) -> None:
     """Has every group of parameters gather those of one step further on before it computes, in both directions.
 
     Left alone, FSDP gathers a group when the host gets to it. The host waits for the GPU in every MoE layer (for the
@@ -21,10 +23,15 @@ def chain_prefetches(model: nn.Module, embedding: nn.Module, layers: Iterable[Se
         embedding: The input embedding.
         layers: The decoder layers in the order of forward, those together that FSDP gathers together; a layer that is
             alone may have groups inside, for its experts.
+        parts: What is gathered in every forward, called or not: behind what computes first, which it would hold up.
     """
     # Experts come after their layer's own parameters in forward, and in backward too: a layer's hook fires with the
     # gradient of its output.
     groups = [[group[0], *_inner_groups(group[0])] for group in layers]
+    if parts:
+        first = [embedding, *(groups[0] if groups else [])]
+        assert isinstance(model, FSDPModule)
+        model.set_modules_to_forward_prefetch([unit for unit in (*first, *parts) if isinstance(unit, FSDPModule)])
     _chain([[embedding], *groups], FSDPModule.set_modules_to_forward_prefetch)
     _chain([[model], *groups[::-1]], FSDPModule.set_modules_to_backward_prefetch)
 

@@ -36,6 +36,16 @@ def roots(module: nn.Module) -> Iterator[State]:
             yield state
 
 
+def group_of(module: nn.Module) -> Group | None:
+    """The group of a module to which `fully_shard` was applied; None if others hold all of its parameters."""
+    return state_of(module)._fsdp_param_group
+
+
+def states_in(module: nn.Module) -> set[State]:
+    """The states of all modules in a module."""
+    return {state_of(child) for child in module.modules() if isinstance(child, FSDPModule)}
+
+
 def groups_of(root: State) -> Iterator[Group]:
     """The groups below a root, each once."""
     for state in root._state_ctx.all_states:
@@ -70,32 +80,64 @@ def backward_is_unfinished(root: State) -> bool:
 
 def finish_backward(root: State) -> None:
     """What comes at the end of a backward: reduces what groups have kept that it did not come to, and shards them."""
-    root._root_post_backward_final_callback()
+    type(root)._root_post_backward_final_callback(root)  # without what `before_backward_ends` adds
 
 
 def make_idle(root: State) -> None:
     """Shards what is gathered below a root, drops what is being gathered, and forgets how far a pass had come."""
     for state in root._state_ctx.all_states:
-        idle = type(state._training_state).IDLE
-        if state._training_state == idle and not state._modules_to_run_forward:
+        idle, group = type(state._training_state).IDLE, state._fsdp_param_group
+        gathered = group is not None and group.is_unsharded
+        if state._training_state == idle and not state._modules_to_run_forward and not gathered:
             continue
         state._training_state = idle
         state._modules_to_run_forward.clear()
-        if state._fsdp_param_group is not None:
-            state._fsdp_param_group._training_state = idle
-            state._fsdp_param_group.reshard()
+        if group is not None:
+            group._training_state = idle
+            group.reshard()
     for group in groups_of(root):
-        if (ahead := group._all_gather_result) is not None:
-            # Its memory is the copy-in stream's, whose next gather would write there while this one still arrives.
-            group._wait_all_gather_streams_on_event(ahead.all_gather_event)
-            group.finalize_backward()  # has the current stream wait, too, and drops it
+        _drop_gathered_ahead(group)
     root._state_ctx.iter_forward_root = None
+
+
+def _drop_gathered_ahead(group: Group) -> None:
+    if (ahead := group._all_gather_result) is not None:
+        # Its memory is the copy-in stream's, whose next gather would write there while this one still arrives.
+        group._wait_all_gather_streams_on_event(ahead.all_gather_event)
+        group.finalize_backward()  # has the current stream wait, too, and drops it
 
 
 def is_gathered(state: State) -> bool:
     """Whether the parameters of a state's group are gathered."""
     gathered: bool = state._fsdp_param_group.is_unsharded
     return gathered
+
+
+# ---------------------------------------------------------------------------------------------------- without hooks
+
+
+def leave_alone(state: State) -> None:
+    """Takes a module's hooks away: it is gathered, reduced and sharded when it is said, whether it is called or not."""
+    state._pre_forward_hook_handle.remove()
+    state._post_forward_hook_handle.remove()
+
+
+def gather(group: Group) -> None:
+    """Gathers a group, or has what was gathered ahead in place."""
+    group.unshard()
+    group.wait_for_unshard()
+
+
+def let_go(group: Group) -> None:
+    """Shards a group, and drops what is being gathered; sends nothing to other ranks."""
+    group.reshard()
+    _drop_gathered_ahead(group)
+
+
+def know_gradients(group: Group) -> None:
+    """Has a group that was gathered ahead, and was never used yet, know what it computes with and its gradients."""
+    if group._all_gather_result is not None and any(_unsharded(param) is None for param in group.fsdp_params):
+        group.wait_for_unshard()
 
 
 def gather_for_backward(state: State, grad: Tensor) -> None:
@@ -118,16 +160,84 @@ def before_every_forward(state: State, function: Callable[[], None]) -> None:
     state._pre_forward = entered
 
 
+def after_every_forward(state: State, function: Callable[[Any], None]) -> None:
+    """Calls ``function`` with the output behind such forwards."""
+    leave = state._post_forward
+
+    @functools.wraps(leave)
+    def left(*args: Any) -> Any:
+        output = leave(*args)
+        function(output)
+        return output
+
+    state._post_forward = left
+
+
+def begin_backward_once(root: State) -> None:
+    """Has a root begin a backward at the first of its outputs only, and gather nothing ahead again at later ones."""
+    begin = root._pre_backward
+
+    @functools.wraps(begin)
+    def begun(grad: Tensor) -> Tensor:
+        has_begun = root._training_state == type(root._training_state).PRE_BACKWARD
+        return grad if has_begun else begin(grad)
+
+    root._pre_backward = begun
+
+
+def before_backward_ends(state: State, function: Callable[[], None]) -> None:
+    """Calls ``function`` when a backward that came to a module first has run, before the groups left are reduced."""
+    end = state._root_post_backward_final_callback
+
+    @functools.wraps(end)
+    def ended() -> None:
+        function()
+        end()
+
+    state._root_post_backward_final_callback = ended
+
+
 # ---------------------------------------------------------------------------------------------------- gradients
 
 
 def keeps_gradients(group: Group) -> bool:
     """Whether a group keeps gradients of an accumulation window that have not been reduced."""
-    return awaits_all_reduce(group) or any(
-        param.unsharded_accumulated_grad is not None
-        or ((unsharded := _unsharded(param)) is not None and unsharded.grad is not None)
-        for param in group.fsdp_params
-    )
+    return awaits_all_reduce(group) or any(_kept(param) is not None for param in group.fsdp_params)
+
+
+def reduces(group: Group) -> bool:
+    """Whether the end of this backward reduces a group's gradients, or an accumulation window keeps them."""
+    enabled: bool = group.reduce_grads
+    return enabled
+
+
+def trains(group: Group) -> bool:
+    """Whether any parameter of a group trains."""
+    return any(param.sharded_param.requires_grad for param in group.fsdp_params)
+
+
+def which_have_gradients(group: Group) -> list[bool]:
+    """Of each parameter that trains, whether it has a gradient that was not reduced."""
+    return [_kept(param) is not None for param in _trained(group)]
+
+
+def add_gradients(group: Group, wanted: Iterable[bool]) -> None:
+    """Gives parameters that are ``wanted`` and have no gradient one of zeros; all of a group's are of one dtype then.
+
+    Args:
+        group: A group that will reduce.
+        wanted: As `which_have_gradients`, of any rank.
+    """
+    params = _trained(group)
+    if any(param.unsharded_accumulated_grad is not None for param in params):
+        # What a window keeps is in the dtype of the reduction; what comes in its last backward only is not.
+        for param in params:
+            if param.unsharded_accumulated_grad is None and _unsharded(param) is not None:
+                param.to_accumulated_grad_if_needed()
+    dtype = next((grad.dtype for param in params if (grad := _kept(param)) is not None), None)
+    for param, has_to in zip(params, wanted, strict=True):
+        if has_to and _kept(param) is None:
+            param.unsharded_accumulated_grad = torch.zeros_like(param._unsharded_param, dtype=dtype)
 
 
 def awaits_all_reduce(group: Group) -> bool:
@@ -151,6 +261,17 @@ def forget_gradients(root: State) -> None:
             param.unsharded_accumulated_grad = None
             if (unsharded := _unsharded(param)) is not None:
                 unsharded.grad = None
+
+
+def _trained(group: Group) -> list[Any]:
+    return [param for param in group.fsdp_params if param.sharded_param.requires_grad]
+
+
+def _kept(param: Any) -> Tensor | None:
+    """The gradient of a parameter that was not reduced."""
+    if (kept := param.unsharded_accumulated_grad) is not None:
+        return kept
+    return unsharded.grad if (unsharded := _unsharded(param)) is not None else None
 
 
 def _unsharded(param: Any) -> Tensor | None:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
+from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
 _DISPATCHED_EXPERTS = "ep_dispatch_experts"
 
@@ -58,6 +59,28 @@ def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
     return [child for child in model.modules() if type(child).__name__ in names]
 
 
+def optional_parts(model: PreTrainedModel) -> list[nn.Module]:
+    """What stands beside the text of a model and is called only by batches that need it: towers, and what projects.
+
+    Text is what `get_decoder` gives, the model that holds the input embedding, and the head. What else has parameters
+    is a part, the largest modules of it, if any has modules inside: one matrix alone is a head of another kind.
+    """
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    around = [m for m in model.modules() if isinstance(m, PreTrainedModel) and embedding in set(m.children())]
+    text = {child for part in (model.get_decoder(), *around, embedding, head) if part for child in part.modules()}
+    parts = list(_beside(model, text))
+    return parts if any(next(part.children(), None) for part in parts) else []
+
+
+def _beside(module: nn.Module, text: set[nn.Module]) -> Iterator[nn.Module]:
+    if text.isdisjoint(module.modules()):
+        if next(module.parameters(), None) is not None:
+            yield module
+    elif module not in text:
+        for child in module.children():
+            yield from _beside(child, text)
+
+
 def routers(models: Iterable[PreTrainedModel]) -> set[nn.Module]:
     """The routers of ``models``: what they declare to give router logits, if it has no experts."""
     models = list(models)
@@ -80,6 +103,11 @@ def refuse_own_checkpointing(model: PreTrainedModel, reason: str) -> None:
     for child in model.modules():
         if isinstance(child, PreTrainedModel):
             child._set_gradient_checkpointing = refuse  # type: ignore[method-assign]
+
+
+def keep_recording(model: PreTrainedModel) -> None:
+    """Has transformers find what a model can record (hidden states) by the class that FSDP2 has put in its place."""
+    _CAN_RECORD_REGISTRY[model] = model._can_record_outputs
 
 
 def tied(model: PreTrainedModel) -> bool:

@@ -1,0 +1,118 @@
+"""Parts of a model that not every batch uses: towers for images and sound, what projects, adapters on them.
+
+FSDP2 gathers a module when it is called, and reduces it when backward has come through it. Where one rank's batch has
+an image and another's has none, ranks then enter different collectives and hang. So these parts have no hooks of
+FSDP's: they are gathered where every forward of the root begins, whether they will be called or not, stay gathered, and
+are reduced where every backward of the root ends, in one order on all ranks.
+
+What to reduce is agreed there, parameter by parameter: one that has a gradient on any rank is reduced, with zeros of
+the others; one that has none on any keeps ``grad=None``, as on one process, where AdamW would otherwise decay it. It is
+an all-reduce of a few hundred bytes between hosts, once per window, for models with such parts that train.
+
+Behind a frozen embedding, hidden states would need a gradient on those ranks only whose batch has an image, and
+backward come to the decoder on those only: `OptionalParts` has them need one on all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import MixedPrecisionPolicy
+
+from lightning_ep import transformers_adapter as adapter
+from lightning_ep.fsdp import state as fsdp
+from lightning_ep.fsdp.passes import cast_inputs
+from lightning_ep.fsdp.state import Group
+
+
+class OptionalParts:
+    """The parts of one root, `remember`ed on it.
+
+    Args:
+        root: The model, to which `fully_shard` was applied last.
+        units: What FSDP gathers together of its parts: modules to which it was applied together, one list each.
+        embedding: The input embedding.
+        mp_policy: The policy of the units.
+    """
+
+    def __init__(
+        self,
+        root: nn.Module,
+        units: Sequence[Sequence[nn.Module]],
+        embedding: nn.Module,
+        mp_policy: MixedPrecisionPolicy,
+    ) -> None:
+        self._parts = [group for unit in units if (group := fsdp.group_of(unit[0])) is not None]
+        # The root's own group holds what belongs to no part, as one vector that separates images.
+        own = fsdp.group_of(root)
+        self._agreed = [*([own] if own is not None else []), *self._parts]
+        self._waiting = False
+        # Over the hosts: what they say to one another would wait on a GPU for all that was launched before.
+        self._hosts = dist.group.WORLD if dist.get_backend() == "gloo" else dist.new_group(backend="gloo")
+        for unit in units:
+            fsdp.leave_alone(fsdp.state_of(unit[0]))
+            for module in unit:
+                enter = partial(_enter, fsdp.group_of(unit[0]), mp_policy)
+                module.register_forward_pre_hook(enter, prepend=True, with_kwargs=True)
+        embedding.register_forward_hook(self._need_gradient)
+        root.register_forward_hook(lambda module, args, output: self._leave_forward(output))
+        fsdp.after_every_forward(fsdp.state_of(root), self._leave_forward)
+        fsdp.begin_backward_once(
+            fsdp.state_of(root)
+        )  # models return what a tower gave, too, which backward reaches last
+        for state in fsdp.states_in(root):
+            fsdp.before_backward_ends(state, self.end_backward)
+        adapter.remember(root, self)
+
+    def end_backward(self) -> None:
+        """Agrees on what the groups reduce that no backward has reduced yet; every rank must call it."""
+        for group in self._agreed:
+            fsdp.know_gradients(group)
+        self._waiting = not all(map(fsdp.reduces, self._agreed))
+        if not self._waiting:
+            self._agree()
+
+    def agree_on_waiting(self) -> bool:
+        """Agrees for a window whose last backward did not come to the root; says whether there was any."""
+        waiting, self._waiting = self._waiting, False
+        if waiting:
+            self._agree()
+        return waiting
+
+    def _agree(self) -> None:
+        found = [fsdp.which_have_gradients(group) for group in self._agreed]
+        anywhere = torch.tensor([has for group in found for has in group], dtype=torch.uint8)
+        if len(anywhere):
+            dist.all_reduce(anywhere, dist.ReduceOp.MAX, group=self._hosts)
+        wanted = anywhere.bool().split([len(group) for group in found])
+        for group, of_any in zip(self._agreed, wanted, strict=True):
+            fsdp.add_gradients(group, of_any.tolist())
+
+    def _need_gradient(self, embedding: nn.Module, args: Any, output: Any) -> Tensor | None:
+        if not torch.is_grad_enabled() or not isinstance(output, Tensor) or output.requires_grad:
+            return None
+        if not any(map(fsdp.trains, self._parts)):
+            return None
+        return output.detach().requires_grad_().clone()  # a model may write into it, which a leaf forbids
+
+    def _leave_forward(self, output: Any) -> None:
+        if not _has_gradient(output):  # else a backward will come, for which the parts stay gathered
+            for group in self._parts:
+                fsdp.let_go(group)
+
+
+def _has_gradient(output: Any) -> bool:
+    if isinstance(output, Tensor):
+        return output.requires_grad
+    values = output.values() if isinstance(output, Mapping) else output
+    return isinstance(output, Mapping | tuple | list) and any(map(_has_gradient, values))
+
+
+def _enter(group: Group, mp_policy: MixedPrecisionPolicy, module: nn.Module, args: Any, kwargs: Any) -> Any:
+    fsdp.gather(group)
+    return cast_inputs(mp_policy, args, kwargs)

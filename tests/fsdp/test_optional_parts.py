@@ -1,0 +1,177 @@
+"""Images on one rank, on none, on both, in turns: training equals one process on the batches of all ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import peft
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import MixedPrecisionPolicy
+from torch.distributed.tensor import DTensor
+
+from lightning_ep import ParallelLayout, parallelize
+from lightning_ep.fsdp.accumulation import reduce_kept_gradients, set_gradient_sync
+from tests.multimodal import IMAGES, image_batch, multimodal_model, text_batch
+from tests.ranks import assert_ranks_agree, device
+from tests.reference import relative_error
+
+# By window and micro-batch: which of two ranks have an image.
+TURNS = [[(1, 0), (0, 1)], [(0, 0), (0, 0)], [(0, 1), (0, 0)], [(0, 0), (1, 1)], [(0, 0), (1, 0)]]
+ONCE = [[(1, 0)], [(0, 0)], [(0, 1)], [(1, 1)]]
+
+
+class WithValueHead(nn.Module):
+    """A model and, outside of it, a head on its last hidden state."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+        self.value = nn.Linear(32, 1)
+        nn.init.constant_(self.value.weight, 0.1)
+
+    def forward(self, **batch: Any) -> Any:
+        output = self.model(**batch, output_hidden_states=True)
+        output.loss = output.loss + self.value(output.hidden_states[-1]).square().mean()
+        return output
+
+
+def _adapters_on_tower_and_text(model: Any) -> nn.Module:
+    torch.manual_seed(1)
+    targets = r".*visual.*(qkv|proj|linear_fc1)|.*language_model.*q_proj"
+    return WithValueHead(peft.get_peft_model(model, peft.LoraConfig(target_modules=targets, init_lora_weights=False)))
+
+
+def _only(*names: str) -> Callable[[Any], nn.Module]:
+    def freeze(model: Any) -> nn.Module:
+        for name, param in model.named_parameters():
+            param.requires_grad_(any(part in name for part in names))
+        return model
+
+    return freeze
+
+
+CHANGES: dict[str, Callable[[Any], nn.Module]] = {
+    "nothing": lambda model: model,
+    "a value head outside, adapters on tower and text": _adapters_on_tower_and_text,
+    "only what projects trains": _only("merger"),
+    "the tower is frozen": _only("language_model", "lm_head"),
+    "only attention of text and the projection train": _only("q_proj", "merger"),
+}
+
+
+def _trains_like_one_process(
+    family: str, windows: Any, change: str, mode: Any = "none", replicate: int = 1, bf16: bool = False
+) -> list[str]:
+    rank, world = dist.get_rank(), dist.get_world_size()
+    plain, sharded = CHANGES[change](multimodal_model(family)), CHANGES[change](multimodal_model(family))
+    sizes = ParallelLayout.resolve(2, "auto", world, world, replicate)
+    policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if bf16 else None
+    parallelize(sharded, sizes, device(), activation_checkpointing=mode, mp_policy=policy)
+    optimizers = [torch.optim.SGD(model.parameters(), lr=0.05, weight_decay=0.1) for model in (plain, sharded)]
+    makes = multimodal_model(family)
+    wrong: list[str] = []
+    for number, window in enumerate(windows):
+        for index, has_image in enumerate(window):
+            seeds = [100 * number + 10 * index + other for other in range(world)]
+            batches = [
+                image_batch(family, makes, seed) if has_image[other % 2] else text_batch(seed)
+                for other, seed in enumerate(seeds)
+            ]
+            for batch in batches:
+                _backward(plain, batch)
+            set_gradient_sync(sharded, index == len(window) - 1)
+            _backward(sharded, {key: value.to(device()) for key, value in batches[rank].items()})
+        reduce_kept_gradients(sharded)
+        tolerance = 0.3 if bf16 else 1e-5  # near-ties in routers send tokens elsewhere
+        wrong += [f"window {number}: {found}" for found in _differences(plain, sharded.parameters(), tolerance)]
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+    return wrong
+
+
+def _backward(model: nn.Module, batch: Any) -> None:
+    loss = model(**batch, use_cache=False).loss
+    if loss.requires_grad:  # without an image there may be nothing to train on one process
+        loss.backward()
+
+
+def _differences(plain: nn.Module, params: Iterable[Tensor], tolerance: float) -> list[str]:
+    wrong = []
+    for (name, expected), param in zip(plain.named_parameters(), params, strict=True):
+        if expected.grad is None or param.grad is None:
+            # Experts that no token came to have none on one process, and zeros here.
+            none = expected.grad is None and (param.grad is None or "experts" in name)
+            wrong += [] if none else [f"{name}: {expected.grad is None=}, {param.grad is None=}"]
+            continue
+        grad = param.grad.full_tensor().cpu()
+        if not (relative_error(grad, expected.grad) <= tolerance or (grad - expected.grad).norm() <= tolerance / 10):
+            wrong.append(f"{name}: {relative_error(grad, expected.grad):.1e}")
+        weight = param.full_tensor().cpu()
+        if not relative_error(weight, expected.detach()) <= tolerance:
+            wrong.append(f"weight of {name}: {relative_error(weight, expected.detach()):.1e}")
+    return wrong
+
+
+@pytest.mark.parametrize("family", ["qwen3_vl_moe", "llava"])
+def test_images_in_turns(family: str) -> None:
+    assert_ranks_agree(2, _trains_like_one_process, family, TURNS, "nothing")
+
+
+@pytest.mark.parametrize("change", [change for change in CHANGES if change != "nothing"])
+def test_parts_that_train_and_parts_that_do_not(change: str) -> None:
+    assert_ranks_agree(2, _trains_like_one_process, "qwen3_vl_moe", TURNS, change)
+
+
+def test_in_bf16_with_gradients_kept_in_fp32() -> None:
+    assert_ranks_agree(2, _trains_like_one_process, "qwen3_vl_moe", TURNS[:3], "nothing", "full", 1, True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["selective", "full"])
+@pytest.mark.parametrize("change", CHANGES)
+def test_recomputed(change: str, mode: str) -> None:
+    assert_ranks_agree(2, _trains_like_one_process, "qwen3_vl_moe", TURNS, change, mode)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("replicate", [1, 2])
+def test_with_experts_over_fsdp_and_copies(replicate: int) -> None:
+    assert_ranks_agree(4, _trains_like_one_process, "qwen3_vl_moe", TURNS, "nothing", "none", replicate)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", IMAGES)
+def test_every_family(family: str) -> None:
+    assert_ranks_agree(2, _trains_like_one_process, family, ONCE, "nothing", timeout=300)
+
+
+def _after_a_forward_alone() -> list[str]:
+    family, rank = "qwen3_vl_moe", dist.get_rank()
+    plain, model = multimodal_model(family), multimodal_model(family)
+    parallelize(model, ParallelLayout.resolve(2, "auto", 2, 2), device())
+    data = [image_batch(family, plain, 0), text_batch(1)]
+    batch = {key: value.to(device()) for key, value in data[rank].items()}
+    wrong = []
+    with torch.no_grad():
+        loss = model(**batch, use_cache=False).loss
+        wrong += [f"gathered: {name}" for name, param in model.named_parameters() if not isinstance(param, DTensor)]
+        if not relative_error(loss, plain(**data[rank], use_cache=False).loss) <= 1e-5:
+            wrong.append("the loss of a forward alone")
+    shards = list(model.parameters())  # an optimizer's
+    model(**batch, use_cache=False)  # whose backward never comes
+    with torch.no_grad():
+        for params in (plain.parameters(), shards):
+            for param in params:
+                (param.to_local() if isinstance(param, DTensor) else param).mul_(1.5)
+    if not relative_error(model(**batch, use_cache=False).loss, plain(**data[rank], use_cache=False).loss) <= 1e-5:
+        wrong.append("old weights are used")
+    return wrong
+
+
+def test_nothing_stays_gathered_behind_a_forward_alone() -> None:
+    assert_ranks_agree(2, _after_a_forward_alone)

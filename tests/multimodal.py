@@ -1,0 +1,100 @@
+"""Tiny multimodal MoE models with random weights, and batches with and without an image (a clip of sound)."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from tests.hub.every_family import auto_class_of, tiny_config_of
+
+Inputs = dict[str, Any]
+_LENGTH = 24
+_FIRST_SPECIAL = 100  # ids from here on stand for placeholders; text has smaller ones
+
+
+def _patches(config: Any, time: int | None = None, channels: int = 3, **more: Any) -> Inputs:
+    """An image of 4 x 4 patches, flat or (without ``time``) as small pictures."""
+    vision = config.vision_config
+    size = vision.patch_size
+    shape = (channels, size, size) if time is None else (channels * time * size * size,)
+    return {"pixel_values": _random(16, *shape), "image_grid_thw": torch.tensor([[1, 4, 4]]), **more}
+
+
+def _picture(config: Any, **more: Any) -> Inputs:
+    size = config.vision_config.image_size
+    return {"pixel_values": _random(1, 3, size, size), **more}
+
+
+def _random(*shape: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(3))
+
+
+IMAGES: dict[str, Callable[[Any], Inputs]] = {
+    "aria": lambda c: _picture(c),
+    "ernie4_5_vl_moe": lambda c: _patches(c, 1),
+    "glm4v_moe": lambda c: _patches(c, 2),
+    "glm5_next": lambda c: _patches(c, 2),
+    "inkling2": lambda c: _patches(c, 1),
+    "kimi_k25": lambda c: _patches(c),
+    "llava": lambda c: _picture(c),
+    "minimax_m3_vl": lambda c: _patches(c, 2),
+    "mistral_large4": lambda c: {"pixel_values": _random(1, 3, 56, 56), "image_sizes": torch.tensor([[56, 56]])},
+    "qwen3_5_moe": lambda c: _patches(c, 2),
+    "qwen3_omni_moe_thinker": lambda c: _patches(c, 2),
+    "qwen3_vl_moe": lambda c: _patches(c, 2),
+    "qwen4_exp": lambda c: _patches(c, 2),
+    "step3p7": lambda c: _picture(c),
+}
+
+
+def multimodal_model(family: str, std: float = 0.1) -> PreTrainedModel:
+    """A tiny model of a family, with equal random weights wherever it is built, and eager experts."""
+    config = tiny_config_of(family)
+    _give_small_ids(config)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = auto_class_of(config).from_config(config, attn_implementation="eager")
+        with torch.no_grad():
+            for name, param in model.named_parameters():
+                if "norm" not in name:
+                    param.normal_(std=std)
+    model.set_experts_implementation("eager")
+    return model
+
+
+def _give_small_ids(config: PreTrainedConfig) -> None:
+    """Ids of placeholders that the small vocabulary has."""
+    vocabulary = config.get_text_config().vocab_size
+    large = [name for name, value in vars(config).items() if "token" in name and isinstance(value, int)]
+    for index, name in enumerate(name for name in large if getattr(config, name) >= vocabulary or "image" in name):
+        setattr(config, name, _FIRST_SPECIAL + index)
+
+
+def text_batch(seed: int, size: int = 1) -> Inputs:
+    """Sequences of text, with labels."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(3, _FIRST_SPECIAL, (size, _LENGTH), generator=generator)
+    return {"input_ids": ids, "labels": ids.clone()}
+
+
+def image_batch(family: str, model: PreTrainedModel, seed: int) -> Inputs:
+    """A sequence of text with an image in it."""
+    batch = text_batch(seed)
+    inputs = IMAGES[family](model.config)
+    with torch.no_grad():
+        base = model if hasattr(model, "get_image_features") else model.model
+        features = base.get_image_features(**inputs).pooler_output
+    tokens = sum(len(piece.flatten(0, -2)) for piece in features)
+    config: Any = model.config
+    token = getattr(config, "image_token_id", None) or config.image_token_index
+    batch["input_ids"][:, 2 : 2 + tokens] = token
+    placeholders = batch["input_ids"] == token
+    batch["labels"][placeholders] = -100
+    if "mm_token_type_ids" in inspect.signature(model.forward).parameters:
+        batch["mm_token_type_ids"] = placeholders.int()
+    return {**batch, **inputs}
