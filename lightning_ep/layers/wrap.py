@@ -40,7 +40,8 @@ def check_recompute(module: nn.Module, plan: Iterable[str], mode: ActivationChec
         if module.get_submodule(name) not in routed:
             raise ValueError(
                 f"activation_checkpointing={mode!r} cannot serve {name}: its family declares no router module "
-                "(`_can_record_outputs`) in the decoder layer around it. Use activation_checkpointing='none'."
+                "(`_can_record_outputs`) in the decoder layer around it, and beside it stands none. "
+                "Use activation_checkpointing='none'."
             )
 
 

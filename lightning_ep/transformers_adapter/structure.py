@@ -82,14 +82,30 @@ def _beside(module: nn.Module, text: set[nn.Module]) -> Iterator[nn.Module]:
 
 
 def routers(models: Iterable[PreTrainedModel]) -> set[nn.Module]:
-    """The routers of ``models``: what they declare to give router logits, if it has no experts."""
+    """The routers of ``models``: what they declare to give router logits, if it has no experts.
+
+    Where a family declares none for some experts (those of another kind of router, or of a tower), it is what stands
+    beside them and has a row of weights per expert.
+    """
     models = list(models)
     inner = [child for model in models for child in model.modules() if isinstance(child, PreTrainedModel)]
     recorders = [(child._can_record_outputs or {}).get("router_logits") for child in inner]
     classes = tuple({getattr(recorder, "target_class", recorder) for recorder in recorders if recorder is not None})
     experts = {child for model in models for child in experts_modules(model).values()}
     declared = {child for model in models for child in model.modules() if isinstance(child, classes)}
-    return {child for child in declared if not experts & set(child.modules())}
+    found = {child for child in declared if experts.isdisjoint(child.modules())}
+    return found | {gate for model in models for gate in _gates(model, found)}
+
+
+def _gates(model: PreTrainedModel, found: set[nn.Module]) -> Iterator[nn.Module]:
+    for name, experts in experts_modules(model).items():
+        block = model.get_submodule(name.rpartition(".")[0])
+        if found.isdisjoint(block.modules()):
+            number = next(experts.parameters()).shape[0]
+            for child in block.children():
+                weights = [param.shape[0] for param in child.parameters(recurse=False) if param.ndim == 2]
+                if child is not experts and weights == [number]:
+                    yield child
 
 
 def refuse_own_checkpointing(model: PreTrainedModel, reason: str) -> None:
