@@ -33,6 +33,7 @@ CHANGING = {
 IN_PLACE = {"add", "append", "clear", "discard", "extend", "insert", "pop", "remove", "setdefault", "update"}
 # What looks like such a change and is made to an object of ours: file, what is set, whose it is.
 OURS = [
+    ("moe/idle_experts.py", {"leave"}, "an ExpertContext"),
     ("causal_lm.py", {"model"}, "a CausalLM"),
     ("cli/generation.py", {"chat_template"}, "the tokenizer that the command has loaded"),
     ("cli/generation.py", {"manual_seed"}, "the command's process"),

@@ -20,6 +20,7 @@ from lightning_ep.fsdp.prefetch import chain_prefetches
 from lightning_ep.fsdp.state import keep_fp32, states_in
 from lightning_ep.layout import Meshes
 from lightning_ep.moe.experts import expert_context, is_parallel_experts
+from lightning_ep.moe.idle_experts import EntersAll, blocks_apart
 from lightning_ep.moe.master_weights import ModelMasterWeights
 
 # Up to this many parameters are gathered and reduced together: 320 MB in bf16, a millisecond between GPUs of a node.
@@ -27,18 +28,21 @@ from lightning_ep.moe.master_weights import ModelMasterWeights
 _GROUPED_PARAMETERS = 160_000_000
 
 
-def group_layers(layers: Iterable[nn.Module], ignored: Collection[nn.Parameter]) -> list[list[nn.Module]]:
+def group_layers(
+    layers: Iterable[nn.Module], ignored: Collection[nn.Parameter], optional: Collection[nn.Module] = ()
+) -> list[list[nn.Module]]:
     """Consecutive layers that are small enough together.
 
     Args:
         layers: The layers in the order of forward. One whose experts FSDP shards stays by itself: several of them would
             be gathered at once.
         ignored: Parameters that FSDP leaves alone.
+        optional: Modules inside that are gathered apart from their layer.
     """
     groups: list[list[nn.Module]] = []
     room = 0
     for layer in layers:
-        alone = any(isinstance(child, FSDPModule) for child in layer.modules())
+        alone = any(isinstance(child, FSDPModule) and child not in optional for child in layer.modules())
         size = sum(p.numel() for p in layer.parameters() if p not in ignored)
         if not groups or alone or size > room:
             groups, room = [*groups, []], _GROUPED_PARAMETERS
@@ -104,7 +108,12 @@ def shard_dense(model: PreTrainedModel, meshes: Meshes, mp_policy: MixedPrecisio
     layers = adapter.decoder_layers(model)
     parts = adapter.optional_parts(model) if dist.get_world_size() > 1 else []
     beside = {child for part in parts for child in part.modules()}
-    groups = group_layers([layer for layer in layers if layer not in beside], ignored)
+    text = [layer for layer in layers if layer not in beside]
+    blocks = {layer: blocks_apart(layer) for layer in text} if dist.get_world_size() > 1 else {}
+    units = [[block] for found in blocks.values() for block in found]
+    for unit in units:
+        shard(unit)
+    groups = group_layers(text, ignored, optional=[unit[0] for unit in units])
     for group in groups:
         shard(group)
         watch_layers(group, mp_policy)
@@ -116,11 +125,11 @@ def shard_dense(model: PreTrainedModel, meshes: Meshes, mp_policy: MixedPrecisio
     # losses expect that read its weight.
     if head_alone and head is not None and not adapter.shares_parameters(head, model):
         shard(head)
-    units = [
-        unit for part in parts if not adapter.shares_parameters(part, model) for unit in _units(part, layers, ignored)
-    ]
-    for unit in units:
+    apart = [part for part in parts if not adapter.shares_parameters(part, model)]
+    towers = [unit for part in apart for unit in _units(part, layers, ignored)]
+    for unit in towers:
         shard(unit)
+    units += towers
     # Said explicitly: by default a root stays gathered until a backward comes to it. After validation none comes, and
     # an optimizer built then would get plain copies of its parameters and train nothing; nor does it come in steps
     # that freeze the model, and the next forward would use weights from before the optimizer step.
@@ -134,7 +143,8 @@ def shard_dense(model: PreTrainedModel, meshes: Meshes, mp_policy: MixedPrecisio
         if isinstance(child, FSDPModule) and isinstance(child, PreTrainedModel):
             adapter.keep_recording(child)
     if units:
-        OptionalParts(model, units, embedding, mp_policy)
+        idle = [EntersAll(layer, found) for layer, found in blocks.items() if found]
+        OptionalParts(model, units, idle, embedding, mp_policy)
 
 
 def _units(part: nn.Module, layers: Collection[nn.Module], ignored: Collection[nn.Parameter]) -> list[list[nn.Module]]:

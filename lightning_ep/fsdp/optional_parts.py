@@ -28,6 +28,7 @@ from lightning_ep import transformers_adapter as adapter
 from lightning_ep.fsdp import state as fsdp
 from lightning_ep.fsdp.passes import cast_inputs
 from lightning_ep.fsdp.state import Group
+from lightning_ep.moe.idle_experts import EntersAll
 
 
 class OptionalParts:
@@ -36,6 +37,7 @@ class OptionalParts:
     Args:
         root: The model, to which `fully_shard` was applied last.
         units: What FSDP gathers together of its parts: modules to which it was applied together, one list each.
+        layers: Layers that may leave out experts.
         embedding: The input embedding.
         mp_policy: The policy of the units.
     """
@@ -44,6 +46,7 @@ class OptionalParts:
         self,
         root: nn.Module,
         units: Sequence[Sequence[nn.Module]],
+        layers: Sequence[EntersAll],
         embedding: nn.Module,
         mp_policy: MixedPrecisionPolicy,
     ) -> None:
@@ -51,6 +54,7 @@ class OptionalParts:
         # The root's own group holds what belongs to no part, as one vector that separates images.
         own = fsdp.group_of(root)
         self._agreed = [*([own] if own is not None else []), *self._parts]
+        self._layers = layers
         self._waiting = False
         # Over the hosts: what they say to one another would wait on a GPU for all that was launched before.
         self._hosts = dist.group.WORLD if dist.get_backend() == "gloo" else dist.new_group(backend="gloo")
@@ -86,12 +90,15 @@ class OptionalParts:
 
     def _agree(self) -> None:
         found = [fsdp.which_have_gradients(group) for group in self._agreed]
-        anywhere = torch.tensor([has for group in found for has in group], dtype=torch.uint8)
+        found += [[experts in layer.used for experts in layer.experts] for layer in self._layers]
+        anywhere = torch.tensor([has for part in found for has in part], dtype=torch.uint8)
         if len(anywhere):
             dist.all_reduce(anywhere, dist.ReduceOp.MAX, group=self._hosts)
-        wanted = anywhere.bool().split([len(group) for group in found])
-        for group, of_any in zip(self._agreed, wanted, strict=True):
-            fsdp.add_gradients(group, of_any.tolist())
+        of_any = [part.tolist() for part in anywhere.bool().split([len(part) for part in found])]
+        for group, wanted in zip(self._agreed, of_any[: len(self._agreed)], strict=True):
+            fsdp.add_gradients(group, wanted)
+        for layer, used in zip(self._layers, of_any[len(self._agreed) :], strict=True):
+            layer.forget_idle(used)
 
     def _need_gradient(self, embedding: nn.Module, args: Any, output: Any) -> Tensor | None:
         if not torch.is_grad_enabled() or not isinstance(output, Tensor) or output.requires_grad:

@@ -27,7 +27,7 @@ def chain_prefetches(
     """
     # Experts come after their layer's own parameters in forward, and in backward too: a layer's hook fires with the
     # gradient of its output.
-    groups = [[group[0], *_inner_groups(group[0])] for group in layers]
+    groups = [[group[0], *_inner_groups(group[0], parts)] for group in layers]
     if parts:
         first = [embedding, *(groups[0] if groups else [])]
         assert isinstance(model, FSDPModule)
@@ -36,8 +36,8 @@ def chain_prefetches(
     _chain([[model], *groups[::-1]], FSDPModule.set_modules_to_backward_prefetch)
 
 
-def _inner_groups(layer: nn.Module) -> list[nn.Module]:
-    return [module for module in layer.modules() if module is not layer and isinstance(module, FSDPModule)]
+def _inner_groups(layer: nn.Module, parts: Sequence[nn.Module]) -> list[nn.Module]:
+    return [m for m in layer.modules() if isinstance(m, FSDPModule) and m is not layer and m not in parts]
 
 
 def _chain(groups: list[list[nn.Module]], prefetch: Callable[[FSDPModule, list[FSDPModule]], None]) -> None:
