@@ -106,7 +106,7 @@ def enter_without_tokens(block: nn.Module, experts: nn.Module, hidden: Tensor) -
     finally:
         handle.remove()
     needs_gradient = torch.is_grad_enabled()
-    return experts(rows.detach().requires_grad_(needs_gradient), ids, weights.detach().requires_grad_(needs_gradient))  # type: ignore[no-any-return]
+    return experts(rows.detach().requires_grad_(needs_gradient), ids, weights.detach().requires_grad_(needs_gradient))
 
 
 class _Reached(Exception):
