@@ -8,6 +8,7 @@ from functools import partial
 
 import torch
 import torch.distributed as dist
+from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
@@ -130,6 +131,12 @@ def shard_dense(model: PreTrainedModel, meshes: Meshes, mp_policy: MixedPrecisio
     for unit in towers:
         shard(unit)
     units += towers
+    if any(is_parallel_experts(child) for child in beside):
+        rank_zero_warn(
+            f"{adapter.model_class(model).__name__} has experts in a tower, and ranks exchange its tokens when it is "
+            "called. In every micro-batch either all ranks must have an image (a clip, a video), and equally often, or "
+            "none: else they wait for one another for ever."
+        )
     # Said explicitly: by default a root stays gathered until a backward comes to it. After validation none comes, and
     # an optimizer built then would get plain copies of its parameters and train nothing; nor does it come in steps
     # that freeze the model, and the next forward would use weights from before the optimizer step.

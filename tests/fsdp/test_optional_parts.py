@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
+import lightning as L
 import peft
 import pytest
 import torch
@@ -12,12 +15,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
+from torch.utils.data import DataLoader
 
 from lightning_ep import ParallelLayout, parallelize
 from lightning_ep.fsdp.accumulation import reduce_kept_gradients, set_gradient_sync
 from tests.multimodal import IMAGES, image_batch, multimodal_model, text_batch
 from tests.ranks import assert_ranks_agree, device
 from tests.reference import relative_error
+from tests.tiny import quiet
 
 # By window and micro-batch: which of two ranks have an image.
 TURNS = [[(1, 0), (0, 1)], [(0, 0), (0, 0)], [(0, 1), (0, 0)], [(0, 0), (1, 1)], [(0, 0), (1, 0)]]
@@ -181,3 +186,42 @@ def _after_a_forward_alone() -> list[str]:
 
 def test_nothing_stays_gathered_behind_a_forward_alone() -> None:
     assert_ranks_agree(2, _after_a_forward_alone)
+
+
+class _Images(L.LightningModule):
+    def configure_model(self) -> None:
+        self.model = multimodal_model("qwen3_vl_moe")
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return self.model(**batch, use_cache=False).loss
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=0.05, weight_decay=0.1)
+
+
+def _fit(path: Path) -> list[str]:
+    rank, plain = int(os.environ["RANK"]), multimodal_model("qwen3_vl_moe")
+    makes = multimodal_model("qwen3_vl_moe")
+    windows = [[(0, 0), (0, 0)], [(1, 0), (0, 1)], [(0, 1), (0, 0)]]
+    batches = [
+        [image_batch("qwen3_vl_moe", makes, seed) if has else text_batch(seed) for seed, has in enumerate(micro)]
+        for window in windows
+        for micro in window
+    ]
+    optimizer = torch.optim.SGD(plain.parameters(), lr=0.05, weight_decay=0.1)
+    for index, micro in enumerate(batches):
+        for batch in micro:
+            (plain(**batch, use_cache=False).loss / 4).backward()
+        if index % 2:
+            optimizer.step()
+            optimizer.zero_grad()
+    module = _Images()
+    trainer = quiet(path, max_steps=3, accumulate_grad_batches=2, use_distributed_sampler=False)
+    trainer.fit(module, DataLoader([micro[rank] for micro in batches], batch_size=None))
+    pairs = zip(plain.named_parameters(), module.model.parameters(), strict=True)
+    errors = {name: relative_error(param.full_tensor(), expected.detach()) for (name, expected), param in pairs}
+    return [f"{name}: {error:.1e}" for name, error in errors.items() if not error <= 1e-5]
+
+
+def test_through_the_trainer(tmp_path: Path) -> None:
+    assert_ranks_agree(2, _fit, tmp_path, init_process_group=False)
