@@ -55,7 +55,8 @@ def _draw_shard(holder: Holder, key: str, param: Tensor, seed: int) -> Tensor:
     """This rank's part of a parameter, fp32 on the CPU."""
     shape = tuple(param.shape)
     region = local_region(param)
-    stream = f"{holder.name}.{key}" if holder.name else key
+    # A base model is the same without its adapters.
+    stream = (f"{holder.name}.{key}" if holder.name else key).replace(".base_layer", "")
     if not holder.is_experts:
         return region.of(_draw(holder, key, shape, seed, stream))
     experts = range(region.start[0], region.start[0] + region.size[0])

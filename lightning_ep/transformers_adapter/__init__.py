@@ -55,6 +55,7 @@ from lightning_ep.transformers_adapter.packing import (
 )
 from lightning_ep.transformers_adapter.record import recall, remember
 from lightning_ep.transformers_adapter.structure import (
+    attention_modules,
     decoder_layers,
     experts_modules,
     model_class,
@@ -77,6 +78,7 @@ __all__ = [
     "attention_function",
     "attention_heads",
     "attention_implementation",
+    "attention_modules",
     "blueprint",
     "cast_constants",
     "causal_mask",
