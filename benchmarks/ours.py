@@ -55,6 +55,14 @@ class _Steps(Callback):
         self._meter.step_ended(lambda: trainer.callback_metrics["train/loss"])
 
 
+def _adapter(cell: Cell) -> dict[str, Any]:
+    """The argument of CausalLM, which older commits do not have."""
+    if cell.lora is None:
+        return {}
+    where, _, rank = cell.lora.partition(",")
+    return {"adapter": lightning_ep.LoRA(r=int(rank), lora_alpha=2 * int(rank), experts=where == "all")}
+
+
 def run(cell: Cell, meter: Meter) -> None:
     """Trains ``meter.num_steps`` steps.
 
@@ -80,6 +88,6 @@ def run(cell: Cell, meter: Meter) -> None:
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    module = _Module(cell, meter, optimizer=functools.partial(AdamW, lr=1e-5))
+    module = _Module(cell, meter, optimizer=functools.partial(AdamW, lr=1e-5), **_adapter(cell))
     data: Any = list(batches(cell, meter.num_steps))
     trainer.fit(module, DataLoader(data, batch_size=None, pin_memory=cuda))

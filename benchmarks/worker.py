@@ -15,13 +15,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from benchmarks.cells import Cell
+from benchmarks.cells import PEFT, Cell
 from benchmarks.measure import Meter
 from benchmarks.records import machine
 
 _MODULES = {
     "lightning_ep": "benchmarks.ours",
     "transformers": "benchmarks.peer_transformers",
+    PEFT: "benchmarks.peer_peft",
     "torchtitan": "benchmarks.peer_torchtitan",
 }
 
@@ -39,7 +40,7 @@ def main() -> None:
         else:
             torch.set_num_threads(1)
         meter = Meter(cell, device)
-        importlib.import_module(_MODULES[cell.trainer.split("/")[0]]).run(cell, meter)
+        importlib.import_module(_MODULES.get(cell.base) or _MODULES[cell.trainer.split("/")[0]]).run(cell, meter)
         _write(path, {"measured": meter.results(), "machine": machine(device)})
     except BaseException as error:
         traceback.print_exc()
