@@ -1,65 +1,16 @@
-"""PEFT's adapters of fused experts (`target_parameters`), held expert by expert as long as a model is sharded.
-
-PEFT holds the factors of all experts flat, as the weights of two linear layers: A as ``(E R, in)``, the rows of one
-expert after the other, and B as ``(out, R E)``, whose columns go through the experts for each number of the rank. B
-does not split by experts, so here they are ``[E, R, in]`` and ``[E, out, R]``, under PEFT's names; files hold them as
-PEFT does.
-"""
+"""PEFT's adapters of fused experts (`target_parameters`), found around these and held expert by expert."""
 
 from __future__ import annotations
 
-import math
 import sys
 from collections.abc import Iterable
 from functools import partial
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from lightning_ep import transformers_adapter as adapter
-from lightning_ep.moe.adapted import AdaptedExperts, Factors
-
-
-class ExpertFactor(nn.Module):
-    """A or B of all experts, in the place of PEFT's linear layer.
-
-    Args:
-        flat: The weight as PEFT has it.
-        num_experts: ``E``.
-        is_a: Which of the two it is.
-        init: ``init_lora_weights`` of the LoraConfig.
-    """
-
-    def __init__(self, flat: nn.Parameter, num_experts: int, is_a: bool, init: bool | str) -> None:
-        super().__init__()
-        self.num_experts, self.is_a, self._init = num_experts, is_a, init
-        weight = per_expert(flat.detach(), num_experts, is_a).contiguous()
-        self.weight = nn.Parameter(weight, requires_grad=flat.requires_grad)
-
-    def reset_parameters(self) -> None:
-        """Draws the weight, or as many experts of it as are there, by PEFT's rule."""
-        rank, size = (self.weight.shape[1], self.weight.shape[2]) if self.is_a else (self.weight.shape[2], 0)
-        if self.is_a and self._init == "gaussian":
-            nn.init.normal_(self.weight, std=1 / rank)
-        elif self.is_a:
-            nn.init.uniform_(self.weight, -1 / math.sqrt(size), 1 / math.sqrt(size))  # kaiming's with a = sqrt(5)
-        elif self._init is False:
-            bound = 1 / math.sqrt(rank * self.num_experts)  # of a linear layer with so many features
-            nn.init.uniform_(self.weight, -bound, bound)
-        else:
-            nn.init.zeros_(self.weight)
-
-
-def per_expert(flat: Tensor, num_experts: int, is_a: bool) -> Tensor:
-    """PEFT's ``(E R, in)`` as ``[E, R, in]``, or ``(out, R E)`` as ``[E, out, R]``; a view."""
-    if is_a:
-        return flat.unflatten(0, (num_experts, -1))
-    return flat.unflatten(1, (-1, num_experts)).permute(2, 0, 1)
-
-
-def flat(weight: Tensor, is_a: bool) -> Tensor:
-    """The reverse of `per_expert`."""
-    return weight.flatten(0, 1) if is_a else weight.permute(1, 2, 0).flatten(1)
+from lightning_ep.moe.adapted import AdaptedExperts, ExpertFactor, Factors
 
 
 def note_adapted_experts(module: nn.Module, plan: Iterable[str]) -> None:
@@ -96,10 +47,11 @@ def hold_per_expert(module: nn.Module, outermost: nn.Module) -> None:
     chain = _chain(outermost)
     for wrapper in chain:
         (name,) = wrapper.lora_A
-        init = _start_of(module, name)
-        for factors, is_a in ((wrapper.lora_A, True), (wrapper.lora_B, False)):
-            if not isinstance(factors[name], ExpertFactor):
-                factors[name] = ExpertFactor(factors[name].weight, wrapper.num_experts, is_a, init)
+        if isinstance(wrapper.lora_A[name], ExpertFactor):
+            continue
+        size, init = wrapper.num_experts, _start_of(module, name)
+        wrapper.lora_A[name] = ExpertFactor(wrapper.lora_A[name].weight, size, True, init)
+        wrapper.lora_B[name] = ExpertFactor(wrapper.lora_B[name].weight, size, False, init)
     if chain:
         adapter.remember(outermost, _describe(chain))
 

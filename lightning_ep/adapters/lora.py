@@ -13,6 +13,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from lightning_ep import transformers_adapter as adapter
+from lightning_ep.adapters.pretrained import fill_adapter, find_adapter, read_config
+from lightning_ep.hub.source import Source
 
 if TYPE_CHECKING:
     import peft
@@ -149,9 +151,15 @@ def add_adapter(module: nn.Module, lora: LoRA) -> nn.Module:
             f"{type(model).__name__} is quantized, and adapters are trained beside weights in bf16 or fp32. Use the "
             "unquantized checkpoint."
         )
+    found = None if lora.pretrained is None else find_adapter(lora.pretrained)
+    config = lora.config(model) if found is None else read_config(found)
     on_meta = any(param.is_meta for param in model.parameters())
     with torch.device("meta") if on_meta else nullcontext():
-        model.add_adapter(lora.config(model))
+        model.add_adapter(config)
+    if found is not None:
+        fill_adapter(model, found)
+    if (source := adapter.recall(model, Source)) is not None:
+        config.base_model_name_or_path, config.revision = source.typed, source.revision
     adapter.remember(model, lora)
     return module
 

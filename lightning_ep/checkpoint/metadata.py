@@ -21,6 +21,7 @@ from lightning_ep import transformers_adapter as adapter
 from lightning_ep.checkpoint.files import FORMAT
 from lightning_ep.checkpoint.loader_position import positions
 from lightning_ep.hub.errors import CheckpointError
+from lightning_ep.hub.frozen_base import describe_bases
 from lightning_ep.layout import ParallelLayout
 
 HEADER = "lightning_ep"
@@ -29,7 +30,7 @@ _COUNTERS = ("ready", "started", "processed", "completed")
 
 
 def header(module: nn.Module, layout: ParallelLayout) -> dict[str, Any]:
-    """What identifies a checkpoint of ours: format version, layout, the configuration of each transformers model."""
+    """What identifies a checkpoint of ours: format version, layout, models' configurations, and bases of adapters."""
     configs = {}
     for name, model in adapter.pretrained_models(module).items():
         # As transformers' `save_pretrained` does.
@@ -38,6 +39,7 @@ def header(module: nn.Module, layout: ParallelLayout) -> dict[str, Any]:
         "format": FORMAT,
         "layout": {**asdict(layout), "data_world_size": layout.data_world_size},
         "configs": configs,
+        "bases": describe_bases(module),
     }
 
 

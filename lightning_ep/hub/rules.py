@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lightning_ep import transformers_adapter as adapter
-from lightning_ep.moe.adapted import AdaptedExperts
+from lightning_ep.moe.adapted import AdaptedExperts, ExpertFactor
 from lightning_ep.ops.registered_experts import stand_in
 
 Rule = Callable[[], object]
@@ -174,7 +174,7 @@ def _peft_rule(name: str, shadow: nn.Module, adapters: Mapping[str, Any]) -> Rul
     if any(isinstance(child, PreTrainedModel) for child in shadow.modules()) or hasattr(shadow, "original_module"):
         return None  # a container
     if hasattr(shadow, "reset_lora_parameters"):
-        if any(hasattr(factor, "num_experts") for factor in cast(nn.ModuleDict, shadow.lora_A).values()):
+        if any(isinstance(factor, ExpertFactor) for factor in cast(nn.ModuleDict, shadow.lora_A).values()):
             return None  # factors of experts fill themselves
         return partial(_reset_lora, name, shadow, adapters)
     return partial(_refuse_peft, name, shadow, "what it starts from")

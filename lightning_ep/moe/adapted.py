@@ -1,14 +1,63 @@
-"""Adapters on experts: which module around the experts holds what of them."""
+"""Adapters on experts: which module around the experts holds what of them, and in which form.
+
+PEFT holds the factors of all experts flat, as the weights of two linear layers: A as ``(E R, in)``, the rows of one
+expert after the other, and B as ``(out, R E)``, whose columns go through the experts for each number of the rank. B
+does not split by experts, so a sharded model has ``[E, R, in]`` and ``[E, out, R]``, under PEFT's names, and files have
+what PEFT has.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_ep import transformers_adapter as adapter
 from lightning_ep.ops.low_rank import Adapter
+
+
+class ExpertFactor(nn.Module):
+    """A or B of all experts, in the place of PEFT's linear layer.
+
+    Args:
+        flat: The weight as PEFT has it.
+        num_experts: ``E``.
+        is_a: Which of the two it is.
+        init: ``init_lora_weights`` of the LoraConfig.
+    """
+
+    def __init__(self, flat: nn.Parameter, num_experts: int, is_a: bool, init: bool | str) -> None:
+        super().__init__()
+        self.num_experts, self.is_a, self._init = num_experts, is_a, init
+        weight = per_expert(flat.detach(), num_experts, is_a).contiguous()
+        self.weight = nn.Parameter(weight, requires_grad=flat.requires_grad)
+
+    def reset_parameters(self) -> None:
+        """Draws the weight, or as many experts of it as are there, by PEFT's rule."""
+        rank, size = (self.weight.shape[1], self.weight.shape[2]) if self.is_a else (self.weight.shape[2], 0)
+        if self.is_a and self._init == "gaussian":
+            nn.init.normal_(self.weight, std=1 / rank)
+        elif self.is_a:
+            nn.init.uniform_(self.weight, -1 / math.sqrt(size), 1 / math.sqrt(size))  # kaiming's with a = sqrt(5)
+        elif self._init is False:
+            bound = 1 / math.sqrt(rank * self.num_experts)  # of a linear layer with so many features
+            nn.init.uniform_(self.weight, -bound, bound)
+        else:
+            nn.init.zeros_(self.weight)
+
+
+def per_expert(flat: Tensor, num_experts: int, is_a: bool) -> Tensor:
+    """PEFT's ``(E R, in)`` as ``[E, R, in]``, or ``(out, R E)`` as ``[E, out, R]``; a view."""
+    if is_a:
+        return flat.unflatten(0, (num_experts, -1))
+    return flat.unflatten(1, (-1, num_experts)).permute(2, 0, 1)
+
+
+def flat(weight: Tensor, is_a: bool) -> Tensor:
+    """The reverse of `per_expert`."""
+    return weight.flatten(0, 1) if is_a else weight.permute(1, 2, 0).flatten(1)
 
 
 @dataclass(frozen=True)

@@ -44,6 +44,7 @@ from lightning_ep.transformers_adapter.initialization import (
     mark_initialized,
     marks_are_respected,
     note_own_modules,
+    own_modules,
 )
 from lightning_ep.transformers_adapter.packing import (
     Packing,
@@ -102,6 +103,7 @@ __all__ = [
     "not_saved",
     "note_own_modules",
     "note_packing",
+    "own_modules",
     "packing_of",
     "pretrained_models",
     "recall",
