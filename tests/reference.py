@@ -69,6 +69,7 @@ def family_model(family: str, config: dict[str, Any], attention: str = "eager", 
 ADAPTERS: dict[str, dict[str, Any]] = {
     "attention": {"target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"]},
     "experts": {"target_modules": [], "target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]},
+    "down": {"target_modules": [], "target_parameters": ["mlp.experts.down_proj"]},
     "both": {
         "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"],
         "target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
