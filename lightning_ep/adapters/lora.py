@@ -153,9 +153,7 @@ def add_adapter(module: nn.Module, lora: LoRA) -> nn.Module:
         )
     found = None if lora.pretrained is None else find_adapter(lora.pretrained)
     config = lora.config(model) if found is None else read_config(found)
-    on_meta = any(param.is_meta for param in model.parameters())
-    with torch.device("meta") if on_meta else nullcontext():
-        model.add_adapter(config)
+    put_in(model, config)
     if found is not None:
         fill_adapter(model, found)
     if (source := adapter.recall(model, Source)) is not None:
@@ -164,9 +162,11 @@ def add_adapter(module: nn.Module, lora: LoRA) -> nn.Module:
     return module
 
 
-def is_adapted(model: PreTrainedModel) -> bool:
-    """Whether PEFT has put adapters into a model, by `add_adapter` or by its own functions."""
-    return bool(getattr(model, "peft_config", None))
+def put_in(model: PreTrainedModel, config: peft.LoraConfig) -> None:
+    """Puts PEFT's modules into a model as a configuration of PEFT says; on meta, they stay there."""
+    on_meta = any(param.is_meta for param in model.parameters())
+    with torch.device("meta") if on_meta else nullcontext():
+        model.add_adapter(config)
 
 
 def _check_version() -> None:

@@ -105,7 +105,7 @@ class Resume:
             self.loaders = PlainLoaders(*saved, before["data_world_size"], layout.data_world_size)
 
     @property
-    def _bases(self) -> dict[str, dict[str, Any]]:
+    def bases(self) -> dict[str, dict[str, Any]]:
         """What the checkpoint says of models that it has adapters of only."""
         return self.metadata.get(HEADER, {}).get("bases", {})
 
@@ -129,7 +129,7 @@ class Resume:
         target = {name: value for name, value in named.items() if name not in left_out}
 
         def compare() -> set[str]:
-            check_bases(module, self._bases, self.path)
+            check_bases(module, self.bases, self.path)
             check_fit(target, saved, module.strict_loading, self.path)
             return target.keys() & saved.keys()
 
@@ -145,7 +145,7 @@ class Resume:
 
     def restore(self, module: LightningModule) -> None:
         """Fills the module, whatever its layout, after `allocate`."""
-        self._alone(lambda: check_bases(module, self._bases, self.path))  # once more, with the seed of what was drawn
+        self._alone(lambda: check_bases(module, self.bases, self.path))  # once more, with the seed of what was drawn
         raw = module.state_dict()
         target = {clean(name): value for name, value in raw.items() if isinstance(value, Tensor)}
         with torch.no_grad():

@@ -35,6 +35,20 @@ def open_verified(path: Path) -> Path:
     return found
 
 
+def named_bases(path: Path) -> dict[str, dict[str, Any]]:
+    """What a checkpoint says of models of which it has adapters only, unverified; nothing where that is not to be read.
+
+    Whoever opens the checkpoint hears what is wrong with it.
+    """
+    try:
+        found = files.find(path)
+        content = deserialize(found / files.META if found.is_dir() else found, True, mmap=not found.is_dir())
+    except (CheckpointError, OSError, ValueError):
+        return {}
+    header = content.get(HEADER) if isinstance(content, dict) else None
+    return header.get("bases", {}) if isinstance(header, dict) else {}
+
+
 class SavedWeights:
     """The tensors of a checkpoint of ExpertParallelStrategy, a directory or one file.
 
@@ -42,6 +56,7 @@ class SavedWeights:
         tensors: Shape and dtype of the module's parameters and buffers, by their name in the LightningModule.
         configs: Config of every transformers model in the module as a dict, by its name there; empty if the checkpoint
             does not say, or only among objects that may run code.
+        bases: As `lightning_ep.hub.frozen_base.describe_bases` gave it, of models of which adapters only are there.
 
     Args:
         path: The checkpoint.
@@ -53,6 +68,7 @@ class SavedWeights:
 
     tensors: dict[str, Saved]
     configs: dict[str, dict[str, Any]]
+    bases: dict[str, dict[str, Any]]
 
     def __init__(self, path: Path, weights_only: bool = True) -> None:
         self._path = open_verified(path)
@@ -103,4 +119,4 @@ class SavedWeights:
     def _read_header(self, content: dict[str, Any]) -> None:
         header = content.get(HEADER, {})
         check_header(header, self._path)
-        self.configs = header.get("configs", {})
+        self.configs, self.bases = header.get("configs", {}), header.get("bases", {})
