@@ -9,6 +9,7 @@ from lightning.pytorch.strategies import StrategyRegistry
 from lightning_ep.adapters import LoRA, add_adapter
 from lightning_ep.causal_lm import CausalLM
 from lightning_ep.context_parallel import shard_sequence, whole_sequences
+from lightning_ep.dpo import DPO
 from lightning_ep.hub.errors import CheckpointError
 from lightning_ep.hub.meta_models import from_config, from_pretrained
 from lightning_ep.layout import ParallelLayout
@@ -20,6 +21,7 @@ from lightning_ep.trainer.clipping import clip_grad_norm_
 from lightning_ep.trainer.schedules import Schedule
 
 __all__ = [
+    "DPO",
     "AdamW",
     "CausalLM",
     "CheckpointError",

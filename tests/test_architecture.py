@@ -20,6 +20,7 @@ ROOMS = [  # from the top to the ground; an import points to a later line, or st
     ["__main__"],
     ["cli"],
     ["lightning_ep"],  # the public names
+    ["dpo"],
     ["causal_lm"],
     ["strategy"],
     ["trainer"],

@@ -128,6 +128,8 @@ PRIVATE = [
     "transformers:PreTrainedConfig._attn_implementation",
     "transformers:PreTrainedModel._from_config",
     "transformers:PreTrainedModel._init_added_embeddings_weights_with_mean",
+    "peft.tuners.tuners_utils:BaseTunerLayer._disable_adapters",
+    "peft.utils.other:AuxiliaryTrainingWrapper._disable_adapters",
     "transformers:PreTrainedModel._hf_peft_config_loaded",
     "transformers:PreTrainedModel._init_weights",
     "transformers:PreTrainedModel._keep_in_fp32_modules",

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
-from contextlib import nullcontext
+from collections.abc import Generator, Iterable
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -167,6 +167,27 @@ def put_in(model: PreTrainedModel, config: peft.LoraConfig) -> None:
     on_meta = any(param.is_meta for param in model.parameters())
     with torch.device("meta") if on_meta else nullcontext():
         model.add_adapter(config)
+
+
+@contextmanager
+def adapters_off(module: nn.Module) -> Generator[None, None, None]:
+    """Inside, a model computes as without its adapters (and with the originals of ``modules_to_save``).
+
+    PEFT's `disable_adapters` also has parameters want no gradient, and FSDP2 keeps for gathered parameters what they
+    said in their first forward.
+    """
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils.other import AuxiliaryTrainingWrapper
+
+    layers: list[Any] = [m for m in module.modules() if isinstance(m, BaseTunerLayer | AuxiliaryTrainingWrapper)]
+    before = [layer._disable_adapters for layer in layers]
+    for layer in layers:
+        layer._disable_adapters = True
+    try:
+        yield
+    finally:
+        for layer, was_off in zip(layers, before, strict=True):
+            layer._disable_adapters = was_off
 
 
 def _check_version() -> None:

@@ -2,6 +2,7 @@
 
 from lightning_ep.data.chat import ChatDataModule
 from lightning_ep.data.packed_data import PackedDataModule
+from lightning_ep.data.preference import PreferenceDataModule
 from lightning_ep.data.preparation import Rows, Samples
 from lightning_ep.data.prompt_completion import PromptCompletionDataModule
 from lightning_ep.data.resumable_loader import ResumableLoader, data_ranks
@@ -11,6 +12,7 @@ from lightning_ep.data.text import TextDataModule
 __all__ = [
     "ChatDataModule",
     "PackedDataModule",
+    "PreferenceDataModule",
     "PromptCompletionDataModule",
     "ResumableLoader",
     "Rows",

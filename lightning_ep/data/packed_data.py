@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -127,6 +127,15 @@ class PackedDataModule(LightningDataModule):
         held_out = min(max(1, round(self.validation_fraction * rows.count)), rows.count - 1)
         return np.sort(order[held_out:]), np.sort(order[:held_out])
 
+    @property
+    def window_length(self) -> int:
+        """Tokens of a window. Default: ``sequence_length``."""
+        return self.sequence_length
+
+    def collate_function(self) -> Callable[[list[dict[str, torch.Tensor]]], dict[str, torch.Tensor]]:
+        """What makes a batch of windows. Default: they are stacked."""
+        return _without_positions if self.across_documents else stacked
+
     def make_tokenizer(self, directory: Path, training: Sequence[Part]) -> None:
         """Save a tokenizer where the model has none. Default: that is refused."""
         checkpoint = checkpoint_of(self._module())
@@ -154,8 +163,8 @@ class PackedDataModule(LightningDataModule):
                     directory / name,
                     rows,
                     self.make_samples,
-                    self.sequence_length,
-                    _pad_token_id(self.tokenizer),
+                    self.window_length,
+                    self.pad_token_id,
                     self.num_proc or len(os.sched_getaffinity(0)),
                     shuffle_seed=self.seed if name == "train" else None,
                     description=f"preparing {name}",
@@ -249,10 +258,16 @@ class PackedDataModule(LightningDataModule):
             shuffle=shuffle,
             seed=self.seed,
             drop_last=drop_last,
-            collate_fn=_without_positions if self.across_documents else _collate,
+            collate_fn=self.collate_function(),
             num_workers=self.num_workers,
             pin_memory=self.trainer is not None and self.trainer.strategy.root_device.type == "cuda",
         )
+
+    @property
+    def pad_token_id(self) -> int:
+        """What fills windows up. Any token will do, since no loss is made of padding."""
+        known = (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id)
+        return next((token for token in known if token is not None), 0)
 
     def _module(self) -> LightningModule | None:
         return self.trainer.lightning_module if self.trainer is not None else None
@@ -321,15 +336,10 @@ def _windows(directory: Path) -> Dataset:
     return Dataset.from_file(str(directory / WINDOWS)).with_format("torch")
 
 
-def _pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Any token will do, since no loss is made of padding."""
-    known = (tokenizer.pad_token_id, tokenizer.eos_token_id)
-    return next((token for token in known if token is not None), 0)
-
-
 def _without_positions(windows: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    return {name: values for name, values in _collate(windows).items() if name != "position_ids"}
+    return {name: values for name, values in stacked(windows).items() if name != "position_ids"}
 
 
-def _collate(windows: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+def stacked(windows: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """A batch of windows, each of its fields ``[B, window_length]``."""
     return {name: torch.stack([window[name] for window in windows]) for name in windows[0]}
