@@ -153,6 +153,12 @@ def add_adapter(module: nn.Module, lora: LoRA) -> nn.Module:
         )
     found = None if lora.pretrained is None else find_adapter(lora.pretrained)
     config = lora.config(model) if found is None else read_config(found)
+    if config.use_dora and any(param.is_meta for param in model.parameters()):
+        raise ValueError(
+            "LoRA(use_dora=True) starts from norms of weights, which are not there before the model is sharded. Build "
+            "the model in memory: transformers' AutoModelForCausalLM.from_pretrained in `configure_model`, then "
+            "`add_adapter`."
+        )
     put_in(model, config)
     if found is not None:
         fill_adapter(model, found)

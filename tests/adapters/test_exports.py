@@ -221,7 +221,7 @@ def test_what_a_format_does_not_hold_is_refused_before_training(
     tmp_path: Path, lora: LoRA, target: Any, message: str
 ) -> None:
     write_talking(tmp_path / "hub")
-    model: Any = add_adapter(from_pretrained(tmp_path / "hub"), lora)
+    model: Any = add_adapter(_model(tmp_path / "hub"), lora)
     check_adapters(model, tmp_path / "out")
     check = partial(check_export, merge=True) if target == "merge" else partial(check_adapters, file_format=target)
     with pytest.raises(CheckpointError, match=message):

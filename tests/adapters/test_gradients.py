@@ -35,6 +35,8 @@ CASES: dict[str, dict[str, Any]] = {
     "the down projection alone": {"model": QWEN, "where": "down"},
     "rsLoRA, other ranks for some": {"model": QWEN, "options": {"use_rslora": True, "rank_pattern": {"q_proj": 5}}},
     "whole vocabulary with new tokens": {"model": QWEN, "resize": 136, "options": NEW_TOKENS},
+    "DoRA": {"model": QWEN, "where": "attention", "options": {"use_dora": True}},
+    "the router whole": {"model": QWEN, "options": {"modules_to_save": ["gate"]}},
     "a tied vocabulary": {"model": ("qwen3_moe", {"num_experts": 8, "tie_word_embeddings": True}),
                           "options": {"modules_to_save": ["embed_tokens"]}, "of_peft": {"ensure_weight_tying": True}},
 }  # fmt: skip

@@ -17,6 +17,7 @@ CLIPPED = _case("both", clip=0.02)
 RECOMPUTED = _case("experts", recompute="full", accumulate=3)
 COMPILED = _case("both", recompute="full", compile=True)
 TRANSFORMERS_KERNELS = _case("both", implementation="eager")
+IN_BF16 = _case("both", clip=0.2, precision="bf16-mixed", recompute="full")
 USERS = _case("both", causal=False, accumulate=3, clip=0.2, recompute="selective")
 
 
@@ -42,5 +43,13 @@ def test_training_equals_peft(world: int, layout: dict[str, int]) -> None:
     ],
 )
 def test_everything_with_it_equals_peft_on_every_layout(world: int, layout: dict[str, int]) -> None:
-    cases = [CLIPPED, RECOMPUTED, COMPILED, TRANSFORMERS_KERNELS, USERS, _case("attention", clip=0.2, recompute="full")]
+    cases = [
+        CLIPPED,
+        RECOMPUTED,
+        COMPILED,
+        TRANSFORMERS_KERNELS,
+        USERS,
+        IN_BF16,
+        _case("attention", clip=0.2, recompute="full"),
+    ]
     assert_trains_like_one_process(world, layout, cases, timeout=300)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import stat
 import subprocess
@@ -16,6 +17,7 @@ import yaml
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from lightning_ep import ParallelLayout, Schedule, __version__, cli, from_config
+from lightning_ep.checkpoint.saved_weights import SavedWeights
 from lightning_ep.data import corpus
 from lightning_ep_start import recipes
 from tests.hub_files import write_checkpoint
@@ -209,7 +211,11 @@ def test_a_wheel_holds_them(wheel: Path, tmp_path: Path, empty: Path) -> None:
 
 @pytest.mark.parametrize(
     ("name", "warm_up", "peak", "last"),
-    [("qwen3_30b_a3b", 500, 3e-4, 0.0), ("continued_pretraining", 1000, 1e-5, 1e-6)],
+    [
+        ("qwen3_30b_a3b", 500, 3e-4, 0.0),
+        ("continued_pretraining", 1000, 1e-5, 1e-6),
+        ("qwen3_30b_a3b_lora", 600, 1e-4, 1e-5),  # ten times the rate of continued_pretraining
+    ],
 )
 def test_the_learning_rate_is_what_its_source_says(name: str, warm_up: int, peak: float, last: float) -> None:
     init = yaml.safe_load(RECIPES[name].read_text())["model"]["init_args"]
@@ -267,6 +273,34 @@ def test_published_weights_are_trained_further_and_exported(empty: Path) -> None
     differences = [(a - b).abs().max() for a, b in zip(exported.parameters(), before.parameters(), strict=True)]
     assert max(differences) < 1e-4, "they are the published weights, two small steps later"
     assert AutoTokenizer.from_pretrained(empty / "exports/continued_pretraining").get_vocab() == tokenizer.get_vocab()
+
+
+@pytest.mark.slow
+def test_adapters_are_trained_on_a_model_of_the_quick_start_and_on_published_weights(empty: Path) -> None:
+    turns = ({"role": "user", "content": f"{i}?"} for i in range(40))
+    chats = [{"messages": [turn, {"role": "assistant", "content": f"It is {turn['content']}"}]} for turn in turns]
+    (empty / "my_chats.jsonl").write_text("".join(json.dumps(chat) + "\n" for chat in chats))
+    text = RECIPES["lora_quickstart"].read_text()
+    first = text.partition("lightning-ep fit --config quickstart ")[2].partition("\n#   lightning-ep")[0]
+    export = first.replace("\\\n#", " ").split()
+    few = ["--trainer.max_steps", "2", "--trainer.val_check_interval", "2", "--trainer.limit_val_batches", "1"]
+    tiny = ["--trainer.accelerator", "cpu", "--trainer.strategy.compile", "false", "--data.sequence_length", "64"]
+    few += ["--trainer.log_every_n_steps", "1"]
+    tiny += ["--trainer.accumulate_grad_batches", "1", "--data.batch_size", "1", "--data.validation_fraction", "0.2"]
+    chat = ["--data.source", "my_chats.jsonl", "--data.chat_template", "plain"]
+    commands = [
+        ["--config", "quickstart", *few, *export],
+        ["--config", "lora_quickstart", *few, *chat],
+        ["--config", "qwen3_30b_a3b_lora", *few, *tiny, *chat, "--model.model", "runs/quickstart/model"],
+    ]
+    for command in commands:
+        done = _python("-m", "lightning_ep", "fit", *command, cwd=empty)
+        assert done.returncode == 0, done.stdout + done.stderr
+    for name in ("lora_quickstart", "qwen3_30b_a3b_lora"):
+        assert "train/loss" in (empty / f"runs/{name}/version_0/metrics.csv").read_text()
+    saved = SavedWeights(empty / "runs/lora_quickstart/checkpoints/last.ckpt")
+    assert saved.tensors
+    assert all(".lora_" in key for key in saved.tensors), "the model that lies beneath is not in it"
 
 
 def test_the_model_is_the_one_it_is_named_after() -> None:
