@@ -26,8 +26,10 @@ from lightning_ep.hub.export import check_export, export_sharded
 from tests.hub_files import FAMILIES, family_model, refused_in_one_line
 from tests.ranks import run_ranks
 from tests.reference import adapted_by_peft, relative_error
-from tests.talking import greedy, write_talking
+from tests.talking import greedy, on_two_ranks, write_talking
 from tests.tiny import Samples, quiet
+
+pytestmark = [pytest.mark.usefixtures("on_the_tests_device"), on_two_ranks]
 
 IDS = torch.arange(24).view(2, 12) * 5 % 128
 TARGETS = {"peft": {}, "merged": {"merge": True}, "vllm": {"adapter_format": "vllm"}}

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from lightning_ep import ParallelLayout, Schedule, __version__, cli, from_config
@@ -21,6 +22,7 @@ from lightning_ep.checkpoint.saved_weights import SavedWeights
 from lightning_ep.data import corpus
 from lightning_ep_start import recipes
 from tests.hub_files import write_checkpoint
+from tests.talking import write_talking
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 RECIPE = REPOSITORY / "recipes" / "qwen3_30b_a3b.yaml"
@@ -215,6 +217,7 @@ def test_a_wheel_holds_them(wheel: Path, tmp_path: Path, empty: Path) -> None:
         ("qwen3_30b_a3b", 500, 3e-4, 0.0),
         ("continued_pretraining", 1000, 1e-5, 1e-6),
         ("qwen3_30b_a3b_lora", 600, 1e-4, 1e-5),  # ten times the rate of continued_pretraining
+        ("qwen3_30b_a3b_dpo", 2000, 1e-5, 0.0),  # ten times trl's default for full fine-tuning
     ],
 )
 def test_the_learning_rate_is_what_its_source_says(name: str, warm_up: int, peak: float, last: float) -> None:
@@ -301,6 +304,23 @@ def test_adapters_are_trained_on_a_model_of_the_quick_start_and_on_published_wei
     saved = SavedWeights(empty / "runs/lora_quickstart/checkpoints/last.ckpt")
     assert saved.tensors
     assert all(".lora_" in key for key in saved.tensors), "the model that lies beneath is not in it"
+
+
+@pytest.mark.slow
+def test_preferences_are_trained_on_published_weights(empty: Path) -> None:
+    write_talking(empty / "published")
+    pairs = [{"prompt": f"eta {i}", "chosen": "zeta", "rejected": "theta"} for i in range(40)]
+    (empty / "my_pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    few = ["--trainer.max_steps", "2", "--trainer.val_check_interval", "2", "--trainer.limit_val_batches", "1"]
+    tiny = ["--trainer.accelerator", "cpu", "--trainer.strategy.compile", "false", "--data.sequence_length", "64"]
+    few += ["--trainer.accumulate_grad_batches", "1", "--model.model", "published"]
+    done = _python("-m", "lightning_ep", "fit", "--config", "qwen3_30b_a3b_dpo", *few, *tiny, cwd=empty)
+    assert done.returncode == 0, done.stdout + done.stderr
+    metrics = (empty / "runs/qwen3_30b_a3b_dpo/version_0/metrics.csv").read_text()
+    assert "train/reward_margin" in metrics
+    assert "val/reward_accuracy" in metrics
+    adapter = empty / "exports" / "qwen3_30b_a3b_dpo"
+    assert all(".lora_" in key for key in load_file(adapter / "adapter_model.safetensors"))
 
 
 def test_the_model_is_the_one_it_is_named_after() -> None:
