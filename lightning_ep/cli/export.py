@@ -39,8 +39,8 @@ def export(
     Runs in one process without a GPU, with the parameters of one layer's experts in memory at a time.
 
     Args:
-        checkpoint: A checkpoint of ExpertParallelStrategy: the directory of a distributed one, or a file. With --merge
-            also the directory of an adapter of PEFT.
+        checkpoint: A checkpoint of ExpertParallelStrategy, the directory of a distributed one or a file; or the
+            directory of an adapter of PEFT.
         output: The new directory. It appears when it is complete.
         model: Directory or hub id of the model that was trained: where its tokenizer and generation config are, and its
             config for checkpoints that do not contain it. Of an adapter, the model beneath; default: what it names.

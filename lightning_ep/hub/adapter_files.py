@@ -8,6 +8,7 @@ holds with fused experts (gpt_oss) take PEFT's file.
 from __future__ import annotations
 
 from copy import deepcopy
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -163,7 +164,7 @@ def adapter_state(model: Any, selected: list[str] | None = None) -> dict[str, Te
     Every rank must call it; all but the first of the job get all on meta.
     """
     state: dict[str, Tensor] = model.state_dict()
-    saved = _saved_by_peft(model, state, selected)
+    saved = _saved_by_peft(model, selected)
     first = Ranks(CheckpointError).rank == 0
     found = _on_meta(state)
     for name in saved:
@@ -190,13 +191,10 @@ def in_format(model: PreTrainedModel, state: dict[str, Tensor], file_format: Ada
         state: Its tensors by name, whole, also on meta; those of experts as PEFT has them or expert by expert.
         file_format: The format.
     """
-    from peft import get_peft_model_state_dict
-
     state = flattened(model, state)
     if file_format == "peft":
         (name,) = cast(dict[str, Any], model.peft_config)
-        saved: dict[str, Tensor] = get_peft_model_state_dict(model, dict(state), adapter_name=name)
-        return {f"{_PREFIX}{key}": tensor for key, tensor in saved.items()}
+        return {f"{_PREFIX}{key}": state[place] for key, place in _keys_in_peft(model, name).items()}
     found = {}
     for key, (beside, piece) in _names_in_vllm(model, beneath(model)).items():
         a, b = beside.factors(state[beside.a], state[beside.b])
@@ -246,19 +244,39 @@ def _names_in_vllm(model: PreTrainedModel, below: Beneath) -> dict[str, tuple[Be
 def _left_out(model: Any) -> list[str]:
     """Names of trained parameters that PEFT does not save."""
     state: dict[str, Tensor] = model.state_dict(keep_vars=True)
-    saved = {id(state[name]) for name in _saved_by_peft(model, state)}
+    saved = {id(state[name]) for name in _saved_by_peft(model)}
     return [name for name, param in model.named_parameters() if param.requires_grad and id(param) not in saved]
 
 
-def _saved_by_peft(model: Any, state: dict[str, Tensor], selected: list[str] | None = None) -> list[str]:
-    """Names in ``state`` of what PEFT saves."""
+def _saved_by_peft(model: Any, selected: list[str] | None = None) -> list[str]:
+    """Names in the model's state of what PEFT saves of its adapters."""
+    return list(
+        {place: None for name in selected or model.peft_config for place in _keys_in_peft(model, name).values()}
+    )
+
+
+@dataclass(frozen=True)
+class _Keys:
+    """What is remembered of a model: of each adapter, where in the model's state the tensors of PEFT's file are."""
+
+    places: dict[str, dict[str, str]] = field(default_factory=dict)
+
+
+def _keys_in_peft(model: Any, adapter_name: str) -> dict[str, str]:
+    """The names in PEFT's file, without their prefix, with those in the model's state.
+
+    Asked once for each adapter: PEFT may look at the hub to find out whether embeddings have been resized.
+    """
     from peft import get_peft_model_state_dict
 
-    named = _on_meta(state)
-    saved: set[int] = set()
-    for name in selected or model.peft_config:
-        saved.update(map(id, get_peft_model_state_dict(model, dict(named), adapter_name=name).values()))
-    return [name for name, tensor in named.items() if id(tensor) in saved]
+    if (keys := adapter.recall(model, _Keys)) is None:
+        adapter.remember(model, keys := _Keys())
+    if adapter_name not in keys.places:
+        named = _on_meta(model.state_dict())
+        names = {id(tensor): name for name, tensor in named.items()}
+        saved = get_peft_model_state_dict(model, named, adapter_name=adapter_name)
+        keys.places[adapter_name] = {key: names[id(tensor)] for key, tensor in saved.items()}
+    return keys.places[adapter_name]
 
 
 def _on_meta(state: dict[str, Tensor]) -> dict[str, Tensor]:

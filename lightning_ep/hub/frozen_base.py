@@ -23,6 +23,8 @@ from lightning_ep.hub.problems import Problems
 from lightning_ep.hub.safetensors_file import StoredTensor
 from lightning_ep.hub.source import Source
 
+_SCALES = ("lora_alpha", "use_rslora", "alpha_pattern")
+"""What of a LoraConfig changes what adapters do, and neither their names nor their shapes."""
 _SAMPLE = 64  # bytes of each tensor that are read
 
 
@@ -109,6 +111,13 @@ def check_bases(module: nn.Module, saved: Mapping[str, Mapping[str, Any]], path:
                 f"{what}, and this run's base is {_called(now)}: its weights are others. Adapters mean something on "
                 "the weights that they were trained on only."
             )
+        for key, config in before["adapters"].items():
+            own = now["adapters"].get(key, {})
+            if other := {k: config.get(k) for k in _SCALES if config.get(k) != own.get(k)}:
+                scaled = ", ".join(f"{k}={value} (here {own.get(k)})" for k, value in other.items())
+                raise CheckpointError(
+                    f"{what}, with {scaled}: the same factors mean another sum. Set these as they were."
+                )
 
 
 def _adapters(model: Any) -> Mapping[str, Any]:

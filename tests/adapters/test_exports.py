@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import resource
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -151,6 +152,68 @@ def _said(*arguments: str) -> str:
     with contextlib.redirect_stdout(printed):
         cli.main(list(arguments))
     return printed.getvalue()
+
+
+def test_an_adapter_of_peft_goes_through_unchanged_and_to_vllm(tmp_path: Path) -> None:
+    write_talking(tmp_path / "hub")
+    adapted = adapted_by_peft(_model(tmp_path / "hub"), "both")
+    adapted.peft_config["default"].base_model_name_or_path = str(tmp_path / "hub")
+    adapted.save_pretrained(tmp_path / "peft")
+    cli.main(["export", str(tmp_path / "peft"), str(tmp_path / "again")])
+    assert _same(tmp_path / "peft", tmp_path / "again")
+    cli.main(["export", str(tmp_path / "peft"), str(tmp_path / "vllm"), "--format", "vllm"])
+    assert "base_model.model.model.layers.1.mlp.experts.7.up_proj.lora_B.weight" in _tensors(tmp_path / "vllm")
+
+
+def _evaluated(root: Path) -> list[Any]:
+    """Validation loss and log-likelihood of a run's checkpoint, of the adapter in PEFT's files, and of the base."""
+    _train(root, {"ep": 2}, {"use_rslora": True}, "32-true")
+    found = []
+    in_run, of_peft = LoRA(r=3, use_rslora=True), LoRA(pretrained=str(root / "peft"))
+    for adapter, checkpoint in ((in_run, root / "saved.ckpt"), (of_peft, None), (None, None)):
+        module, loader = CausalLM(str(root / "hub"), adapter=adapter), DataLoader(_Batches(4), batch_size=2)
+        trainer = quiet(root, strategy=ExpertParallelStrategy(ep=2))
+        (metrics,) = trainer.validate(module, loader, ckpt_path=checkpoint, verbose=False)
+        batches: Any = trainer.predict(module, loader, ckpt_path=checkpoint)
+        found.append((metrics["val/loss"], sum(batch["log_likelihood"].sum().item() for batch in batches)))
+    with pytest.raises(CheckpointError, match=r"with use_rslora=True \(here False\): .* another sum"):
+        trainer.validate(CausalLM(str(root / "hub"), adapter=LoRA(r=3)), loader, ckpt_path=root / "saved.ckpt")
+    return found
+
+
+def test_a_trainer_evaluates_an_adapter_of_a_run_and_of_pefts_files_alike(tmp_path: Path) -> None:
+    write_talking(tmp_path / "hub")
+    for of_run, of_peft, of_base in run_ranks(2, _evaluated, tmp_path, init_process_group=False):
+        assert of_peft == pytest.approx(of_run, rel=1e-6)
+        assert of_base != pytest.approx(of_run, rel=1e-4)
+
+
+def _growth(root: Path) -> tuple[int, int]:
+    """Memory that merging takes beyond what an export of a tiny model has taken, and the largest parameter's."""
+
+    def peak() -> int:
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+    cli.main(["export", str(root / "tiny peft"), str(root / "tiny out"), "--merge"])
+    before = peak()
+    cli.main(["export", str(root / "peft"), str(root / "out"), "--merge"])
+    largest = max(t.numel() * t.element_size() for t in from_pretrained(root / "hub").state_dict().values())
+    return peak() - before, largest
+
+
+@pytest.mark.slow
+def test_merging_takes_the_memory_of_one_parameter(tmp_path: Path) -> None:
+    for name, sizes in (
+        ("tiny ", {}),
+        ("", {"hidden_size": 512, "moe_intermediate_size": 256, "num_experts": 32, "num_hidden_layers": 6}),
+    ):
+        write_talking(tmp_path / f"{name}hub", **sizes)
+        model = adapted_by_peft(_model(tmp_path / f"{name}hub"), "both")
+        model.peft_config["default"].base_model_name_or_path = str(tmp_path / f"{name}hub")
+        model.save_pretrained(tmp_path / f"{name}peft")
+    ((growth, largest),) = run_ranks(1, _growth, tmp_path, init_process_group=False)
+    # The parameter as it is read and as it is merged, one expert of it in fp32, the adapter, what the allocator keeps.
+    assert growth < 4 * largest, f"{growth / 1e6:.0f} MB; the largest parameter is {largest / 1e6:.0f} MB"
 
 
 @pytest.mark.slow

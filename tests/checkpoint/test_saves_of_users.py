@@ -62,8 +62,8 @@ def _refused(root: Path, build: Callable[[], Any], *words: str, path: Path | Non
     assert not (root / "out.incomplete").exists()
 
 
-def _lora(twice: bool = False) -> Any:
-    model = peft.get_peft_model(tiny_model(**SMALL), peft.LoraConfig(target_modules=["q_proj"]))
+def _lora(twice: bool = False, **options: Any) -> Any:
+    model = peft.get_peft_model(tiny_model(**SMALL), peft.LoraConfig(target_modules=["q_proj"], **options))
     if twice:
         model.add_adapter("other", peft.LoraConfig(target_modules=["q_proj"]))
     return model
@@ -100,6 +100,15 @@ class _Around(nn.Module):
 @row()
 def adapters_of_which_a_file_cannot_hold_all(root: Path) -> None:
     _refused(root, lambda: _lora(twice=True), r"the model has 2 \(default, other\), and a file holds one")
+
+
+@row()
+def an_adapter_that_cannot_be_merged(root: Path) -> None:
+    export = HuggingFaceExport(str(root / "out"), merge=True)
+    with refused(r"q_proj is adapted by a variant of LoRA \(use_dora\)"):
+        _train(root, Module(lambda: _lora(use_dora=True)), export, _MustNotStart())
+    with refused("has no adapters: leave `merge` out"):
+        _train(root, Module(lambda: tiny_model(**SMALL)), export, _MustNotStart())
 
 
 @row()
