@@ -260,7 +260,7 @@ class CausalLM(LightningModule):
         if clips and not by_norm:
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
         if not self._logs_after_step:
-            self._log_step(optimizer)
+            self.log_step(optimizer)
 
     @override
     def optimizer_step(
@@ -272,7 +272,7 @@ class CausalLM(LightningModule):
     ) -> None:
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
         if self._logs_after_step:
-            self._log_step(optimizer)
+            self.log_step(optimizer)
 
     @property
     def _logs_after_step(self) -> bool:
@@ -283,7 +283,8 @@ class CausalLM(LightningModule):
         own, hooks = CausalLM, ("configure_gradient_clipping", "optimizer_step")
         return all(getattr(type(self), name) is getattr(own, name) for name in hooks)
 
-    def _log_step(self, optimizer: Optimizer | LightningOptimizer) -> None:
+    def log_step(self, optimizer: Optimizer | LightningOptimizer) -> None:
+        """Logs an optimizer step; called by every rank once in each."""
         if self._grad_norm is not None:
             self.log("train/grad_norm", self._grad_norm)
         if self._train_loss is not None:
@@ -295,12 +296,14 @@ class CausalLM(LightningModule):
         # A tensor, on the CPU: of a number Lightning would make one on the GPU, for which the host waits.
         self.log("lr", torch.tensor(optimizer.param_groups[0]["lr"]))
 
-    def _evaluation_step(self, batch: dict[str, Tensor]) -> None:
+    def evaluation_step(self, batch: dict[str, Tensor]) -> None:
+        """What validation and test do with a batch."""
         loss, tokens, _ = self._summed_loss(batch)
         sums = torch.stack([loss.double(), tokens.double()])
         self._evaluation = sums if self._evaluation is None else self._evaluation + sums
 
-    def _log_evaluation(self, stage: str) -> None:
+    def log_evaluation(self, stage: str) -> None:
+        """Logs an evaluation at its end; ``stage`` is "val" or "test"."""
         had_batches = self._evaluation is not None
         sums = self._evaluation if self._evaluation is not None else torch.zeros(2, device=self.device).double()
         self._evaluation = None
@@ -348,19 +351,19 @@ class CausalLM(LightningModule):
 
     @override
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
-        self._evaluation_step(batch)
+        self.evaluation_step(batch)
 
     @override
     def on_validation_epoch_end(self) -> None:
-        self._log_evaluation("val")
+        self.log_evaluation("val")
 
     @override
     def test_step(self, batch: dict[str, Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
-        self._evaluation_step(batch)
+        self.evaluation_step(batch)
 
     @override
     def on_test_epoch_end(self) -> None:
-        self._log_evaluation("test")
+        self.log_evaluation("test")
 
     @override
     def predict_step(self, batch: dict[str, Tensor], batch_idx: int, dataloader_idx: int = 0) -> dict[str, Tensor]:

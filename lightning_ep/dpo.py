@@ -101,25 +101,25 @@ class DPO(CausalLM):
         return loss
 
     @override
-    def _log_step(self, optimizer: Optimizer | LightningOptimizer) -> None:
+    def log_step(self, optimizer: Optimizer | LightningOptimizer) -> None:
         if self._sums is not None:
             means, self._sums = self._means(self._sums), None
             self._train_loss = means[0]
             for name, mean in zip(_METRICS[1:], means[1:], strict=True):
                 self.log(f"train/{name}", mean)
-        super()._log_step(optimizer)
+        super().log_step(optimizer)
 
     def _means(self, sums: Tensor) -> Tensor:
         *totals, pairs = self._summed_over_ranks(sums)
         return (torch.stack(totals) / pairs).float()
 
     @override
-    def _evaluation_step(self, batch: dict[str, Tensor]) -> None:
+    def evaluation_step(self, batch: dict[str, Tensor]) -> None:
         _, sums = self._pairs(batch)
         self._evaluation = sums if self._evaluation is None else self._evaluation + sums
 
     @override
-    def _log_evaluation(self, stage: str) -> None:
+    def log_evaluation(self, stage: str) -> None:
         sums = torch.zeros(len(_METRICS) + 1, device=self.device).double()
         sums = self._evaluation if self._evaluation is not None else sums
         self._evaluation = None
