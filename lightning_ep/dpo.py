@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.core.optimizer import LightningOptimizer
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
@@ -67,6 +68,11 @@ class DPO(CausalLM):
             return
         super().configure_model()
         assert self.model is not None
+        if self._adapter is not None and self._adapter.pretrained is not None:
+            rank_zero_warn(
+                f"DPO goes on with {self._adapter.pretrained}, and its reference is the model without that. If it was "
+                "fine-tuned before, merge it first: lightning-ep export --merge."
+            )
         if self._strategy.layout.cp > 1:
             raise ValueError(
                 f"DPO compares whole sequences, and cp={self._strategy.layout.cp} gives every rank a piece: use cp=1."

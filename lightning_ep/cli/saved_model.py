@@ -69,8 +69,14 @@ def match(tensors: Mapping[str, Saved], model: PreTrainedModel, prefix: str, che
         checkpoint: The checkpoint, for the error.
 
     Raises:
-        CheckpointError: If names or shapes differ; lists all.
+        CheckpointError: If names or shapes differ, of which it lists all; if there are adapters among them.
     """
+    if any(".lora_" in name for name in tensors):
+        raise CheckpointError(
+            f"{checkpoint} holds adapters with a model that was in memory when it was adapted, and does not say how "
+            "they are scaled. Write them in the run that trains them (the callback HuggingFaceExport), or build the "
+            "model by `lightning_ep.from_pretrained` there: checkpoints then say what they are of."
+        )
     problems = Problems(f"{checkpoint} does not fit the {type(model).__name__} of its config:")
     state = model.state_dict(keep_vars=True)
     tied = adapter.tied_names(model)

@@ -33,6 +33,7 @@ from lightning_ep.moe.adapted import ExpertFactor, flat
 AdapterFormat = Literal["peft", "vllm"]
 WEIGHTS = "adapter_model.safetensors"
 _PREFIX = "base_model.model."  # of PEFT's names
+_RANKS_IN_VLLM = (8, 16, 32, 64, 128, 256, 320, 512)  # what its server can be told to make room for
 _NOT_IN_VLLM = {
     "modules_to_save": "modules that are trained whole",
     "use_dora": "DoRA",
@@ -151,8 +152,7 @@ def write_adapters(
     contents = {key: tensor.to(dtype or tensor.dtype, copy=True).contiguous() for key, tensor in tensors.items()}
     save_file(contents, directory.temporary / WEIGHTS, metadata={"format": "pt"})
     directory.write_tokenizer(tokenizer, files_from)
-    base = config.base_model_name_or_path
-    card = _card(directory.path.name, base, file_format, directory.has_template())
+    card = _card(directory.path.name, config, file_format, directory.has_template())
     (directory.temporary / "README.md").write_text(card)
     directory.publish()
 
@@ -283,9 +283,11 @@ def _on_meta(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: torch.empty(t.shape, dtype=t.dtype, device="meta") for name, t in state.items()}
 
 
-def _card(name: str, base: str | None, file_format: AdapterFormat, chats: bool) -> str:
+def _card(name: str, config: Any, file_format: AdapterFormat, chats: bool) -> str:
     """The README of an adapter: what the hub reads of it, and how to use and upload it."""
-    served = f"vllm serve {base or 'BASE'} --enable-lora --lora-modules {name}=."
+    base: str | None = config.base_model_name_or_path
+    rank = next((size for size in _RANKS_IN_VLLM if size >= config.r), config.r)
+    served = f"vllm serve {base or 'BASE'} --enable-lora --max-lora-rank {rank} --lora-modules {name}=."
     talk = "lightning-ep generate . --chat" if chats else 'lightning-ep generate . --prompt "Once upon a time"'
     use = f"""Try it in a terminal:
 

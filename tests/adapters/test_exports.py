@@ -19,14 +19,15 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from lightning_ep import CausalLM, ExpertParallelStrategy, LoRA, add_adapter, cli, from_pretrained
+from lightning_ep import CausalLM, ExpertParallelStrategy, LoRA, add_adapter, cli, from_config, from_pretrained
 from lightning_ep.callbacks import HuggingFaceExport
+from lightning_ep.cli.saved_model import match
 from lightning_ep.hub.adapter_files import check_adapters, export_adapters
 from lightning_ep.hub.errors import CheckpointError
 from lightning_ep.hub.export import check_export, export_sharded
 from tests.hub_files import FAMILIES, family_model, refused_in_one_line
 from tests.ranks import run_ranks
-from tests.reference import adapted_by_peft, relative_error
+from tests.reference import adapted_by_peft, relative_error, tiny_config
 from tests.talking import greedy, on_two_ranks, write_talking
 from tests.tiny import Samples, quiet
 
@@ -302,6 +303,31 @@ def test_experts_that_vllm_holds_fused_and_trained_weights_of_no_adapter_are_ref
     model.get_parameter("model.norm.weight").requires_grad_(True)
     with pytest.raises(CheckpointError, match=r"1 trained parameters .* model.norm.weight.*modules_to_save"):
         check_adapters(model, tmp_path / "out")
+
+
+def _said_on_this_rank(checkpoint: Path) -> str:
+    return _said("generate", str(checkpoint), "--max_new_tokens", "12", "--prompt", "zeta eta")
+
+
+@pytest.mark.slow
+def test_several_ranks_answer_with_an_adapter(tmp_path: Path) -> None:
+    write_talking(tmp_path / "hub")
+    adapted = adapted_by_peft(_model(tmp_path / "hub"), "both")
+    adapted.peft_config["default"].base_model_name_or_path = str(tmp_path / "hub")
+    adapted.save_pretrained(tmp_path / "peft")
+    cli.main(["export", str(tmp_path / "peft"), str(tmp_path / "out"), "--merge"])
+    prompt = AutoTokenizer.from_pretrained(tmp_path / "hub")("zeta eta")["input_ids"]
+    expected = greedy(tmp_path / "out", prompt, 12)
+    assert expected != greedy(tmp_path / "hub", prompt, 12)
+    said = run_ranks(2, _said_on_this_rank, tmp_path / "peft", init_process_group=False)
+    assert said == [f"{expected}\n", ""]
+
+
+def test_a_checkpoint_that_does_not_say_how_adapters_are_scaled_is_refused() -> None:
+    shape = (torch.Size([3, 32]), torch.float32)
+    tensors: Any = {"model.model.layers.0.self_attn.q_proj.lora_A.default.weight": shape}
+    with pytest.raises(CheckpointError, match=r"does not say how they are scaled.*HuggingFaceExport"):
+        match(tensors, from_config(tiny_config()), "model.", "it")
 
 
 def test_mistakes_of_the_command_are_said_in_one_line(tmp_path: Path) -> None:
