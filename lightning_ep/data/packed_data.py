@@ -224,11 +224,14 @@ class PackedDataModule(LightningDataModule):
     def _cached(self, origin: list[Path], sources: Sequence[Rows], validation: Sequence[Rows] | None) -> Path:
         import tokenizers
 
-        root = self.cache_dir or os.environ.get("LIGHTNING_EP_CACHE") or "~/.cache/lightning_ep"
         rows = [[(r.name, r.count, r.fingerprint, r.weight) for r in some] for some in (sources, validation or ())]
         shared = (self.sequence_length, self.seed, self.validation_fraction, validation is None)
         settings = (FORMAT, type(self).__qualname__, rows, shared, tuple(self.settings()), tokenizers.__version__)
-        return Path(root).expanduser() / f"{self.kind}-{corpus.fingerprint(origin, *settings)}"
+        return self.cache_root() / f"{self.kind}-{corpus.fingerprint(origin, *settings)}"
+
+    def cache_root(self) -> Path:
+        """Where what is prepared is kept."""
+        return Path(self.cache_dir or os.environ.get("LIGHTNING_EP_CACHE") or "~/.cache/lightning_ep").expanduser()
 
     def _tokenizer_files(self) -> list[Path]:
         """The files of the tokenizer to use; none if one is to be made."""

@@ -9,7 +9,7 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_ep import transformers_adapter as adapter
-from lightning_ep.hub.directory import TOKENIZER_FILES
+from lightning_ep.hub.companions import TOKENIZER_FILES
 from lightning_ep.hub.meta_models import small_files
 from lightning_ep.hub.source import source_directory
 
