@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import stat
 import subprocess
@@ -19,6 +20,7 @@ from lightning_ep import ParallelLayout, Schedule, __version__, cli, from_config
 from lightning_ep.data import corpus
 from lightning_ep_start import recipes
 from tests.hub_files import write_checkpoint
+from tests.talking import write_talking
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 RECIPE = REPOSITORY / "recipes" / "qwen3_30b_a3b.yaml"
@@ -209,7 +211,11 @@ def test_a_wheel_holds_them(wheel: Path, tmp_path: Path, empty: Path) -> None:
 
 @pytest.mark.parametrize(
     ("name", "warm_up", "peak", "last"),
-    [("qwen3_30b_a3b", 500, 3e-4, 0.0), ("continued_pretraining", 1000, 1e-5, 1e-6)],
+    [
+        ("qwen3_30b_a3b", 500, 3e-4, 0.0),
+        ("continued_pretraining", 1000, 1e-5, 1e-6),
+        ("qwen3_30b_a3b_sft", 1000, 1e-5, 1e-6),
+    ],
 )
 def test_the_learning_rate_is_what_its_source_says(name: str, warm_up: int, peak: float, last: float) -> None:
     init = yaml.safe_load(RECIPES[name].read_text())["model"]["init_args"]
@@ -226,12 +232,13 @@ def test_the_learning_rate_is_what_its_source_says(name: str, warm_up: int, peak
     assert rates[-1] == pytest.approx(last, rel=1e-2, abs=1e-9)
 
 
-def test_published_weights_go_on_with_as_many_tokens_per_step_as_its_source() -> None:
-    recipe = yaml.safe_load(RECIPES["continued_pretraining"].read_text())
+@pytest.mark.parametrize("name", ["continued_pretraining", "qwen3_30b_a3b_sft"])
+def test_published_weights_go_on_with_as_many_tokens_per_step_as_its_source(name: str) -> None:
+    recipe = yaml.safe_load(RECIPES[name].read_text())
     trainer, data = recipe["trainer"], recipe["data"]["init_args"]
     assert trainer["devices"] * data["batch_size"] == 16
     assert data["sequence_length"] == 8192
-    assert f"of 8 GPUs x {data['batch_size']} windows x 8,192 tokens" in RECIPES["continued_pretraining"].read_text()
+    assert f"of 8 GPUs x {data['batch_size']} windows x 8,192 tokens" in RECIPES[name].read_text()
     architecture = yaml.safe_load(RECIPE.read_text())["model"]["init_args"]["model"]
     layout = ParallelLayout.resolve(trainer["strategy"]["init_args"]["ep"], "auto", 8, 8)
     layout.check_num_experts(architecture["num_experts"], "the recipe")
@@ -267,6 +274,36 @@ def test_published_weights_are_trained_further_and_exported(empty: Path) -> None
     differences = [(a - b).abs().max() for a, b in zip(exported.parameters(), before.parameters(), strict=True)]
     assert max(differences) < 1e-4, "they are the published weights, two small steps later"
     assert AutoTokenizer.from_pretrained(empty / "exports/continued_pretraining").get_vocab() == tokenizer.get_vocab()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("nodes", [1, 2])
+def test_published_weights_are_fine_tuned_on_chats_and_exported(nodes: int, empty: Path) -> None:
+    """On one node as the recipe says, and as on two: EP inside of a node, and every expert sharded over both."""
+    answer = {"role": "assistant", "content": "theta zeta"}
+    row = {"messages": [{"role": "user", "content": "zeta eta"}, answer]}
+    (empty / "my_chats.jsonl").write_text(f"{json.dumps(row)}\n" * 40)
+    write_talking(empty / "published", vocab_size=300)
+    (empty / "small.yaml").write_text(
+        f"trainer:\n  accelerator: cpu\n  devices: {2 * nodes}\n  precision: 32-true\n  max_steps: 2\n"
+        "  val_check_interval: 2\n  log_every_n_steps: 1\n"
+        "  strategy: {class_path: lightning_ep.ExpertParallelStrategy, init_args: {ep: 2, compile: false}}\n"
+        "data:\n  class_path: lightning_ep.data.ChatDataModule\n"
+        f"  init_args: {{sequence_length: 32, batch_size: {2 // nodes}, validation_fraction: 0.2}}\n"
+    )
+    options = ["--model.init_args.model", "published", "--trainer.callbacks.init_args.dtype", "float32"]
+    command = ["fit", "--config", "qwen3_30b_a3b_sft", "--config", "small", *options, "--ckpt_path", "last"]
+    done = _python("-m", "lightning_ep", *command, cwd=empty)
+    assert done.returncode == 0, done.stdout + done.stderr
+    metrics = (empty / "runs/qwen3_30b_a3b_sft/version_0/metrics.csv").read_text()
+    assert "train/loss" in metrics
+    assert "val/loss" in metrics
+    exported = AutoModelForCausalLM.from_pretrained(empty / "exports" / "qwen3_30b_a3b_sft")
+    before = AutoModelForCausalLM.from_pretrained(empty / "published")
+    assert not exported.config.output_router_logits, "balancing is off"
+    assert any(not torch.equal(a, b) for a, b in zip(exported.parameters(), before.parameters(), strict=True))
+    template = AutoTokenizer.from_pretrained(empty / "exports/qwen3_30b_a3b_sft").chat_template
+    assert template == AutoTokenizer.from_pretrained(empty / "published").chat_template
 
 
 def test_the_model_is_the_one_it_is_named_after() -> None:
