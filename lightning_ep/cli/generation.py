@@ -15,6 +15,7 @@ from transformers import TextStreamer
 
 from lightning_ep.cli.opened import Opened, opened
 from lightning_ep.data.template_text import template_text
+from lightning_ep.data.tokenizers import ends_of
 from lightning_ep.distributed.agreement import Ranks
 
 _PATIENCE = timedelta(days=30)  # for the next line of whoever types
@@ -90,9 +91,8 @@ class Writer:
         self._found = found
         self._max_new_tokens = max_new_tokens
         self._sampling = sampling
-        config: Any = found.model.generation_config
-        self._ends = ids_of(config.eos_token_id, found.tokenizer.eos_token_id)
-        self._pad = next(iter([*ids_of(config.pad_token_id, found.tokenizer.pad_token_id), *self._ends]), None)
+        self._ends = ends_of(found.model, found.tokenizer)
+        self._pad = next((token for token in (found.tokenizer.pad_token_id, *self._ends) if token is not None), None)
 
     def go_on(self, text: str) -> None:
         """Continues a text."""
@@ -145,6 +145,7 @@ class Conversation:
         self._variables = variables
         if template is not None:
             writer.tokenizer.chat_template = template
+            writer.tokenizer.response_template = None  # what answers to the saved one look like
         if not writer.tokenizer.chat_template:
             raise ValueError(
                 "the model's tokenizer has no chat template: give the one that it was trained with as --chat_template, "
@@ -168,14 +169,9 @@ class Conversation:
             raise ValueError(f"the chat template refuses the conversation: {error}") from error
         ids = self._writer.write(prompt)
         if getattr(tokenizer, "response_template", None):
-            self._messages.append(tokenizer.parse_response(ids, prefix=prompt))
+            self._messages.append({"content": "", **tokenizer.parse_response(ids, prefix=prompt)})
         else:
             self._messages.append({"role": "assistant", "content": tokenizer.decode(ids, skip_special_tokens=True)})
-
-
-def ids_of(*values: int | list[int] | None) -> list[int]:
-    """Token ids of configurations, where one may be a number, a list or missing."""
-    return list(dict.fromkeys(i for v in values if v is not None for i in (v if isinstance(v, list) else [v])))
 
 
 def model_length(config: Any) -> float:

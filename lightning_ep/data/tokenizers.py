@@ -56,6 +56,13 @@ def vocabulary_size(config: Any) -> int | None:
     return getattr(text, "vocab_size", None)
 
 
+def ends_of(model: Any, tokenizer: Any) -> list[int]:
+    """The ids that end a generated text: those of the model's generation config, and the tokenizer's."""
+    config = getattr(model, "generation_config", None)
+    values = (getattr(config, "eos_token_id", None), getattr(tokenizer, "eos_token_id", None))
+    return list(dict.fromkeys(i for v in values if v is not None for i in (v if isinstance(v, list) else [v])))
+
+
 def warn_of_other_special_tokens(tokenizer: Any, model: Any) -> None:
     """Warns where a model's configuration has other ids than the tokenizer for the same tokens."""
     configs = [model.config, getattr(model, "generation_config", None)]
