@@ -16,7 +16,7 @@ from lightning_ep.data.preparation import Samples
 from lightning_ep.data.rendering import RendersConversations
 from lightning_ep.data.row_files import Row, Source
 from lightning_ep.data.rows import RowsDataModule
-from lightning_ep.data.template_text import template_text, with_defaults
+from lightning_ep.data.template_text import response_template, template_text, with_defaults
 
 
 class ChatDataModule(RowsDataModule):
@@ -113,6 +113,8 @@ class ChatDataModule(RowsDataModule):
             self.tokenizer, written, self.sequence_length, self.split_turns, self.too_long, self.malformed
         )
         self.tokenizer.chat_template = with_defaults(kept, self.template_kwargs)
+        if (response := response_template(self.chat_template, self.tokenizer.eos_token)) is not None:
+            self.tokenizer.response_template = response
 
     @override
     def read_row(self, row: Row) -> Conversation:

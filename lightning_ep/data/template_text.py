@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 _SHIPPED = Path(__file__).parent / "chat_templates"
+_ASKS_WITH = {"plain": "### Assistant:\n"}
 
 
 def template_text(given: str) -> str:
@@ -28,6 +29,22 @@ def template_text(given: str) -> str:
         shipped = ", ".join(repr(file.stem) for file in sorted(_SHIPPED.glob("*.jinja")))
         raise ValueError(f"chat_template={given!r} is no file here, no template's text, and none of {shipped}.")
     return file.read_text(encoding="utf-8")
+
+
+def response_template(given: str | None, end: str) -> dict[str, Any] | None:
+    """What answers look like to a template that we ship, for servers; None for any other.
+
+    `transformers serve` takes the answers of every Qwen3 for those of Qwen's own template unless the tokenizer says
+    otherwise, with such a dict.
+
+    Args:
+        given: What `template_text` was given.
+        end: The token that ends an answer.
+    """
+    if given not in _ASKS_WITH:
+        return None
+    content = {"close": end, "content": "text"}
+    return {"defaults": {"role": "assistant"}, "start_anchor": _ASKS_WITH[given], "fields": {"content": content}}
 
 
 def with_defaults(template: str, variables: Mapping[str, Any]) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import stat
 import subprocess
 import sys
@@ -380,3 +381,28 @@ def test_the_torchrun_script_trains_on_a_cpu(tmp_path: Path) -> None:
     config = yaml.safe_load((tmp_path / "runs/qwen3_30b_a3b/version_0/config.yaml").read_text())
     assert (config["trainer"]["num_nodes"], int(config["trainer"]["devices"])) == (1, 2)
     assert _resumes(config)
+
+
+def test_the_page_on_chats_says_what_the_commands_and_callbacks_take(
+    empty: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = (REPOSITORY / "docs" / "chats.md").read_text()
+    blocks = re.findall(r"```(\w+)\n(.*?)```", page, re.S)
+    (yaml_block,) = [block for kind, block in blocks if kind == "yaml" and block.startswith("trainer:")]
+    (empty / "callbacks.yaml").write_text(yaml_block)
+    lines = [line.partition("#")[0].split() for kind, block in blocks if kind == "bash" for line in block.splitlines()]
+    fits = [words[1:] for words in lines if words[:2] == ["lightning-ep", "fit"]]
+    assert fits
+    for words in fits:
+        assert _ends(*words, "--config", "callbacks.yaml", "--print_config") == 0
+        config = yaml.safe_load(capsys.readouterr().out)
+        assert config["data"]["init_args"]["source"] == "my_chats.jsonl"
+        generates, grades = config["trainer"]["callbacks"]
+        assert generates["init_args"]["chat"] is True
+        assert grades["init_args"]["samples"] == 128
+    metric = re.search(r"`metric: (\{.*?\})`", page)
+    assert metric is not None
+    (empty / "metric.yaml").write_text(f"trainer: {{callbacks: [{{class_path: lightning_ep.callbacks.GradeAnswers, "
+                                       f"init_args: {{metric: {metric[1]}}}}}]}}\n")  # fmt: skip
+    assert _ends(*fits[0], "--config", "metric.yaml", "--print_config") == 0
+    assert "torchmetrics.text.CharErrorRate" in capsys.readouterr().out

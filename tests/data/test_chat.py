@@ -303,6 +303,11 @@ def test_a_base_model_gets_the_template_that_is_passed(chats: Path, tmp_path: Pa
         text = windows.tokenizer.apply_chat_template([HI], add_generation_prompt=True, tokenize=False)
         if given == "plain":
             assert text == "<|begin_of_text|>### User:\nHi\n\n### Assistant:\n"
+            windows.tokenizer.save_pretrained(tmp_path / "saved")
+            saved = AutoTokenizer.from_pretrained(tmp_path / "saved")
+            ids = saved("Hello!<|eot_id|>", add_special_tokens=False)["input_ids"]
+            said = saved.parse_response(ids, prefix=text)  # as servers do
+            assert said == {"role": "assistant", "content": "Hello!"}
         else:
             assert text == tokenizer.apply_chat_template([HI], add_generation_prompt=True, tokenize=False)
 
