@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.fsdp import MixedPrecisionPolicy
-from transformers import AutoConfig, masking_utils
+from transformers import AutoConfig, AutoModelForCausalLM, masking_utils
 
 from lightning_ep import ParallelLayout, from_config, parallelize, shard_sequence
 from lightning_ep import transformers_adapter as adapter
@@ -23,6 +23,7 @@ from lightning_ep.ops import packed_attention
 from lightning_ep.ops.packed_attention import documents_mask, has_kernel, kernel_serves
 from lightning_ep.transformers_adapter import document_bounds
 from tests.documents import PACKED, kernel_on_cpu
+from tests.hub.every_family import tiny_config_of
 from tests.ranks import accelerator, assert_ranks_agree, device, run_ranks
 from tests.reference import VOCAB, family_model, grad_or_zero, relative_error, tiny_model
 from tests.transformers_adapter import test_packed_documents as packed_documents
@@ -180,6 +181,37 @@ def test_attention_that_a_mask_alone_describes_keeps_it(
     assert found is None if why_not is None else why_not in (found or "")
     adapter.use_bounds_of_documents(model)
     assert adapter.attention_implementation(model) == ("packed_sdpa" if why_not is None else before)
+
+
+ALL_TOLD = [
+    "afmoe", "aria_text", "beam", "cohere2_moe", "dots1", "ernie4_5_moe", "exaone_moe", "flex_olmo", "glm4_moe",
+    "granitemoe", "granitemoeshared", "hunyuan_v1_moe", "hy_v3", "kolibri1", "laguna", "mellum", "minimax_m2",
+    "mixtral", "olmoe", "phimoe", "qwen2_moe", "qwen3_moe", "solar_open",
+]  # fmt: skip
+
+
+@cpu_only
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ALL_TOLD)
+def test_every_family_that_is_told_keeps_documents_apart(family: str) -> None:
+    config = tiny_config_of(family)
+    if getattr(config, "sliding_window", None):
+        config.sliding_window = 3
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, experts_implementation="eager").double().eval()
+    for name, param in model.named_parameters():
+        if "norm" not in name:
+            torch.nn.init.normal_(param, std=0.3)
+    batch = packed_documents._batch()
+    ids, positions = batch["input_ids"], batch["position_ids"]
+    with torch.no_grad(), kernel_on_cpu() as calls:
+        rows = zip(ids, packed_documents.ROWS, strict=True)
+        apart = [model(document[None]).logits[0] for row, lengths in rows for document in row.split(lengths)]
+        adapter.use_bounds_of_documents(model)
+        adapter.keep_documents_apart(model)
+        found = model(ids, position_ids=positions).logits.flatten(0, 1)
+    assert len(calls) == config.num_hidden_layers
+    torch.testing.assert_close(found, torch.cat(apart), rtol=1e-5, atol=1e-5)  # some route in fp32
 
 
 def test_no_mask_is_made_and_nobody_asks_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
