@@ -182,8 +182,8 @@ MUTATIONS = (
     Mutation(
         "packed_documents_that_a_mask_hides",
         "transformers_adapter/packing.py",
-        "return Packing(True, bool((counts[:, 1:] & ~counts[:, :-1]).any()))",
-        "return Packing(False, bool((counts[:, 1:] & ~counts[:, :-1]).any()))",
+        "packed = bool(((steps <= 0) & counts[:, 1:] & counts[:, :-1]).any())",
+        "packed = False",
         "transformers_adapter/test_packed_documents.py::test_positions_say_what_padding_does_not",
     ),
     # ------------------------------------------------------------------------------------------------ layers
