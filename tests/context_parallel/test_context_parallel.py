@@ -35,7 +35,7 @@ from tests.ranks import accelerator, assert_ranks_agree, device, run_ranks
 from tests.reference import VOCAB, family_model, grad_or_zero, relative_error, tiny_config, tiny_model
 from tests.tiny import TinyModule, loader, quiet
 
-ON_GPU = accelerator() == "cuda"
+ON_GPU = on_cuda()
 
 SIZES: dict[str, Any] = {
     "vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 16, "moe_intermediate_size": 16,
