@@ -87,7 +87,8 @@ def _all_errors(kernel: bool) -> list[str]:
     return [f"{case}: {wrong}" for case in CASES for wrong in _errors(case[0], case[1], kernel, **case[2])]
 
 
-@pytest.mark.parametrize("kernel", [False, pytest.param(True, marks=cpu_only)])
+@cpu_only
+@pytest.mark.parametrize("kernel", [False, True])
 def test_packed_documents_are_separate_ones_on_every_path(kernel: bool) -> None:
     assert_ranks_agree(2, _all_errors, kernel)
 
