@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -84,11 +85,10 @@ def _line(record: dict[str, Any]) -> str:
 def _cells(options: argparse.Namespace) -> list[Cell]:
     ranks = num_ranks(options)
     trainers = options.trainers or default_trainers(ranks, peers=not options.against)
-    names = ("sizes", "layers", "steps", "warmup", "memory_cap_gib", "device")
+    names = ("sizes", "layers", "steps", "warmup", "memory_cap_gib", "device", "balanced")
     settings = {name: getattr(options, name) for name in names}
-    shapes, settings["balanced"] = [parse_shape(text) for text in options.tokens], options.balanced
-    kinds = [(trainer, *shape, data) for shape in shapes for data in options.data for trainer in trainers]
-    return [Cell(*kind, ranks, data=data, **settings) for *kind, data in kinds]
+    kinds = itertools.product(map(parse_shape, options.tokens), options.data, trainers)
+    return [Cell(trainer, *shape, ranks, data=data, **settings) for shape, data, trainer in kinds]
 
 
 def _parser() -> argparse.ArgumentParser:

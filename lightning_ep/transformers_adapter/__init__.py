@@ -32,7 +32,7 @@ from lightning_ep.transformers_adapter.conversion import (
     saves_adapters,
     tied_names,
 )
-from lightning_ep.transformers_adapter.document_bounds import use_bounds_of_documents, why_not_bounds
+from lightning_ep.transformers_adapter.document_bounds import is_told_documents, use_bounds_of_documents, why_not_bounds
 from lightning_ep.transformers_adapter.dtypes import cast_constants, fp32_parameters
 from lightning_ep.transformers_adapter.experts_interface import (
     FUSED_PARAMETERS,
@@ -93,6 +93,7 @@ __all__ = [
     "fp32_parameters",
     "hub_transforms",
     "is_flash_attention",
+    "is_told_documents",
     "keep_documents_apart",
     "load_conversions",
     "local_experts_function",

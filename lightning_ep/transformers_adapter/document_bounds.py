@@ -21,6 +21,7 @@ from lightning_ep.transformers_adapter.attention_interface import (
     attention_implementation,
     attention_sources,
     forward_source,
+    is_flash_attention,
     select_attention,
     why_not_causal,
 )
@@ -60,6 +61,12 @@ def why_not_bounds(model: PreTrainedModel) -> str | None:
     if re.search(_ASKS_FOR_THE_NAME, _file_source(model)):
         return "its code asks for the name of the attention implementation"
     return None
+
+
+def is_told_documents(model: PreTrainedModel) -> bool:
+    """Whether packed documents cost attention no mask, since it is told their bounds, or those of FlashAttention."""
+    name = attention_implementation(model)
+    return takes_bounds(name) or is_flash_attention(name)
 
 
 def takes_bounds(name: str) -> bool:

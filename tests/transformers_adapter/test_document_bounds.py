@@ -21,6 +21,7 @@ from lightning_ep import ParallelLayout, from_config, parallelize, shard_sequenc
 from lightning_ep import transformers_adapter as adapter
 from lightning_ep.ops import packed_attention
 from lightning_ep.ops.packed_attention import documents_mask, has_kernel, kernel_serves
+from lightning_ep.trainer import cost_warnings
 from lightning_ep.transformers_adapter import document_bounds
 from tests.documents import PACKED, kernel_on_cpu
 from tests.hub.every_family import tiny_config_of
@@ -86,7 +87,8 @@ def _all_errors(kernel: bool) -> list[str]:
     return [f"{case}: {wrong}" for case in CASES for wrong in _errors(case[0], case[1], kernel, **case[2])]
 
 
-@pytest.mark.parametrize("kernel", [False, pytest.param(True, marks=cpu_only)])
+@cpu_only
+@pytest.mark.parametrize("kernel", [False, True])
 def test_packed_documents_are_separate_ones_on_every_path(kernel: bool) -> None:
     assert_ranks_agree(2, _all_errors, kernel)
 
@@ -229,6 +231,22 @@ def test_no_mask_is_made_and_nobody_asks_the_device(monkeypatch: pytest.MonkeyPa
         loss = model(**batch, attention_mask=None).loss
     assert calls == [(5, 4, 3, 7, 5)] * 2
     assert loss.item() == pytest.approx(packed_documents._apart(tiny_model()).item(), rel=1e-6)
+
+
+def test_users_are_told_why_documents_cost_a_mask(monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(cost_warnings, "rank_zero_info", said.append)
+    gpu, model = torch.device("cuda"), tiny_model()
+    cost_warnings.say_if_documents_need_a_mask(model, torch.device("cpu"))
+    assert not said
+    cost_warnings.say_if_documents_need_a_mask(model, gpu)
+    cost_warnings.say_if_documents_need_a_mask(tiny_model(attention_dropout=0.1), gpu)
+    adapter.use_bounds_of_documents(model)
+    cost_warnings.say_if_documents_need_a_mask(model, gpu)
+    assert len(said) == 2
+    assert "Qwen3MoeForCausalLM makes a mask" in said[0]
+    assert said[0].endswith("it does not compute in bf16.")
+    assert "dropout" in said[1]
 
 
 def test_other_batches_are_attended_to_as_before() -> None:
