@@ -31,7 +31,8 @@ from lightning_ep.context_parallel.exchange import kv_repeats
 from lightning_ep.parallelize import is_parallelized
 from tests.documents import PACKED, PADDED, SHAPES, documents_error, kernel_on_cpu
 from tests.parity import SeededCausalLM, assert_trains_like_one_process
-from tests.ranks import accelerator, assert_ranks_agree, device, run_ranks
+from tests.rank_process import on_cuda
+from tests.ranks import assert_ranks_agree, device, run_ranks
 from tests.reference import VOCAB, family_model, grad_or_zero, relative_error, tiny_config, tiny_model
 from tests.tiny import TinyModule, loader, quiet
 

@@ -25,12 +25,13 @@ from lightning_ep.trainer import cost_warnings
 from lightning_ep.transformers_adapter import document_bounds
 from tests.documents import PACKED, kernel_on_cpu
 from tests.hub.every_family import tiny_config_of
-from tests.ranks import accelerator, assert_ranks_agree, device, run_ranks
+from tests.rank_process import on_cuda
+from tests.ranks import assert_ranks_agree, device, run_ranks
 from tests.reference import VOCAB, family_model, grad_or_zero, relative_error, tiny_model
 from tests.transformers_adapter import test_packed_documents as packed_documents
 from tests.transformers_adapter.test_packed_documents import SIZES
 
-cpu_only = pytest.mark.skipif(accelerator() == "cuda", reason="the kernel itself runs in test_gpu.py")
+cpu_only = pytest.mark.skipif(on_cuda(), reason="the kernel itself runs in test_gpu.py")
 
 LATENT: dict[str, Any] = {  # keys and values of different widths
     **SIZES, "n_routed_experts": 4, "first_k_dense_replace": 0, "n_group": 1, "topk_group": 1, "q_lora_rank": 16,
@@ -156,7 +157,7 @@ def _told() -> list[str]:
 
 
 def test_bounds_are_told_where_the_kernel_runs() -> None:
-    assert run_ranks(1, _told) == [["sdpa", "packed_sdpa" if accelerator() == "cuda" else "sdpa"]]
+    assert run_ranks(1, _told) == [["sdpa", "packed_sdpa" if on_cuda() else "sdpa"]]
 
 
 @pytest.mark.parametrize(
