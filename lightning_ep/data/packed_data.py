@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
-import torch
 from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.types import EVAL_DATALOADERS
@@ -19,7 +19,8 @@ from typing_extensions import override
 from lightning_ep import transformers_adapter as adapter
 from lightning_ep.checkpoint.loop_state import close_finished_epoch, match_batches
 from lightning_ep.data import corpus
-from lightning_ep.data.preparation import COUNTS, FORMAT, WINDOWS, Part, Rows, Samples, prepare
+from lightning_ep.data.batches import FilledUp, open_windows, stacked, without_positions
+from lightning_ep.data.preparation import COUNTS, FORMAT, Part, Rows, Samples, prepare
 from lightning_ep.data.resumable_loader import ResumableLoader, data_ranks
 from lightning_ep.data.tokenizers import (
     check_vocabulary,
@@ -32,6 +33,9 @@ from lightning_ep.data.tokenizers import (
 if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
+
+PREVIEWED = 200
+"""Rows of a source that `PackedDataModule.first_rows` gives."""
 
 
 class PackedDataModule(LightningDataModule):
@@ -71,6 +75,9 @@ class PackedDataModule(LightningDataModule):
     across_documents = False
     """Whether documents see those before them in the window; batches have no ``position_ids`` then."""
 
+    trains: LightningModule | None = None
+    """The module that will be trained, where there is no Trainer to ask: its weights say which tokenizer it is."""
+
     tokenizer: PreTrainedTokenizerBase
     train_dataset: Dataset
     val_dataset: Dataset | None
@@ -96,7 +103,8 @@ class PackedDataModule(LightningDataModule):
         self.num_workers = num_workers
         self.num_proc = num_proc
         self._tokenizer_source = tokenizer
-        self._makes_tokenizer = False
+        self.makes_tokenizer = False  # as `setup` and `load_tokenizer` found
+        self._directory: Path | None = None  # in the cache; known to the process that prepares
 
     # ------------------------------------------------------------------------------------------ what a subclass says
 
@@ -127,6 +135,13 @@ class PackedDataModule(LightningDataModule):
         held_out = min(max(1, round(self.validation_fraction * rows.count)), rows.count - 1)
         return np.sort(order[held_out:]), np.sort(order[:held_out])
 
+    def first_rows(self) -> Sequence[Rows]:
+        """Rows of each source for a look at them. Default: the first 200."""
+        return [replace(rows, count=min(rows.count, PREVIEWED)) for rows in self.sources()]
+
+    def check(self) -> None:
+        """Raise ValueError if ``self.tokenizer`` does not fit what is asked for. Default: any does."""
+
     def make_tokenizer(self, directory: Path, training: Sequence[Part]) -> None:
         """Save a tokenizer where the model has none. Default: that is refused."""
         checkpoint = checkpoint_of(self._module())
@@ -141,13 +156,16 @@ class PackedDataModule(LightningDataModule):
     @override
     def prepare_data(self) -> None:
         """Make the windows, unless they are cached. Lightning calls it on one process of each node."""
-        origin, sources, validation = self._tokenizer_files(), self.sources(), self.validation_sources()
+        origin = self._tokenizer_files()
+        if origin:  # what is wrong is said before thousands of rows are read
+            self.use_tokenizer(origin[0].parent)
+        sources, validation = self.sources(), self.validation_sources()
 
         def build(directory: Path) -> None:
             parts = self._parts(sources, validation)
             if not origin:
                 self.make_tokenizer(directory / "tokenizer", parts["train"])
-            self.tokenizer = AutoTokenizer.from_pretrained(origin[0].parent if origin else directory / "tokenizer")
+                self.use_tokenizer(directory / "tokenizer")
             for name, rows in parts.items():
                 (directory / name).mkdir()
                 prepare(
@@ -161,31 +179,32 @@ class PackedDataModule(LightningDataModule):
                     description=f"preparing {name}",
                 )
 
-        corpus.build_once(self._cached(origin, sources, validation), build)
+        self._directory = self._cached(origin, sources, validation)
+        corpus.build_once(self._directory, build)
 
     @override
     def setup(self, stage: str | None = None) -> None:
         """Load what ``prepare_data`` made, on every rank."""
         origin = self._tokenizer_files()
-        directory = self._cached(origin, self.sources(), self.validation_sources())
+        directory = self._directory or self._cached(origin, self.sources(), self.validation_sources())
         if not directory.exists():
             raise FileNotFoundError(
                 f"{directory} does not exist on this process. Call prepare_data() first (a Trainer does), and let "
                 "sources and cache_dir be the same on all processes of a node."
             )
-        self._makes_tokenizer = not origin
-        self.tokenizer = AutoTokenizer.from_pretrained(origin[0].parent if origin else directory / "tokenizer")
+        self.makes_tokenizer = not origin
+        self.use_tokenizer(origin[0].parent if origin else directory / "tokenizer")
         config = getattr(self._module(), "model_config", None)  # CausalLM's, before the model is built
         if config is not None:
             self._refuse_too_small(config)
-        self.train_dataset, self.val_dataset = _windows(directory / "train"), None
+        self.train_dataset, self.val_dataset = open_windows(directory / "train"), None
         self.counts = {"train": json.loads((directory / "train" / COUNTS).read_text())}
         if (directory / "val").exists():
-            self.val_dataset = _windows(directory / "val")
+            self.val_dataset = open_windows(directory / "val")
             self.counts["val"] = json.loads((directory / "val" / COUNTS).read_text())
         for name, counts in self.counts.items():
             rank_zero_info(f"{type(self).__name__}, {name}: {describe(counts)}")
-        self._refuse_too_few()
+        self.batches_per_epoch(data_ranks(self.trainer)[1])
 
     @override
     def train_dataloader(self) -> ResumableLoader:
@@ -202,8 +221,67 @@ class PackedDataModule(LightningDataModule):
 
     @override
     def val_dataloader(self) -> EVAL_DATALOADERS:
-        """Return this data rank's share of the validation windows; nothing if none are held out."""
-        return [] if self.val_dataset is None else self._loader(self.val_dataset, shuffle=False, drop_last=False)
+        """Return this data rank's share of the validation windows; nothing if none are held out.
+
+        For several sources a dict of loaders, if the module weighs tokens, as `CausalLM` does.
+        """
+        if self.val_dataset is None:
+            return []
+        if not self._weighs_tokens:
+            return self._loader(self.val_dataset, shuffle=False, drop_last=False)
+        loaders, end = {}, 0
+        for name, counts in self.counts["val"]["sources"].items():
+            begin, end = end, end + counts["windows"]
+            if end > begin:
+                windows = FilledUp(
+                    self.val_dataset.select(range(begin, end)),
+                    data_ranks(self.trainer)[1],
+                    self.sequence_length,
+                    _pad_token_id(self.tokenizer),
+                )
+                loaders[name] = self._loader(windows, shuffle=False, drop_last=False)
+        return loaders if len(loaders) > 1 else next(iter(loaders.values()), [])
+
+    # ------------------------------------------------------------------------------------------- without a Trainer
+
+    def load_tokenizer(self, directory: Path, training: Sequence[Part]) -> None:
+        """Load the tokenizer, or one that is made of ``training`` and saved in a directory."""
+        origin = self._tokenizer_files()
+        if not origin:
+            self.make_tokenizer(directory, training)
+        self.makes_tokenizer = not origin
+        self.use_tokenizer(origin[0].parent if origin else directory)
+
+    def use_tokenizer(self, directory: Path) -> None:
+        """Load the tokenizer of a directory; raises what `check` raises."""
+        self.tokenizer = AutoTokenizer.from_pretrained(directory)
+        self.check()
+
+    @property
+    def directory(self) -> Path:
+        """Where in the cache the windows are; known to the process that has called ``prepare_data``."""
+        assert self._directory is not None
+        return self._directory
+
+    def batches_per_epoch(self, data_world_size: int) -> int:
+        """Training batches of each of so many data ranks; known after ``setup``.
+
+        Raises:
+            ValueError: If there are too few windows to give every data rank a batch.
+        """
+        checks = [("training", self.train_dataset, self.batch_size * data_world_size)]
+        if self.val_dataset is not None:
+            checks.append(("validation", self.val_dataset, 1 if self._weighs_tokens else data_world_size))
+        for name, dataset, needed in checks:
+            if len(dataset) < needed:
+                names = ", ".join(map(repr, self.counts["train"]["sources"]))
+                raise ValueError(
+                    f"{names}: {len(dataset)} {name} windows of sequence_length={self.sequence_length}, "
+                    f"but {data_world_size} data ranks with batch_size={self.batch_size} need at least {needed} for a "
+                    "batch each. Use more data, shorter windows, smaller batches, fewer data ranks or another "
+                    f"validation_fraction (now {self.validation_fraction})."
+                )
+        return len(self.train_dataset) // (self.batch_size * data_world_size)
 
     # --------------------------------------------------------------------------------------------------------- inside
 
@@ -238,7 +316,11 @@ class PackedDataModule(LightningDataModule):
             raise ValueError(f"tokenizer={self._tokenizer_source!r} has no tokenizer: no tokenizer.json or the like.")
         return files
 
-    def _loader(self, dataset: Dataset, shuffle: bool, drop_last: bool) -> ResumableLoader:
+    @property
+    def _weighs_tokens(self) -> bool:
+        return getattr(self._module(), "weighs_tokens", False)
+
+    def _loader(self, dataset: Any, shuffle: bool, drop_last: bool) -> ResumableLoader:
         self._check_vocabulary()
         data_rank, data_world_size = data_ranks(self.trainer)
         return ResumableLoader(
@@ -249,28 +331,13 @@ class PackedDataModule(LightningDataModule):
             shuffle=shuffle,
             seed=self.seed,
             drop_last=drop_last,
-            collate_fn=_without_positions if self.across_documents else _collate,
+            collate_fn=without_positions if self.across_documents else stacked,
             num_workers=self.num_workers,
             pin_memory=self.trainer is not None and self.trainer.strategy.root_device.type == "cuda",
         )
 
     def _module(self) -> LightningModule | None:
-        return self.trainer.lightning_module if self.trainer is not None else None
-
-    def _refuse_too_few(self) -> None:
-        _, data_world_size = data_ranks(self.trainer)
-        checks = [("training", self.train_dataset, self.batch_size * data_world_size)]
-        if self.val_dataset is not None:
-            checks.append(("validation", self.val_dataset, data_world_size))
-        for name, dataset, needed in checks:
-            if len(dataset) < needed:
-                names = ", ".join(repr(rows.name) for rows in self.sources())
-                raise ValueError(
-                    f"{names}: {len(dataset)} {name} windows of sequence_length={self.sequence_length}, "
-                    f"but {data_world_size} data ranks with batch_size={self.batch_size} need at least {needed} for a "
-                    "batch each. Use more data, shorter windows, smaller batches, fewer data ranks or another "
-                    f"validation_fraction (now {self.validation_fraction})."
-                )
+        return self.trainer.lightning_module if self.trainer is not None else self.trains
 
     def _check_vocabulary(self) -> None:
         # not in `setup`: models are often built later, in `configure_model`
@@ -281,7 +348,7 @@ class PackedDataModule(LightningDataModule):
                 self._refuse_too_small(model.config)
                 warn_of_other_special_tokens(self.tokenizer, model)
         checkpoint = checkpoint_of(module)
-        if checkpoint is not None and self._makes_tokenizer and tokenizer_files(checkpoint):
+        if checkpoint is not None and self.makes_tokenizer and tokenizer_files(checkpoint):
             name = type(self).__name__
             raise ValueError(
                 f"The model's weights are those of {checkpoint}, which has a tokenizer, and {name} has made a new one, "
@@ -295,7 +362,7 @@ class PackedDataModule(LightningDataModule):
             self.tokenizer,
             config,
             f"Set the model's to {len(self.tokenizer)} or more, or the data's to {size} or less."
-            if self._makes_tokenizer
+            if self.makes_tokenizer
             else f"Use the tokenizer of these weights, not {self.tokenizer.name_or_path}, or resize the embeddings.",
         )
 
@@ -303,8 +370,9 @@ class PackedDataModule(LightningDataModule):
 def describe(counts: dict[str, Any]) -> str:
     """One line on windows, from what `lightning_ep.data.preparation.prepare` counted."""
     line = (
-        f"{counts['documents']:,} documents in {counts['windows']:,} windows of {counts['sequence_length']:,} tokens, "
-        f"{counts['fill_rate']:.1%} full; {counts['supervised_share']:.1%} of their tokens are supervised"
+        f"{counts['documents']:,} documents ({counts['tokens']:,} tokens) in {counts['windows']:,} windows of "
+        f"{counts['sequence_length']:,}, {counts['fill_rate']:.1%} full; {counts['supervised_share']:.1%} of the "
+        "tokens are supervised"
     )
     if len(counts["sources"]) > 1:
         line += "; from " + ", ".join(f"{name} ({some['documents']:,})" for name, some in counts["sources"].items())
@@ -315,21 +383,7 @@ def describe(counts: dict[str, Any]) -> str:
     return line
 
 
-def _windows(directory: Path) -> Dataset:
-    from datasets import Dataset
-
-    return Dataset.from_file(str(directory / WINDOWS)).with_format("torch")
-
-
 def _pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
     """Any token will do, since no loss is made of padding."""
     known = (tokenizer.pad_token_id, tokenizer.eos_token_id)
     return next((token for token in known if token is not None), 0)
-
-
-def _without_positions(windows: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    return {name: values for name, values in _collate(windows).items() if name != "position_ids"}
-
-
-def _collate(windows: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    return {name: torch.stack([window[name] for window in windows]) for name in windows[0]}
