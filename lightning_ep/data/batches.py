@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from lightning_ep.data.preparation import WINDOWS
-from lightning_ep.data.windows import fill_window
+from lightning_ep.data.windows import COLUMNS, fill_window
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -37,7 +37,7 @@ class FilledUp:
         self._windows = windows
         self._size = -(-len(windows) // multiple) * multiple
         empty = fill_window([], sequence_length, pad_token_id)
-        self._empty = {name: torch.from_numpy(values).long() for name, values in empty._asdict().items()}
+        self._empty = {name: torch.from_numpy(values).long() for name, values in zip(COLUMNS, empty, strict=True)}
 
     def __len__(self) -> int:
         return self._size
