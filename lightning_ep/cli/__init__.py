@@ -11,7 +11,7 @@ from typing import Any, get_type_hints
 
 from jsonargparse import auto_cli
 
-from lightning_ep.cli import data, training
+from lightning_ep.cli import recipe_data, training
 from lightning_ep.cli.mistakes import OneLineParser, refusal
 from lightning_ep_start import COMMANDS, DATA_COMMANDS, answer, fail, recipes
 
@@ -46,7 +46,7 @@ def main(args: list[str] | None = None) -> None:
             fail(str(cause))
         return
     if arguments[0] in DATA_COMMANDS:
-        data.run(recipes.with_files(recipes.with_flag(arguments)))
+        recipe_data.run(recipes.with_files(recipes.with_flag(arguments)))
         return
     training.run(recipes.with_files(arguments), PROG)
 

@@ -19,7 +19,7 @@ from typing_extensions import override
 from lightning_ep import transformers_adapter as adapter
 from lightning_ep.checkpoint.loop_state import close_finished_epoch, match_batches
 from lightning_ep.data import corpus
-from lightning_ep.data.batches import FilledUp, open_windows, stacked, without_positions
+from lightning_ep.data.collate import FilledUp, open_windows, stacked, without_positions
 from lightning_ep.data.preparation import COUNTS, FORMAT, Part, Rows, Samples, prepare
 from lightning_ep.data.resumable_loader import ResumableLoader, data_ranks
 from lightning_ep.data.tokenizers import (

@@ -17,7 +17,7 @@ import yaml
 from jsonargparse import Namespace
 
 from lightning_ep import cli, data
-from lightning_ep.cli.data import data_ranks
+from lightning_ep.cli.recipe_data import data_ranks
 from lightning_ep.data import preparation
 from tests.data.chat_families import family_tokenizer
 from tests.reference import tiny_config
