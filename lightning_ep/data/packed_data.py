@@ -6,29 +6,26 @@ import json
 import os
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 from lightning.pytorch import LightningDataModule, LightningModule
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.types import EVAL_DATALOADERS
+from torch.utils.data import DataLoader
 from transformers import AutoTokenizer
 from typing_extensions import override
 
-from lightning_ep import transformers_adapter as adapter
 from lightning_ep.checkpoint.loop_state import close_finished_epoch, match_batches
 from lightning_ep.data import corpus
 from lightning_ep.data.collate import FilledUp, open_windows, stacked, without_positions
-from lightning_ep.data.preparation import COUNTS, FORMAT, Part, Rows, Samples, prepare
+from lightning_ep.data.predicted_documents import Documents, padded, prepare_documents
+from lightning_ep.data.preparation import COUNTS, FORMAT, Part, Rows, Samples, describe, prepare
 from lightning_ep.data.resumable_loader import ResumableLoader, data_ranks
-from lightning_ep.data.tokenizers import (
-    check_vocabulary,
-    checkpoint_of,
-    tokenizer_files,
-    vocabulary_size,
-    warn_of_other_special_tokens,
-)
+from lightning_ep.data.tokenizers import check_of_module, checkpoint_of, refuse_too_small, tokenizer_files
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -81,6 +78,7 @@ class PackedDataModule(LightningDataModule):
     tokenizer: PreTrainedTokenizerBase
     train_dataset: Dataset
     val_dataset: Dataset | None
+    predict_dataset: Documents
     counts: dict[str, dict[str, Any]]
 
     def __init__(
@@ -159,52 +157,38 @@ class PackedDataModule(LightningDataModule):
         origin = self._tokenizer_files()
         if origin:  # what is wrong is said before thousands of rows are read
             self.use_tokenizer(origin[0].parent)
-        sources, validation = self.sources(), self.validation_sources()
-
-        def build(directory: Path) -> None:
-            parts = self._parts(sources, validation)
-            if not origin:
-                self.make_tokenizer(directory / "tokenizer", parts["train"])
-                self.use_tokenizer(directory / "tokenizer")
-            for name, rows in parts.items():
-                (directory / name).mkdir()
-                prepare(
-                    directory / name,
-                    rows,
-                    self.make_samples,
-                    self.sequence_length,
-                    _pad_token_id(self.tokenizer),
-                    self.num_proc or len(os.sched_getaffinity(0)),
-                    shuffle_seed=self.seed if name == "train" else None,
-                    description=f"preparing {name}",
-                )
-
+        sources = self.sources()
+        validation = None if self._predicts else self.validation_sources()
         self._directory = self._cached(origin, sources, validation)
-        corpus.build_once(self._directory, build)
+        if self._predicts:
+            corpus.build_once(self._directory, lambda directory: self._make_documents(directory, sources))
+        else:
+            corpus.build_once(self._directory, lambda target: self._make_windows(target, origin, sources, validation))
 
     @override
     def setup(self, stage: str | None = None) -> None:
         """Load what ``prepare_data`` made, on every rank."""
-        origin = self._tokenizer_files()
-        directory = self._directory or self._cached(origin, self.sources(), self.validation_sources())
-        if not directory.exists():
-            raise FileNotFoundError(
-                f"{directory} does not exist on this process. Call prepare_data() first (a Trainer does), and let "
-                "sources and cache_dir be the same on all processes of a node."
-            )
+        origin, directory = self._tokenizer_files(), self._found()
         self.makes_tokenizer = not origin
         self.use_tokenizer(origin[0].parent if origin else directory / "tokenizer")
         config = getattr(self._module(), "model_config", None)  # CausalLM's, before the model is built
         if config is not None:
-            self._refuse_too_small(config)
-        self.train_dataset, self.val_dataset = open_windows(directory / "train"), None
-        self.counts = {"train": json.loads((directory / "train" / COUNTS).read_text())}
-        if (directory / "val").exists():
-            self.val_dataset = open_windows(directory / "val")
-            self.counts["val"] = json.loads((directory / "val" / COUNTS).read_text())
+            refuse_too_small(self.tokenizer, config, self.makes_tokenizer)
+        if self._predicts:
+            self.predict_dataset = Documents(directory)
+            self.counts = {"predict": self.predict_dataset.counts}
+        else:
+            self.train_dataset, self.val_dataset = open_windows(directory / "train"), None
+            self.counts = {"train": json.loads((directory / "train" / COUNTS).read_text())}
+            if (directory / "val").exists():
+                self.val_dataset = open_windows(directory / "val")
+                self.counts["val"] = json.loads((directory / "val" / COUNTS).read_text())
         for name, counts in self.counts.items():
             rank_zero_info(f"{type(self).__name__}, {name}: {describe(counts)}")
-        self.batches_per_epoch(data_ranks(self.trainer)[1])
+        if not self._predicts:
+            self.batches_per_epoch(data_ranks(self.trainer)[1])
+        elif not len(self.predict_dataset):
+            raise ValueError(f"No row of {', '.join(self.counts['predict']['sources'])} gives a document to predict.")
 
     @override
     def train_dataloader(self) -> ResumableLoader:
@@ -241,6 +225,24 @@ class PackedDataModule(LightningDataModule):
                 )
                 loaders[name] = self._loader(windows, shuffle=False, drop_last=False)
         return loaders if len(loaders) > 1 else next(iter(loaders.values()), [])
+
+    @override
+    def predict_dataloader(self) -> EVAL_DATALOADERS:
+        """Return the documents of all rows, each once and in order, a sequence for each; ranks share them.
+
+        Held-out rows are among them, and weights have no meaning.
+        """
+        check_of_module(self.tokenizer, self._module(), self.makes_tokenizer, type(self).__name__)
+        return DataLoader(
+            self.predict_dataset,  # type: ignore[arg-type]  # it has all that is asked of one
+            batch_size=self.batch_size,
+            collate_fn=partial(padded, most=self.sequence_length, pad_token_id=_pad_token_id(self.tokenizer)),
+            num_workers=self.num_workers,
+        )
+
+    def row_of(self, index: int) -> dict[str, Any]:
+        """``source`` and ``row``, its number there, of what predict has given for a document; for what writes it."""
+        return self.predict_dataset.row_of(index)
 
     # ------------------------------------------------------------------------------------------- without a Trainer
 
@@ -285,6 +287,49 @@ class PackedDataModule(LightningDataModule):
 
     # --------------------------------------------------------------------------------------------------------- inside
 
+    @property
+    def _predicts(self) -> bool:
+        return self.trainer is not None and self.trainer.state.fn == TrainerFn.PREDICTING
+
+    @property
+    def _processes(self) -> int:
+        return self.num_proc or len(os.sched_getaffinity(0))
+
+    def _make_windows(
+        self, directory: Path, origin: list[Path], sources: Sequence[Rows], validation: Sequence[Rows] | None
+    ) -> None:
+        parts = self._parts(sources, validation)
+        if not origin:
+            self.make_tokenizer(directory / "tokenizer", parts["train"])
+            self.use_tokenizer(directory / "tokenizer")
+        for name, rows in parts.items():
+            (directory / name).mkdir()
+            prepare(
+                directory / name,
+                rows,
+                self.make_samples,
+                self.sequence_length,
+                _pad_token_id(self.tokenizer),
+                self._processes,
+                shuffle_seed=self.seed if name == "train" else None,
+                description=f"preparing {name}",
+            )
+
+    def _make_documents(self, directory: Path, sources: Sequence[Rows]) -> None:
+        prepare_documents(directory, sources, self.make_samples, self.sequence_length, self._processes)
+
+    def _found(self) -> Path:
+        """The directory of what was prepared."""
+        directory = self._directory or self._cached(
+            self._tokenizer_files(), self.sources(), None if self._predicts else self.validation_sources()
+        )
+        if not directory.exists():
+            raise FileNotFoundError(
+                f"{directory} does not exist on this process. Call prepare_data() first (a Trainer does), and let "
+                "sources and cache_dir be the same on all processes of a node."
+            )
+        return directory
+
     def _parts(self, sources: Sequence[Rows], validation: Sequence[Rows] | None) -> dict[str, list[Part]]:
         if validation is not None:
             whole = {"train": sources, "val": validation}
@@ -304,7 +349,8 @@ class PackedDataModule(LightningDataModule):
 
         root = self.cache_dir or os.environ.get("LIGHTNING_EP_CACHE") or "~/.cache/lightning_ep"
         rows = [[(r.name, r.count, r.fingerprint, r.weight) for r in some] for some in (sources, validation or ())]
-        shared = (self.sequence_length, self.seed, self.validation_fraction, validation is None)
+        windows = (self.seed, self.validation_fraction, validation is None)
+        shared = (self.sequence_length, "documents" if self._predicts else windows)
         settings = (FORMAT, type(self).__qualname__, rows, shared, tuple(self.settings()), tokenizers.__version__)
         return Path(root).expanduser() / f"{self.kind}-{corpus.fingerprint(origin, *settings)}"
 
@@ -314,6 +360,11 @@ class PackedDataModule(LightningDataModule):
         files = tokenizer_files(checkpoint) if checkpoint is not None else []
         if self._tokenizer_source is not None and not files:
             raise ValueError(f"tokenizer={self._tokenizer_source!r} has no tokenizer: no tokenizer.json or the like.")
+        if self._predicts and not files:
+            raise ValueError(
+                "predict needs the tokenizer that the model was trained with, and its weights come with none: pass the "
+                f"directory of it, {type(self).__name__}(tokenizer=...). One that a run has made is in its cache."
+            )
         return files
 
     @property
@@ -321,7 +372,7 @@ class PackedDataModule(LightningDataModule):
         return getattr(self._module(), "weighs_tokens", False)
 
     def _loader(self, dataset: Any, shuffle: bool, drop_last: bool) -> ResumableLoader:
-        self._check_vocabulary()
+        check_of_module(self.tokenizer, self._module(), self.makes_tokenizer, type(self).__name__)
         data_rank, data_world_size = data_ranks(self.trainer)
         return ResumableLoader(
             dataset,
@@ -338,49 +389,6 @@ class PackedDataModule(LightningDataModule):
 
     def _module(self) -> LightningModule | None:
         return self.trainer.lightning_module if self.trainer is not None else self.trains
-
-    def _check_vocabulary(self) -> None:
-        # not in `setup`: models are often built later, in `configure_model`
-        module = self._module()
-        models: list[Any] = list(adapter.pretrained_models(module).values()) if module is not None else []
-        for model in models or [getattr(module, "model", None)]:
-            if hasattr(model, "config"):
-                self._refuse_too_small(model.config)
-                warn_of_other_special_tokens(self.tokenizer, model)
-        checkpoint = checkpoint_of(module)
-        if checkpoint is not None and self.makes_tokenizer and tokenizer_files(checkpoint):
-            name = type(self).__name__
-            raise ValueError(
-                f"The model's weights are those of {checkpoint}, which has a tokenizer, and {name} has made a new one, "
-                "whose ids mean nothing to these weights: it could not know before the model was built. Pass "
-                f"{name}(tokenizer={checkpoint!r}), or give {type(module).__name__} an attribute `pretrained_path`."
-            )
-
-    def _refuse_too_small(self, config: Any) -> None:
-        size = vocabulary_size(config)
-        check_vocabulary(
-            self.tokenizer,
-            config,
-            f"Set the model's to {len(self.tokenizer)} or more, or the data's to {size} or less."
-            if self.makes_tokenizer
-            else f"Use the tokenizer of these weights, not {self.tokenizer.name_or_path}, or resize the embeddings.",
-        )
-
-
-def describe(counts: dict[str, Any]) -> str:
-    """One line on windows, from what `lightning_ep.data.preparation.prepare` counted."""
-    line = (
-        f"{counts['documents']:,} documents ({counts['tokens']:,} tokens) in {counts['windows']:,} windows of "
-        f"{counts['sequence_length']:,}, {counts['fill_rate']:.1%} full; {counts['supervised_share']:.1%} of the "
-        "tokens are supervised"
-    )
-    if len(counts["sources"]) > 1:
-        line += "; from " + ", ".join(f"{name} ({some['documents']:,})" for name, some in counts["sources"].items())
-    if counts["dropped"]:
-        line += "; left out: " + ", ".join(f"{count:,} {reason}" for reason, count in sorted(counts["dropped"].items()))
-    if counts["notes"]:
-        line += "; " + ", ".join(f"{count:,} {what}" for what, count in sorted(counts["notes"].items()))
-    return line
 
 
 def _pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:

@@ -130,10 +130,10 @@ def prepare(
             source, as many as `COUNTS` says.
         description: What the progress bar says.
     """
-    counts = _Counts()
+    counts = Counts()
     with tempfile.TemporaryDirectory(dir=directory) as scratch:
         with _Writer(Path(scratch)) as writer:
-            for part, made in _made(parts, make_samples, sequence_length, num_proc, description):
+            for part, made in made_of(parts, make_samples, sequence_length, num_proc, description):
                 writer.add(made, part)
                 counts.add(made, parts[part].rows.name)
         documents = writer.documents()
@@ -231,7 +231,7 @@ def _do(task: tuple[int, int, int]) -> Made:
     return _work.do(task)
 
 
-def _made(
+def made_of(
     parts: Sequence[Part], make_samples: MakeSamples, sequence_length: int, num_proc: int, description: str
 ) -> Iterator[tuple[int, Made]]:
     """What each task's rows became, in the order of the rows, with the number of its part."""
@@ -255,7 +255,7 @@ def _made(
 
 
 @dataclass
-class _Counts:
+class Counts:
     """What is said of rows that became windows."""
 
     sources: dict[str, dict[str, int]] = field(default_factory=dict)
@@ -263,12 +263,36 @@ class _Counts:
     notes: Counter[str] = field(default_factory=Counter)
 
     def add(self, made: Made, source: str) -> None:
+        """Counts what rows of a source became."""
         counts = self.sources.setdefault(source, {"rows": 0, "documents": 0, "tokens": 0})
         counts["rows"] += made.rows
         counts["documents"] += len(made.lengths)
         counts["tokens"] += len(made.tokens)
         self.dropped.update(made.dropped)
         self.notes.update(made.notes)
+
+    def rows(self, source: str) -> int:
+        """Rows of a source so far."""
+        return self.sources.get(source, {"rows": 0})["rows"]
+
+
+def describe(counts: dict[str, Any]) -> str:
+    """One line on windows or documents, from what was counted."""
+    documents, tokens = (sum(some[what] for some in counts["sources"].values()) for what in ("documents", "tokens"))
+    line = f"{documents:,} documents ({tokens:,} tokens)"
+    if "windows" in counts:
+        line = (
+            f"{counts['documents']:,} documents ({counts['tokens']:,} tokens) in {counts['windows']:,} windows of "
+            f"{counts['sequence_length']:,}, {counts['fill_rate']:.1%} full; {counts['supervised_share']:.1%} of the "
+            "tokens are supervised"
+        )
+    if len(counts["sources"]) > 1:
+        line += "; from " + ", ".join(f"{name} ({some['documents']:,})" for name, some in counts["sources"].items())
+    if counts["dropped"]:
+        line += "; left out: " + ", ".join(f"{count:,} {reason}" for reason, count in sorted(counts["dropped"].items()))
+    if counts["notes"]:
+        line += "; " + ", ".join(f"{count:,} {what}" for what, count in sorted(counts["notes"].items()))
+    return line
 
 
 # ------------------------------------------------------------------------------------------------- documents to windows

@@ -110,7 +110,7 @@ def test_prepare_needs_no_trainer_and_fit_finds_what_it_made(
     ):
         assert what in shown
     # the same on the machine with the devices, here without them
-    monkeypatch.setattr(preparation, "_made", None)
+    monkeypatch.setattr(preparation, "made_of", None)
     monkeypatch.setattr(data.packed_data, "prepare", None)
     alone = ["--trainer.accelerator", "cpu", "--trainer.devices", "1", "--trainer.strategy.ep", "1"]
     quiet = ["--trainer.enable_progress_bar", "false", "--trainer.logger", "false", "--trainer.callbacks=null"]
