@@ -21,6 +21,7 @@ from typing_extensions import override
 
 from lightning_ep.checkpoint.loop_state import close_finished_epoch, match_batches
 from lightning_ep.data import corpus
+from lightning_ep.data.cache import cache_root, find_prepared
 from lightning_ep.data.collate import FilledUp, open_windows, stacked, without_positions
 from lightning_ep.data.predicted_documents import Documents, padded, prepare_documents
 from lightning_ep.data.preparation import COUNTS, FORMAT, Part, Rows, Samples, describe, prepare
@@ -107,7 +108,7 @@ class PackedDataModule(LightningDataModule):
     # ------------------------------------------------------------------------------------------ what a subclass says
 
     def sources(self) -> Sequence[Rows]:
-        """The rows that are trained on. Every rank asks; rows are read later, on one."""
+        """The rows that are trained on; asked where data is prepared, one process of each node. Rows are read later."""
         raise NotImplementedError
 
     def validation_sources(self) -> Sequence[Rows] | None:
@@ -159,7 +160,7 @@ class PackedDataModule(LightningDataModule):
             self.use_tokenizer(origin[0].parent)
         sources = self.sources()
         validation = None if self._predicts else self.validation_sources()
-        self._directory = self._cached(origin, sources, validation)
+        self._directory = cache_root(self.cache_dir) / self._name(origin, sources, validation)
         if self._predicts:
             corpus.build_once(self._directory, lambda directory: self._make_documents(directory, sources))
         else:
@@ -319,16 +320,14 @@ class PackedDataModule(LightningDataModule):
         prepare_documents(directory, sources, self.make_samples, self.sequence_length, self._processes)
 
     def _found(self) -> Path:
-        """The directory of what was prepared."""
-        directory = self._directory or self._cached(
-            self._tokenizer_files(), self.sources(), None if self._predicts else self.validation_sources()
-        )
-        if not directory.exists():
-            raise FileNotFoundError(
-                f"{directory} does not exist on this process. Call prepare_data() first (a Trainer does), and let "
-                "sources and cache_dir be the same on all processes of a node."
-            )
-        return directory
+        """The directory of what was prepared, on every rank."""
+
+        def locate() -> str:
+            validation = None if self._predicts else self.validation_sources()
+            return self._name(self._tokenizer_files(), self.sources(), validation)
+
+        prepared = self._directory.name if self._directory is not None else None
+        return find_prepared(self, prepared, locate, cache_root(self.cache_dir))
 
     def _parts(self, sources: Sequence[Rows], validation: Sequence[Rows] | None) -> dict[str, list[Part]]:
         if validation is not None:
@@ -344,15 +343,15 @@ class PackedDataModule(LightningDataModule):
             "val": [Part(rows, val) for rows, _, val in split],
         }
 
-    def _cached(self, origin: list[Path], sources: Sequence[Rows], validation: Sequence[Rows] | None) -> Path:
+    def _name(self, origin: list[Path], sources: Sequence[Rows], validation: Sequence[Rows] | None) -> str:
+        """What it is called in the cache."""
         import tokenizers
 
-        root = self.cache_dir or os.environ.get("LIGHTNING_EP_CACHE") or "~/.cache/lightning_ep"
         rows = [[(r.name, r.count, r.fingerprint, r.weight) for r in some] for some in (sources, validation or ())]
         windows = (self.seed, self.validation_fraction, validation is None)
         shared = (self.sequence_length, "documents" if self._predicts else windows)
         settings = (FORMAT, type(self).__qualname__, rows, shared, tuple(self.settings()), tokenizers.__version__)
-        return Path(root).expanduser() / f"{self.kind}-{corpus.fingerprint(origin, *settings)}"
+        return f"{self.kind}-{corpus.fingerprint(origin, *settings)}"
 
     def _tokenizer_files(self) -> list[Path]:
         """The files of the tokenizer to use; none if one is to be made."""
