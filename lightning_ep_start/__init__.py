@@ -56,7 +56,8 @@ In a recipe:
   optimizer  lightning_ep.AdamW, or any of torch's
   data       lightning_ep.data.ChatDataModule teaches what the assistant says in chats.
              lightning_ep.data.PromptCompletionDataModule teaches completions.
-             lightning_ep.data.TextDataModule teaches texts.
+             lightning_ep.data.TextDataModule teaches texts, and
+             lightning_ep.data.TextStreamDataModule those too large to prepare first.
              Or a LightningDataModule of your own; lightning_ep.data.PackedDataModule
              is a base for those that pack documents.
   callbacks  lightning_ep.callbacks.Throughput logs tokens per second.

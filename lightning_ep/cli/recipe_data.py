@@ -71,10 +71,13 @@ def _prepare(module: LightningModule, data: LightningDataModule, trainer: Namesp
     data.prepare_data()
     data.setup("fit")  # which says what there is
     print(f"prepared in {data.directory}")
+    batches, accumulated = data.batches_per_epoch(ranks or 1), trainer.get("accumulate_grad_batches") or 1
+    if batches is None:
+        print("What is trained on is read as a stream: max_steps says how many steps there are.")
+        return
     if ranks is None:
         print("The number of steps is known with the number of devices, which this recipe leaves to the machine.")
         return
-    batches, accumulated = data.batches_per_epoch(ranks), trainer.get("accumulate_grad_batches") or 1
     print(
         f"{-(-batches // accumulated):,} steps an epoch, each of {ranks} data ranks x {data.batch_size} windows"
         + (f" x {accumulated} batches" if accumulated > 1 else "")

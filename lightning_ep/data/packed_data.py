@@ -179,11 +179,12 @@ class PackedDataModule(LightningDataModule):
             self.predict_dataset = Documents(directory)
             self.counts = {"predict": self.predict_dataset.counts}
         else:
-            self.train_dataset, self.val_dataset = open_windows(directory / "train"), None
-            self.counts = {"train": json.loads((directory / "train" / COUNTS).read_text())}
-            if (directory / "val").exists():
-                self.val_dataset = open_windows(directory / "val")
-                self.counts["val"] = json.loads((directory / "val" / COUNTS).read_text())
+            parts = [name for name in ("train", "val") if (directory / name).exists()]
+            self.counts = {name: json.loads((directory / name / COUNTS).read_text()) for name in parts}
+            windows = {name: open_windows(directory / name) for name in parts}
+            self.val_dataset = windows.get("val")
+            if "train" in windows:
+                self.train_dataset = windows["train"]
         for name, counts in self.counts.items():
             rank_zero_info(f"{type(self).__name__}, {name}: {describe(counts)}")
         if not self._predicts:
@@ -222,7 +223,7 @@ class PackedDataModule(LightningDataModule):
                     self.val_dataset.select(range(begin, end)),
                     data_ranks(self.trainer)[1],
                     self.sequence_length,
-                    _pad_token_id(self.tokenizer),
+                    pad_token_id(self.tokenizer),
                 )
                 loaders[name] = self._loader(windows, shuffle=False, drop_last=False)
         return loaders if len(loaders) > 1 else next(iter(loaders.values()), [])
@@ -237,7 +238,7 @@ class PackedDataModule(LightningDataModule):
         return DataLoader(
             self.predict_dataset,  # type: ignore[arg-type]  # it has all that is asked of one
             batch_size=self.batch_size,
-            collate_fn=partial(padded, most=self.sequence_length, pad_token_id=_pad_token_id(self.tokenizer)),
+            collate_fn=partial(padded, most=self.sequence_length, pad_token_id=pad_token_id(self.tokenizer)),
             num_workers=self.num_workers,
         )
 
@@ -266,8 +267,8 @@ class PackedDataModule(LightningDataModule):
         assert self._directory is not None
         return self._directory
 
-    def batches_per_epoch(self, data_world_size: int) -> int:
-        """Training batches of each of so many data ranks; known after ``setup``.
+    def batches_per_epoch(self, data_world_size: int) -> int | None:
+        """Training batches of each of so many data ranks; known after ``setup``. None if there are no epochs.
 
         Raises:
             ValueError: If there are too few windows to give every data rank a batch.
@@ -304,13 +305,15 @@ class PackedDataModule(LightningDataModule):
             self.make_tokenizer(directory / "tokenizer", parts["train"])
             self.use_tokenizer(directory / "tokenizer")
         for name, rows in parts.items():
+            if not rows:  # a subclass reads them otherwise
+                continue
             (directory / name).mkdir()
             prepare(
                 directory / name,
                 rows,
                 self.make_samples,
                 self.sequence_length,
-                _pad_token_id(self.tokenizer),
+                pad_token_id(self.tokenizer),
                 self._processes,
                 shuffle_seed=self.seed if name == "train" else None,
                 description=f"preparing {name}",
@@ -390,7 +393,7 @@ class PackedDataModule(LightningDataModule):
         return self.trainer.lightning_module if self.trainer is not None else self.trains
 
 
-def _pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
+def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
     """Any token will do, since no loss is made of padding."""
     known = (tokenizer.pad_token_id, tokenizer.eos_token_id)
     return next((token for token in known if token is not None), 0)

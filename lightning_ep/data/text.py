@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
@@ -127,25 +127,34 @@ class TextDataModule(PackedDataModule):
 
     @override
     def check(self) -> None:
-        if self.tokenizer.eos_token_id is None:
-            raise ValueError(
-                f"The tokenizer ({self.tokenizer.name_or_path}) has no end-of-text token, with which documents end. "
-                "Set its `eos_token` and save it, or pass another one as `tokenizer`."
-            )
+        refuse_without_end(self.tokenizer)
 
     @override
     def make_samples(self, rows: Sequence[str], samples: Samples) -> None:
-        """Tokenize files, end each with the end-of-text token, and cut those that no window holds.
+        add_texts(self.tokenizer, rows, self.sequence_length, samples)
 
-        A tokenizer that begins texts with a token of its own, or ends them, does so for every file.
-        """
-        end = self.tokenizer.eos_token_id
-        # Not verbose: it would warn of texts longer than a model's input, which are cut here.
-        for ids in self.tokenizer(list(rows), verbose=False)["input_ids"]:
-            if ids[-1:] != [end]:
-                ids.append(end)
-            pieces = [ids[begin : begin + self.sequence_length] for begin in range(0, len(ids), self.sequence_length)]
-            for piece in pieces:
-                if len(piece) > 1:  # a single token is predicted from nothing, and predicts nothing
-                    samples.add(piece, [True] * len(piece))
-            samples.note("long texts were cut", int(len(pieces) > 1))
+
+def refuse_without_end(tokenizer: Any) -> None:
+    """Raises ValueError if a tokenizer has no end-of-text token."""
+    if tokenizer.eos_token_id is None:
+        raise ValueError(
+            f"The tokenizer ({tokenizer.name_or_path}) has no end-of-text token, with which documents end. Set its "
+            "`eos_token` and save it, or pass another one as `tokenizer`."
+        )
+
+
+def add_texts(tokenizer: Any, texts: Sequence[str], sequence_length: int, samples: Samples) -> None:
+    """Tokenizes texts, ends each with the end-of-text token, and cuts those that no window holds.
+
+    A tokenizer that begins texts with a token of its own, or ends them, does so for every one.
+    """
+    end = tokenizer.eos_token_id
+    # Not verbose: it would warn of texts longer than a model's input, which are cut here.
+    for ids in tokenizer(list(texts), verbose=False)["input_ids"] if texts else ():
+        if ids[-1:] != [end]:
+            ids.append(end)
+        pieces = [ids[begin : begin + sequence_length] for begin in range(0, len(ids), sequence_length)]
+        for piece in pieces:
+            if len(piece) > 1:  # a single token is predicted from nothing, and predicts nothing
+                samples.add(piece, [True] * len(piece))
+        samples.note("long texts were cut", int(len(pieces) > 1))

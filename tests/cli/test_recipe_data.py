@@ -211,6 +211,15 @@ def test_preview_of_texts_makes_a_tokenizer_of_what_it_looks_at(capsys: pytest.C
     assert not Path("cache").exists()
 
 
+def test_of_a_stream_only_the_beginning_is_read(capsys: pytest.CaptureFixture[str]) -> None:
+    source = write_rows("texts.jsonl", [{"body": f"alpha {i}"} for i in range(300)])
+    path = recipe("TextStreamDataModule", source=source, column="body")
+    shown = run(capsys, "preview", path)
+    assert "── texts.jsonl, row " in shown
+    assert "texts.jsonl: 200 rows, 200 documents" in shown
+    assert "read as a stream: max_steps says how many steps there are" in run(capsys, "prepare", path)
+
+
 def test_the_page_shows_what_the_commands_print(
     capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
