@@ -182,9 +182,31 @@ MUTATIONS = (
     Mutation(
         "packed_documents_that_a_mask_hides",
         "transformers_adapter/packing.py",
-        "return Packing(True, bool((counts[:, 1:] & ~counts[:, :-1]).any()))",
-        "return Packing(False, bool((counts[:, 1:] & ~counts[:, :-1]).any()))",
+        "packed = bool(((steps <= 0) & counts[:, 1:] & counts[:, :-1]).any())",
+        "packed = False",
         "transformers_adapter/test_packed_documents.py::test_positions_say_what_padding_does_not",
+    ),
+    Mutation(
+        "documents_that_see_those_before",
+        "ops/packed_attention.py",
+        "document_BS[:, :, None] == document_BS[:, None, :]",
+        "document_BS[:, :, None] >= document_BS[:, None, :]",
+        "transformers_adapter/test_document_bounds.py::test_the_mask_of_bounds_is_that_of_transformers[None]",
+    ),
+    Mutation(
+        "a_window_one_token_too_wide",
+        "ops/packed_attention.py",
+        "(-1 if window is None else window - 1, 0)",
+        "(-1 if window is None else window, 0)",
+        "transformers_adapter/test_document_bounds.py::test_packed_documents_are_separate_ones_on_every_path[True]",
+    ),
+    Mutation(
+        "layers_compiled_for_every_length_of_documents",
+        "transformers_adapter/document_bounds.py",
+        "torch._dynamo.maybe_mark_dynamic(mask, [2, 3])",
+        "torch._dynamo.maybe_mark_dynamic(mask, [3])",
+        "transformers_adapter/test_document_bounds.py::test_layers_are_compiled_once_for_any_number_of_documents"
+        "[none-aot_eager]",
     ),
     # ------------------------------------------------------------------------------------------------ layers
     Mutation(
