@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from itertools import islice, pairwise
@@ -13,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset, DatasetDict
+from jsonargparse import ArgumentParser
 from lightning.pytorch import Callback
 
 from lightning_ep import CausalLM, ExpertParallelStrategy, Schedule
@@ -240,6 +242,24 @@ def test_what_cannot_work_is_said_at_the_start(tokenizer: str, tmp_path: Path) -
     (tmp_path / "empty.jsonl").write_text('{"body": ""}\n')
     with pytest.raises(ValueError, match=r"No row of this rank's share of the stream has a text"):
         fit(str(tmp_path / "empty.jsonl"), num_workers=0)
+
+
+def test_the_recipe_of_the_page_reads_a_stream(tokenizer: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "data.md").read_text()
+    (block,) = re.findall(r"```yaml\n(trainer: .*?)```", page, re.S)
+    parser = ArgumentParser()
+    parser.add_subclass_arguments(TextStreamDataModule, "data")
+    parser.add_argument("--trainer.max_steps", type=int)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "corpus").mkdir()
+    Dataset.from_list([{"text": text} for text in sentences(400)]).to_parquet(str(tmp_path / "corpus" / "0.parquet"))
+    (tmp_path / "held_out.jsonl").write_text(json.dumps({"text": "alpha beta " * 9}) + "\n")
+    data = parser.instantiate(parser.parse_string(block)).data
+    data._tokenizer_source, data.cache_dir, data.sequence_length, data.num_proc = tokenizer, str(tmp_path), 64, 1
+    module, trainer = Recorder(), quiet(tmp_path, strategy=ExpertParallelStrategy(ep=1), max_steps=2)
+    trainer.fit(module, datamodule=data)
+    assert len(module.seen) == 4
+    assert "val/loss" in trainer.callback_metrics
 
 
 def test_a_position_is_of_its_data(tokenizer: str, tmp_path: Path) -> None:

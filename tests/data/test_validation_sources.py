@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
+from jsonargparse import ArgumentParser
 from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -138,6 +141,16 @@ def test_users_name_sources_and_sources_of_one_name_are_one(tmp_path: Path) -> N
     data.setup("validate")
     counts = data.counts["val"]["sources"]
     assert {name: some["rows"] for name, some in counts.items()} == {"greetings": 2, paths[2]: 1}
+
+
+def test_the_page_names_sources() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "data.md").read_text()
+    (block,) = re.findall(r"```yaml\n(validation_source: .*?)```", page, re.S)
+    parser = ArgumentParser()
+    parser.add_class_arguments(ChatDataModule, "data")
+    given = yaml.safe_load(block) | {"source": "chats.jsonl"}
+    data = parser.instantiate(parser.parse_object({"data": given})).data
+    assert [source.name for source in data.validation_source] == ["sums", "letters"]
 
 
 def test_a_fit_logs_the_loss_of_held_out_rows_of_each_source(tokenizer: str, tmp_path: Path) -> None:
