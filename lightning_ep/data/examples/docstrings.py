@@ -13,6 +13,7 @@ from typing import Any
 from typing_extensions import override
 
 from lightning_ep.data import corpus
+from lightning_ep.data.cache import cache_root
 from lightning_ep.data.chat import ChatDataModule
 from lightning_ep.data.preparation import Part, Rows
 from lightning_ep.data.row_files import open_source
@@ -41,7 +42,7 @@ class DocstringChats(ChatDataModule):
 
     @override
     def sources(self) -> Sequence[Rows]:
-        return [open_source(str(docstring_chats(self.cache_root())))]
+        return [open_source(str(docstring_chats(cache_root(self.cache_dir))))]
 
     @override
     def settings(self) -> Sequence[object]:
