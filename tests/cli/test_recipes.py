@@ -19,6 +19,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from lightning_ep import ParallelLayout, Schedule, __version__, cli, from_config
 from lightning_ep.data import corpus
+from lightning_ep.data.examples import docstrings
+from lightning_ep.data.standard_library import standard_library
 from lightning_ep_start import recipes
 from tests.hub_files import write_checkpoint
 from tests.talking import write_talking
@@ -406,3 +408,15 @@ def test_the_page_on_chats_says_what_the_commands_and_callbacks_take(
                                        f"init_args: {{metric: {metric[1]}}}}}]}}\n")  # fmt: skip
     assert _ends(*fits[0], "--config", "metric.yaml", "--print_config") == 0
     assert "torchmetrics.text.CharErrorRate" in capsys.readouterr().out
+
+
+def test_the_chat_quick_start_can_be_looked_at_before(
+    empty: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LIGHTNING_EP_CACHE", str(empty / "cache"))
+    few = sorted(standard_library())[:40]  # of 700, for the time that they take
+    monkeypatch.setattr(docstrings, "standard_library", lambda: few)
+    cli.main(["preview", "sft_quickstart"])
+    shown = capsys.readouterr().out
+    assert "What does the" in shown
+    assert "In short: " in shown

@@ -15,6 +15,7 @@ from typing_extensions import override
 from lightning_ep.data import corpus
 from lightning_ep.data.cache import cache_root
 from lightning_ep.data.chat import ChatDataModule
+from lightning_ep.data.packed_data import PackedDataModule
 from lightning_ep.data.preparation import Part, Rows
 from lightning_ep.data.row_files import open_source
 from lightning_ep.data.standard_library import standard_library
@@ -43,6 +44,10 @@ class DocstringChats(ChatDataModule):
     @override
     def sources(self) -> Sequence[Rows]:
         return [open_source(str(docstring_chats(cache_root(self.cache_dir))))]
+
+    @override
+    def first_rows(self) -> Sequence[Rows]:
+        return PackedDataModule.first_rows(self)
 
     @override
     def settings(self) -> Sequence[object]:
