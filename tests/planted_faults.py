@@ -248,8 +248,8 @@ MUTATIONS = (
     Mutation(
         "validation_weighted_by_batches",
         "causal_lm.py",
-        "sums = torch.stack([loss.double(), tokens.double()])",
-        "sums = torch.stack([(loss / tokens.clamp(min=1)).double(), torch.ones_like(loss).double()])",
+        "sums_2 = torch.stack([loss.double(), tokens.double()])",
+        "sums_2 = torch.stack([(loss / tokens.clamp(min=1)).double(), torch.ones_like(loss).double()])",
         "trainer/test_runs.py::test_works_or_is_refused[evaluation_in_which_some_ranks_and_batches_have_no_target]",
     ),
     Mutation(
