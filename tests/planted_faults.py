@@ -106,7 +106,7 @@ MUTATIONS = (
         "fsdp/state.py",
         "            state._fsdp_param_group.reshard()",
         "            pass",
-        "fsdp/test_interrupted.py::test_the_next_step[False-2-True]",
+        "fsdp/test_interrupted.py::test_the_next_step[2-True-False]",
     ),
     Mutation(
         "stale_weights_after_a_forward_alone",
