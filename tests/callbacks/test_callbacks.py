@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from torch import Tensor
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
@@ -59,7 +59,7 @@ class Module(LightningModule):
         return torch.optim.AdamW(self.parameters(), 1e-2)
 
 
-def fit(module: LightningModule, data: TextDataModule | None, *callbacks: Any, **settings: Any) -> Trainer:
+def fit(module: LightningModule, data: LightningDataModule | None, *callbacks: Any, **settings: Any) -> Trainer:
     defaults: dict[str, Any] = {"max_steps": 4, "val_check_interval": 2, "limit_val_batches": 2, "logger": False}
     trainer = Trainer(
         accelerator="cpu",
@@ -167,20 +167,21 @@ def test_generate_says_what_is_missing(data: TextDataModule) -> None:
     with pytest.raises(TypeError, match=r"`model.generate`.*NoModel has none.*self.model"):
         fit(NoModel(), data, GenerateSamples(["alpha"]))
 
-    class NoTokenizer(TextDataModule):
-        def setup(self, stage: str | None = None) -> None:
-            super().setup(stage)
-            self.kept = self.tokenizer
-            del self.tokenizer
+    whole = copy.copy(data)
+    whole.trainer = None
+    whole.prepare_data()
+    whole.setup()
 
-        def _check_vocabulary(self) -> None:
-            pass
+    class NoTokenizer(LightningDataModule):
+        def train_dataloader(self) -> Any:
+            return whole.train_dataloader()
 
-    bare = NoTokenizer(data.source, 16, 4, 300, 0.2, cache_dir=data.cache_dir)
+        def val_dataloader(self) -> Any:
+            return whole.val_dataloader()
+
     with pytest.raises(TypeError, match=r"needs a tokenizer.*NoTokenizer has no `tokenizer`.*tokenizer=\.\.\."):
-        fit(Module(), bare, GenerateSamples(["alpha"]))
-    bare.setup()
-    fit(Module(), bare, GenerateSamples(["alpha"], max_new_tokens=2, tokenizer=bare.kept))
+        fit(Module(), NoTokenizer(), GenerateSamples(["alpha"]))
+    fit(Module(), NoTokenizer(), GenerateSamples(["alpha"], max_new_tokens=2, tokenizer=whole.tokenizer))
 
 
 def test_generate_checks_its_arguments() -> None:
