@@ -139,8 +139,8 @@ def _panel(
     for ep in _EPS:
         drawn.append(f'<text x="{at(ep, 0)[0]:.0f}" y="{_TOP + _HEIGHT + 16}" text-anchor="middle">ep={ep}</text>')
     step = next(size for size in (1000, 2000, 5000, 10_000, 20_000) if top / size < 7)
-    for rate in range(0, int(top), step):
-        drawn.append(f'<text x="{left - 5}" y="{at(1, rate)[1] + 4:.0f}" text-anchor="end">{rate:,}</text>')
+    for label in range(0, int(top), step):
+        drawn.append(f'<text x="{left - 5}" y="{at(1, label)[1] + 4:.0f}" text-anchor="end">{label:,}</text>')
     for (name, line), color in zip(lines.items(), ("#1f77b4", "#d62728"), strict=False):
         places = [at(ep, rate) for ep, rate in line]
         way = " ".join(f"{x:.0f},{y:.0f}" for x, y in places)
@@ -149,8 +149,8 @@ def _panel(
         below = 16 if color == "#1f77b4" else -8
         x, y = places[0]
         drawn.append(f'<text x="{x + 4:.0f}" y="{y + below:.0f}" style="fill:{color}">{name}, estimated</text>')
-    for ep, rate, name in points:
-        x, y = at(ep, rate)
+    for ep, marked, name in points:
+        x, y = at(ep, marked)
         drawn.append(f'<rect x="{x - 4:.0f}" y="{y - 4:.0f}" width="8" height="8" fill="none" stroke="#000"/>')
         side = f'x="{x - 8:.0f}" text-anchor="end"' if ep > 4 else f'x="{x + 8:.0f}"'
         drawn.append(f'<text {side} y="{y + (4 if ep > 1 else 24):.0f}">{name}</text>')

@@ -12,6 +12,7 @@ from typing import NoReturn
 __version__ = "0.1.0"
 
 COMMANDS: dict[str, str] = {
+    "check": "lightning_ep.cli.check:check",
     "consolidate": "lightning_ep.cli.consolidate:consolidate",
     "export": "lightning_ep.cli.export:export",
     "generate": "lightning_ep.cli.generation:generate",
@@ -27,6 +28,7 @@ SENTENCES = {
     "validate": "Evaluate a model or a checkpoint on the validation data.",
     "test": "Evaluate a model or a checkpoint on the test data.",
     "predict": "Run a model or a checkpoint on the data to predict.",
+    "check": "Compare a layout with one process on these GPUs, and look at the links between them.",
     "consolidate": "Write a checkpoint directory as one file.",
     "export": "Write a training checkpoint as a directory that transformers and vLLM read.",
     "generate": "Print what a model adds to a prompt, or chat with it.",

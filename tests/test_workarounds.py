@@ -34,6 +34,8 @@ IN_PLACE = {"add", "append", "clear", "discard", "extend", "insert", "pop", "rem
 # What looks like such a change and is made to an object of ours: file, what is set, whose it is.
 OURS = [
     ("causal_lm.py", {"model"}, "a CausalLM"),
+    ("cli/compared.py", {"manual_seed"}, "a generator of its own"),
+    ("cli/compared.py", {"set_experts_implementation"}, "the model that the command has built"),
     ("cli/generation.py", {"chat_template"}, "the tokenizer that the command has loaded"),
     ("cli/generation.py", {"manual_seed"}, "the command's process"),
     ("cli/opened.py", {"data", "strict_loading"}, "the model and module that the command has built"),
