@@ -189,7 +189,7 @@ def fits(request: Request) -> bool:
     return any(
         sum(memory_gib(case, request.limit_gib).values()) <= request.planned_gib
         for case in cases(request)
-        if case.recompute == "full" and case.batch == 1
+        if case.recompute == "full"
     )
 
 

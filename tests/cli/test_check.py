@@ -19,8 +19,9 @@ from lightning_ep.moe.dispatch.all_to_all import AllToAllDispatcher
 from lightning_ep.planner import find_model
 from tests.ranks import run_ranks
 from tests.reference import tiny_config
+from tests.talking import on_two_ranks
 
-pytestmark = pytest.mark.usefixtures("on_the_tests_device")
+pytestmark = [pytest.mark.usefixtures("on_the_tests_device"), on_two_ranks]
 
 
 @pytest.fixture(scope="module")
