@@ -19,11 +19,7 @@ from benchmarks.cells import Cell
 from benchmarks.measure import Meter
 from benchmarks.records import machine
 
-_MODULES = {
-    "lightning_ep": "benchmarks.ours",
-    "transformers": "benchmarks.peer_transformers",
-    "torchtitan": "benchmarks.peer_torchtitan",
-}
+_MODULES = {"lightning_ep": "ours", "transformers": "peer_transformers", "torchtitan": "peer_torchtitan"}
 
 
 def main() -> None:
@@ -39,7 +35,7 @@ def main() -> None:
         else:
             torch.set_num_threads(1)
         meter = Meter(cell, device)
-        importlib.import_module(_MODULES[cell.trainer.split("/")[0]]).run(cell, meter)
+        importlib.import_module("benchmarks." + _MODULES[cell.trainer.split("/")[0]]).run(cell, meter)
         _write(path, {"measured": meter.results(), "machine": machine(device)})
     except BaseException as error:
         traceback.print_exc()

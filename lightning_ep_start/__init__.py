@@ -21,6 +21,9 @@ COMMANDS: dict[str, str] = {
 """Commands that run without a Trainer: the name, and ``module:function`` to call. The function's signature and
 docstring become the command's options and help; its module is imported only when the command is called."""
 
+DATA_COMMANDS = ("prepare", "preview")
+"""Commands on the data of a recipe, which take the options of ``fit``."""
+
 TRAINER_COMMANDS = ("fit", "validate", "test", "predict")
 
 SENTENCES = {
@@ -29,6 +32,8 @@ SENTENCES = {
     "test": "Evaluate a model or a checkpoint on the test data.",
     "predict": "Run a model or a checkpoint on the data to predict.",
     "check": "Compare a layout with one process on these GPUs, and look at the links between them.",
+    "prepare": "Prepare a recipe's data on CPUs, before GPUs are taken.",
+    "preview": "Show what is learnt of a recipe's data.",
     "consolidate": "Write a checkpoint directory as one file.",
     "export": "Write a training checkpoint as a directory that transformers and vLLM read.",
     "generate": "Print what a model adds to a prompt, or chat with it.",
@@ -55,7 +60,8 @@ In a recipe:
   optimizer  lightning_ep.AdamW, or any of torch's
   data       lightning_ep.data.ChatDataModule teaches what the assistant says in chats.
              lightning_ep.data.PromptCompletionDataModule teaches completions.
-             lightning_ep.data.TextDataModule teaches texts.
+             lightning_ep.data.TextDataModule teaches texts, and
+             lightning_ep.data.TextStreamDataModule those too large to prepare first.
              Or a LightningDataModule of your own; lightning_ep.data.PackedDataModule
              is a base for those that pack documents.
   callbacks  lightning_ep.callbacks.Throughput logs tokens per second.
@@ -68,6 +74,31 @@ In a recipe:
   lightning-ep fit --model.help CLASS   shows those of a class; --data.help,
                                         --trainer.strategy.help, --trainer.callbacks.help too.
   lightning-ep --version                shows the version.
+"""
+
+
+_DATA_HELP = {
+    "prepare": """\
+usage: lightning-ep prepare CONFIG [options]
+
+Makes the windows that `fit` with the same recipe and options trains on, unless
+they are in the cache, and says what is in them. It needs CPUs only.""",
+    "preview": """\
+usage: lightning-ep preview CONFIG [options]
+
+Shows five documents of a recipe's data with what is learnt of them, and counts
+what the first rows of each source give. It takes seconds and prepares nothing.""",
+}
+
+_DATA_OPTIONS = """
+
+CONFIG is a YAML recipe, a file of yours or the name of one that comes with this
+package. The options are those of `fit`, for example:
+
+  lightning-ep {name} quickstart --data.sequence_length 256
+
+  lightning-ep fit --help               shows them.
+  lightning-ep fit --data.help CLASS    shows those of a data module.
 """
 
 
@@ -100,7 +131,7 @@ def answer(arguments: list[str]) -> None:
     """Ends the program where an answer needs no torch: the help, a list of recipes, a mistake in a name."""
     from lightning_ep_start import recipes
 
-    commands = (*TRAINER_COMMANDS, *COMMANDS, "plan", "recipes")
+    commands = (*TRAINER_COMMANDS, *DATA_COMMANDS, *COMMANDS, "plan", "recipes")
     if arguments in (["-h"], ["--help"]):
         print(_HELP.format(commands="\n".join(f"  {name:<12} {SENTENCES.get(name, '')}".rstrip() for name in commands)))
         sys.exit(0)
@@ -119,6 +150,11 @@ def answer(arguments: list[str]) -> None:
         _asked = arguments[1:]
         importlib.import_module("lightning_ep")  # where it is not imported yet, its first line answers
         _plan(_asked)
+    if arguments[0] in DATA_COMMANDS:
+        if arguments[1:] in (["-h"], ["--help"]):
+            print(_DATA_HELP[arguments[0]] + _DATA_OPTIONS.format(name=arguments[0]), end="")
+            sys.exit(0)
+        recipes.check(recipes.with_flag(arguments))
     if arguments[0] in TRAINER_COMMANDS:
         recipes.check(arguments)
 

@@ -12,7 +12,7 @@ from typing import NoReturn
 
 from typing_extensions import override
 
-from lightning_ep_start import did_you_mean, fail, say
+from lightning_ep_start import DATA_COMMANDS, did_you_mean, fail, say
 
 _FLAGS = ("--config", "-c")
 _NAME = re.compile(r"[\w-]+")  # no path and no YAML
@@ -44,10 +44,17 @@ def check(arguments: list[str]) -> None:
         file_of(value)
     says_what = (*_FLAGS, "--model", "--help", "-h", "--print_config")
     if not any(word.startswith(says_what) or word.partition("=")[0].endswith(".help") for word in arguments[1:]):
+        flag = "" if arguments[0] in DATA_COMMANDS else "--config with "
         fail(
-            f"{arguments[0]} needs --config with a YAML file or with the name of a recipe ({', '.join(names())}), "
-            "or --model and --data."
+            f"{arguments[0]} needs {flag}a YAML file or {'with ' * bool(flag)}the name of a recipe "
+            f"({', '.join(names())}), or --model and --data."
         )
+
+
+def with_flag(arguments: list[str]) -> list[str]:
+    """The arguments of a command that takes a recipe by itself, with ``--config`` in front of that."""
+    bare = len(arguments) > 1 and not arguments[1].startswith("-")
+    return [arguments[0], "--config", *arguments[1:]] if bare else arguments
 
 
 def with_files(arguments: list[str]) -> list[str]:

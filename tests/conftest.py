@@ -32,12 +32,14 @@ _HOST = {
 }
 """Folders and modules whose ranks show on GPUs what they show on CPUs: files, loaders, decisions, messages."""
 _LONG = (
-    *("test_layouts", "hub.test_load", "test_gpu", "test_parity", "trainer.test_runs", "trainer.test_builtin_callbacks"),
-    *("tensor_parallel.test_tensor_parallel", "context_parallel.test_context_parallel", "test_wrapped_models"),
-    *("layers.test_recompute", "layers.test_compilation", "checkpoint.test_resharding", "moe.test_families"),
+    *("test_layouts", "hub.test_load", "test_gpu", "test_parity", "trainer.test_runs"),
+    *("trainer.test_builtin_callbacks", "tensor_parallel.test_tensor_parallel"),
+    *("context_parallel.test_context_parallel", "test_wrapped_models", "layers.test_recompute"),
+    *("layers.test_compilation", "checkpoint.test_resharding", "moe.test_families"),
     *("checkpoint.test_faults", "fsdp.test_fp32_in_bf16", "checkpoint.test_resume", "hub.test_export"),
-    *("distributed.test_failures", "fsdp.test_interrupted", "checkpoint.test_resumed_loaders", "trainer.test_ctrl_c"),
-    *("trainer.test_user_loaders", "layers.test_recompute_trainer", "checkpoint.test_resumed_programs"),
+    *("distributed.test_failures", "fsdp.test_interrupted", "checkpoint.test_resumed_loaders"),
+    *("trainer.test_ctrl_c", "trainer.test_user_loaders", "layers.test_recompute_trainer"),
+    *("checkpoint.test_resumed_programs",),
 )
 """What runs first, so that no worker of pytest-xdist is left with it at the end."""
 _ON_CUDA = os.environ.get("LIGHTNING_EP_TEST_DEVICE") == "cuda"

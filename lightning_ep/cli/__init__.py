@@ -11,9 +11,9 @@ from typing import Any, get_type_hints
 
 from jsonargparse import auto_cli
 
-from lightning_ep.cli import training
+from lightning_ep.cli import recipe_data, training
 from lightning_ep.cli.mistakes import OneLineParser, refusal
-from lightning_ep_start import COMMANDS, answer, fail, recipes
+from lightning_ep_start import COMMANDS, DATA_COMMANDS, answer, fail, recipes
 
 PROG = "lightning-ep"
 
@@ -44,6 +44,9 @@ def main(args: list[str] | None = None) -> None:
             if (cause := refusal(error)) is None:
                 raise
             fail(str(cause))
+        return
+    if arguments[0] in DATA_COMMANDS:
+        recipe_data.run(recipes.with_files(recipes.with_flag(arguments)))
         return
     training.run(recipes.with_files(arguments), PROG)
 

@@ -71,3 +71,38 @@ def warn_of_other_special_tokens(tokenizer: Any, model: Any) -> None:
                 "configuration: what reads the trained model would look for another token than it was trained with. "
                 f"Set {name}={ours} in the configuration, or train with the tokenizer that it was made for."
             )
+
+
+def refuse_too_small(tokenizer: Any, config: Any, made: bool) -> None:
+    """Raises ValueError if a model is too small for a data module's tokenizer, which that has ``made`` or found."""
+    size = vocabulary_size(config)
+    check_vocabulary(
+        tokenizer,
+        config,
+        f"Set the model's to {len(tokenizer)} or more, or the data's to {size} or less."
+        if made
+        else f"Use the tokenizer of these weights, not {tokenizer.name_or_path}, or resize the embeddings.",
+    )
+
+
+def check_of_module(tokenizer: Any, module: LightningModule | None, made: bool, data_module: str) -> None:
+    """Raises ValueError if the tokenizer of a data module does not fit the models of a module, once they are built.
+
+    Args:
+        tokenizer: The tokenizer.
+        module: What is trained with it.
+        made: Whether the data module has made it.
+        data_module: Name of its class.
+    """
+    models: list[Any] = list(adapter.pretrained_models(module).values()) if module is not None else []
+    for model in models or [getattr(module, "model", None)]:
+        if hasattr(model, "config"):
+            refuse_too_small(tokenizer, model.config, made)
+            warn_of_other_special_tokens(tokenizer, model)
+    checkpoint = checkpoint_of(module)
+    if checkpoint is not None and made and tokenizer_files(checkpoint):
+        raise ValueError(
+            f"The model's weights are those of {checkpoint}, which has a tokenizer, and {data_module} has made a new "
+            "one, whose ids mean nothing to these weights: it could not know before the model was built. Pass "
+            f"{data_module}(tokenizer={checkpoint!r}), or give {type(module).__name__} an attribute `pretrained_path`."
+        )
