@@ -10,7 +10,7 @@ import pytest
 
 from benchmarks.planning import MEASURED, PICTURE, by_ep, picture, table
 from lightning_ep import cli
-from lightning_ep.planner import allocatable_gib, peak_gib, tokens_per_second
+from lightning_ep.planner import QWEN3_30B_A3B, Case, allocatable_gib, peak_gib, tokens_per_second
 from lightning_ep.planner.devices import GPUS
 
 PAGE = (Path(__file__).parents[2] / "docs" / "planning.md").read_text()
@@ -32,6 +32,16 @@ def test_estimates_are_as_close_as_the_page_says() -> None:
     assert f"{min(memory):.2f} to {max(memory):.2f} of the estimated memory" in PAGE
     assert all(0.8 < rate < 1.2 for rate in rates)
     assert all(0.9 < gib < 1.1 for gib in memory)
+
+
+def test_the_page_compares_with_what_is_estimated_now() -> None:
+    for settings in (
+        {"batch": 4, "ranks": 8, "ep": 8},
+        {"batch": 1, "ranks": 1, "lora_rank": 16},
+        {"batch": 2, "ranks": 1, "lora_rank": 16},
+    ):
+        case = Case(QWEN3_30B_A3B, 48, sequence=4096, recompute="full", **settings)  # type: ignore[arg-type]
+        assert f"{tokens_per_second(case, GPUS['H100']):,.0f}" in PAGE, case
 
 
 def test_measured_figures_are_those_of_the_records() -> None:
