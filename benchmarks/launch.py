@@ -80,7 +80,7 @@ def mfu(cell: Cell, tokens_per_second: float, device_name: str) -> float | None:
 
 
 def _widths(cell: Cell) -> planner.ModelWidths:
-    return planner.ModelWidths.of(cell.config())
+    return planner.read_widths(cell.config().to_dict())[0]
 
 
 def _run_ranks(cell: Cell, tree: Path, folder: Path, timeout: float) -> list[int | None]:

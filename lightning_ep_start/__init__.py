@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import importlib
 import os
 import sys
 from collections.abc import Iterable
@@ -11,6 +12,7 @@ from typing import NoReturn
 __version__ = "0.1.0"
 
 COMMANDS: dict[str, str] = {
+    "check": "lightning_ep.cli.check:check",
     "consolidate": "lightning_ep.cli.consolidate:consolidate",
     "export": "lightning_ep.cli.export:export",
     "generate": "lightning_ep.cli.generation:generate",
@@ -29,12 +31,14 @@ SENTENCES = {
     "validate": "Evaluate a model or a checkpoint on the validation data.",
     "test": "Evaluate a model or a checkpoint on the test data.",
     "predict": "Run a model or a checkpoint on the data to predict.",
+    "check": "Compare a layout with one process on these GPUs, and look at the links between them.",
     "prepare": "Prepare a recipe's data on CPUs, before GPUs are taken.",
     "preview": "Show what is learnt of a recipe's data.",
     "consolidate": "Write a checkpoint directory as one file.",
     "export": "Write a training checkpoint as a directory that transformers and vLLM read.",
     "generate": "Print what a model adds to a prompt, or chat with it.",
     "perplexity": "Evaluate a model on a text file.",
+    "plan": "Which layout, does it fit, how fast: estimates, without a GPU.",
     "recipes": "List, show or copy the recipes that come with this package.",
 }
 
@@ -108,11 +112,18 @@ def main(args: list[str] | None = None) -> None:
     main(args)
 
 
-def answer_module_run() -> None:
-    """Does for ``python -m lightning_ep`` what `main` does for the console script, before the package is imported.
+_asked: list[str] | None = None  # the arguments of `lightning-ep plan`, whose room of the package knows no torch
 
-    Python imports a package before it runs its ``__main__``. Until then the first of ``sys.argv`` is ``-m``.
+
+def answer_first() -> None:
+    """Answers what needs no torch while the package begins to be imported, from its first line.
+
+    ``lightning-ep plan`` needs one room of the package, and none of what the package imports after that line. For
+    ``python -m lightning_ep`` this does what `main` does for the console script: Python imports a package before it
+    runs its ``__main__``. Until then the first of ``sys.argv`` is ``-m``.
     """
+    if _asked is not None:
+        _plan(_asked)
     module = sys.orig_argv[-len(sys.argv) :][:1]
     if sys.argv[:1] == ["-m"] and module in (["lightning_ep"], ["-mlightning_ep"]):
         answer(sys.argv[1:])
@@ -122,7 +133,7 @@ def answer(arguments: list[str]) -> None:
     """Ends the program where an answer needs no torch: the help, a list of recipes, a mistake in a name."""
     from lightning_ep_start import recipes
 
-    commands = (*TRAINER_COMMANDS, *DATA_COMMANDS, *COMMANDS, "recipes")
+    commands = (*TRAINER_COMMANDS, *DATA_COMMANDS, *COMMANDS, "plan", "recipes")
     if arguments in (["-h"], ["--help"]):
         print(_HELP.format(commands="\n".join(f"  {name:<12} {SENTENCES.get(name, '')}".rstrip() for name in commands)))
         sys.exit(0)
@@ -136,6 +147,11 @@ def answer(arguments: list[str]) -> None:
     if arguments[0] == "recipes":
         recipes.main(arguments[1:])
         sys.exit(0)
+    if arguments[0] == "plan":
+        global _asked
+        _asked = arguments[1:]
+        importlib.import_module("lightning_ep")  # where it is not imported yet, its first line answers
+        _plan(_asked)
     if arguments[0] in DATA_COMMANDS:
         if arguments[1:] in (["-h"], ["--help"]):
             print(_DATA_HELP[arguments[0]] + _DATA_OPTIONS.format(name=arguments[0]), end="")
@@ -143,6 +159,14 @@ def answer(arguments: list[str]) -> None:
         recipes.check(recipes.with_flag(arguments))
     if arguments[0] in TRAINER_COMMANDS:
         recipes.check(arguments)
+
+
+def _plan(arguments: list[str]) -> NoReturn:
+    global _asked
+    _asked = None
+    command = importlib.import_module("lightning_ep.planner.command")
+    command.main(arguments)
+    sys.exit(0)
 
 
 def did_you_mean(name: str, names: Iterable[str]) -> str:

@@ -106,7 +106,7 @@ def main(arguments: list[str]) -> None:
     Args:
         arguments: Those after the command's name.
     """
-    parser = _Parser(
+    parser = Parser(
         prog="lightning-ep recipes",
         description="Lists the recipes that come with this package, and the scripts that start them on several nodes. "
         "`lightning-ep fit --config NAME` runs one.",
@@ -146,7 +146,7 @@ def _copy(source: Path, directory: Path) -> None:
     print(f"lightning-ep fit --config {target}" if target.suffix == ".yaml" else target)
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
     """Ends with one line, as the other commands do."""
 
     @override

@@ -25,7 +25,16 @@ _PROCESSES = {"run_ranks", "row_failures", "run_cell", "subprocess", "multiproce
 _DEVICES = {"run_ranks", "row_failures", "device", "accelerator", "DEVICE"}
 """What tests name that use a GPU with LIGHTNING_EP_TEST_DEVICE=cuda."""
 _HOST = {
-    *("callbacks", "cli", "data", "distributed.test_failures", "test_configurations", "test_multinode", "test_ranks"),
+    *(
+        "callbacks",
+        "cli",
+        "data",
+        "planner",
+        "distributed.test_failures",
+        "test_configurations",
+        "test_multinode",
+        "test_ranks",
+    ),
     *("checkpoint.test_files", "checkpoint.test_resumed_loaders", "checkpoint.test_resumed_programs"),
     *("checkpoint.test_saves_of_users", "hub.test_export", "trainer.test_flags", "trainer.test_loaders"),
     *("trainer.test_steering", "trainer.test_user_loaders", "trainer.test_watched_gradients"),

@@ -35,6 +35,8 @@ IN_PLACE = {"add", "append", "clear", "discard", "extend", "insert", "pop", "rem
 OURS = [
     ("causal_lm.py", {"model"}, "a CausalLM"),
     ("callbacks/grade.py", {"sync_on_compute"}, "a copy of the metric"),
+    ("cli/compared.py", {"manual_seed"}, "a generator of its own"),
+    ("cli/compared.py", {"set_experts_implementation"}, "the model that the command has built"),
     ("cli/generation.py", {"chat_template", "response_template"}, "the tokenizer that the command has loaded"),
     ("cli/generation.py", {"manual_seed"}, "the command's process"),
     ("cli/opened.py", {"data", "strict_loading"}, "the model and module that the command has built"),

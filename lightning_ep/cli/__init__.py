@@ -56,7 +56,7 @@ def _with_values(command: Callable[..., Any], words: list[str]) -> list[str]:
     flags = {f"--{name}" for name, kind in get_type_hints(command).items() if kind is bool}
     values = ("true", "false", "yes", "no")
     found = []
-    for word, following in zip(words, [*words[1:], ""], strict=True):
+    for word, following in zip(words, [*words, ""][1:], strict=True):
         found += [word, "true"] if word in flags and following.lower() not in values else [word]
     return found
 

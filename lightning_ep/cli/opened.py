@@ -80,7 +80,7 @@ def opened(
         CheckpointError: On every rank, if there is no such checkpoint, it is damaged, or it has no tokenizer.
         ValueError: If the layout does not fit the model or the processes, or the tokenizer does not fit the model.
     """
-    with _process_group() as device:
+    with process_group() as device:
         world = dist.get_world_size()
         local = int(os.environ.get("LOCAL_WORLD_SIZE", world))
         layout = ParallelLayout.resolve(ep, "auto", world, local, tp=tp)
@@ -104,7 +104,7 @@ def opened(
 
 
 @contextmanager
-def _process_group() -> Iterator[torch.device]:
+def process_group() -> Iterator[torch.device]:
     """This process's device, with the process group of torchrun or one of this process alone."""
     local, gpus = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
     if gpus and local >= gpus:

@@ -9,7 +9,7 @@ from transformers.models.qwen3_moe import Qwen3MoeForCausalLM
 from benchmarks.cells import SIZES, Cell, default_trainers, parse_shape
 from benchmarks.node import node_cells
 from benchmarks.workload import Popularity, balance, batches, fill_parameters
-from lightning_ep.planner import QWEN3_30B_A3B, ModelWidths
+from lightning_ep.planner import QWEN3_30B_A3B, read_widths
 
 
 @pytest.mark.parametrize("text", ["4096", "4x", "0x16", "axb", "4x1"])
@@ -134,7 +134,7 @@ def test_cells_of_eight_gpus_are_what_was_asked_for() -> None:
 
 
 def test_the_planner_reads_the_sizes_that_are_trained() -> None:
-    assert ModelWidths.of(Cell("lightning_ep/ep=1", 1, 16, 1).config()) == QWEN3_30B_A3B
+    assert read_widths(Cell("lightning_ep/ep=1", 1, 16, 1, layers=3).config().to_dict()) == (QWEN3_30B_A3B, 3)
     assert set(SIZES) == {"qwen3-30b-a3b", "tiny"}
 
 

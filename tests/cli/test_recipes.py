@@ -174,6 +174,8 @@ def _python(*arguments: str, path: Path = REPOSITORY, **options: Any) -> subproc
         (["--help"], "usage: lightning-ep"),
         (["--version"], f"lightning-ep {__version__}"),
         (["recipes"], "quickstart "),
+        (["plan", "Qwen/Qwen3-30B-A3B", "--gpus", "8"], "Is EP worth it"),
+        (["plan", "Qwen/Qwen3-30B-A3B", "--gpus", "9"], "9 GPUs are no whole nodes"),
         (["fit"], "needs --config"),
         (["fit", "--config", "qickstart"], "did you mean quickstart?"),
     ],
