@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -18,6 +19,7 @@ from torch.optim import Optimizer
 from transformers import AutoConfig, PreTrainedConfig
 from typing_extensions import override
 
+from lightning_ep.adapters import LoRA, add_adapter
 from lightning_ep.checkpoint.saved_weights import SavedWeights
 from lightning_ep.distributed.host_copies import Lagged
 from lightning_ep.hub.errors import CheckpointError
@@ -50,9 +52,11 @@ class CausalLM(LightningModule):
     Args:
         model: Hub id or local path, or a configuration: an object, or a dict with ``model_type``.
         pretrained: Load weights (every rank streams its own shards), or start from random ones.
-        optimizer: Builds the optimizer from the parameters.
+        optimizer: Builds the optimizer from the parameters. Default: AdamW with a learning rate of 1e-5, or of 1e-4
+            with an adapter.
         lr_scheduler: Builds a scheduler from the optimizer; it steps once per optimizer step. `lightning_ep.Schedule`
             ends with the run.
+        adapter: Train adapters, with the model frozen beneath.
 
     Raises:
         ValueError: If there are no weights to load, or a configuration in a dict has a key that nobody reads.
@@ -62,8 +66,9 @@ class CausalLM(LightningModule):
         self,
         model: str | dict[str, Any] | PreTrainedConfig,
         pretrained: bool = True,
-        optimizer: OptimizerCallable = lambda params: AdamW(params, lr=1e-5),
+        optimizer: OptimizerCallable | None = None,
         lr_scheduler: LRSchedulerCallable | None = None,
+        adapter: LoRA | None = None,
     ) -> None:
         super().__init__()
         if pretrained and not isinstance(model, str):
@@ -75,6 +80,7 @@ class CausalLM(LightningModule):
         self._source = config_of(model) if isinstance(model, dict) else model
         self._pretrained = pretrained
         self._optimizer = optimizer
+        self._adapter = adapter
         self._lr_scheduler = lr_scheduler
         self.model: nn.Module | None = None
         self._window: Tensor | None = None  # sums of loss and valid tokens since the last step
@@ -108,9 +114,12 @@ class CausalLM(LightningModule):
             )
         if self._pretrained:
             assert isinstance(self._source, str)
-            self.model = from_pretrained(self._source)
+            self.model = self._adapted(from_pretrained(self._source))
             return
-        self.model = from_config(_config(self._source))
+        self.model = self._adapted(from_config(_config(self._source)))
+
+    def _adapted(self, model: nn.Module) -> nn.Module:
+        return model if self._adapter is None else add_adapter(model, self._adapter)
 
     @classmethod
     @override
@@ -149,7 +158,7 @@ class CausalLM(LightningModule):
                 f"{checkpoint_path} does not contain the config of its model: pass `model=` (hub id, path or config)."
             )
         module = cls(**{"pretrained": False, **kwargs, "model": source})
-        module.model = meta_model(_config(module._source))
+        module.model = module._adapted(meta_model(_config(module._source)))
         saved.fill(module, strict is not False)
         materialize(module, torch.device("cpu"), seed=0)  # buffers that are not saved
         return module.to(map_location) if map_location is not None else module
@@ -382,7 +391,11 @@ class CausalLM(LightningModule):
 
     @override
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        optimizer = self._optimizer(self.parameters())
+        if self._adapter is None:
+            optimizer = (self._optimizer or partial(AdamW, lr=1e-5))(self.parameters())
+        else:
+            trained = (param for param in self.parameters() if param.requires_grad)
+            optimizer = (self._optimizer or partial(AdamW, lr=1e-4))(trained)
         if self._lr_scheduler is None:
             return optimizer
         scheduler = self._lr_scheduler(optimizer)

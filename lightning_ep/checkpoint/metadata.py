@@ -22,6 +22,7 @@ from lightning_ep.checkpoint.files import FORMAT
 from lightning_ep.checkpoint.loader_position import positions
 from lightning_ep.hub.companions import companions, tokenizer_of
 from lightning_ep.hub.errors import CheckpointError
+from lightning_ep.hub.frozen_base import describe_bases
 from lightning_ep.hub.source import source_directory
 from lightning_ep.layout import ParallelLayout
 
@@ -31,7 +32,7 @@ _COUNTERS = ("ready", "started", "processed", "completed")
 
 
 def header(module: nn.Module, layout: ParallelLayout, files: Mapping[str, bytes]) -> dict[str, Any]:
-    """What identifies a checkpoint of ours, and what its model is.
+    """What identifies a checkpoint of ours, what its model is, and what lies beneath its adapters.
 
     Args:
         module: The module; the configuration of each transformers model in it is kept.
@@ -46,6 +47,7 @@ def header(module: nn.Module, layout: ParallelLayout, files: Mapping[str, bytes]
         "format": FORMAT,
         "layout": {**asdict(layout), "data_world_size": layout.data_world_size},
         "configs": configs,
+        "bases": describe_bases(module),
         "files": dict(files),
     }
 

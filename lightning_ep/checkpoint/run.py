@@ -23,6 +23,7 @@ from lightning_ep.checkpoint.resume import Resume
 from lightning_ep.checkpoint.saver import Checkpoints
 from lightning_ep.checkpoint.single_file import gather, gather_optimizer
 from lightning_ep.hub.errors import CheckpointError
+from lightning_ep.hub.frozen_base import base_names, note_bases
 from lightning_ep.layout import ParallelLayout
 
 _SETTLE_SECONDS = 60.0
@@ -79,8 +80,9 @@ class RunCheckpoints:
     # ------------------------------------------------------------------ saving
 
     def weights(self, module: LightningModule) -> dict[str, Any]:
-        """State of the module by name: its own shards, or on rank 0 everything in full."""
-        state = {clean(name): value for name, value in module.state_dict().items()}
+        """State of the module by name, but for a frozen base: its own shards, or on rank 0 everything in full."""
+        base = base_names(module)
+        state = {clean(name): value for name, value in module.state_dict().items() if clean(name) not in base}
         return state if self._distributed else gather(state, keep=self._first)
 
     def optimizer_state(self, module: LightningModule, optimizer: Optimizer | LightningOptimizer) -> dict[str, Any]:
@@ -154,8 +156,9 @@ class RunCheckpoints:
         """Allocates what the checkpoint that was opened, if any, fills, so that it is not read or drawn before.
 
         Raises:
-            CheckpointError: On every rank, if the checkpoint does not fit the module.
+            CheckpointError: On every rank, if the checkpoint does not fit the module, or has adapters of another base.
         """
+        note_bases(module)
         if self._resume is not None:
             self._resume.allocate(module, self._device)
 

@@ -18,6 +18,7 @@ import yaml
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from lightning_ep import ParallelLayout, Schedule, __version__, cli, from_config
+from lightning_ep.checkpoint.saved_weights import SavedWeights
 from lightning_ep.data import corpus
 from lightning_ep.data.examples import docstrings
 from lightning_ep.data.standard_library import standard_library
@@ -220,6 +221,7 @@ def test_a_wheel_holds_them(wheel: Path, tmp_path: Path, empty: Path) -> None:
         ("qwen3_30b_a3b", 500, 3e-4, 0.0),
         ("continued_pretraining", 1000, 1e-5, 1e-6),
         ("qwen3_30b_a3b_sft", 1000, 1e-5, 1e-6),
+        ("qwen3_30b_a3b_lora", 600, 1e-4, 1e-5),  # ten times the rate of continued_pretraining
     ],
 )
 def test_the_learning_rate_is_what_its_source_says(name: str, warm_up: int, peak: float, last: float) -> None:
@@ -309,6 +311,34 @@ def test_published_weights_are_fine_tuned_on_chats_and_exported(nodes: int, empt
     assert any(not torch.equal(a, b) for a, b in zip(exported.parameters(), before.parameters(), strict=True))
     template = AutoTokenizer.from_pretrained(empty / "exports/qwen3_30b_a3b_sft").chat_template
     assert template == AutoTokenizer.from_pretrained(empty / "published").chat_template
+
+
+@pytest.mark.slow
+def test_adapters_are_trained_on_a_model_of_the_quick_start_and_on_published_weights(empty: Path) -> None:
+    turns = ({"role": "user", "content": f"{i}?"} for i in range(40))
+    chats = [{"messages": [turn, {"role": "assistant", "content": f"It is {turn['content']}"}]} for turn in turns]
+    (empty / "my_chats.jsonl").write_text("".join(json.dumps(chat) + "\n" for chat in chats))
+    text = RECIPES["lora_quickstart"].read_text()
+    first = text.partition("lightning-ep fit --config quickstart ")[2].partition("\n#   lightning-ep")[0]
+    export = first.replace("\\\n#", " ").split()
+    few = ["--trainer.max_steps", "2", "--trainer.val_check_interval", "2", "--trainer.limit_val_batches", "1"]
+    tiny = ["--trainer.accelerator", "cpu", "--trainer.strategy.compile", "false", "--data.sequence_length", "64"]
+    few += ["--trainer.log_every_n_steps", "1"]
+    tiny += ["--trainer.accumulate_grad_batches", "1", "--data.batch_size", "1", "--data.validation_fraction", "0.2"]
+    chat = ["--data.source", "my_chats.jsonl", "--data.chat_template", "plain"]
+    commands = [
+        ["--config", "quickstart", *few, *export],
+        ["--config", "lora_quickstart", *few, *chat],
+        ["--config", "qwen3_30b_a3b_lora", *few, *tiny, *chat, "--model.model", "runs/quickstart/model"],
+    ]
+    for command in commands:
+        done = _python("-m", "lightning_ep", "fit", *command, cwd=empty)
+        assert done.returncode == 0, done.stdout + done.stderr
+    for name in ("lora_quickstart", "qwen3_30b_a3b_lora"):
+        assert "train/loss" in (empty / f"runs/{name}/version_0/metrics.csv").read_text()
+    saved = SavedWeights(empty / "runs/lora_quickstart/checkpoints/last.ckpt")
+    assert saved.tensors
+    assert all(".lora_" in key for key in saved.tensors), "the model that lies beneath is not in it"
 
 
 def test_the_model_is_the_one_it_is_named_after() -> None:
