@@ -62,6 +62,8 @@ class DPO(CausalLM):
         self.beta = beta
         self._sums: Tensor | None = None  # of metrics and pairs, since the last step
 
+    weighs_tokens = False  # pairs that are none would count
+
     @override
     def configure_model(self) -> None:
         if self.model is not None:
@@ -120,16 +122,16 @@ class DPO(CausalLM):
         return (torch.stack(totals) / pairs).float()
 
     @override
-    def evaluation_step(self, batch: dict[str, Tensor]) -> None:
+    def evaluation_step(self, batch: dict[str, Tensor], dataloader_idx: int) -> None:
         _, sums = self._pairs(batch)
-        self._evaluation = sums if self._evaluation is None else self._evaluation + sums
+        known = self._evaluation.get(0)
+        self._evaluation[0] = sums if known is None else known + sums
 
     @override
     def log_evaluation(self, stage: str) -> None:
-        sums = torch.zeros(len(_METRICS) + 1, device=self.device).double()
-        sums = self._evaluation if self._evaluation is not None else sums
-        self._evaluation = None
-        means = self._means(sums)
+        none = torch.zeros(len(_METRICS) + 1, dtype=torch.float64, device=self.device)
+        means = self._means(self._evaluation.get(0, none))
+        self._evaluation = {}
         for name, mean in zip(_METRICS, means, strict=True):
             # Equal on all ranks already; sync_dist only tells Lightning so.
             self.log(f"{stage}/{name}", mean, prog_bar=name in ("loss", "reward_accuracy"), sync_dist=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -16,6 +15,7 @@ from lightning_ep.data.tokenizers import check_vocabulary
 from lightning_ep.distributed.console import print_once
 from lightning_ep.hub.adapter_files import AdapterFormat, check_adapters, export_adapters
 from lightning_ep.hub.beneath import is_adapted
+from lightning_ep.hub.companions import tokenizer_of
 from lightning_ep.hub.directory import ExportDtype, refuse_existing
 from lightning_ep.hub.export import check_export, export_sharded
 
@@ -73,7 +73,7 @@ class HuggingFaceExport(Callback):
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         refuse_existing(Path(self.path))
-        model, tokenizer = _model(pl_module), _tokenizer(trainer)
+        model, tokenizer = _model(pl_module), tokenizer_of(trainer)
         if tokenizer is not None:
             check_vocabulary(tokenizer, model.config, "Export, and train, with the tokenizer of the model.")
         if self._writes_adapter(model):
@@ -87,7 +87,7 @@ class HuggingFaceExport(Callback):
         self._ended = True
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
-        model, tokenizer = _model(pl_module), _tokenizer(trainer)
+        model, tokenizer = _model(pl_module), tokenizer_of(trainer)
         if self._writes_adapter(model):
             export_adapters(model, Path(self.path), self._dtype, tokenizer, self.adapter_format)
         else:
@@ -102,12 +102,6 @@ class HuggingFaceExport(Callback):
                 f"{self.path} was not written: the checkpoint of this run has no training step left to do. Run "
                 f"`lightning-ep export {trainer.ckpt_path} {self.path}` instead."
             )
-
-
-def _tokenizer(trainer: Trainer) -> Any | None:
-    """The tokenizer that the data was made with, if the datamodule says so."""
-    tokenizer = getattr(getattr(trainer, "datamodule", None), "tokenizer", None)
-    return tokenizer if hasattr(tokenizer, "save_pretrained") else None
 
 
 def _model(module: LightningModule) -> PreTrainedModel:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
 from typing_extensions import override
 
 from lightning_ep.data.chat import ChatDataModule
+from lightning_ep.data.collate import Collate, stacked
 from lightning_ep.data.conversations import Conversation, Preference, preference
-from lightning_ep.data.packed_data import stacked
+from lightning_ep.data.packed_data import pad_token_id
 from lightning_ep.data.preparation import Samples
 from lightning_ep.data.row_files import Row, Source
 from lightning_ep.data.windows import Sample
@@ -76,6 +77,12 @@ class PreferenceDataModule(ChatDataModule):
         return 2 * self.sequence_length
 
     @override
+    def prepare_data(self) -> None:
+        if self._predicts:
+            raise ValueError("PreferenceDataModule has pairs for DPO, and predict takes documents: ChatDataModule's.")
+        super().prepare_data()
+
+    @override
     def read_row(self, row: Row) -> Any:
         return preference(row.columns(), row.where)
 
@@ -94,10 +101,9 @@ class PreferenceDataModule(ChatDataModule):
             return
         (ids, supervised), (other_ids, other_supervised) = found
         # The second begins where the second row of a window does; what is left behind it is filled with padding.
-        padding = self.sequence_length - len(ids)
-        samples.add(
-            [*ids, *[self.pad_token_id] * padding, *other_ids], [*supervised, *[False] * padding, *other_supervised]
-        )
+        gap = self.sequence_length - len(ids)
+        padding = [pad_token_id(self.tokenizer)] * gap
+        samples.add([*ids, *padding, *other_ids], [*supervised, *[False] * gap, *other_supervised])
 
     def _rendered(self, conversation: Conversation, samples: Samples) -> Sample | None:
         assert self._renders is not None
@@ -117,7 +123,7 @@ class PreferenceDataModule(ChatDataModule):
         return None
 
     @override
-    def collate_function(self) -> Callable[[list[dict[str, torch.Tensor]]], dict[str, torch.Tensor]]:
+    def collate_function(self) -> Collate:
         return _pairs
 
 

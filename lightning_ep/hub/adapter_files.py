@@ -90,7 +90,7 @@ def check_adapters(
     def begin() -> int:
         directory = HubDirectory(path)
         directory.create()
-        directory.write_tokenizer(tokenizer, source_directory(model))
+        directory.write_companions(model, tokenizer, source_directory(model))
         found = in_format(model, _on_meta(dict(model.state_dict())), file_format)
         return sum(tensor.numel() * (dtype or tensor.dtype).itemsize for tensor in found.values())
 
@@ -151,8 +151,8 @@ def write_adapters(
     # Copies, since tied weights share memory, which safetensors refuses.
     contents = {key: tensor.to(dtype or tensor.dtype, copy=True).contiguous() for key, tensor in tensors.items()}
     save_file(contents, directory.temporary / WEIGHTS, metadata={"format": "pt"})
-    directory.write_tokenizer(tokenizer, files_from)
-    card = _card(directory.path.name, config, file_format, directory.has_template())
+    chats = directory.write_companions(model, tokenizer, files_from)
+    card = _card(directory.path.name, config, file_format, chats)
     (directory.temporary / "README.md").write_text(card)
     directory.publish()
 
