@@ -45,15 +45,13 @@ class CausalLM(LightningModule):
     Logs ``train/loss``, ``train/grad_norm``, ``lr``, ``val/loss``, ``val/perplexity`` and the like for test; where
     there are several dataloaders, also ``val/loss/<name>``, by their keys in a dict or by their numbers. The progress
     bar shows ``loss``, on GPUs that of the step before, so that the host need not wait for the GPU.
-    An evaluation in which no token of any rank has a target raises a ValueError at its end; in Lightning's sanity check
-    it only warns. ``predict`` returns, per sequence, the ``log_likelihood`` (nats) and the number of ``tokens`` it sums
-    over.
+    An evaluation in which no token of any rank has a target raises ValueError at its end; the sanity check only warns.
+    ``predict`` returns, per sequence, the ``log_likelihood`` (nats) and the number of ``tokens`` it sums over.
 
     Args:
         model: Hub id or local path, or a configuration: an object, or a dict with ``model_type``.
         pretrained: Load weights (every rank streams its own shards), or start from random ones.
-        optimizer: Builds the optimizer from the parameters. Default: AdamW with a learning rate of 1e-5, or of 1e-4
-            with an adapter.
+        optimizer: Builds the optimizer from the parameters. Default: AdamW with lr=1e-5, or 1e-4 with an adapter.
         lr_scheduler: Builds a scheduler from the optimizer; it steps once per optimizer step. `lightning_ep.Schedule`
             ends with the run.
         adapter: Train adapters, with the model frozen beneath.
@@ -108,15 +106,11 @@ class CausalLM(LightningModule):
             return
         if not isinstance(self.trainer.strategy, ExpertParallelStrategy):
             raise TypeError(
-                "CausalLM returns sums of token losses, which only ExpertParallelStrategy scales, but the Trainer "
-                f"uses {type(self.trainer.strategy).__name__}. Pass strategy=ExpertParallelStrategy(); it serves "
-                "devices=1 too."
+                "CausalLM returns sums of token losses, which only ExpertParallelStrategy scales, but the Trainer uses "
+                f"{type(self.trainer.strategy).__name__}. Pass strategy=ExpertParallelStrategy(); it serves one device."
             )
-        if self._pretrained:
-            assert isinstance(self._source, str)
-            self.model = self._adapted(from_pretrained(self._source))
-            return
-        self.model = self._adapted(from_config(_config(self._source)))
+        path = self.pretrained_path
+        self.model = self._adapted(from_config(_config(self._source)) if path is None else from_pretrained(path))
 
     def _adapted(self, model: nn.Module) -> nn.Module:
         return model if self._adapter is None else add_adapter(model, self._adapter)
