@@ -304,8 +304,7 @@ class CausalLM(LightningModule):
         """What validation and test do with a batch."""
         loss, tokens, _ = self._summed_loss(batch)
         sums_2 = torch.stack([loss.double(), tokens.double()])
-        known_2 = self._evaluation.get(dataloader_idx)
-        self._evaluation[dataloader_idx] = sums_2 if known_2 is None else known_2 + sums_2
+        self._evaluation[dataloader_idx] = sums_2 + self._evaluation.get(dataloader_idx, 0)
 
     def log_evaluation(self, stage: str) -> None:
         """Logs an evaluation at its end; ``stage`` is "val" or "test"."""
@@ -313,10 +312,8 @@ class CausalLM(LightningModule):
         sums_N2 = torch.zeros(len(names), 2, dtype=torch.float64, device=self.device)
         for index, sums_2 in self._evaluation.items():
             sums_N2[index] = sums_2
-        had_batches = bool(self._evaluation)
-        self._evaluation = {}
-        sums_N2 = self._summed_over_ranks(sums_N2)
-        loss, tokens = sums_N2.sum(0)
+        had_batches, self._evaluation = bool(self._evaluation), {}
+        loss, tokens = (sums_N2 := self._summed_over_ranks(sums_N2)).sum(0)
         if tokens == 0:
             self._explain_no_targets(stage, had_batches)
             return

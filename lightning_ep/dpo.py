@@ -124,8 +124,7 @@ class DPO(CausalLM):
     @override
     def evaluation_step(self, batch: dict[str, Tensor], dataloader_idx: int) -> None:
         _, sums = self._pairs(batch)
-        known = self._evaluation.get(0)
-        self._evaluation[0] = sums if known is None else known + sums
+        self._evaluation[0] = sums + self._evaluation.get(0, 0)
 
     @override
     def log_evaluation(self, stage: str) -> None:

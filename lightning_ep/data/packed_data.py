@@ -26,7 +26,7 @@ from lightning_ep.data.collate import Collate, FilledUp, open_windows, stacked, 
 from lightning_ep.data.predicted_documents import Documents, padded, prepare_documents
 from lightning_ep.data.preparation import COUNTS, FORMAT, Part, Rows, Samples, describe, prepare
 from lightning_ep.data.resumable_loader import ResumableLoader, data_ranks
-from lightning_ep.data.tokenizers import check_of_module, checkpoint_of, refuse_too_small, tokenizer_files
+from lightning_ep.data.tokenizers import check_of_module, checkpoint_of, pad_token_id, refuse_too_small, tokenizer_files
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -63,16 +63,14 @@ class PackedDataModule(LightningDataModule):
             from, known for `CausalLM` and for modules with an attribute ``pretrained_path``.
 
     Raises:
-        ValueError: In ``prepare_data``, if there is no tokenizer; in ``setup``, if there are too few windows to give
-            every data rank a batch; there, or when a loader is asked for, if the model's vocabulary is smaller than the
-            tokenizer's.
+        ValueError: In ``prepare_data``, if there is no tokenizer; in ``setup``, if some data rank would get no batch;
+            there, or when a loader is asked for, if the model's vocabulary is smaller than the tokenizer's.
     """
 
     kind: ClassVar[str] = "packed"
     """What directories in the cache begin with."""
     across_documents = False
     """Whether documents see those before them in the window; batches have no ``position_ids`` then."""
-
     trains: LightningModule | None = None
     """The module that will be trained, where there is no Trainer to ask: its weights say which tokenizer it is."""
 
@@ -400,9 +398,3 @@ class PackedDataModule(LightningDataModule):
 
     def _module(self) -> LightningModule | None:
         return self.trainer.lightning_module if self.trainer is not None else self.trains
-
-
-def pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Any token will do, since no loss is made of padding."""
-    known = (tokenizer.pad_token_id, tokenizer.eos_token_id)
-    return next((token for token in known if token is not None), 0)

@@ -11,9 +11,9 @@ from typing_extensions import override
 from lightning_ep.data.chat import ChatDataModule
 from lightning_ep.data.collate import Collate, stacked
 from lightning_ep.data.conversations import Conversation, Preference, preference
-from lightning_ep.data.packed_data import pad_token_id
 from lightning_ep.data.preparation import Samples
 from lightning_ep.data.row_files import Row, Source
+from lightning_ep.data.tokenizers import pad_token_id
 from lightning_ep.data.windows import Sample
 
 SAME = "pairs of equal answers"

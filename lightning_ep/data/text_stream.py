@@ -14,14 +14,14 @@ from typing_extensions import override
 
 from lightning_ep.data.collate import stacked, without_positions
 from lightning_ep.data.conversations import MalformedRow
-from lightning_ep.data.packed_data import PREVIEWED, pad_token_id
+from lightning_ep.data.packed_data import PREVIEWED
 from lightning_ep.data.packed_stream import PackedStream, StreamLoader
 from lightning_ep.data.preparation import Rows, Samples
 from lightning_ep.data.resumable_loader import data_ranks
 from lightning_ep.data.row_files import Row, Source
 from lightning_ep.data.rows import RowsDataModule
 from lightning_ep.data.text import add_texts, refuse_without_end
-from lightning_ep.data.tokenizers import check_of_module
+from lightning_ep.data.tokenizers import check_of_module, pad_token_id
 from lightning_ep.distributed.agreement import agree, join
 
 if TYPE_CHECKING:

@@ -113,3 +113,9 @@ def check_of_module(tokenizer: Any, module: LightningModule | None, made: bool, 
             "one, whose ids mean nothing to these weights: it could not know before the model was built. Pass "
             f"{data_module}(tokenizer={checkpoint!r}), or give {type(module).__name__} an attribute `pretrained_path`."
         )
+
+
+def pad_token_id(tokenizer: Any) -> int:
+    """What fills windows up: any token will do, since no loss is made of padding."""
+    known = (tokenizer.pad_token_id, tokenizer.eos_token_id)
+    return next((token for token in known if token is not None), 0)
