@@ -43,7 +43,11 @@ OURS = [
     ("cli/compared.py", {"set_experts_implementation"}, "the model that the command has built"),
     ("cli/generation.py", {"chat_template", "response_template"}, "the tokenizer that the command has loaded"),
     ("cli/generation.py", {"manual_seed"}, "the command's process"),
-    ("cli/opened.py", {"data", "strict_loading"}, "the model and module that the command has built"),
+    (
+        "cli/opened.py",
+        {"data", "generation_config", "strict_loading"},
+        "the model and module that the command has built",
+    ),
     ("cli/recipe_data.py", {"callbacks", "logger"}, "the arguments that the command has parsed"),
     ("cli/recipe_data.py", {"environ"}, "the command's process"),
     ("cli/recipe_data.py", {"trains"}, "a PackedDataModule"),

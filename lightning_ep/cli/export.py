@@ -180,6 +180,9 @@ def _write(
         loaded = {key: read(key) for key in group.conversion.inputs}
         return {part.key: _assemble(part, loaded) for part in group.parts}
 
+    directory.create()
+    first_param = next(name for name, _ in plain.named_parameters())
+    directory.write_config(plain, cast or dtypes[first_param], tokenizer, origin)
     problems = Problems(f"the export to {directory.path} failed:")
     write_files(directory.temporary, plain, groups, files, assemble, 0, problems)
     if not problems.found:
