@@ -88,7 +88,7 @@ def _look(data: PackedDataModule, sources: Sequence[Rows]) -> dict[str, Looked]:
             samples = Samples()
             data.make_samples([row], samples)  # alone, so that its documents are known to be its own
             where = row.where if isinstance(row, Row) else f"{rows.name}, row {index}"
-            source.add(Made.of(samples, 1, data.sequence_length), where)
+            source.add(Made.of(samples, 1, data.window_length), where)
     return looked
 
 
@@ -106,9 +106,9 @@ def _show(data: PackedDataModule, looked: dict[str, Looked], colour: bool) -> It
     for name, source in looked.items():
         yield f"{name}: {source}"
     lengths = [len(document.tokens) for source in looked.values() for document in source.documents]
-    windows = len(list(best_fit(lengths, data.sequence_length)))
-    fill = sum(lengths) / max(1, windows * data.sequence_length)
-    yield f"These documents fill {windows:,} windows of {data.sequence_length:,} tokens to {fill:.1%}."
+    windows = len(list(best_fit(lengths, data.window_length)))
+    fill = sum(lengths) / max(1, windows * data.window_length)
+    yield f"These documents fill {windows:,} windows of {data.window_length:,} tokens to {fill:.1%}."
     yield "Counted are the first rows of each source; `lightning-ep prepare` counts all."
 
 

@@ -12,6 +12,7 @@ import torch
 from lightning_ep.data import PreferenceDataModule
 from lightning_ep.data.conversations import MalformedRow, preference
 from lightning_ep.data.preference import SAME
+from lightning_ep.data.preview import preview
 from tests.talking import write_talking
 
 U, GOOD, BAD = ({"role": r, "content": c} for r, c in (("user", "eta"), ("assistant", "zeta"), ("assistant", "theta")))
@@ -92,3 +93,6 @@ def test_a_batch_has_the_chosen_ones_in_front_and_padding_behind_each(tmp_path: 
                 assert text.startswith(f"<|turn|>user: {row['prompt']}<|endoftext|><|turn|>assistant: {answer}")
                 assert what == f"{answer}<|endoftext|>"
     assert len(seen) == 8
+    shown = "\n".join(preview(data, colour=False))
+    assert "assistant: ⟦zeta" in shown
+    assert "8 documents" in shown, "preview knows that a pair takes two rows"
