@@ -9,12 +9,14 @@ from typing import Any
 
 OURS = "lightning_ep/ep="
 FSDP2, TRANSFORMERS_EP, TORCHTITAN = "transformers/fsdp2", "transformers/ep", "torchtitan/ep"
+PEFT = "transformers/peft"
 SELECTIVE, FULL, COMPILE = "+selective", "+full", "+compile"
 
 _OURS = r"lightning_ep/ep=\d+(,cp=\d+)?(,tp=\d+)?"
 _TRAINERS = (  # by pattern, as on the command line
     (rf"{_OURS}(\+selective|\+full)?(\+compile)?", f"{OURS}N[,cp=M][,tp=M][{SELECTIVE}|{FULL}][{COMPILE}]"),
     (rf"{FSDP2}(\+full)?(\+compile)?", f"{FSDP2}[{FULL}][{COMPILE}]"),
+    (rf"{PEFT}(\+full)?(\+compile)?", f"{PEFT}[{FULL}][{COMPILE}]"),
     (rf"{TRANSFORMERS_EP}(\+full)?(\+compile)?", f"{TRANSFORMERS_EP}[{FULL}][{COMPILE}]"),
     (rf"{TORCHTITAN}(\+full)?", f"{TORCHTITAN}[{FULL}]"),
 )
@@ -48,6 +50,8 @@ class Cell:
         steps: Measured steps.
         warmup: Steps before them.
         memory_cap_gib: Limit of torch's allocator per GPU, or None.
+        lora: Adapters of a rank over frozen bf16 weights, in place of all parameters: ``"attention,16"``, or (with
+            experts) ``"all,8"``; of ours and of `PEFT` only.
         device: ``cuda`` or ``cpu``.
         data: What sequences are: one document of random tokens each, packed chats, or random tokens in place of those.
         balanced: Whether every expert gets equally many tokens, whatever its router says.
@@ -64,6 +68,7 @@ class Cell:
     steps: int = 30
     warmup: int = 5
     memory_cap_gib: float | None = None
+    lora: str | None = None
     device: str = "cuda"
     data: str = RANDOM
     balanced: bool = False
@@ -77,6 +82,12 @@ class Cell:
             raise ValueError(f"warmup={self.warmup} and steps={self.steps} must both be at least 1.")
         if (self.data != RANDOM or self.balanced) and not self.ours:
             raise ValueError(f"{self.trainer} knows random tokens and its own routing: {OURS}N alone has others here.")
+        if self.lora is not None and not re.fullmatch(r"(attention|all),[1-9]\d*", self.lora):
+            raise ValueError(f"lora={self.lora!r} is neither attention,RANK nor all,RANK.")
+        if not self.ours and (self.base == PEFT) != (self.lora is not None):
+            raise ValueError(
+                f"{self.trainer} with lora={self.lora!r}: of the peers {PEFT} trains adapters, and only it."
+            )
         if self.tree is not None and not self.ours:
             raise ValueError(f"{self.trainer} is not in {self.tree}: only {OURS}N can run another commit's code.")
 
@@ -118,9 +129,10 @@ class Cell:
 
     @property
     def shape(self) -> str:
-        """What it computes per GPU, in short: ``4x4096``, with what is unlike the default: data, routing, memory."""
+        """What it computes per GPU, in short: ``4x4096``, and what differs from the default."""
         more = [*([self.data] if self.data != RANDOM else []), *(["balanced"] if self.balanced else [])]
         more += [] if self.memory_cap_gib is None else [f"{self.memory_cap_gib:g} GiB"]
+        more += [] if self.lora is None else [f"LoRA {self.lora.replace(',', ' r=')}"]
         return ", ".join([f"{self.batch}x{self.sequence}", *more])
 
     @property

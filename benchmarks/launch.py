@@ -57,7 +57,7 @@ def estimates(cell: Cell, device_name: str) -> dict[str, float]:
     """What goes into a cell's record before it runs; nothing where `lightning_ep.planner` knows nothing of it."""
     device = planner.find_device(device_name)
     ep, cp, tp = (cell.layout.get(name, 1) for name in ("ep", "cp", "tp"))
-    if device is None or not cell.ours or tp > 1 or cell.data != RANDOM:
+    if device is None or not cell.ours or tp > 1 or cell.data != RANDOM or cell.lora is not None:
         return {}
     shape = (_widths(cell), cell.layers, cell.batch, cell.sequence, cell.ranks)
     try:
@@ -72,9 +72,9 @@ def estimates(cell: Cell, device_name: str) -> dict[str, float]:
 
 
 def mfu(cell: Cell, tokens_per_second: float, device_name: str) -> float | None:
-    """Share of the device's dense bf16 peak that the model's FLOPs take; None for an unknown device."""
+    """Share of the device's dense bf16 peak that the model's FLOPs take; None if unknown, or with adapters."""
     device = planner.find_device(device_name)
-    if device is None or cell.data != RANDOM:  # whose sequences are one document each
+    if device is None or cell.data != RANDOM or cell.lora is not None:  # RANDOM: one document in each sequence
         return None
     return tokens_per_second * planner.flops_per_token(_widths(cell), cell.layers, cell.sequence) / device.flops
 

@@ -57,6 +57,14 @@ class _Steps(Callback):
         self._meter.step_ended(lambda: trainer.callback_metrics["train/loss"])
 
 
+def _adapter(cell: Cell) -> dict[str, Any]:
+    """The argument of CausalLM, which older commits do not have."""
+    if cell.lora is None:
+        return {}
+    where, _, rank = cell.lora.partition(",")
+    return {"adapter": lightning_ep.LoRA(r=int(rank), lora_alpha=2 * int(rank), experts=where == "all")}
+
+
 def run(cell: Cell, meter: Meter) -> None:
     """Trains ``meter.num_steps`` steps; raises RuntimeError if the code that was imported is not of the cell's tree."""
     expected, found = Path(cell.tree or ROOT).resolve(), Path(lightning_ep.__file__).resolve().parents[1]
@@ -70,6 +78,6 @@ def run(cell: Cell, meter: Meter) -> None:
         use_distributed_sampler=False, logger=False, enable_checkpointing=False, enable_progress_bar=False,
         enable_model_summary=False,
     )  # fmt: skip
-    module = _Module(cell, meter, optimizer=functools.partial(AdamW, lr=1e-5))
+    module = _Module(cell, meter, optimizer=functools.partial(AdamW, lr=1e-5), **_adapter(cell))
     data: Any = list(batches(cell, meter.num_steps))
     trainer.fit(module, DataLoader(data, batch_size=None, pin_memory=cuda))

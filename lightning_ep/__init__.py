@@ -7,6 +7,7 @@ answer_first()
 
 from lightning.pytorch.strategies import StrategyRegistry
 
+from lightning_ep.adapters import LoRA, add_adapter
 from lightning_ep.causal_lm import CausalLM
 from lightning_ep.context_parallel import shard_sequence, whole_sequences
 from lightning_ep.hub.errors import CheckpointError
@@ -25,9 +26,11 @@ __all__ = [
     "CheckpointError",
     "ExpertParallel",
     "ExpertParallelStrategy",
+    "LoRA",
     "ParallelLayout",
     "Schedule",
     "__version__",
+    "add_adapter",
     "clip_grad_norm_",
     "expert_plan",
     "from_config",

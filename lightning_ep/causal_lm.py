@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -18,6 +19,7 @@ from torch.optim import Optimizer
 from transformers import AutoConfig, PreTrainedConfig
 from typing_extensions import override
 
+from lightning_ep.adapters import LoRA, add_adapter
 from lightning_ep.checkpoint.saved_weights import SavedWeights
 from lightning_ep.distributed.host_copies import Lagged
 from lightning_ep.hub.errors import CheckpointError
@@ -43,16 +45,16 @@ class CausalLM(LightningModule):
     Logs ``train/loss``, ``train/grad_norm``, ``lr``, ``val/loss``, ``val/perplexity`` and the like for test; where
     there are several dataloaders, also ``val/loss/<name>``, by their keys in a dict or by their numbers. The progress
     bar shows ``loss``, on GPUs that of the step before, so that the host need not wait for the GPU.
-    An evaluation in which no token of any rank has a target raises a ValueError at its end; in Lightning's sanity check
-    it only warns. ``predict`` returns, per sequence, the ``log_likelihood`` (nats) and the number of ``tokens`` it sums
-    over.
+    An evaluation in which no token of any rank has a target raises ValueError at its end; the sanity check only warns.
+    ``predict`` returns, per sequence, the ``log_likelihood`` (nats) and the number of ``tokens`` it sums over.
 
     Args:
         model: Hub id or local path, or a configuration: an object, or a dict with ``model_type``.
         pretrained: Load weights (every rank streams its own shards), or start from random ones.
-        optimizer: Builds the optimizer from the parameters.
+        optimizer: Builds the optimizer from the parameters. Default: AdamW with lr=1e-5, or 1e-4 with an adapter.
         lr_scheduler: Builds a scheduler from the optimizer; it steps once per optimizer step. `lightning_ep.Schedule`
             ends with the run.
+        adapter: Train adapters, with the model frozen beneath.
 
     Raises:
         ValueError: If there are no weights to load, or a configuration in a dict has a key that nobody reads.
@@ -62,8 +64,9 @@ class CausalLM(LightningModule):
         self,
         model: str | dict[str, Any] | PreTrainedConfig,
         pretrained: bool = True,
-        optimizer: OptimizerCallable = lambda params: AdamW(params, lr=1e-5),
+        optimizer: OptimizerCallable | None = None,
         lr_scheduler: LRSchedulerCallable | None = None,
+        adapter: LoRA | None = None,
     ) -> None:
         super().__init__()
         if pretrained and not isinstance(model, str):
@@ -75,6 +78,7 @@ class CausalLM(LightningModule):
         self._source = config_of(model) if isinstance(model, dict) else model
         self._pretrained = pretrained
         self._optimizer = optimizer
+        self._adapter = adapter
         self._lr_scheduler = lr_scheduler
         self.model: nn.Module | None = None
         self._window: Tensor | None = None  # sums of loss and valid tokens since the last step
@@ -102,15 +106,14 @@ class CausalLM(LightningModule):
             return
         if not isinstance(self.trainer.strategy, ExpertParallelStrategy):
             raise TypeError(
-                "CausalLM returns sums of token losses, which only ExpertParallelStrategy scales, but the Trainer "
-                f"uses {type(self.trainer.strategy).__name__}. Pass strategy=ExpertParallelStrategy(); it serves "
-                "devices=1 too."
+                "CausalLM returns sums of token losses, which only ExpertParallelStrategy scales, but the Trainer uses "
+                f"{type(self.trainer.strategy).__name__}. Pass strategy=ExpertParallelStrategy(); it serves one device."
             )
-        if self._pretrained:
-            assert isinstance(self._source, str)
-            self.model = from_pretrained(self._source)
-            return
-        self.model = from_config(_config(self._source))
+        path = self.pretrained_path
+        self.model = self._adapted(from_config(_config(self._source)) if path is None else from_pretrained(path))
+
+    def _adapted(self, model: nn.Module) -> nn.Module:
+        return model if self._adapter is None else add_adapter(model, self._adapter)
 
     @classmethod
     @override
@@ -149,7 +152,7 @@ class CausalLM(LightningModule):
                 f"{checkpoint_path} does not contain the config of its model: pass `model=` (hub id, path or config)."
             )
         module = cls(**{"pretrained": False, **kwargs, "model": source})
-        module.model = meta_model(_config(module._source))
+        module.model = module._adapted(meta_model(_config(module._source)))
         saved.fill(module, strict is not False)
         materialize(module, torch.device("cpu"), seed=0)  # buffers that are not saved
         return module.to(map_location) if map_location is not None else module
@@ -382,7 +385,11 @@ class CausalLM(LightningModule):
 
     @override
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        optimizer = self._optimizer(self.parameters())
+        if self._adapter is None:
+            optimizer = (self._optimizer or partial(AdamW, lr=1e-5))(self.parameters())
+        else:
+            trained = (param for param in self.parameters() if param.requires_grad)
+            optimizer = (self._optimizer or partial(AdamW, lr=1e-4))(trained)
         if self._lr_scheduler is None:
             return optimizer
         scheduler = self._lr_scheduler(optimizer)

@@ -65,7 +65,9 @@ In a recipe:
              Or a LightningDataModule of your own; lightning_ep.data.PackedDataModule
              is a base for those that pack documents.
   callbacks  lightning_ep.callbacks.Throughput logs tokens per second.
-             lightning_ep.callbacks.GenerateSamples prints continuations of prompts.
+             lightning_ep.callbacks.GenerateSamples prints continuations of prompts, or
+             answers to questions.
+             lightning_ep.callbacks.GradeAnswers logs how good answers are.
              lightning_ep.callbacks.HuggingFaceExport writes what transformers reads.
              lightning_ep.callbacks.WritePredictions writes what predict gives.
              And those of lightning.pytorch.callbacks.

@@ -26,6 +26,7 @@ ROOMS = [  # from the top to the ground; an import points to a later line, or st
     ["callbacks"],
     ["data"],
     ["parallelize"],
+    ["adapters"],
     ["checkpoint"],
     ["hub"],
     ["loss"],

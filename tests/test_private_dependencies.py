@@ -147,6 +147,9 @@ PRIVATE = [
 
 # Public in name, but undocumented, recent, or outside of what an upgrade promises to keep.
 UNDOCUMENTED = [
+    "peft.tuners.lora:ParamWrapper.get_param",
+    "peft.tuners.lora:ParamWrapper.parameter_name",
+    "peft.tuners.lora:ParamWrapper.scaling",
     "lightning.pytorch.overrides.distributed:UnrepeatedDistributedSampler",
     "lightning.pytorch.strategies:ModelParallelStrategy.model_sharded_context",
     "lightning.pytorch.strategies:Strategy.on_exception",
@@ -237,7 +240,7 @@ MARKS = {
 }
 
 PACKAGE = Path(lightning_ep.__file__).parent
-LIBRARIES = ("torch", "lightning", "transformers")
+LIBRARIES = ("torch", "lightning", "transformers", "peft")
 FAILURE = "an upgrade moved it; find what took its place, then raise the bound in pyproject.toml"
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from lightning_ep.data.examples.standard_library import standard_library, walk
+from lightning_ep.data.standard_library import standard_library, walk
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

@@ -9,7 +9,7 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_ep import transformers_adapter as adapter
-from lightning_ep.hub.directory import TOKENIZER_FILES
+from lightning_ep.hub.companions import TOKENIZER_FILES
 from lightning_ep.hub.meta_models import small_files
 from lightning_ep.hub.source import source_directory
 
@@ -54,6 +54,13 @@ def vocabulary_size(config: Any) -> int | None:
     """Number of a model's token embeddings, from its configuration."""
     text = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
     return getattr(text, "vocab_size", None)
+
+
+def ends_of(model: Any, tokenizer: Any) -> list[int]:
+    """The ids that end a generated text: those of the model's generation config, and the tokenizer's."""
+    config = getattr(model, "generation_config", None)
+    values = (getattr(config, "eos_token_id", None), getattr(tokenizer, "eos_token_id", None))
+    return list(dict.fromkeys(i for v in values if v is not None for i in (v if isinstance(v, list) else [v])))
 
 
 def warn_of_other_special_tokens(tokenizer: Any, model: Any) -> None:

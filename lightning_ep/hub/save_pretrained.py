@@ -18,6 +18,7 @@ from lightning_ep import transformers_adapter as adapter
 from lightning_ep.distributed.agreement import Ranks
 from lightning_ep.hub.errors import CheckpointError
 from lightning_ep.hub.export import export_sharded
+from lightning_ep.moe.adapted import ExpertFactor, flat
 
 
 def save_over_ranks(module: nn.Module) -> None:
@@ -76,7 +77,11 @@ def _adapters(model: Any, selected: list[str] | None) -> dict[str, Tensor]:
     saved: set[int] = set()
     for name in selected or model.peft_config:
         saved.update(map(id, get_peft_model_state_dict(model, dict(named), adapter_name=name).values()))
-    return {name: _whole(tensor) if id(named[name]) in saved else named[name] for name, tensor in state.items()}
+    whole = {name: _whole(tensor) if id(named[name]) in saved else named[name] for name, tensor in state.items()}
+    for name, module in model.named_modules():
+        if isinstance(module, ExpertFactor) and id(named[key := f"{name}.weight"]) in saved:
+            whole[key] = flat(whole[key], module.is_a).contiguous()
+    return whole
 
 
 def _whole(tensor: Tensor) -> Tensor:

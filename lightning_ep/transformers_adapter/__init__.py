@@ -46,6 +46,7 @@ from lightning_ep.transformers_adapter.initialization import (
     mark_initialized,
     marks_are_respected,
     note_own_modules,
+    own_modules,
 )
 from lightning_ep.transformers_adapter.packing import (
     Packing,
@@ -58,6 +59,7 @@ from lightning_ep.transformers_adapter.packing import (
 )
 from lightning_ep.transformers_adapter.record import recall, remember
 from lightning_ep.transformers_adapter.structure import (
+    attention_modules,
     decoder_layers,
     experts_modules,
     model_class,
@@ -80,6 +82,7 @@ __all__ = [
     "attention_function",
     "attention_heads",
     "attention_implementation",
+    "attention_modules",
     "blueprint",
     "bounds_of",
     "cast_constants",
@@ -105,6 +108,7 @@ __all__ = [
     "not_saved",
     "note_own_modules",
     "note_packing",
+    "own_modules",
     "packing_of",
     "pretrained_models",
     "recall",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Callable, Iterable
 
@@ -10,6 +11,7 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 
 _DISPATCHED_EXPERTS = "ep_dispatch_experts"
+_OF_SEQUENCES = {"position_embeddings", "position_ids", "attention_mask", "cache_params"}
 
 
 def pretrained_models(module: nn.Module) -> dict[str, PreTrainedModel]:
@@ -56,6 +58,17 @@ def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
     """The repeated blocks that the model declares must not be split; the unit of FSDP."""
     names = set(model._no_split_modules or ())
     return [child for child in model.modules() if type(child).__name__ in names]
+
+
+def attention_modules(model: PreTrainedModel) -> dict[str, nn.Module]:
+    """What mixes the tokens of a sequence in decoder layers, by name: what takes positions, masks or a cache."""
+    layers = set(decoder_layers(model))
+    inside = {child for layer in layers for child in layer.modules()} - layers
+    return {
+        name: child
+        for name, child in model.named_modules()
+        if child in inside and set(inspect.signature(child.forward).parameters) & _OF_SEQUENCES
+    }
 
 
 def routers(models: Iterable[PreTrainedModel]) -> set[nn.Module]:
