@@ -54,8 +54,8 @@ MUTATIONS = (
     Mutation(
         "adapters_of_experts_scaled",
         "ops/low_rank.py",
-        "out_PR[start:end] = scale * (",
-        "out_PR[start:end] = 1.001 * scale * (",
+        "out_PR[start:end, :rank] = scale * (",
+        "out_PR[start:end, :rank] = 1.001 * scale * (",
         "adapters/test_gradients.py::test_gradients_equal_pefts[qwen3_moe]",
     ),
     Mutation(

@@ -52,8 +52,7 @@ class FusedExperts(LocalExperts):
 
     def _weights(self, params: Sequence[Tensor]) -> tuple[ExpertWeight, ExpertWeight]:
         (up, down), beside = split(params, 2, self._adapters)
-        beside_up, beside_down = (None if low is None else low.aligned() for low in beside)
-        return ExpertWeight(up, beside_up), ExpertWeight(down, beside_down)
+        return ExpertWeight(up, beside[0]), ExpertWeight(down, beside[1])
 
     @override
     def forward(

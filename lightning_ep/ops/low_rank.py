@@ -7,13 +7,12 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_ep.ops import kernels
 from lightning_ep.ops.grouped_mm import grouped_mm, grouped_outer
 
-_LEAST, _TILE = 16, 64  # ranks that tensor cores multiply at once, at least; that a tile has, at most
+_ALIGNED = 8  # grouped GEMMs take strides of 16 bytes: 8 numbers in bf16
 
 
 @dataclass(frozen=True)
@@ -44,15 +43,6 @@ class LowRank(NamedTuple):
     b_EBR: Tensor
     scale: float
 
-    def aligned(self) -> LowRank:
-        """The same product with a rank that kernels take: zeros are added."""
-        rank = self.a_ERA.shape[1]
-        whole = max(_LEAST, 1 << (rank - 1).bit_length()) if rank <= _TILE else -(-rank // _TILE) * _TILE
-        missing = whole - rank
-        if missing == 0:
-            return self
-        return LowRank(F.pad(self.a_ERA, (0, 0, 0, missing)), F.pad(self.b_EBR, (0, missing)), self.scale)
-
     def beside(self, weight: Tensor, is_transposed: bool) -> Tensor:
         """The whole weight ``W + scale * B A``, differentiable, for code that knows no adapters.
 
@@ -66,29 +56,38 @@ class LowRank(NamedTuple):
         return torch.baddbmm(weight, left, right, alpha=self.scale)
 
 
+def aligned(rank: int) -> int:
+    """How many numbers a row has in the space of a rank: grouped GEMMs take multiples of 8, and the rest are zeros."""
+    return -(-rank // _ALIGNED) * _ALIGNED
+
+
 def project(x_PA: Tensor, factor_EAR: Tensor, scale: float, offsets_E: Tensor) -> Tensor:
-    """``scale * x @ factor[of expert e]`` for every expert ``[P, R]``, in at least fp32, rounded once.
+    """``scale * x @ factor[of expert e]`` for every expert, in at least fp32, rounded once.
 
     Args:
         x_PA: Rows in expert order, contiguous.
-        factor_EAR: ``[E, A, R]``, any strides; ``R`` is 16, 32 or a multiple of 64.
+        factor_EAR: ``[E, A, R]``, any strides.
         scale: Of the product.
         offsets_E: int32 ``[E]``, where each expert's rows end; the last one is ``P``.
+
+    Returns:
+        ``[P, R]``, and zeros behind up to `aligned` of ``R``.
     """
     if kernels.runs_on(x_PA):
         from lightning_ep.ops.kernels import low_rank as triton_low_rank
 
-        return triton_low_rank.project(x_PA, factor_EAR, scale, offsets_E)
+        return triton_low_rank.project(x_PA, factor_EAR, scale, offsets_E, aligned(factor_EAR.shape[2]))
     return project_twin(x_PA, factor_EAR, scale, offsets_E)
 
 
 def project_twin(x_PA: Tensor, factor_EAR: Tensor, scale: float, offsets_E: Tensor) -> Tensor:
     """Defines `project`, one expert after the other; synchronises with a GPU."""
     dtype = torch.promote_types(x_PA.dtype, torch.float32)
-    out_PR = x_PA.new_empty(x_PA.shape[0], factor_EAR.shape[2])
+    rank = factor_EAR.shape[2]
+    out_PR = x_PA.new_zeros(x_PA.shape[0], aligned(rank))
     start = 0
     for end, factor_AR in zip(offsets_E.tolist(), factor_EAR, strict=True):
-        out_PR[start:end] = scale * (x_PA[start:end].to(dtype) @ factor_AR.to(dtype))
+        out_PR[start:end, :rank] = scale * (x_PA[start:end].to(dtype) @ factor_AR.to(dtype))
         start = end
     return out_PR
 
@@ -98,7 +97,7 @@ def add_product_(out_PB: Tensor, low_PR: Tensor, factor_ERB: Tensor, offsets_E: 
 
     Args:
         out_PB: Rows in expert order, contiguous, changed in place.
-        low_PR: The same rows in rank space, contiguous; ``R`` is 16, 32 or a multiple of 64.
+        low_PR: The same rows in rank space, as `project` gives them.
         factor_ERB: ``[E, R, B]``, any strides.
         offsets_E: int32 ``[E]``, where each expert's rows end; the last one is ``P``.
     """
@@ -116,7 +115,8 @@ def add_product_twin_(out_PB: Tensor, low_PR: Tensor, factor_ERB: Tensor, offset
     start = 0
     for end, factor_RB in zip(offsets_E.tolist(), factor_ERB, strict=True):
         rows, start = slice(start, end), end
-        out_PB[rows] = torch.addmm(out_PB[rows].to(dtype), low_PR[rows].to(dtype), factor_RB.to(dtype))
+        low = low_PR[rows, : factor_RB.shape[0]]
+        out_PB[rows] = torch.addmm(out_PB[rows].to(dtype), low.to(dtype), factor_RB.to(dtype))
 
 
 def split(

@@ -9,6 +9,10 @@ from torch import Tensor
 _ROWS, _COLS, _DEPTH, _RANKS = 64, 256, 128, 64  # of a tile, at most
 
 
+def _tile_of_ranks(rank: int) -> int:
+    return min(_RANKS, max(16, triton.next_power_of_2(rank)))  # tensor cores multiply 16 at once, at least
+
+
 @triton.jit
 def _tile_of_rows(offsets, EXPERTS: tl.constexpr, BINS: tl.constexpr, ROWS: tl.constexpr):
     """The expert of this program's tile of rows, and where the tile begins and the expert's rows end.
@@ -27,7 +31,7 @@ def _tile_of_rows(offsets, EXPERTS: tl.constexpr, BINS: tl.constexpr, ROWS: tl.c
 
 @triton.jit
 def _project_kernel(
-    x, factor, out, offsets, A, R, factor_stride, depth_stride, rank_stride, scale,
+    x, factor, out, offsets, A, R, WIDTH, factor_stride, depth_stride, rank_stride, scale,
     EXPERTS: tl.constexpr, BINS: tl.constexpr, ROWS: tl.constexpr, DEPTH: tl.constexpr, RANKS: tl.constexpr,
 ):  # fmt: skip
     e, start, end = _tile_of_rows(offsets, EXPERTS, BINS, ROWS)
@@ -39,21 +43,22 @@ def _project_kernel(
             mask = (rows < end)[:, None] & (depth < A)[None, :]
             x_tile = tl.load(x + rows[:, None].to(tl.int64) * A + depth[None, :], mask=mask, other=0.0)
             places = e.to(tl.int64) * factor_stride + depth[:, None] * depth_stride + ranks[None, :] * rank_stride
-            y_tile = tl.load(factor + places, mask=(depth < A)[:, None], other=0.0)
+            y_tile = tl.load(factor + places, mask=(depth < A)[:, None] & (ranks < R)[None, :], other=0.0)
             total = tl.dot(x_tile, y_tile, total, input_precision="ieee")
         result = (total * scale).to(out.dtype.element_ty)
-        tl.store(out + rows[:, None].to(tl.int64) * R + ranks[None, :], result, mask=(rows < end)[:, None])
+        place = out + rows[:, None].to(tl.int64) * WIDTH + ranks[None, :]
+        tl.store(place, result, mask=(rows < end)[:, None] & (ranks < WIDTH)[None, :])
 
 
-def project(x_PA: Tensor, factor_EAR: Tensor, scale: float, offsets_E: Tensor) -> Tensor:
-    """See `lightning_ep.ops.low_rank.project`."""
+def project(x_PA: Tensor, factor_EAR: Tensor, scale: float, offsets_E: Tensor, width: int) -> Tensor:
+    """See `lightning_ep.ops.low_rank.project`; rows get ``width`` numbers."""
     num_rows, features = x_PA.shape
     num_experts, _, rank = factor_EAR.shape
-    out_PR = x_PA.new_empty(num_rows, rank)
-    grid = (triton.cdiv(num_rows, _ROWS) + num_experts, triton.cdiv(rank, _RANKS))  # each expert may cut one tile
+    out_PR = x_PA.new_empty(num_rows, width)
+    grid = (triton.cdiv(num_rows, _ROWS) + num_experts, triton.cdiv(width, _RANKS))  # each expert may cut one tile
     _project_kernel[grid](
-        x_PA, factor_EAR, out_PR, offsets_E, features, rank, *factor_EAR.stride(), scale,
-        num_experts, triton.next_power_of_2(num_experts), _ROWS, _DEPTH, min(rank, _RANKS),
+        x_PA, factor_EAR, out_PR, offsets_E, features, rank, width, *factor_EAR.stride(), scale,
+        num_experts, triton.next_power_of_2(num_experts), _ROWS, _DEPTH, _tile_of_ranks(rank),
         num_warps=4,
         num_stages=3,
     )  # fmt: skip
@@ -62,7 +67,7 @@ def project(x_PA: Tensor, factor_EAR: Tensor, scale: float, offsets_E: Tensor) -
 
 @triton.jit
 def _add_product_kernel(
-    out, low, factor, offsets, B, R, factor_stride, rank_stride, col_stride,
+    out, low, factor, offsets, B, R, WIDTH, factor_stride, rank_stride, col_stride,
     EXPERTS: tl.constexpr, BINS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, RANKS: tl.constexpr,
 ):  # fmt: skip
     e, start, end = _tile_of_rows(offsets, EXPERTS, BINS, ROWS)
@@ -73,10 +78,10 @@ def _add_product_kernel(
         total = tl.load(place, mask=mask, other=0.0).to(tl.float32)
         for first in range(0, R, RANKS):
             ranks = first + tl.arange(0, RANKS)
-            of_rows = rows[:, None].to(tl.int64) * R + ranks[None, :]
-            x = tl.load(low + of_rows, mask=(rows < end)[:, None], other=0.0)
+            of_rows = rows[:, None].to(tl.int64) * WIDTH + ranks[None, :]
+            x = tl.load(low + of_rows, mask=(rows < end)[:, None] & (ranks < R)[None, :], other=0.0)
             places = e.to(tl.int64) * factor_stride + ranks[:, None] * rank_stride + cols[None, :] * col_stride
-            y = tl.load(factor + places, mask=(cols < B)[None, :], other=0.0)
+            y = tl.load(factor + places, mask=(ranks < R)[:, None] & (cols < B)[None, :], other=0.0)
             total = tl.dot(x, y, total, input_precision="ieee")
         tl.store(place, total.to(out.dtype.element_ty), mask=mask)
 
@@ -87,7 +92,7 @@ def add_product_(out_PB: Tensor, low_PR: Tensor, factor_ERB: Tensor, offsets_E: 
     num_experts, rank, _ = factor_ERB.shape
     grid = (triton.cdiv(num_rows, _ROWS) + num_experts, triton.cdiv(width, _COLS))
     _add_product_kernel[grid](
-        out_PB, low_PR, factor_ERB, offsets_E, width, rank, *factor_ERB.stride(),
-        num_experts, triton.next_power_of_2(num_experts), _ROWS, _COLS, min(rank, _RANKS),
+        out_PB, low_PR, factor_ERB, offsets_E, width, rank, low_PR.shape[1], *factor_ERB.stride(),
+        num_experts, triton.next_power_of_2(num_experts), _ROWS, _COLS, _tile_of_ranks(rank),
         num_warps=8,
     )  # fmt: skip
