@@ -1,8 +1,9 @@
 """Expert parallelism for mixture-of-experts transformers as an ordinary Lightning strategy."""
 
-from lightning_ep_start import __version__, answer_module_run
+from lightning_ep_start import __version__, answer_first
 
-answer_module_run()  # `python -m lightning_ep --help` needs nothing of what follows, which takes seconds
+# `python -m lightning_ep --help` and `lightning-ep plan` need nothing of what follows, which takes seconds.
+answer_first()
 
 from lightning.pytorch.strategies import StrategyRegistry
 

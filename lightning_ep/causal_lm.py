@@ -30,6 +30,7 @@ from lightning_ep.ops.cross_entropy import IGNORE
 from lightning_ep.strategy import ExpertParallelStrategy
 from lightning_ep.trainer.adamw import AdamW
 from lightning_ep.trainer.clipping import clip_grad_norm_
+from lightning_ep.trainer.loaders import evaluated_loaders
 from lightning_ep.trainer.loss_scale import mean_of_sum
 
 
@@ -41,17 +42,16 @@ class CausalLM(LightningModule):
     ``[batch, sequence]``, labels not shifted, -100 where there is no target), and anything else that the model's
     forward takes.
 
-    Logs ``train/loss``, ``train/grad_norm``, ``lr``, ``val/loss``, ``val/perplexity`` and the like for test. The
-    progress bar shows ``loss``, on GPUs that of the step before, so that the host need not wait for the GPU.
-    An evaluation in which no token of any rank has a target raises a ValueError at its end; in Lightning's sanity check
-    it only warns. ``predict`` returns, per sequence, the ``log_likelihood`` (nats) and the number of ``tokens`` it sums
-    over.
+    Logs ``train/loss``, ``train/grad_norm``, ``lr``, ``val/loss``, ``val/perplexity`` and the like for test; where
+    there are several dataloaders, also ``val/loss/<name>``, by their keys in a dict or by their numbers. The progress
+    bar shows ``loss``, on GPUs that of the step before, so that the host need not wait for the GPU.
+    An evaluation in which no token of any rank has a target raises ValueError at its end; the sanity check only warns.
+    ``predict`` returns, per sequence, the ``log_likelihood`` (nats) and the number of ``tokens`` it sums over.
 
     Args:
         model: Hub id or local path, or a configuration: an object, or a dict with ``model_type``.
         pretrained: Load weights (every rank streams its own shards), or start from random ones.
-        optimizer: Builds the optimizer from the parameters. Default: AdamW with a learning rate of 1e-5, or of 1e-4
-            with an adapter.
+        optimizer: Builds the optimizer from the parameters. Default: AdamW with lr=1e-5, or 1e-4 with an adapter.
         lr_scheduler: Builds a scheduler from the optimizer; it steps once per optimizer step. `lightning_ep.Schedule`
             ends with the run.
         adapter: Train adapters, with the model frozen beneath.
@@ -82,7 +82,7 @@ class CausalLM(LightningModule):
         self._lr_scheduler = lr_scheduler
         self.model: nn.Module | None = None
         self._window: Tensor | None = None  # sums of loss and valid tokens since the last step
-        self._evaluation: Tensor | None = None  # the same of an evaluation
+        self._evaluation: dict[int, Tensor] = {}  # the same of an evaluation, by dataloader
         self._train_loss: Tensor | None = None
         self._grad_norm: Tensor | None = None
         self._shown_loss = Lagged()
@@ -106,15 +106,11 @@ class CausalLM(LightningModule):
             return
         if not isinstance(self.trainer.strategy, ExpertParallelStrategy):
             raise TypeError(
-                "CausalLM returns sums of token losses, which only ExpertParallelStrategy scales, but the Trainer "
-                f"uses {type(self.trainer.strategy).__name__}. Pass strategy=ExpertParallelStrategy(); it serves "
-                "devices=1 too."
+                "CausalLM returns sums of token losses, which only ExpertParallelStrategy scales, but the Trainer uses "
+                f"{type(self.trainer.strategy).__name__}. Pass strategy=ExpertParallelStrategy(); it serves one device."
             )
-        if self._pretrained:
-            assert isinstance(self._source, str)
-            self.model = self._adapted(from_pretrained(self._source))
-            return
-        self.model = self._adapted(from_config(_config(self._source)))
+        path = self.pretrained_path
+        self.model = self._adapted(from_config(_config(self._source)) if path is None else from_pretrained(path))
 
     def _adapted(self, model: nn.Module) -> nn.Module:
         return model if self._adapter is None else add_adapter(model, self._adapter)
@@ -295,19 +291,35 @@ class CausalLM(LightningModule):
         # A tensor, on the CPU: of a number Lightning would make one on the GPU, for which the host waits.
         self.log("lr", torch.tensor(optimizer.param_groups[0]["lr"]))
 
-    def _evaluation_step(self, batch: dict[str, Tensor]) -> None:
+    @property
+    def weighs_tokens(self) -> bool:
+        """Whether evaluations sum over tokens, apart for every dataloader: windows without targets do no harm.
+
+        Data modules that see it give a dataloader for each source. False for subclasses with a step of their own.
+        """
+        return type(self).validation_step is CausalLM.validation_step
+
+    def _evaluation_step(self, batch: dict[str, Tensor], dataloader_idx: int) -> None:
         loss, tokens, _ = self._summed_loss(batch)
-        sums = torch.stack([loss.double(), tokens.double()])
-        self._evaluation = sums if self._evaluation is None else self._evaluation + sums
+        sums_2 = torch.stack([loss.double(), tokens.double()])
+        known_2 = self._evaluation.get(dataloader_idx)
+        self._evaluation[dataloader_idx] = sums_2 if known_2 is None else known_2 + sums_2
 
     def _log_evaluation(self, stage: str) -> None:
-        had_batches = self._evaluation is not None
-        sums = self._evaluation if self._evaluation is not None else torch.zeros(2, device=self.device).double()
-        self._evaluation = None
-        loss, tokens = self._summed_over_ranks(sums)
+        names = evaluated_loaders(self.trainer)
+        sums_N2 = torch.zeros(len(names), 2, dtype=torch.float64, device=self.device)
+        for index, sums_2 in self._evaluation.items():
+            sums_N2[index] = sums_2
+        had_batches = bool(self._evaluation)
+        self._evaluation = {}
+        sums_N2 = self._summed_over_ranks(sums_N2)
+        loss, tokens = sums_N2.sum(0)
         if tokens == 0:
             self._explain_no_targets(stage, had_batches)
             return
+        for name, (loss_of_one, tokens_of_one) in zip(names, sums_N2, strict=True):
+            if len(names) > 1 and tokens_of_one > 0:
+                self.log(f"{stage}/loss/{name}", (loss_of_one / tokens_of_one).float(), sync_dist=True)
         mean = (loss / tokens).float()
         # Equal on all ranks already; sync_dist only tells Lightning so.
         self.log(f"{stage}/loss", mean, prog_bar=True, sync_dist=True)
@@ -340,15 +352,15 @@ class CausalLM(LightningModule):
 
     @override
     def on_validation_epoch_start(self) -> None:
-        self._evaluation = None  # what an evaluation left that did not reach its end
+        self._evaluation = {}  # what an evaluation left that did not reach its end
 
     @override
     def on_test_epoch_start(self) -> None:
-        self._evaluation = None
+        self._evaluation = {}
 
     @override
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
-        self._evaluation_step(batch)
+        self._evaluation_step(batch, dataloader_idx)
 
     @override
     def on_validation_epoch_end(self) -> None:
@@ -356,7 +368,7 @@ class CausalLM(LightningModule):
 
     @override
     def test_step(self, batch: dict[str, Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
-        self._evaluation_step(batch)
+        self._evaluation_step(batch, dataloader_idx)
 
     @override
     def on_test_epoch_end(self) -> None:

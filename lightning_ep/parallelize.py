@@ -27,6 +27,7 @@ from lightning_ep.layout import Meshes, ParallelLayout
 from lightning_ep.moe.adapted import experts_in
 from lightning_ep.moe.expert_parallel import expert_plan
 from lightning_ep.moe.experts import is_parallel_experts
+from lightning_ep.ops.packed_attention import has_kernel
 from lightning_ep.tensor_parallel import apply_tensor_plan, tensor_plan
 
 
@@ -137,6 +138,8 @@ def shard(
         steps.shard_dense(model)
         if layout.cp > 1:
             context_parallel.use_context_parallel_attention(model)
+        elif in_bf16(model, mp_policy) and has_kernel(device, torch.bfloat16):
+            adapter.use_bounds_of_documents(model)
         adapter.keep_documents_apart(model)
         adapter.remember(model, layout)
     steps.shard_beside()

@@ -8,6 +8,7 @@ import faulthandler
 import gc
 import io
 import json
+import multiprocessing
 import multiprocessing.connection
 import multiprocessing.forkserver
 import os
@@ -52,6 +53,8 @@ def main(pipe: multiprocessing.connection.Connection, rank: int) -> None:
     """
     os.setsid()
     _die_with_parent()
+    # As in a process that was not forked by a server; workers of data loaders would import all anew.
+    multiprocessing.set_start_method("fork", force=True)
     faulthandler.enable(all_threads=True)
     faulthandler.register(STACK_SIGNAL, all_threads=True)
     gc.freeze()  # what the imports have made is not looked at again after every call

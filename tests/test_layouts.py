@@ -32,7 +32,7 @@ CASES = [
         (8, {"ep": 2, "fsdp": 2, "replicate": 2, "cp": 2}),
         (2, {"ep": 1, "tp": 2}),
         (2, {"ep": 2, "tp": 2}),
-        (4, {"ep": 4, "tp": 2}),
+        pytest.param(4, {"ep": 4, "tp": 2}, marks=pytest.mark.slow),
         (4, {"ep": 2, "tp": 2}),
         (4, {"ep": 4, "tp": 2, "cp": 2}),
         pytest.param(8, {"ep": 2, "fsdp": 2, "replicate": 2, "tp": 2}, marks=pytest.mark.slow),

@@ -38,7 +38,7 @@ GROUPS = [
 ]
 
 
-@pytest.mark.parametrize(("world", "ep"), [(1, 1), (2, 1), (2, 2), (4, 2), (4, 4)])
+@pytest.mark.parametrize(("world", "ep"), [(1, 1), (2, 1), (2, 2), (4, 2), pytest.param(4, 4, marks=pytest.mark.slow)])
 def test_training_equals_one_process(world: int, ep: int) -> None:
     assert_trains_like_one_process(world, {"ep": ep}, PLAIN)
 

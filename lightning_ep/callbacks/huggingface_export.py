@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -14,6 +13,7 @@ from typing_extensions import override
 from lightning_ep import transformers_adapter as adapter
 from lightning_ep.data.tokenizers import check_vocabulary
 from lightning_ep.distributed.console import print_once
+from lightning_ep.hub.companions import tokenizer_of
 from lightning_ep.hub.directory import ExportDtype, refuse_existing
 from lightning_ep.hub.export import check_export, export_sharded
 
@@ -50,7 +50,7 @@ class HuggingFaceExport(Callback):
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         refuse_existing(Path(self.path))
-        model, tokenizer = _model(pl_module), _tokenizer(trainer)
+        model, tokenizer = _model(pl_module), tokenizer_of(trainer)
         if tokenizer is not None:
             check_vocabulary(tokenizer, model.config, "Export, and train, with the tokenizer of the model.")
         check_export(model, Path(self.path), self._dtype, tokenizer)
@@ -61,7 +61,7 @@ class HuggingFaceExport(Callback):
         self._ended = True
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
-        export_sharded(_model(pl_module), Path(self.path), self._dtype, _tokenizer(trainer))
+        export_sharded(_model(pl_module), Path(self.path), self._dtype, tokenizer_of(trainer))
         print_once(trainer, f"exported to {self.path}")
 
     @override
@@ -72,12 +72,6 @@ class HuggingFaceExport(Callback):
                 f"{self.path} was not written: the checkpoint of this run has no training step left to do. Run "
                 f"`lightning-ep export {trainer.ckpt_path} {self.path}` instead."
             )
-
-
-def _tokenizer(trainer: Trainer) -> Any | None:
-    """The tokenizer that the data was made with, if the datamodule says so."""
-    tokenizer = getattr(getattr(trainer, "datamodule", None), "tokenizer", None)
-    return tokenizer if hasattr(tokenizer, "save_pretrained") else None
 
 
 def _model(module: LightningModule) -> PreTrainedModel:

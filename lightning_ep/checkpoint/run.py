@@ -15,7 +15,7 @@ from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
 from torch.optim import Optimizer
 
 from lightning_ep.checkpoint.loader_position import PlainLoaders
-from lightning_ep.checkpoint.metadata import rank_state, set_random_state
+from lightning_ep.checkpoint.metadata import companion_files, rank_state, set_random_state
 from lightning_ep.checkpoint.model_checkpoint import AdoptedCallbacks
 from lightning_ep.checkpoint.optimizers import clean, name_state
 from lightning_ep.checkpoint.pack import pack_directory, pack_file
@@ -62,6 +62,7 @@ class RunCheckpoints:
         self._resume: Resume | None = None
         self._random: dict[str, Any] | None = None
         self.loaders = PlainLoaders()
+        self._files: dict[str, bytes] | None = None  # what goes with the model; it is large, and the same in every save
         self._may_write_behind = True
         self._failed = False
 
@@ -72,7 +73,7 @@ class RunCheckpoints:
     def begin(self, trainer: Trainer) -> None:
         """Prepares a Trainer that is about to fit, validate, test or predict."""
         self._failed = False
-        self._resume = self._random = None
+        self._resume = self._random = self._files = None
         self.loaders = PlainLoaders()
         self._adopted = AdoptedCallbacks(trainer, self._checkpoints)
 
@@ -111,12 +112,17 @@ class RunCheckpoints:
         # After the end of a run nobody would wait for what is written behind.
         running = trainer.state.fn == TrainerFn.FITTING and trainer.state.status == TrainerStatus.RUNNING
         behind = self._asynchronous and self._may_write_behind and running
+        if self._files is None:
+            self._files = companion_files(module) if self._first else {}
+        layout, files = self._layout, self._files
         if self._distributed:
-            layout, writes = self._layout, self._first
-            state, blobs = ranks.alone("saving", lambda: pack_directory(checkpoint, module, layout, states, writes))
+            writes = self._first
+            state, blobs = ranks.alone(
+                "saving", lambda: pack_directory(checkpoint, module, layout, states, files, writes)
+            )
             self._checkpoints.save_directory(path, state, blobs, behind)
         else:
-            content = ranks.alone("saving", lambda: pack_file(checkpoint, module, self._layout, states))
+            content = ranks.alone("saving", lambda: pack_file(checkpoint, module, layout, states, files))
             self._checkpoints.save_file(path, content, behind)
 
     def remove(self, path: Path) -> None:

@@ -10,7 +10,7 @@ from lightning.pytorch import LightningModule
 from torch import Tensor
 
 from lightning_ep.checkpoint import files, single_file
-from lightning_ep.checkpoint.metadata import HEADER, check_header, deserialize
+from lightning_ep.checkpoint.metadata import HEADER, check_header, deserialize, saved_files
 from lightning_ep.checkpoint.resume import check_fit, refuse_damaged
 from lightning_ep.checkpoint.tensor_files import WEIGHTS, SafeReader, Saved, read_shards
 from lightning_ep.hub.errors import CheckpointError
@@ -33,6 +33,23 @@ def open_verified(path: Path) -> Path:
         raise CheckpointError(str(error)) from error
     refuse_damaged(problems)
     return found
+
+
+def read_companions(path: Path, weights_only: bool = True) -> dict[str, bytes]:
+    """The files that a checkpoint has for its model beside config and weights, by name (`companions`).
+
+    Reads no tensors and compares no checksums. None are found where a checkpoint cannot be read, or only with objects
+    that may run code: what loads its weights says why.
+
+    Raises:
+        CheckpointError: If there is among them what should not be.
+    """
+    try:
+        found = files.find(path)
+        content = deserialize(found / files.META if found.is_dir() else found, weights_only, mmap=found.is_file())
+    except (CheckpointError, OSError, ValueError):
+        return {}
+    return saved_files(content, path) if isinstance(content, dict) else {}
 
 
 class SavedWeights:

@@ -9,9 +9,8 @@ import torch
 from torch import Tensor
 
 from lightning_ep.checkpoint.saved_weights import SavedWeights
-from lightning_ep.cli.saved_model import match, saved_model
+from lightning_ep.cli.saved_model import match, origin_of, saved_model
 from lightning_ep.hub.directory import ExportDtype, HubDirectory
-from lightning_ep.hub.meta_models import small_files
 from lightning_ep.hub.problems import Problems
 from lightning_ep.hub.writer import Group, Part, plan_files, plan_groups, write_files
 
@@ -25,13 +24,14 @@ def export(
 ) -> None:
     """Writes a training checkpoint as a directory that transformers and vLLM read.
 
-    Runs in one process without a GPU, with the parameters of one layer's experts in memory at a time.
+    The tokenizer, with the chat template that the run's data was written in, and the generation config come along. Runs
+    in one process without a GPU, with the parameters of one layer's experts in memory at a time.
 
     Args:
         checkpoint: A checkpoint of ExpertParallelStrategy: the directory of a distributed one, or a file.
         output: The new directory. It appears when it is complete.
-        model: Directory or hub id of the model that was trained: where its tokenizer and generation config are, and its
-            config for checkpoints that do not contain it.
+        model: Directory or hub id of the model that was trained, for what the checkpoint does not hold: code, and the
+            tokenizer, generation config or config where the run had none to save.
         dtype: What parameters are in the files. Default: what they are in the checkpoint.
         weights_only: Build no objects from the checkpoint but tensors and plain values: others may run code.
 
@@ -41,20 +41,20 @@ def export(
     """
     directory = HubDirectory(Path(output))
     source = SavedWeights(Path(checkpoint), weights_only)
-    origin = small_files(model) if model is not None else None
-    prefix, plain = saved_model(source.configs, source.tensors, origin)
-    dtypes = match(source.tensors, plain, prefix, checkpoint)
-    cast = getattr(torch, dtype) if dtype is not None else None
-    groups = plan_groups(plain, dtypes, cast)
-    files = plan_files(groups, {spec.key: 0 for group in groups for spec in group.outputs}, 1)
+    with origin_of(Path(checkpoint), model, weights_only) as origin:
+        prefix, plain = saved_model(source.configs, source.tensors, origin)
+        dtypes = match(source.tensors, plain, prefix, checkpoint)
+        cast = getattr(torch, dtype) if dtype is not None else None
+        groups = plan_groups(plain, dtypes, cast)
+        files = plan_files(groups, {spec.key: 0 for group in groups for spec in group.outputs}, 1)
+        directory.create()
+        first_param = next(name for name, _ in plain.named_parameters())
+        directory.write_config(plain, cast or dtypes[first_param], None, origin)
 
     def assemble(group: Group) -> dict[str, Tensor]:
         loaded = {key: source.read(prefix + key) for key in group.conversion.inputs}
         return {part.key: _assemble(part, loaded) for part in group.parts}
 
-    directory.create()
-    first_param = next(name for name, _ in plain.named_parameters())
-    directory.write_config(plain, cast or dtypes[first_param], None, origin)
     problems = Problems(f"the export to {output} failed:")
     write_files(directory.temporary, plain, groups, files, assemble, 0, problems)
     if not problems.found:

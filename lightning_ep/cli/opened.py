@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -19,7 +19,7 @@ from transformers import AutoTokenizer, PreTrainedModel
 
 from lightning_ep import transformers_adapter as adapter
 from lightning_ep.checkpoint.resume import Resume
-from lightning_ep.cli.saved_model import match, saved_model
+from lightning_ep.cli.saved_model import match, origin_of, saved_model
 from lightning_ep.data.tokenizers import check_vocabulary, tokenizer_files
 from lightning_ep.distributed.agreement import Ranks
 from lightning_ep.fsdp.groups import in_bf16
@@ -57,49 +57,54 @@ class Opened:
 @contextmanager
 def opened(
     checkpoint: str,
-    origin: str | None,
-    dtype: ExportDtype | None,
-    ep: int | Literal["auto"],
-    tp: int,
-    weights_only: bool,
+    model: str | None = None,
+    dtype: ExportDtype | None = None,
+    ep: int | Literal["auto"] = "auto",
+    tp: int = 1,
+    weights_only: bool = True,
 ) -> Iterator[Opened]:
     """Opens a model on the processes that torchrun has started, or on this one alone, until the block ends.
 
+    Commands hand their options on to it, so that the sentences here are those of their help.
+
     Args:
-        checkpoint: A checkpoint of ExpertParallelStrategy, a directory in the hub's layout, or a hub id.
-        origin: Directory or hub id with the tokenizer, if it is not ``checkpoint`` itself.
+        checkpoint: A training checkpoint, a directory in the hub's layout (an export), or the id of a model on the hub.
+        model: Directory or hub id of the model that was trained, for what a training checkpoint does not hold: its
+            tokenizer if the data module had none.
         dtype: What weights are held and multiplied in. Default: what they are in the checkpoint.
-        ep: As in the strategy.
-        tp: As in the strategy.
-        weights_only: Build no objects from a checkpoint of a run but tensors and plain values.
+        ep: Processes that share one set of experts.
+        tp: Processes that share the matrices of attention.
+        weights_only: Build no objects from a training checkpoint but tensors and plain values: others may run code.
 
     Raises:
         CheckpointError: On every rank, if there is no such checkpoint, it is damaged, or it has no tokenizer.
         ValueError: If the layout does not fit the model or the processes, or the tokenizer does not fit the model.
     """
-    with _process_group() as device:
+    with process_group() as device:
         world = dist.get_world_size()
         local = int(os.environ.get("LOCAL_WORLD_SIZE", world))
         layout = ParallelLayout.resolve(ep, "auto", world, local, tp=tp)
         ranks = Ranks(CheckpointError, _TIMEOUT)
         what = f"{checkpoint} cannot be opened"
         of_run = ranks.on_first(what, lambda: _is_of_run(Path(checkpoint).expanduser()))
-        tokenizer = ranks.alone(what, lambda: _tokenizer(checkpoint, origin, of_run))
         cast = getattr(torch, dtype) if dtype is not None else None
-        if of_run:
-            model = _of_run(Path(checkpoint).expanduser(), origin, layout, device, ranks, cast, weights_only)
-        else:
-            overrides: dict[str, Any] = {"dtype": dtype} if dtype is not None else {}
-            model = from_pretrained(checkpoint, **overrides)
-            _shard(model, layout, device)
-            stream_pretrained(model, device)
-            materialize(model, device, seed=0)  # buffers that are in no file
-        check_vocabulary(tokenizer, model.config, "Give the tokenizer of the model with --model.")
-        yield Opened(model.eval(), tokenizer, layout, dist.get_rank(), device)
+        with ExitStack() as files:
+            origin = ranks.alone(what, lambda: _origin(files, checkpoint, model, of_run, weights_only))
+            tokenizer = ranks.alone(what, lambda: _tokenizer(origin, model or checkpoint, of_run))
+            if of_run:
+                found = _of_run(Path(checkpoint).expanduser(), origin, layout, device, ranks, cast, weights_only)
+            else:
+                overrides: dict[str, Any] = {"dtype": dtype} if dtype is not None else {}
+                found = from_pretrained(checkpoint, **overrides)
+                _shard(found, layout, device)
+                stream_pretrained(found, device)
+                materialize(found, device, seed=0)  # buffers that are in no file
+        check_vocabulary(tokenizer, found.config, "Give the tokenizer of the model with --model.")
+        yield Opened(found.eval(), tokenizer, layout, dist.get_rank(), device)
 
 
 @contextmanager
-def _process_group() -> Iterator[torch.device]:
+def process_group() -> Iterator[torch.device]:
     """This process's device, with the process group of torchrun or one of this process alone."""
     local, gpus = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
     if gpus and local >= gpus:
@@ -134,21 +139,27 @@ def _is_of_run(path: Path) -> bool:
     return False
 
 
-def _tokenizer(checkpoint: str, origin: str | None, of_run: bool) -> Any:
-    if of_run and origin is None:
+def _origin(files: ExitStack, checkpoint: str, model: str | None, of_run: bool, weights_only: bool) -> Path | None:
+    """Where the tokenizer is, and what else belongs to the model; what is made for it goes with ``files``."""
+    if of_run:
+        return files.enter_context(origin_of(Path(checkpoint).expanduser(), model, weights_only))
+    return small_files(model or checkpoint)
+
+
+def _tokenizer(origin: Path | None, name: str, of_run: bool) -> Any:
+    if origin is not None and tokenizer_files(str(origin)):
+        return AutoTokenizer.from_pretrained(origin)
+    if of_run:
         raise CheckpointError(
-            "a checkpoint of a run has no tokenizer: name the directory or hub id of the model that was trained with "
+            "the run had no tokenizer to save in it: name the directory or hub id of the model that was trained with "
             "--model, or export the checkpoint and open what was exported."
         )
-    source = origin or checkpoint
-    if not tokenizer_files(source):
-        raise CheckpointError(f"{source} has no tokenizer: name a directory or hub id that has it with --model.")
-    return AutoTokenizer.from_pretrained(small_files(source))
+    raise CheckpointError(f"{name} has no tokenizer: name a directory or hub id that has it with --model.")
 
 
 def _of_run(
     path: Path,
-    origin: str | None,
+    origin: Path | None,
     layout: ParallelLayout,
     device: torch.device,
     ranks: Ranks,
@@ -157,9 +168,8 @@ def _of_run(
 ) -> PreTrainedModel:
     """The model in a checkpoint of a run, whatever layout wrote it."""
     saved = Resume(path, ranks, weights_only)
-    directory = small_files(origin) if origin is not None else None
     tensors = saved.weights()
-    prefix, model = ranks.alone(f"{path} cannot be opened", lambda: saved_model(saved.configs, tensors, directory))
+    prefix, model = ranks.alone(f"{path} cannot be opened", lambda: saved_model(saved.configs, tensors, origin))
     dtypes = match(tensors, model, prefix, str(path))
     if cast is not None:
         cast_parameters(model, cast)

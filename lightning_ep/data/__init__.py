@@ -7,6 +7,7 @@ from lightning_ep.data.prompt_completion import PromptCompletionDataModule
 from lightning_ep.data.resumable_loader import ResumableLoader, data_ranks
 from lightning_ep.data.row_files import Source
 from lightning_ep.data.text import TextDataModule
+from lightning_ep.data.text_stream import TextStreamDataModule
 
 __all__ = [
     "ChatDataModule",
@@ -17,5 +18,6 @@ __all__ = [
     "Samples",
     "Source",
     "TextDataModule",
+    "TextStreamDataModule",
     "data_ranks",
 ]

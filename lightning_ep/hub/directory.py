@@ -13,25 +13,13 @@ import torch
 import transformers
 from transformers import PreTrainedModel
 
+from lightning_ep.hub.companions import companions, has_chat_template, read_files, write_files_to
 from lightning_ep.hub.durable import sync
 from lightning_ep.hub.problems import Problems
 from lightning_ep.hub.safetensors_file import INDEX_NAME, SINGLE_NAME
 from lightning_ep.hub.writer import OutputFile
 
 ExportDtype = Literal["float32", "bfloat16", "float16"]
-
-TOKENIZER_FILES = (
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.*",
-    "merges.txt",
-    "*.model",
-    "*.tiktoken",
-    "tekken.json",
-    "chat_template*",
-    "additional_chat_templates/*.jinja",
-)
 
 
 class HubDirectory:
@@ -72,31 +60,20 @@ class HubDirectory:
             model: The model on meta.
             dtype: What its parameters are in the files.
             tokenizer: Anything with ``save_pretrained``.
-            files_from: A directory to copy tokenizer and code files from, if there is no ``tokenizer``.
+            files_from: A directory with code to copy, and a tokenizer if there is no ``tokenizer``.
         """
         config = deepcopy(model.config)
         config.architectures = [type(model).__name__]
         config.dtype = dtype
         config.save_pretrained(self.temporary)
-        if model.can_generate() and model.generation_config is not None:
-            # Not its save_pretrained, which refuses values that hub checkpoints have.
-            model.generation_config.to_json_file(self.temporary / "generation_config.json")
-        if tokenizer is not None:
-            tokenizer.save_pretrained(self.temporary)
+        files = companions(model, tokenizer, files_from)
         if files_from is not None:
-            for pattern in ("*.py", *(TOKENIZER_FILES if tokenizer is None else ())):
-                for file in files_from.glob(pattern):
-                    copy = self.temporary / file.relative_to(files_from)
-                    copy.parent.mkdir(exist_ok=True)
-                    shutil.copy(file, copy)
+            files.update(read_files(files_from, ("*.py",)))
+        write_files_to(self.temporary, files)
         if not (self.path / "README.md").exists():
-            card = _model_card(self.path.name, type(model).__name__, dtype, model.can_generate(), self._has_template())
+            chats = has_chat_template(files)
+            card = _model_card(self.path.name, type(model).__name__, dtype, model.can_generate(), chats)
             (self.temporary / "README.md").write_text(card)
-
-    def _has_template(self) -> bool:
-        config = self.temporary / "tokenizer_config.json"  # where templates were before they had files
-        inside = config.exists() and "chat_template" in json.loads(config.read_text())
-        return inside or any(self.temporary.glob("chat_template*"))
 
     def finish(self, files: Sequence[OutputFile], problems: Problems) -> None:
         """Writes the index, checks that every rank's files are there, and moves the directory to its place."""

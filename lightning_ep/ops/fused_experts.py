@@ -52,7 +52,8 @@ class FusedExperts(LocalExperts):
 
     def _weights(self, params: Sequence[Tensor]) -> tuple[ExpertWeight, ExpertWeight]:
         (up, down), beside = split(params, 2, self._adapters)
-        return ExpertWeight(up, beside[0]), ExpertWeight(down, beside[1])
+        beside_up, beside_down = (None if low is None else low.aligned() for low in beside)
+        return ExpertWeight(up, beside_up), ExpertWeight(down, beside_down)
 
     @override
     def forward(

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_ep.ops import kernels
 from lightning_ep.ops.grouped_mm import grouped_mm, grouped_outer
 
 _ALIGNED = 8  # grouped GEMMs take strides of 16 bytes: 8 numbers in bf16
@@ -43,6 +43,13 @@ class LowRank(NamedTuple):
     b_EBR: Tensor
     scale: float
 
+    def aligned(self) -> LowRank:
+        """The same product with a rank that grouped GEMMs take: zeros are added."""
+        missing = -self.a_ERA.shape[1] % _ALIGNED
+        if missing == 0:
+            return self
+        return LowRank(F.pad(self.a_ERA, (0, 0, 0, missing)), F.pad(self.b_EBR, (0, missing)), self.scale)
+
     def beside(self, weight: Tensor, is_transposed: bool) -> Tensor:
         """The whole weight ``W + scale * B A``, differentiable, for code that knows no adapters.
 
@@ -54,69 +61,6 @@ class LowRank(NamedTuple):
         if is_transposed:
             left, right = right.transpose(1, 2), left.transpose(1, 2)
         return torch.baddbmm(weight, left, right, alpha=self.scale)
-
-
-def aligned(rank: int) -> int:
-    """How many numbers a row has in the space of a rank: grouped GEMMs take multiples of 8, and the rest are zeros."""
-    return -(-rank // _ALIGNED) * _ALIGNED
-
-
-def project(x_PA: Tensor, factor_EAR: Tensor, scale: float, offsets_E: Tensor) -> Tensor:
-    """``scale * x @ factor[of expert e]`` for every expert, in at least fp32, rounded once.
-
-    Args:
-        x_PA: Rows in expert order, contiguous.
-        factor_EAR: ``[E, A, R]``, any strides.
-        scale: Of the product.
-        offsets_E: int32 ``[E]``, where each expert's rows end; the last one is ``P``.
-
-    Returns:
-        ``[P, R]``, and zeros behind up to `aligned` of ``R``.
-    """
-    if kernels.runs_on(x_PA):
-        from lightning_ep.ops.kernels import low_rank as triton_low_rank
-
-        return triton_low_rank.project(x_PA, factor_EAR, scale, offsets_E, aligned(factor_EAR.shape[2]))
-    return project_twin(x_PA, factor_EAR, scale, offsets_E)
-
-
-def project_twin(x_PA: Tensor, factor_EAR: Tensor, scale: float, offsets_E: Tensor) -> Tensor:
-    """Defines `project`, one expert after the other; synchronises with a GPU."""
-    dtype = torch.promote_types(x_PA.dtype, torch.float32)
-    rank = factor_EAR.shape[2]
-    out_PR = x_PA.new_zeros(x_PA.shape[0], aligned(rank))
-    start = 0
-    for end, factor_AR in zip(offsets_E.tolist(), factor_EAR, strict=True):
-        out_PR[start:end, :rank] = scale * (x_PA[start:end].to(dtype) @ factor_AR.to(dtype))
-        start = end
-    return out_PR
-
-
-def add_product_(out_PB: Tensor, low_PR: Tensor, factor_ERB: Tensor, offsets_E: Tensor) -> None:
-    """``out += low @ factor[of expert e]`` for every expert, in at least fp32, rounded once.
-
-    Args:
-        out_PB: Rows in expert order, contiguous, changed in place.
-        low_PR: The same rows in rank space, as `project` gives them.
-        factor_ERB: ``[E, R, B]``, any strides.
-        offsets_E: int32 ``[E]``, where each expert's rows end; the last one is ``P``.
-    """
-    if kernels.runs_on(out_PB):
-        from lightning_ep.ops.kernels import low_rank as triton_low_rank
-
-        triton_low_rank.add_product_(out_PB, low_PR, factor_ERB, offsets_E)
-    else:
-        add_product_twin_(out_PB, low_PR, factor_ERB, offsets_E)
-
-
-def add_product_twin_(out_PB: Tensor, low_PR: Tensor, factor_ERB: Tensor, offsets_E: Tensor) -> None:
-    """Defines `add_product_`, one expert after the other; synchronises with a GPU."""
-    dtype = torch.promote_types(out_PB.dtype, torch.float32)
-    start = 0
-    for end, factor_RB in zip(offsets_E.tolist(), factor_ERB, strict=True):
-        rows, start = slice(start, end), end
-        low = low_PR[rows, : factor_RB.shape[0]]
-        out_PB[rows] = torch.addmm(out_PB[rows].to(dtype), low.to(dtype), factor_RB.to(dtype))
 
 
 def split(
@@ -154,14 +98,14 @@ class ExpertWeight(NamedTuple):
             return out_PB, None
         low_PR = self.project(x_PA, offsets_E)
         assert low_PR is not None
-        add_product_(out_PB, low_PR, self.low_rank.b_EBR.transpose(1, 2), offsets_E)
-        return out_PB, low_PR
+        return out_PB.add_(grouped_mm(low_PR, self.low_rank.b_EBR.transpose(1, 2), offsets_E)), low_PR
 
     def project(self, x_PA: Tensor, offsets_E: Tensor) -> Tensor | None:
         """``scale * x A^T`` ``[P, R]`` alone."""
         if self.low_rank is None:
             return None
-        return project(x_PA, self.low_rank.a_ERA.transpose(1, 2), self.low_rank.scale, offsets_E)
+        a_ERA, _, scale = self.low_rank
+        return grouped_mm(x_PA, a_ERA.transpose(1, 2), offsets_E).mul_(scale)
 
     def backward_rows(self, grad_PB: Tensor, offsets_E: Tensor) -> tuple[Tensor, Tensor | None]:
         """The gradient of the rows ``[P, A]``, and the output's gradient in rank space ``[P, R]``, with the scale."""
@@ -169,9 +113,8 @@ class ExpertWeight(NamedTuple):
         if self.low_rank is None:
             return grad_PA, None
         a_ERA, b_EBR, scale = self.low_rank
-        grad_low_PR = project(grad_PB, b_EBR, scale, offsets_E)
-        add_product_(grad_PA, grad_low_PR, a_ERA, offsets_E)
-        return grad_PA, grad_low_PR
+        grad_low_PR = grouped_mm(grad_PB, b_EBR, offsets_E).mul_(scale)
+        return grad_PA.add_(grouped_mm(grad_low_PR, a_ERA, offsets_E)), grad_low_PR
 
 
 class WeightGradients(NamedTuple):

@@ -10,6 +10,7 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from lightning_ep import transformers_adapter as adapter
 from lightning_ep.context_parallel import Documents, documents_of
+from lightning_ep.trainer.cost_warnings import say_if_documents_need_a_mask
 
 
 class Batches:
@@ -21,6 +22,7 @@ class Batches:
 
     def __init__(self) -> None:
         self.documents: adapter.ReadOnHost[Documents] = adapter.ReadOnHost()
+        self._had_documents = False
 
     def to_device(
         self, batch: Any, module: LightningModule, device: torch.device, loader_index: int, num_context_ranks: int
@@ -36,6 +38,9 @@ class Batches:
         """
         packing = adapter.packing_of(batch)
         documents = documents_of(batch, num_context_ranks) if num_context_ranks > 1 else None
+        if packing is not None and packing.packed and num_context_ranks == 1 and not self._had_documents:
+            self._had_documents = True
+            say_if_documents_need_a_mask(module, device)
         moved = module._call_batch_hook("transfer_batch_to_device", batch, device, loader_index)
         # Not of a transfer of the user's own, which may make something else of it. A hook after the transfer may, too,
         # but then the tensors are other ones.

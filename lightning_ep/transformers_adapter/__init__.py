@@ -1,7 +1,8 @@
 """All that touches names of transformers that are not its public API.
 
 One file for each question: where things are in a model (`structure`), who runs experts (`experts_interface`) and
-attention (`attention_interface`), which tokens are one document (`packing`), how random weights are drawn
+attention (`attention_interface`), which tokens are one document (`packing`) and how attention is told
+(`document_bounds`), how random weights are drawn
 (`initialization`), what is fp32 in a bf16 model (`dtypes`), how weights come in and leave (`conversion`), what is
 remembered of a model (`record`), and how conversations are written for it (`chat_templates`). Everyone else uses them
 through this package, which imports nothing of ours but `ops` and `distributed`.
@@ -31,6 +32,7 @@ from lightning_ep.transformers_adapter.conversion import (
     saves_adapters,
     tied_names,
 )
+from lightning_ep.transformers_adapter.document_bounds import is_told_documents, use_bounds_of_documents, why_not_bounds
 from lightning_ep.transformers_adapter.dtypes import cast_constants, fp32_parameters
 from lightning_ep.transformers_adapter.experts_interface import (
     FUSED_PARAMETERS,
@@ -49,6 +51,7 @@ from lightning_ep.transformers_adapter.initialization import (
 from lightning_ep.transformers_adapter.packing import (
     Packing,
     ReadOnHost,
+    bounds_of,
     described,
     keep_documents_apart,
     note_packing,
@@ -81,6 +84,7 @@ __all__ = [
     "attention_implementation",
     "attention_modules",
     "blueprint",
+    "bounds_of",
     "cast_constants",
     "causal_mask",
     "config_with_attention",
@@ -92,6 +96,7 @@ __all__ = [
     "fp32_parameters",
     "hub_transforms",
     "is_flash_attention",
+    "is_told_documents",
     "keep_documents_apart",
     "load_conversions",
     "local_experts_function",
@@ -118,6 +123,8 @@ __all__ = [
     "tied",
     "tied_names",
     "unknown_keys",
+    "use_bounds_of_documents",
+    "why_not_bounds",
     "why_not_context_parallel",
     "why_not_fused",
     "without_packing",

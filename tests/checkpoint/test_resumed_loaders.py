@@ -69,17 +69,11 @@ def _of_ones_own(**options: Any) -> DataLoader:
 # Workers are forked: ranks of the tests would start each with all its imports.
 _INJECTED: dict[str, Callable[[], Any]] = {
     "shuffled": lambda: DataLoader(Samples(27), batch_size=2, shuffle=True),
-    "workers": lambda: DataLoader(
-        Samples(29), batch_size=2, drop_last=True, num_workers=2, multiprocessing_context="fork"
-    ),
-    "workers that stay": lambda: DataLoader(
-        Samples(28), batch_size=2, num_workers=1, persistent_workers=True, multiprocessing_context="fork"
-    ),
+    "workers": lambda: DataLoader(Samples(29), batch_size=2, drop_last=True, num_workers=2),
+    "workers that stay": lambda: DataLoader(Samples(28), batch_size=2, num_workers=1, persistent_workers=True),
 }
 _OWN: dict[str, Callable[[], Any]] = {
-    "own generator, workers": lambda: _of_ones_own(
-        shuffle=True, generator=_seeded(), num_workers=1, multiprocessing_context="fork"
-    ),
+    "own generator, workers": lambda: _of_ones_own(shuffle=True, generator=_seeded(), num_workers=1),
     "weighted": lambda: _of_ones_own(sampler=WeightedRandomSampler([1.0] * 14, 14, generator=_seeded())),
     "no generator": lambda: _of_ones_own(shuffle=True),
     "own batch sampler": lambda: _of_ones_own(batch_size=1, batch_sampler=_OfPairs(14)),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import stat
 import subprocess
 import sys
@@ -19,8 +20,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from lightning_ep import ParallelLayout, Schedule, __version__, cli, from_config
 from lightning_ep.checkpoint.saved_weights import SavedWeights
 from lightning_ep.data import corpus
+from lightning_ep.data.examples import docstrings
+from lightning_ep.data.standard_library import standard_library
 from lightning_ep_start import recipes
 from tests.hub_files import write_checkpoint
+from tests.talking import write_talking
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 RECIPE = REPOSITORY / "recipes" / "qwen3_30b_a3b.yaml"
@@ -171,6 +175,8 @@ def _python(*arguments: str, path: Path = REPOSITORY, **options: Any) -> subproc
         (["--help"], "usage: lightning-ep"),
         (["--version"], f"lightning-ep {__version__}"),
         (["recipes"], "quickstart "),
+        (["plan", "Qwen/Qwen3-30B-A3B", "--gpus", "8"], "Is EP worth it"),
+        (["plan", "Qwen/Qwen3-30B-A3B", "--gpus", "9"], "9 GPUs are no whole nodes"),
         (["fit"], "needs --config"),
         (["fit", "--config", "qickstart"], "did you mean quickstart?"),
     ],
@@ -214,6 +220,7 @@ def test_a_wheel_holds_them(wheel: Path, tmp_path: Path, empty: Path) -> None:
     [
         ("qwen3_30b_a3b", 500, 3e-4, 0.0),
         ("continued_pretraining", 1000, 1e-5, 1e-6),
+        ("qwen3_30b_a3b_sft", 1000, 1e-5, 1e-6),
         ("qwen3_30b_a3b_lora", 600, 1e-4, 1e-5),  # ten times the rate of continued_pretraining
     ],
 )
@@ -232,12 +239,13 @@ def test_the_learning_rate_is_what_its_source_says(name: str, warm_up: int, peak
     assert rates[-1] == pytest.approx(last, rel=1e-2, abs=1e-9)
 
 
-def test_published_weights_go_on_with_as_many_tokens_per_step_as_its_source() -> None:
-    recipe = yaml.safe_load(RECIPES["continued_pretraining"].read_text())
+@pytest.mark.parametrize("name", ["continued_pretraining", "qwen3_30b_a3b_sft"])
+def test_published_weights_go_on_with_as_many_tokens_per_step_as_its_source(name: str) -> None:
+    recipe = yaml.safe_load(RECIPES[name].read_text())
     trainer, data = recipe["trainer"], recipe["data"]["init_args"]
     assert trainer["devices"] * data["batch_size"] == 16
     assert data["sequence_length"] == 8192
-    assert f"of 8 GPUs x {data['batch_size']} windows x 8,192 tokens" in RECIPES["continued_pretraining"].read_text()
+    assert f"of 8 GPUs x {data['batch_size']} windows x 8,192 tokens" in RECIPES[name].read_text()
     architecture = yaml.safe_load(RECIPE.read_text())["model"]["init_args"]["model"]
     layout = ParallelLayout.resolve(trainer["strategy"]["init_args"]["ep"], "auto", 8, 8)
     layout.check_num_experts(architecture["num_experts"], "the recipe")
@@ -273,6 +281,36 @@ def test_published_weights_are_trained_further_and_exported(empty: Path) -> None
     differences = [(a - b).abs().max() for a, b in zip(exported.parameters(), before.parameters(), strict=True)]
     assert max(differences) < 1e-4, "they are the published weights, two small steps later"
     assert AutoTokenizer.from_pretrained(empty / "exports/continued_pretraining").get_vocab() == tokenizer.get_vocab()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("nodes", [1, 2])
+def test_published_weights_are_fine_tuned_on_chats_and_exported(nodes: int, empty: Path) -> None:
+    """On one node as the recipe says, and as on two: EP inside of a node, and every expert sharded over both."""
+    answer = {"role": "assistant", "content": "theta zeta"}
+    row = {"messages": [{"role": "user", "content": "zeta eta"}, answer]}
+    (empty / "my_chats.jsonl").write_text(f"{json.dumps(row)}\n" * 40)
+    write_talking(empty / "published", vocab_size=300)
+    (empty / "small.yaml").write_text(
+        f"trainer:\n  accelerator: cpu\n  devices: {2 * nodes}\n  precision: 32-true\n  max_steps: 2\n"
+        "  val_check_interval: 2\n  log_every_n_steps: 1\n"
+        "  strategy: {class_path: lightning_ep.ExpertParallelStrategy, init_args: {ep: 2, compile: false}}\n"
+        "data:\n  class_path: lightning_ep.data.ChatDataModule\n"
+        f"  init_args: {{sequence_length: 32, batch_size: {2 // nodes}, validation_fraction: 0.2}}\n"
+    )
+    options = ["--model.init_args.model", "published", "--trainer.callbacks.init_args.dtype", "float32"]
+    command = ["fit", "--config", "qwen3_30b_a3b_sft", "--config", "small", *options, "--ckpt_path", "last"]
+    done = _python("-m", "lightning_ep", *command, cwd=empty)
+    assert done.returncode == 0, done.stdout + done.stderr
+    metrics = (empty / "runs/qwen3_30b_a3b_sft/version_0/metrics.csv").read_text()
+    assert "train/loss" in metrics
+    assert "val/loss" in metrics
+    exported = AutoModelForCausalLM.from_pretrained(empty / "exports" / "qwen3_30b_a3b_sft")
+    before = AutoModelForCausalLM.from_pretrained(empty / "published")
+    assert not exported.config.output_router_logits, "balancing is off"
+    assert any(not torch.equal(a, b) for a, b in zip(exported.parameters(), before.parameters(), strict=True))
+    template = AutoTokenizer.from_pretrained(empty / "exports/qwen3_30b_a3b_sft").chat_template
+    assert template == AutoTokenizer.from_pretrained(empty / "published").chat_template
 
 
 @pytest.mark.slow
@@ -377,3 +415,40 @@ def test_the_torchrun_script_trains_on_a_cpu(tmp_path: Path) -> None:
     config = yaml.safe_load((tmp_path / "runs/qwen3_30b_a3b/version_0/config.yaml").read_text())
     assert (config["trainer"]["num_nodes"], int(config["trainer"]["devices"])) == (1, 2)
     assert _resumes(config)
+
+
+def test_the_page_on_chats_says_what_the_commands_and_callbacks_take(
+    empty: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = (REPOSITORY / "docs" / "chats.md").read_text()
+    blocks = re.findall(r"```(\w+)\n(.*?)```", page, re.S)
+    (yaml_block,) = [block for kind, block in blocks if kind == "yaml" and block.startswith("trainer:")]
+    (empty / "callbacks.yaml").write_text(yaml_block)
+    lines = [line.partition("#")[0].split() for kind, block in blocks if kind == "bash" for line in block.splitlines()]
+    fits = [words[1:] for words in lines if words[:2] == ["lightning-ep", "fit"]]
+    assert fits
+    for words in fits:
+        assert _ends(*words, "--config", "callbacks.yaml", "--print_config") == 0
+        config = yaml.safe_load(capsys.readouterr().out)
+        assert config["data"]["init_args"]["source"] == "my_chats.jsonl"
+        generates, grades = config["trainer"]["callbacks"]
+        assert generates["init_args"]["chat"] is True
+        assert grades["init_args"]["samples"] == 128
+    metric = re.search(r"`metric: (\{.*?\})`", page)
+    assert metric is not None
+    (empty / "metric.yaml").write_text(f"trainer: {{callbacks: [{{class_path: lightning_ep.callbacks.GradeAnswers, "
+                                       f"init_args: {{metric: {metric[1]}}}}}]}}\n")  # fmt: skip
+    assert _ends(*fits[0], "--config", "metric.yaml", "--print_config") == 0
+    assert "torchmetrics.text.CharErrorRate" in capsys.readouterr().out
+
+
+def test_the_chat_quick_start_can_be_looked_at_before(
+    empty: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LIGHTNING_EP_CACHE", str(empty / "cache"))
+    few = sorted(standard_library())[:40]  # of 700, for the time that they take
+    monkeypatch.setattr(docstrings, "standard_library", lambda: few)
+    cli.main(["preview", "sft_quickstart"])
+    shown = capsys.readouterr().out
+    assert "What does the" in shown
+    assert "In short: " in shown

@@ -58,7 +58,7 @@ def test_threads_may_run_while_they_are_read() -> None:
     thread.start()
     assert thread.ident is not None
     interval, seen = sys.getswitchinterval(), set()
-    for _ in range(300):
+    for _ in range(100):
         seen.add(len(calls_of(thread.ident)))
     ended.set()
     thread.join()

@@ -182,37 +182,51 @@ def _built(family: str) -> PreTrainedModel:
     return family_model(family, sizes)
 
 
+def _trains(root: Path, family: str) -> None:
+    path = _saved(root, family)
+    (_, exact, _), (_, loss, _) = (_reference(path, family, dtype) for dtype in (FP32, BF16))
+    for precision in ("bf16-mixed", "bf16-true"):
+        build = partial(from_pretrained, path, attn_implementation="eager")
+        module = _fit(root, Module(build), precision, steps=3)
+        found = module.losses
+        assert abs(found[0] - exact) <= 3 * abs(loss - exact) + 0.02, (family, precision, found, exact, loss)
+        assert found[-1] < found[0], (family, precision, found)
+
+
 @row()
-def families_whose_forward_needs_it_train_in_bf16(root: Path) -> None:
-    for family in ("minimax", "inkling2_text"):
-        path = _saved(root, family)
-        (_, exact, _), (_, loss, _) = (_reference(path, family, dtype) for dtype in (FP32, BF16))
-        for precision in ("bf16-mixed", "bf16-true"):
-            build = partial(from_pretrained, path, attn_implementation="eager")
-            module = _fit(root, Module(build), precision, steps=3)
-            found = module.losses
-            assert abs(found[0] - exact) <= 3 * abs(loss - exact) + 0.02, (family, precision, found, exact, loss)
-            assert found[-1] < found[0], (family, precision, found)
+def a_family_whose_forward_needs_it_trains_in_bf16(root: Path) -> None:
+    _trains(root, "minimax")
+
+
+@row(slow=True)
+def another_family_whose_forward_needs_it_trains_in_bf16(root: Path) -> None:
+    _trains(root, "inkling2_text")
 
 
 @row()
 def sums_of_windows_and_every_optimizer(root: Path) -> None:
+    _sums_of_windows_and_every_optimizer(root, "bf16-mixed")
+
+
+@row(slow=True)
+def the_same_of_parameters_in_bf16(root: Path) -> None:
+    _sums_of_windows_and_every_optimizer(root, "bf16-true")
+
+
+def _sums_of_windows_and_every_optimizer(root: Path, precision: str) -> None:
     """Gradients of a window are summed in fp32 whatever the parameter; optimizers take shards of two dtypes."""
     path = _saved(root, "flint")
     build = partial(from_pretrained, path, attn_implementation="eager")
-    for precision in ("bf16-mixed", "bf16-true"):
-        once = _fit(root, Module(build), precision)
-        # A window over one batch twice is that batch.
-        twice = Module(build)
-        trainer = quiet(
-            root, precision=precision, max_steps=1, accumulate_grad_batches=2, use_distributed_sampler=False
-        )
-        trainer.fit(twice, _same(2))
-        for name, grad in once.gradients.items():
-            assert _error(twice.gradients[name].float(), grad.float()) < 1e-2, (name, precision)
-        for optimizer in (AdamW, partial(torch.optim.AdamW, foreach=True)):
-            module = _fit(root, Module(build, partial(optimizer, lr=1e-2)), precision, steps=3, gradient_clip_val=0.5)
-            assert module.losses[-1] < module.losses[0], (optimizer, precision)
+    once = _fit(root, Module(build), precision)
+    # A window over one batch twice is that batch.
+    twice = Module(build)
+    trainer = quiet(root, precision=precision, max_steps=1, accumulate_grad_batches=2, use_distributed_sampler=False)
+    trainer.fit(twice, _same(2))
+    for name, grad in once.gradients.items():
+        assert _error(twice.gradients[name].float(), grad.float()) < 1e-2, (name, precision)
+    for optimizer in (AdamW, partial(torch.optim.AdamW, foreach=True)):
+        module = _fit(root, Module(build, partial(optimizer, lr=1e-2)), precision, steps=3, gradient_clip_val=0.5)
+        assert module.losses[-1] < module.losses[0], (optimizer, precision)
 
 
 @row()

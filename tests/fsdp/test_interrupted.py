@@ -95,13 +95,21 @@ def _next_step(ep: int, together: bool, fused: bool, mode: str) -> list[str]:
     return wrong
 
 
-@pytest.mark.parametrize(("ep", "together"), [(2, True), (2, False), (1, False)])
-@pytest.mark.parametrize("fused", [False, True])
+_SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    ("ep", "together", "fused"),
+    [
+        *((2, True, False), (2, False, True), (1, False, False)),
+        *(pytest.param(*case, marks=_SLOW) for case in ((2, True, True), (2, False, False), (1, False, True))),
+    ],
+)
 def test_the_next_step(ep: int, together: bool, fused: bool) -> None:
     assert_ranks_agree(2, _next_step, ep, together, fused, "none")
 
 
-@pytest.mark.parametrize("mode", ["selective", "full"])
+@pytest.mark.parametrize("mode", [pytest.param("selective", marks=_SLOW), "full"])
 def test_the_next_step_of_layers_that_are_recomputed(mode: str) -> None:
     assert_ranks_agree(2, _next_step, 2, False, False, mode)
 

@@ -44,7 +44,7 @@ from tests.ranks import device, run_ranks
 from tests.reference import VOCAB
 from tests.tiny import TinyModule, loader, quiet
 
-LAYOUTS = [(1, 1), (2, 2), (4, 2), (4, 4), (4, 1)]
+LAYOUTS = [(1, 1), (2, 2), (4, 2), *(pytest.param(4, ep, marks=pytest.mark.slow) for ep in (1, 4))]
 
 
 def _stream(path: str, ep: int, tp: int = 1, **overrides: Any) -> tuple[PreTrainedModel, LoadStatistics]:

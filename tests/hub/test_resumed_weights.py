@@ -138,7 +138,7 @@ def _run(root: Path, hub: str, options: dict[str, Any]) -> dict[str, Any]:
     ("options", "checkpoint"),
     [
         ({}, {}),
-        ({"async_save": True}, {"tie_word_embeddings": True}),
+        pytest.param({"async_save": True}, {"tie_word_embeddings": True}, marks=pytest.mark.slow),
         # 2 divides none of these: shards of unequal size.
         ({"save_distributed_checkpoint": False}, {"hidden_size": 36, "moe_intermediate_size": 9, "vocab_size": 129}),
     ],

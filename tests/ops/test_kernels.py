@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_ep.ops import activation, cross_entropy, grouped_mm, low_rank, permute, routing
+from lightning_ep.ops import activation, cross_entropy, grouped_mm, permute, routing
 from tests.reference import relative_error
 
 ON_GPU = os.environ.get("LIGHTNING_EP_TEST_DEVICE") == "cuda"
@@ -331,28 +331,3 @@ def test_sum_of_squares(size: int, dtype: torch.dtype) -> None:
     assert relative_error(found.double().sum(), expected) < 1e-6
     tensors[0][-1] = float("nan")
     assert kernel.sums_of_squares(tensors).sum().isnan()
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("transposed", [False, True])
-@pytest.mark.parametrize(("counts", "width", "rank"), [([70, 0, 1, 64], 72, 16), ([0, 3], 600, 3), ([5], 8, 136)])
-def test_rows_go_to_the_rank_space_of_their_expert_and_back(
-    counts: list[int], width: int, rank: int, transposed: bool, dtype: torch.dtype
-) -> None:
-    from lightning_ep.ops.kernels import low_rank as kernel
-
-    if dtype == torch.bfloat16 and not ON_GPU:
-        pytest.skip("the interpreter multiplies the bits of bf16 as integers")
-    offsets = torch.tensor(counts, device=DEVICE).cumsum(0).int()
-    out = torch.randn(sum(counts) + 2, width, device=DEVICE).to(dtype)  # two rows are nobody's
-    low = torch.randn(sum(counts) + 2, low_rank.aligned(rank), device=DEVICE).to(dtype)
-    factor = torch.randn(len(counts), rank, width, device=DEVICE).to(dtype)
-    factor = factor.transpose(1, 2).contiguous().transpose(1, 2) if transposed else factor
-    expected, rest = out.clone(), out[-2:].clone()
-    low_rank.add_product_twin_(expected, low, factor, offsets)
-    kernel.add_product_(out, low, factor, offsets)
-    assert torch.equal(out[-2:], rest)
-    assert relative_error(out, expected) < (1e-6 if dtype == torch.float32 else 1e-3)
-    back = kernel.project(expected, factor.transpose(1, 2), 0.3, offsets, low.shape[1])
-    wanted = low_rank.project_twin(expected, factor.transpose(1, 2), 0.3, offsets)
-    assert relative_error(back[:-2], wanted[:-2]) < (1e-6 if dtype == torch.float32 else 1e-3)

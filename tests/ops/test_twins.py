@@ -7,7 +7,6 @@ from torch import Tensor
 
 from lightning_ep.ops.activation import swiglu_backward_twin, swiglu_twin
 from lightning_ep.ops.cross_entropy import cross_entropy_twin_, softmax_gradient_twin_, softmax_statistics_twin
-from lightning_ep.ops.low_rank import add_product_twin_, project_twin
 from lightning_ep.ops.norm import sum_of_squares_twin
 from lightning_ep.ops.permute import gather_sum_twin
 from tests.reference import relative_error
@@ -68,19 +67,3 @@ def test_norms_of_gradients_in_bf16_are_those_of_fp32() -> None:
     grads = [torch.randn(50, 40, generator=torch.Generator().manual_seed(seed)).bfloat16() for seed in range(3)]
     expected = torch.cat([grad.double().flatten() for grad in grads]).square().sum()
     assert relative_error(sum_of_squares_twin(grads), expected) < 1e-6
-
-
-def test_low_rank_products_are_added_in_fp32_and_rounded_once() -> None:
-    generator = torch.Generator().manual_seed(0)
-    shapes = ((60, 24), (60, 8), (3, 5, 24))
-    out, low, factor = (torch.randn(shape, generator=generator).bfloat16() for shape in shapes)
-    expected = out.double()
-    for expert, rows in enumerate((slice(0, 20), slice(20, 20), slice(20, 60))):
-        expected[rows] += low[rows, :5].double() @ factor[expert].double()
-    offsets = torch.tensor([20, 20, 60], dtype=torch.int32)
-    add_product_twin_(out, low, factor, offsets)
-    assert _rounded_once(out, expected)
-    back = torch.cat([out[:20].double() @ factor[0].double().T, out[20:].double() @ factor[2].double().T])
-    found = project_twin(out, factor.transpose(1, 2), 0.3, offsets)
-    assert _rounded_once(found[:, :5], 0.3 * back)
-    assert not found[:, 5:].any()

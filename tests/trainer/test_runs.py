@@ -170,7 +170,8 @@ def manual_optimization_goes_on_after_a_batch_that_raised(root: Path) -> None:
     for where in ("forward", "backward"):
         quiet(root, **flags).fit(module := _Skips(where), DataLoader(data, batch_size=None))
         for (name, param), other in zip(module.named_parameters(), expected.parameters(), strict=True):
-            assert torch.equal(whole(param), whole(other)), (where, name)
+            # On GPUs the embedding's gradient is summed in any order.
+            assert torch.allclose(whole(param), whole(other), rtol=1e-6, atol=1e-8), (where, name)
 
 
 @row()
