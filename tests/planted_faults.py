@@ -52,6 +52,20 @@ MUTATIONS = (
         _MOE,
     ),
     Mutation(
+        "adapters_of_experts_scaled",
+        "ops/low_rank.py",
+        "a_ERA.transpose(1, 2), offsets_E).mul_(scale)",
+        "a_ERA.transpose(1, 2), offsets_E).mul_(1.001 * scale)",
+        "adapters/test_gradients.py::test_gradients_equal_pefts[qwen3_moe]",
+    ),
+    Mutation(
+        "adapters_go_on_on_another_base",
+        "hub/frozen_base.py",
+        'if before["fingerprint"] != now["fingerprint"] or',
+        "if",
+        "adapters/test_checkpoints.py::test_adapters_resume_on_another_layout_and_on_their_base_only[False]",
+    ),
+    Mutation(
         "gradient_of_dense_parameters_scaled",
         "fsdp/groups.py",
         "child.set_gradient_divide_factor(1.0)",

@@ -35,7 +35,7 @@ class Request:
         sequence: Tokens per sequence.
         tokens_per_step: Of all ranks in an optimizer step; None for what one micro-batch of every rank has.
         precision: ``bf16-mixed`` or ``bf16-true``.
-        lora_rank: Of adapters of attention; 0 trains all weights.
+        lora_rank: Of adapters of attention and experts; 0 trains all weights.
         skew: Rows of the busiest rank over the mean of its EP group.
 
     Raises:

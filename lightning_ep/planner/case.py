@@ -29,7 +29,8 @@ class Case:
         replicate: Copies of the model.
         accumulate: Micro-batches per optimizer step.
         node: GPUs per node, which fill node after node.
-        lora_rank: Of low-rank adapters of attention over frozen bf16 weights; 0 trains all weights.
+        lora_rank: Of low-rank adapters over frozen bf16 weights; 0 trains all weights.
+        lora_experts: Whether adapters are of experts too, or of attention only.
         skew: Rows of the busiest rank over the mean of its EP group.
 
     Raises:
@@ -51,6 +52,7 @@ class Case:
     accumulate: int = 1
     node: int = 8
     lora_rank: int = 0
+    lora_experts: bool = True
     skew: float = 1.0
 
     def __post_init__(self) -> None:

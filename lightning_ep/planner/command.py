@@ -58,7 +58,12 @@ def _parser() -> argparse.ArgumentParser:
     add("--tokens_per_step", type=_count, help="of all GPUs in an optimizer step; default: whatever is fastest")
     add("--tokens", type=_count, default=10**9, help="tokens to train on, as 1e9; default: 1e9")
     add("--precision", default="bf16-mixed", choices=("bf16-mixed", "bf16-true"), help="default: bf16-mixed")
-    add("--lora_rank", type=int, default=0, help="plan adapters of attention of this rank over frozen bf16 weights")
+    add(
+        "--lora_rank",
+        type=int,
+        default=0,
+        help="plan LoRA(r=...), adapters of attention and experts over frozen bf16 weights",
+    )
     add("--skew", type=float, default=1.2, help="rows of the busiest rank over the mean of its EP group; default: 1.2")
     add("--network_gbps", type=float, help="Gb/s of the network per GPU; default: what such nodes are sold with")
     add("--memory_gib", type=float, help="memory of a GPU; default: that of its type")

@@ -122,7 +122,13 @@ def active_parameters(widths: ModelWidths, layers: int) -> int:
     return num_parameters(widths, layers) - idle
 
 
-def adapter_parameters(widths: ModelWidths, layers: int, rank: int) -> int:
+def expert_adapters(widths: ModelWidths, layers: int, rank: int) -> int:
+    """Parameters of low-rank adapters of all experts: of gate and up as one matrix, and of down."""
+    each = rank * (widths.hidden + 2 * widths.moe_intermediate + widths.moe_intermediate + widths.hidden)
+    return widths.expert_layers(layers) * widths.experts * each
+
+
+def attention_adapters(widths: ModelWidths, layers: int, rank: int) -> int:
     """Parameters of low-rank adapters (arXiv:2106.09685) of all matrices of attention."""
     hidden, latent = widths.hidden, widths.latent
     linear = widths.linear_layers(layers)
@@ -136,6 +142,13 @@ def adapter_parameters(widths: ModelWidths, layers: int, rank: int) -> int:
         queries = 2 * widths.query if widths.gated_attention else widths.query
         matrices = [(hidden, queries), (hidden, keys), (hidden, keys), (widths.value, hidden)]
     return (layers - linear) * rank * sum(rows + columns for rows, columns in matrices)
+
+
+def local_adapters(case: Case) -> float:
+    """Parameters of the adapters of a rank."""
+    found = attention_adapters(case.widths, case.layers, case.lora_rank)
+    found += expert_adapters(case.widths, case.layers, case.lora_rank) if case.lora_experts else 0
+    return found / case.shards
 
 
 def local_parameters(case: Case) -> tuple[float, float]:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from lightning_ep.planner.case import Case
 from lightning_ep.planner.counts import (
-    adapter_parameters,
     expert_parameters,
+    local_adapters,
     local_parameters,
     num_parameters,
     rows_received,
@@ -54,7 +54,7 @@ def _state(case: Case) -> dict[str, float]:
     experts, others = local_parameters(case)
     each = case.weight_bytes
     if case.lora_rank:
-        adapters = adapter_parameters(case.widths, case.layers, case.lora_rank) / case.shards
+        adapters = local_adapters(case)
         return {"weights": 2 * (experts + others) + each * adapters, "gradients": each * adapters,
                 "optimizer": 2 * each * adapters}  # fmt: skip
     gradients = case.expert_gradient_bytes * experts + each * others

@@ -41,10 +41,10 @@ model:
   class_path: lightning_ep.CausalLM
   init_args:
     model: {model}
-    pretrained: {pretrained}
+    pretrained: {pretrained}{adapter}
     optimizer:
       class_path: lightning_ep.AdamW
-      init_args: {{lr: 1.0e-5, betas: [0.9, 0.95], weight_decay: 0.1}}
+      init_args: {{lr: {rate_of_learning}, betas: [0.9, 0.95], weight_decay: 0.1}}
     lr_scheduler:
       class_path: lightning_ep.Schedule
       init_args: {{shape: cosine, warmup: 0.05, end: 0.1}}
@@ -63,12 +63,10 @@ def write_recipe(file: Path, request: Request, chosen: Estimate, tokens: float) 
     """Writes a recipe of a plan for so many tokens; returns the command that starts it.
 
     Raises:
-        ValueError: If the file exists, or the plan is one that no recipe can say.
+        ValueError: If the file exists.
     """
     if file.exists():
         raise ValueError(f"{file} exists already. Remove it, or name another file.")
-    if request.lora_rank:
-        raise ValueError("--yaml writes no recipe with LoRA yet. Leave out one of --yaml and --lora_rank.")
     case, model = chosen.case, request.model
     nodes = max(1, case.ranks // case.node)
     start = f"lightning-ep fit --config {file}"
@@ -82,6 +80,8 @@ def write_recipe(file: Path, request: Request, chosen: Estimate, tokens: float) 
         fsdp=case.fsdp, replicate=case.replicate, tp=case.tp, cp=case.cp, recompute=case.recompute,
         precision=case.precision, accumulate=case.accumulate, tokens_per_step=case.tokens_per_step,
         steps=max(1, round(tokens / case.tokens_per_step)), sequence=case.sequence, batch=case.batch,
+        adapter=f"\n    adapter: {{r: {case.lora_rank}}}" if case.lora_rank else "",
+        rate_of_learning="1.0e-4" if case.lora_rank else "1.0e-5",  # ten times, as `CausalLM` has it
         model=json.dumps(model.config if is_file else model.name), pretrained="false" if is_file else "true",
     )  # fmt: skip
     file.write_text(text)

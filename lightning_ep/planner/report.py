@@ -26,7 +26,7 @@ def heading(request: Request) -> Iterator[str]:
         + (f", network {device.network * 8 / 1e9:,.0f} Gb/s per GPU" if nodes > 1 else "")
         + f"; {request.planned_gib:.0f} of {device.memory_gib:.0f} GiB are planned"
     )
-    what = f"LoRA of rank {request.lora_rank} on attention, frozen bf16 weights" if request.lora_rank else "all weights"
+    what = f"LoRA of rank {request.lora_rank}, frozen bf16 weights" if request.lora_rank else "all weights"
     step = f", {request.tokens_per_step:,} per step" if request.tokens_per_step else ""
     yield (
         f"{request.sequence:,} tokens per sequence{step}; {request.precision}, AdamW, {what}, compiled; "
@@ -88,7 +88,7 @@ def unmeasured(request: Request, chosen: Estimate) -> str:
         "cp > 2": case.cp > 2,
         "linear attention": request.model.widths.linear is not None,
         "kernels of experts that are not fused": not request.model.family.fused,
-        "LoRA here": case.lora_rank > 0,
+        "LoRA": case.lora_rank > 0,
     }
     missing = ", ".join(name for name, is_so in named.items() if is_so)
     return (

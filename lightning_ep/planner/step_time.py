@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from lightning_ep.planner import traffic
 from lightning_ep.planner.case import Case
-from lightning_ep.planner.counts import adapter_parameters, expert_parameters, local_parameters, model_flops
+from lightning_ep.planner.counts import expert_parameters, local_adapters, local_parameters, model_flops
 from lightning_ep.planner.devices import GPUS, Device
 from lightning_ep.planner.widths import QWEN3_30B_A3B
 
@@ -229,7 +229,7 @@ def _weight_bytes_moved(case: Case) -> dict[str, float]:
     experts, others = local_parameters(case)
     each, gradient = case.weight_bytes, case.expert_gradient_bytes
     if case.lora_rank:
-        experts, others = 0.0, adapter_parameters(case.widths, case.layers, case.lora_rank) / case.shards
+        experts, others = 0.0, local_adapters(case)
     moved = {
         "AdamW": experts * (6 * each + gradient) + others * 7 * each,  # weight and moments in and out, gradient in
         "norm": experts * gradient + others * each,

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.model_helpers import is_overridden
+from torch import Tensor
 
 from lightning_ep import transformers_adapter as adapter
 from lightning_ep.context_parallel import Documents, documents_of
@@ -18,10 +20,12 @@ class Batches:
 
     Attributes:
         documents: Under ``cp``, who may see whom in the batches that were moved.
+        shape: Sequences and tokens of the last one that was moved, where it has ``input_ids``.
     """
 
     def __init__(self) -> None:
         self.documents: adapter.ReadOnHost[Documents] = adapter.ReadOnHost()
+        self.shape: tuple[int, int] | None = None
         self._had_documents = False
 
     def to_device(
@@ -36,6 +40,8 @@ class Batches:
             loader_index: Of the loader, for the hooks.
             num_context_ranks: The size of ``cp``.
         """
+        ids = batch.get("input_ids") if isinstance(batch, Mapping) else None
+        self.shape = (ids.shape[0], ids.shape[1]) if isinstance(ids, Tensor) and ids.dim() == 2 else None
         packing = adapter.packing_of(batch)
         documents = documents_of(batch, num_context_ranks) if num_context_ranks > 1 else None
         if packing is not None and packing.packed and num_context_ranks == 1 and not self._had_documents:

@@ -118,7 +118,14 @@ def test_its_recipe_is_one_that_fit_takes(capsys: pytest.CaptureFixture[str], tm
     again, why = _plan(capsys, *given)
     assert again == 2
     assert f"{file} exists already" in why
-    assert "writes no recipe with LoRA" in _plan(capsys, *given[:3], "--lora_rank", "8", "--yaml", "other.yaml")[1]
+    adapted = tmp_path / "lora.yaml"
+    assert _plan(capsys, *given[:3], "--lora_rank", "8", "--yaml", str(adapted))[0] == 0
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["fit", "--config", str(adapted), "--print_config"])
+    assert ended.value.code == 0
+    model = yaml.safe_load(capsys.readouterr().out)["model"]["init_args"]
+    assert model["adapter"]["r"] == 8
+    assert model["optimizer"]["init_args"]["lr"] == 1e-4
 
 
 def test_a_model_of_a_file_is_in_its_recipe(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -11,8 +11,9 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from lightning_ep import LoRA, add_adapter
 from lightning_ep.planner import active_parameters, find_model, flops_per_token, num_parameters, read_widths
-from lightning_ep.planner.counts import adapter_parameters
+from lightning_ep.planner.counts import attention_adapters, expert_adapters
 from lightning_ep.planner.families import FAMILIES, shipped
 
 ALL = {"vocab_size": 96, "hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 4}
@@ -119,7 +120,17 @@ def test_adapters_are_those_that_peft_makes() -> None:
         config = _config(kind, settings)
         adapted = peft.get_peft_model(_on_meta(config), peft.LoraConfig(r=4, target_modules=targets))
         trained = sum(param.numel() for param in adapted.parameters() if param.requires_grad)
-        assert adapter_parameters(*read_widths(config.to_dict()), 4) == trained
+        assert attention_adapters(*read_widths(config.to_dict()), 4) == trained
+
+
+def test_adapters_of_experts_are_those_of_the_package() -> None:
+    config = _config(*TINY[0])
+    adapted = add_adapter(_on_meta(config), LoRA(r=4))
+    trained = sum(param.numel() for param in adapted.parameters() if param.requires_grad)
+    widths, layers = read_widths(config.to_dict())
+    assert attention_adapters(widths, layers, 4) + expert_adapters(widths, layers, 4) == trained
+    model = find_model("Qwen/Qwen3-30B-A3B")
+    assert expert_adapters(model.widths, model.layers, 8) == pytest.approx(315e6, rel=0.002)  # docs/lora.md
 
 
 def test_a_model_is_found_by_id_short_name_file_directory_and_in_the_cache(

@@ -115,7 +115,7 @@ def test_frozen_weights_have_no_gradients() -> None:
     for name in ("attention projections", "expert GEMMs", "head and loss"):
         assert lora[name] == pytest.approx(2 / 3 * full[name])
     assert lora["attention core"] == full["attention core"]
-    assert lora["AdamW"] < 0.01 * full["AdamW"]
+    assert 0.02 * full["AdamW"] < lora["AdamW"] < 0.03 * full["AdamW"]  # 657 M of 30.5 B
     assert copies_sum(_case(replicate=2, lora_rank=16)) == Traffic()
 
 
