@@ -9,12 +9,14 @@ from typing import Any
 
 OURS = "lightning_ep/ep="
 FSDP2, TRANSFORMERS_EP, TORCHTITAN = "transformers/fsdp2", "transformers/ep", "torchtitan/ep"
+PEFT = "transformers/peft"
 SELECTIVE, FULL, COMPILE = "+selective", "+full", "+compile"
 
 _OURS = r"lightning_ep/ep=\d+(,cp=\d+)?(,tp=\d+)?"
 _TRAINERS = (  # by pattern, as on the command line
     (rf"{_OURS}(\+selective|\+full)?(\+compile)?", f"{OURS}N[,cp=M][,tp=M][{SELECTIVE}|{FULL}][{COMPILE}]"),
     (rf"{FSDP2}(\+full)?(\+compile)?", f"{FSDP2}[{FULL}][{COMPILE}]"),
+    (rf"{PEFT}(\+full)?(\+compile)?", f"{PEFT}[{FULL}][{COMPILE}]"),
     (rf"{TRANSFORMERS_EP}(\+full)?(\+compile)?", f"{TRANSFORMERS_EP}[{FULL}][{COMPILE}]"),
     (rf"{TORCHTITAN}(\+full)?", f"{TORCHTITAN}[{FULL}]"),
 )
@@ -22,26 +24,15 @@ TRAINERS = ", ".join(written for _, written in _TRAINERS)
 
 SIZES: dict[str, dict[str, int]] = {  # as transformers names them
     "qwen3-30b-a3b": {
-        "hidden_size": 2048,
-        "num_experts": 128,
-        "num_experts_per_tok": 8,
-        "moe_intermediate_size": 768,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 4,
-        "head_dim": 128,
-        "vocab_size": 151_936,
+        "hidden_size": 2048, "num_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": 768,
+        "num_attention_heads": 32, "num_key_value_heads": 4, "head_dim": 128, "vocab_size": 151_936,
     },
     "tiny": {
-        "hidden_size": 32,
-        "num_experts": 8,
-        "num_experts_per_tok": 4,
-        "moe_intermediate_size": 16,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 8,
-        "vocab_size": 128,
+        "hidden_size": 32, "num_experts": 8, "num_experts_per_tok": 4, "moe_intermediate_size": 16,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "vocab_size": 512,
     },
-}
+}  # fmt: skip
+RANDOM, CHATS, BOUNDARIES = "random", "chats", "boundaries"
 
 
 @dataclass(frozen=True)
@@ -59,7 +50,11 @@ class Cell:
         steps: Measured steps.
         warmup: Steps before them.
         memory_cap_gib: Limit of torch's allocator per GPU, or None.
+        lora: Adapters of a rank over frozen bf16 weights, in place of all parameters: ``"attention,16"``, or (with
+            experts) ``"all,8"``; of ours and of `PEFT` only.
         device: ``cuda`` or ``cpu``.
+        data: What sequences are: one document of random tokens each, packed chats, or random tokens in place of those.
+        balanced: Whether every expert gets equally many tokens, whatever its router says.
         tree: Folder of another commit, whose ``lightning_ep`` runs in place of this one's.
         turn: Which of several runs of the same cell, where two trees take turns.
     """
@@ -73,7 +68,10 @@ class Cell:
     steps: int = 30
     warmup: int = 5
     memory_cap_gib: float | None = None
+    lora: str | None = None
     device: str = "cuda"
+    data: str = RANDOM
+    balanced: bool = False
     tree: str | None = None
     turn: int = 0
 
@@ -82,6 +80,14 @@ class Cell:
             raise ValueError(f"trainer={self.trainer!r} does not exist; choose one of {TRAINERS}.")
         if self.warmup < 1 or self.steps < 1:
             raise ValueError(f"warmup={self.warmup} and steps={self.steps} must both be at least 1.")
+        if (self.data != RANDOM or self.balanced) and not self.ours:
+            raise ValueError(f"{self.trainer} knows random tokens and its own routing: {OURS}N alone has others here.")
+        if self.lora is not None and not re.fullmatch(r"(attention|all),[1-9]\d*", self.lora):
+            raise ValueError(f"lora={self.lora!r} is neither attention,RANK nor all,RANK.")
+        if not self.ours and (self.base == PEFT) != (self.lora is not None):
+            raise ValueError(
+                f"{self.trainer} with lora={self.lora!r}: of the peers {PEFT} trains adapters, and only it."
+            )
         if self.tree is not None and not self.ours:
             raise ValueError(f"{self.trainer} is not in {self.tree}: only {OURS}N can run another commit's code.")
 
@@ -123,9 +129,11 @@ class Cell:
 
     @property
     def shape(self) -> str:
-        """What it computes per GPU, in short: ``4x4096``, with the memory where that is limited."""
-        cap = "" if self.memory_cap_gib is None else f", {self.memory_cap_gib:g} GiB"
-        return f"{self.batch}x{self.sequence}{cap}"
+        """What it computes per GPU, in short: ``4x4096``, and what differs from the default."""
+        more = [*([self.data] if self.data != RANDOM else []), *(["balanced"] if self.balanced else [])]
+        more += [] if self.memory_cap_gib is None else [f"{self.memory_cap_gib:g} GiB"]
+        more += [] if self.lora is None else [f"LoRA {self.lora.replace(',', ' r=')}"]
+        return ", ".join([f"{self.batch}x{self.sequence}", *more])
 
     @property
     def label(self) -> str:
@@ -143,25 +151,14 @@ class Cell:
 
 
 def model_config(sizes: str, layers: int, positions: int = 40_960) -> Any:
-    """The transformers configuration of a Qwen3-MoE.
-
-    Args:
-        sizes: Key into `SIZES`.
-        layers: Depth.
-        positions: Longest sequence.
-    """
+    """The transformers configuration of a Qwen3-MoE, by a key into `SIZES`, its depth and longest sequence."""
     from transformers.models.qwen3_moe import Qwen3MoeConfig
 
     return Qwen3MoeConfig(
-        **SIZES[sizes],  # type: ignore[arg-type]
-        intermediate_size=3 * SIZES[sizes]["hidden_size"],
-        num_hidden_layers=layers,
-        norm_topk_prob=True,
-        tie_word_embeddings=False,
-        max_position_embeddings=positions,
-        rope_parameters={"rope_type": "default", "rope_theta": 1_000_000.0},
-        architectures=["Qwen3MoeForCausalLM"],
-    )
+        **SIZES[sizes], intermediate_size=3 * SIZES[sizes]["hidden_size"],  # type: ignore[arg-type]
+        num_hidden_layers=layers, norm_topk_prob=True, tie_word_embeddings=False, max_position_embeddings=positions,
+        rope_parameters={"rope_type": "default", "rope_theta": 1e6}, architectures=["Qwen3MoeForCausalLM"],
+    )  # fmt: skip
 
 
 def parse_shape(text: str) -> tuple[int, int]:

@@ -146,31 +146,21 @@ def checkpoints(options: argparse.Namespace, device: torch.device, folder: Path)
     at_once, behind = (_train(options, device, folder / "benchmark.ckpt", kind) for kind in (False, True))
     sync_s, blocked_s = statistics.median(at_once.blocked), statistics.median(behind.blocked[1:])
     return {
-        "GB": at_once.gb,
-        "sync_s": sync_s,
-        "sync_GB_per_s": at_once.gb / sync_s,
-        "async_first_s": behind.blocked[0],
-        "async_blocked_s": blocked_s,
-        "async_total_s": statistics.median(behind.total[1:]),
+        "GB": at_once.gb, "sync_s": sync_s, "sync_GB_per_s": at_once.gb / sync_s, "async_first_s": behind.blocked[0],
+        "async_blocked_s": blocked_s, "async_total_s": statistics.median(behind.total[1:]),
         "blocked_share": blocked_s / sync_s,
-    }
+    }  # fmt: skip
 
 
 def _train(options: argparse.Namespace, device: torch.device, path: Path, behind: bool) -> _TimedSaves:
     cuda = device.type == "cuda"
     timed = _TimedSaves(path)
     trainer = L.Trainer(
-        strategy=ExpertParallelStrategy(ep=dist.get_world_size(), async_save=behind),
-        accelerator="cuda" if cuda else "cpu",
-        devices=dist.get_world_size(),
-        precision="bf16-mixed" if cuda else "32-true",
-        max_steps=options.saves,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        callbacks=[timed],
-    )
+        strategy=ExpertParallelStrategy(ep=dist.get_world_size(), async_save=behind), callbacks=[timed],
+        accelerator="cuda" if cuda else "cpu", devices=dist.get_world_size(), max_steps=options.saves,
+        precision="bf16-mixed" if cuda else "32-true", logger=False, enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False,
+    )  # fmt: skip
     config = model_config(options.sizes, options.layers)
     module = CausalLM(config, pretrained=False, optimizer=lambda params: torch.optim.AdamW(params, lr=1e-5))
     ids = torch.randint(config.vocab_size, (options.saves, 1, _TOKENS))

@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.cells import Cell
+from benchmarks.cells import RANDOM, Cell
 from benchmarks.measure import merge
 from benchmarks.records import ROOT, provenance
 from lightning_ep import planner
@@ -26,10 +26,7 @@ _GRACE_S = 5.0  # between the first rank that fails and the end of the others, w
 def run_cell(cell: Cell, timeout: float, folder: Path) -> dict[str, Any]:
     """Measures one cell; never raises for what happens inside of it.
 
-    Args:
-        cell: What to run.
-        timeout: Seconds after which its processes are killed.
-        folder: Where the output of every rank is kept, in place of what an earlier call left.
+    After ``timeout`` seconds its processes are killed. What every rank prints is kept in ``folder``.
 
     Returns:
         A record: ``cell``, ``status`` (``ok``, ``out of memory``, ``failed`` or ``timed out``), ``error`` if it is not
@@ -60,7 +57,7 @@ def estimates(cell: Cell, device_name: str) -> dict[str, float]:
     """What goes into a cell's record before it runs; nothing where `lightning_ep.planner` knows nothing of it."""
     device = planner.find_device(device_name)
     ep, cp, tp = (cell.layout.get(name, 1) for name in ("ep", "cp", "tp"))
-    if device is None or not cell.ours or tp > 1:
+    if device is None or not cell.ours or tp > 1 or cell.data != RANDOM or cell.lora is not None:
         return {}
     shape = (_widths(cell), cell.layers, cell.batch, cell.sequence, cell.ranks)
     try:
@@ -75,15 +72,15 @@ def estimates(cell: Cell, device_name: str) -> dict[str, float]:
 
 
 def mfu(cell: Cell, tokens_per_second: float, device_name: str) -> float | None:
-    """Share of the device's dense bf16 peak that the model's FLOPs take; None for an unknown device."""
+    """Share of the device's dense bf16 peak that the model's FLOPs take; None if unknown, or with adapters."""
     device = planner.find_device(device_name)
-    if device is None:
+    if device is None or cell.data != RANDOM or cell.lora is not None:  # RANDOM: one document in each sequence
         return None
     return tokens_per_second * planner.flops_per_token(_widths(cell), cell.layers, cell.sequence) / device.flops
 
 
 def _widths(cell: Cell) -> planner.ModelWidths:
-    return planner.ModelWidths.of(cell.config())
+    return planner.read_widths(cell.config().to_dict())[0]
 
 
 def _run_ranks(cell: Cell, tree: Path, folder: Path, timeout: float) -> list[int | None]:
@@ -97,14 +94,10 @@ def _run_ranks(cell: Cell, tree: Path, folder: Path, timeout: float) -> list[int
         for rank in range(cell.ranks):
             with (folder / f"{rank}.log").open("wb") as log:
                 process = subprocess.Popen(
-                    [*command, str((folder / f"{rank}.json").absolute())],
-                    env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-                    cwd=code,
-                    stdin=subprocess.DEVNULL,
-                    stdout=log,
-                    stderr=subprocess.STDOUT,
-                    start_new_session=True,  # what a rank starts goes with it
-                )
+                    [*command, str((folder / f"{rank}.json").absolute())], cwd=code,
+                    env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)}, stdin=subprocess.DEVNULL,
+                    stdout=log, stderr=subprocess.STDOUT, start_new_session=True,  # what a rank starts goes with it
+                )  # fmt: skip
             processes.append(process)
         while any(process.poll() is None for process in processes) and time.monotonic() < deadline:
             if any(process.returncode not in (None, 0) for process in processes):
@@ -133,16 +126,11 @@ def _environment(cell: Cell, path: list[Path]) -> dict[str, str]:
         probe.bind(("127.0.0.1", 0))
         free_port = int(probe.getsockname()[1])
     environment = {
-        **os.environ,
+        **os.environ, "WORLD_SIZE": str(cell.ranks), "LOCAL_WORLD_SIZE": str(cell.ranks), "GROUP_RANK": "0",
         "PYTHONPATH": os.pathsep.join(filter(None, [*map(str, path), os.environ.get("PYTHONPATH")])),
-        "HF_HUB_OFFLINE": "1",
-        "WORLD_SIZE": str(cell.ranks),
-        "LOCAL_WORLD_SIZE": str(cell.ranks),
-        "GROUP_RANK": "0",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(free_port),
+        "HF_HUB_OFFLINE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port),
         "TORCHELASTIC_RUN_ID": "benchmarks",  # so that Lightning takes the processes as started
-    }
+    }  # fmt: skip
     environment.pop("TORCHELASTIC_USE_AGENT_STORE", None)
     if cell.device == "cpu":
         environment["OMP_NUM_THREADS"] = "1"

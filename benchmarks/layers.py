@@ -1,7 +1,7 @@
-"""What follows the router, and the loss, alone on one device, forward and backward, beside others' and bare GEMMs.
+"""MoE body, attention and loss, each alone on one device, forward and backward, beside others' and bare GEMMs.
 
-The MoE body takes tokens, expert ids and routing weights, and returns weighted sums. The loss takes hidden states and
-the head's weight, and returns a sum over tokens.
+The MoE body, all that follows the router, takes tokens, expert ids and routing weights, and returns weighted sums.
+Attention is that of packed documents. The loss takes hidden states and the head's weight, and returns a sum.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import os
 import statistics
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor.parallel import parallelize_module
 from torch.profiler import ProfilerActivity, profile
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
 from benchmarks.cells import SIZES, model_config
@@ -32,6 +34,7 @@ from benchmarks.tables import lines, runs
 from benchmarks.workload import max_over_mean
 from lightning_ep import ExpertParallel
 from lightning_ep.ops.cross_entropy import linear_cross_entropy
+from lightning_ep.ops.packed_attention import attend_documents, documents_mask
 
 Function = Callable[..., Any]
 Inputs = list[tuple[Tensor, ...]]
@@ -39,6 +42,7 @@ Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(hidden [T, H], weight [V, H], targets [T]) to the sum of the losses."""
 
 _FLUSH_BYTES = 256 * 2**20  # several times the L2 cache of an H200
+_WINDOW = 4096  # tokens of a window of documents
 _LOGIT_STD = 0.9  # of a router with weights of standard deviation 0.02 on normalised rows of width 2048
 _EXPONENT = 0.25  # of a skewed router: the most popular of 128 experts then gets about five times the mean, top-8
 
@@ -46,7 +50,7 @@ _EXPONENT = 0.25  # of a skewed router: the most popular of 128 experts then get
 def main(arguments: list[str] | None = None) -> None:
     """Times one of the layers and prints the table."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.layers", description=__doc__)
-    parser.add_argument("layer", choices=["moe", "loss"])
+    parser.add_argument("layer", choices=["moe", "attention", "loss"])
     parser.add_argument("--tokens", type=int, default=16_384)
     parser.add_argument("--sizes", default="qwen3-30b-a3b", choices=sorted(SIZES))
     parser.add_argument("--repeats", type=int, default=30)
@@ -54,9 +58,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--json", type=Path, help="default: runs/benchmarks/LAYER.json")
     options = parser.parse_args(arguments)
     device = torch.device(options.device)
-    rows = {"moe": measure_moe, "loss": measure_loss}[options.layer](
-        options.sizes, options.tokens, device, options.repeats
-    )
+    measure = {"moe": measure_moe, "attention": measure_attention, "loss": measure_loss}[options.layer]
+    rows = measure(options.sizes, options.tokens, device, options.repeats)
     record = {**provenance(), "machine": machine(device), "rows": rows}
     text = "\n".join([*_table(rows), "", f"{options.tokens:,} tokens of {options.sizes}.", "", runs([record])])
     path = options.json or Path(f"runs/benchmarks/{options.layer}.json")
@@ -74,15 +77,14 @@ def _table(rows: list[dict[str, Any]]) -> list[str]:
     for row in rows:
         kinds = row.get("profile", {}).get("by_kind", {})
         cells.append([
-            row["name"],
-            row.get("router", ""),
+            row["name"], row.get("router", ""),
             row["error"] if "error" in row else f"{row['ms']:.2f} ({row['p10']:.2f} to {row['p90']:.2f})",
             f"{row['profile']['gpu_busy_ms']:.2f}" if kinds else "",
             f"{row['memory_gib']:.2f}" if "memory_gib" in row else "",
             ", ".join(f"{name} {ms:.2f}" for name, ms in kinds.items()),
         ])  # fmt: skip
     header = ["forward and backward", "router, hottest expert", "ms", "GPU busy ms"]
-    header += ["GiB above weight and gradients", "of it by kind of kernel"]
+    header += ["GiB above inputs and gradients", "of it by kind of kernel"]
     return lines(header, cells)
 
 
@@ -214,6 +216,39 @@ def _gemms(sizes: str, tokens: int, device: torch.device) -> tuple[Function, Inp
     return body, [tuple(random(rows, column) for column in columns) for _ in range(2)]
 
 
+# ---------------------------------------------------------------------- attention
+
+
+def measure_attention(sizes: str, tokens: int, device: torch.device, repeats: int) -> list[dict[str, Any]]:
+    """Windows of documents of about 600 tokens: one row per way to keep them apart, and without doing so."""
+    widths, length = SIZES[sizes], min(_WINDOW, tokens)
+    heads, kv_heads = widths["num_attention_heads"], widths["num_key_value_heads"]
+    generator = torch.Generator(device).manual_seed(0)
+
+    def random(count: int) -> Tensor:
+        shape = (tokens // length, count, length, widths["head_dim"])
+        return torch.randn(shape, device=device, generator=generator).to(_dtype(device)).requires_grad_()
+
+    counts = (heads, kv_heads, kv_heads)
+    inputs: Inputs = [(*map(random, counts), random(heads).detach().transpose(1, 2).contiguous()) for _ in range(3)]
+    ends = range(length, tokens + 1, length)
+    cuts = {int(cut) for cut in torch.randint(1, tokens, (tokens // 600,), generator=torch.Generator().manual_seed(0))}
+    packed, whole = (torch.tensor(sorted({0, *ends, *more}), dtype=torch.int32) for more in (cuts, ()))
+    longest, packed, whole = int(packed.diff().max()), packed.to(device), whole.to(device)
+    mask = documents_mask(packed, tokens // length, length, None)
+    ways: dict[str, Function] = {"sdpa, a mask of documents": lambda *tensors: _sdpa(mask, *tensors)}
+    if device.type == "cuda":
+        ways["varlen, documents"] = lambda q, k, v, _: attend_documents(q, k, v, packed, longest, None, None)
+        ways["varlen, whole windows"] = lambda q, k, v, _: attend_documents(q, k, v, whole, length, None, None)
+    ways["sdpa, whole windows"] = lambda *tensors: _sdpa(None, *tensors)
+    return [{"name": name, **_row(way, inputs, repeats)} for name, way in ways.items()]
+
+
+def _sdpa(mask: Tensor | None, query: Tensor, key: Tensor, value: Tensor, _: Tensor) -> Tensor:
+    module: Any = SimpleNamespace(num_key_value_groups=query.shape[1] // key.shape[1], is_causal=True)
+    return sdpa_attention_forward(module, query, key, value, mask)[0]
+
+
 # ---------------------------------------------------------------------- the loss
 
 
@@ -249,9 +284,12 @@ def losses() -> dict[str, Loss]:
     return found
 
 
-def _row(loss: Loss, inputs: Inputs, repeats: int) -> dict[str, Any]:
-    def run(hidden_TH: Tensor, weight_VH: Tensor, targets_T: Tensor) -> tuple[Tensor, ...]:
-        return torch.autograd.grad(loss(hidden_TH, weight_VH, targets_T), [hidden_TH, weight_VH])
+def _row(function: Function, inputs: Inputs, repeats: int) -> dict[str, Any]:
+    """Of a function and its gradients; the last input is the gradient of what it returns, unless that is a number."""
+
+    def run(*tensors: Tensor) -> tuple[Tensor, ...]:
+        out = function(*tensors)
+        return torch.autograd.grad(out, [x for x in tensors if x.requires_grad], tensors[-1] if out.ndim else None)
 
     row: dict[str, Any] = {}
     try:

@@ -28,10 +28,6 @@ class Meter:
        (the host's clock on the CPU), with the peak of memory;
     2. a few steps with a synchronisation after each: how long the host takes until all is launched;
     3. one step under the profiler.
-
-    Args:
-        cell: What is measured.
-        device: This rank's device.
     """
 
     def __init__(self, cell: Cell, device: torch.device) -> None:
@@ -49,11 +45,7 @@ class Meter:
         self._results: dict[str, Any] = {}
 
     def step_ended(self, loss: Callable[[], Tensor]) -> None:
-        """To be called after the optimizer step, without a synchronisation before it.
-
-        Args:
-            loss: Gives the step's mean loss per token, detached, 0-dim; asked of the first and last measured step.
-        """
+        """To be called after an optimizer step, unsynchronised; ``loss`` gives its mean per token, 0-dim, if asked."""
         step, self._step = self._step, self._step + 1
         if step == 0:
             self._results["max_over_mean_tokens_per_expert"] = self.read_popularity()
@@ -80,11 +72,7 @@ class Meter:
                 self._profile.stop()
 
     def results(self) -> dict[str, Any]:
-        """What this rank measured.
-
-        Raises:
-            RuntimeError: If fewer than ``num_steps`` steps were run.
-        """
+        """What this rank measured. Raises RuntimeError if fewer than ``num_steps`` steps were run."""
         if self._step < self.num_steps:
             raise RuntimeError(f"only {self._step} of {self.num_steps} steps were run.")
         return {**self._results, "launch_ms": statistics.median(self._host_ms)}
@@ -135,11 +123,7 @@ def elapsed_ms(before: Any, after: Any) -> float:
 def run_loop(cell: Cell, meter: Meter, step: Callable[[Tensor], Tensor]) -> None:
     """The training loop of a peer that has none of its own.
 
-    Args:
-        cell: What is measured.
-        meter: Where it is measured.
-        step: Takes token ids ``[B, S]`` on the device, runs forward, backward, clipping and the optimizer, and returns
-            the mean loss.
+    ``step`` takes token ids ``[B, S]`` on the device, runs all of a step, clipping included, and returns the mean loss.
     """
     for batch in batches(cell, meter.num_steps):
         loss = step(batch["input_ids"].to(meter.device, non_blocking=True))
@@ -150,10 +134,7 @@ def merge(cell: Cell, ranks: list[dict[str, Any]]) -> dict[str, Any]:
     """One record of what all ranks measured.
 
     A step lasts as long as on its slowest rank; memory and host time are the largest of any rank; GPU times are means
-    over ranks, and the kernels are rank 0's.
-
-    Raises:
-        ValueError: If the loss is not finite.
+    over ranks, and the kernels are rank 0's. Raises ValueError if the loss is not finite.
     """
     steps = [max(times) for times in zip(*(rank["steps_ms"] for rank in ranks), strict=True)]
     record: dict[str, Any] = {"steps_ms": steps, **rates(cell, steps)}
@@ -172,12 +153,8 @@ def merge(cell: Cell, ranks: list[dict[str, Any]]) -> dict[str, Any]:
 
 def rates(cell: Cell, steps_ms: list[float]) -> dict[str, float]:
     """Tokens per second and GPU of steps of a cell: median, 10th and 90th percentile."""
-    return {
-        "step_ms": statistics.median(steps_ms),
-        "tokens_per_second": cell.tokens / statistics.median(steps_ms) * 1e3,
-        "tokens_per_second_p10": cell.tokens / quantile(steps_ms, 0.9) * 1e3,
-        "tokens_per_second_p90": cell.tokens / quantile(steps_ms, 0.1) * 1e3,
-    }
+    times = {"": statistics.median(steps_ms), "_p10": quantile(steps_ms, 0.9), "_p90": quantile(steps_ms, 0.1)}
+    return {"step_ms": times[""]} | {f"tokens_per_second{of}": cell.tokens / ms * 1e3 for of, ms in times.items()}
 
 
 def quantile(values: list[float], q: float) -> float:

@@ -30,12 +30,7 @@ def node_cells(ranks: int = 8, layers: int = 48, sizes: str = "qwen3-30b-a3b", d
 
     Peers are compiled, and recompute where they would not fit otherwise at full depth on 8 GPUs: transformers keeps
     2.2 GiB per layer at 16,384 tokens (91.5 and 78.4 GiB without and with recompute, 6 layers on one H200).
-
-    Args:
-        ranks: GPUs.
-        layers: Depth.
-        sizes: Key into `benchmarks.cells.SIZES`; ``tiny`` has shorter sequences, too.
-        device: ``cuda`` or ``cpu``, where nothing is compiled.
+    Sequences of ``tiny`` models are shorter; on a CPU nothing is compiled.
     """
 
     def cell(trainer: str, shape: str = "4x4096", **settings: Any) -> Cell:

@@ -17,7 +17,7 @@ import lightning_ep
 from benchmarks.cells import Cell
 from benchmarks.measure import Meter
 from benchmarks.records import ROOT
-from benchmarks.workload import Popularity, batches, fill_parameters
+from benchmarks.workload import Popularity, balance, batches, fill_parameters
 from lightning_ep import AdamW, CausalLM, ExpertParallelStrategy
 
 
@@ -26,11 +26,13 @@ class _Module(CausalLM):
 
     def __init__(self, cell: Cell, meter: Meter, **kwargs: Any) -> None:
         super().__init__(cell.config(), pretrained=False, **kwargs)
-        self._meter = meter
+        self._meter, self._balanced = meter, cell.balanced
 
     @override
     def configure_model(self) -> None:
         super().configure_model()
+        if self._balanced:
+            balance(self.model)
         self._meter.read_popularity = Popularity(self.model).read
 
 
@@ -55,31 +57,27 @@ class _Steps(Callback):
         self._meter.step_ended(lambda: trainer.callback_metrics["train/loss"])
 
 
-def run(cell: Cell, meter: Meter) -> None:
-    """Trains ``meter.num_steps`` steps.
+def _adapter(cell: Cell) -> dict[str, Any]:
+    """The argument of CausalLM, which older commits do not have."""
+    if cell.lora is None:
+        return {}
+    where, _, rank = cell.lora.partition(",")
+    return {"adapter": lightning_ep.LoRA(r=int(rank), lora_alpha=2 * int(rank), experts=where == "all")}
 
-    Raises:
-        RuntimeError: If the code that was imported is not that of the cell's tree.
-    """
+
+def run(cell: Cell, meter: Meter) -> None:
+    """Trains ``meter.num_steps`` steps; raises RuntimeError if the code that was imported is not of the cell's tree."""
     expected, found = Path(cell.tree or ROOT).resolve(), Path(lightning_ep.__file__).resolve().parents[1]
     if found != expected:
         raise RuntimeError(f"lightning_ep is that of {found}, not of {expected}.")
     cuda = meter.device.type == "cuda"
     settings: dict[str, Any] = {**cell.layout, "activation_checkpointing": cell.recompute, "compile": cell.compile}
     trainer = Trainer(
-        strategy=_FastStart(**settings),
-        accelerator="cuda" if cuda else "cpu",
-        devices=cell.ranks,
-        precision="bf16-mixed",
-        gradient_clip_val=1.0,
-        max_steps=meter.num_steps,
-        callbacks=[_Steps(meter)],
-        use_distributed_sampler=False,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
+        strategy=_FastStart(**settings), accelerator="cuda" if cuda else "cpu", devices=cell.ranks,
+        precision="bf16-mixed", gradient_clip_val=1.0, max_steps=meter.num_steps, callbacks=[_Steps(meter)],
+        use_distributed_sampler=False, logger=False, enable_checkpointing=False, enable_progress_bar=False,
         enable_model_summary=False,
-    )
-    module = _Module(cell, meter, optimizer=functools.partial(AdamW, lr=1e-5))
+    )  # fmt: skip
+    module = _Module(cell, meter, optimizer=functools.partial(AdamW, lr=1e-5), **_adapter(cell))
     data: Any = list(batches(cell, meter.num_steps))
     trainer.fit(module, DataLoader(data, batch_size=None, pin_memory=cuda))

@@ -65,11 +65,9 @@ def _build(cell: Cell, device: torch.device) -> Any:
 def _distribute(model: Any, cell: Cell, device: torch.device) -> Any:
     if cell.ranks > 1:
         settings = DistributedConfig(
-            fsdp_size=cell.ranks,
-            ep_size=cell.ranks if cell.base == TRANSFORMERS_EP else 1,
-            ep_implementation="all_to_all",
-            fsdp_mixed_precision=True,
-        )
+            fsdp_size=cell.ranks, ep_size=cell.ranks if cell.base == TRANSFORMERS_EP else 1,
+            ep_implementation="all_to_all", fsdp_mixed_precision=True,
+        )  # fmt: skip
         settings, _, meshes = model.prepare_distribute_model(settings)
         return model.maybe_distribute_model(model, settings, meshes)
     if cell.base == TRANSFORMERS_EP:

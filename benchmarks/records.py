@@ -73,7 +73,7 @@ def machine(device: Any) -> dict[str, Any]:
 
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     versions = {"torch": str(torch.__version__)}  # with its build, which metadata may lack
-    for library in ("lightning", "transformers", "torchtitan"):
+    for library in ("lightning", "transformers", "peft", "torchtitan"):
         if library in sys.modules:
             versions[library] = importlib.metadata.version(library)
     return {"device_name": name, "versions": {**versions, "python": platform.python_version()}}

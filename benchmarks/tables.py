@@ -152,15 +152,9 @@ def _compared(cell: Cell, turns: list[Record]) -> list[str]:
     old, new = (rates(cell, [ms for record in side for ms in record["steps_ms"]]) for side in sides)
     pairs = [new["tokens_per_second"] / old["tokens_per_second"] for old, new in zip(*sides, strict=True)]
     peaks = [max(record.get("peak_allocated_gib", 0.0) for record in side) for side in sides]
-    return [
-        cell.trainer,
-        cell.shape,
-        spread(old),
-        spread(new),
-        f"{new['tokens_per_second'] / old['tokens_per_second']:.3f}",
-        ", ".join(f"{pair:.3f}" for pair in pairs),
-        *(f"{peak:.1f}" if peak else "" for peak in peaks),
-    ]
+    ratio, by_turns = new["tokens_per_second"] / old["tokens_per_second"], ", ".join(f"{pair:.3f}" for pair in pairs)
+    shown = (f"{peak:.1f}" if peak else "" for peak in peaks)
+    return [cell.trainer, cell.shape, spread(old), spread(new), f"{ratio:.3f}", by_turns, *shown]
 
 
 def runs(records: Sequence[Record]) -> str:

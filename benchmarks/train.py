@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -11,7 +12,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.cells import OURS, SIZES, TRAINERS, Cell, default_trainers, parse_shape
+from benchmarks.cells import BOUNDARIES, CHATS, OURS, RANDOM, SIZES, TRAINERS, Cell, default_trainers, parse_shape
 from benchmarks.launch import device_name, run_cell
 from benchmarks.records import append, find
 from benchmarks.tables import comparison, table
@@ -43,14 +44,8 @@ def run(
     """Measures the cells that ``path`` does not hold yet, and appends each as it is done.
 
     However it ends (killed excepted), it prints the table of what is known of these cells and writes it beside
-    ``path``; the output of their ranks is in a folder there.
-
-    Args:
-        cells: The matrix, most informative first, with the seconds that each may take.
-        path: JSON lines, one record per cell.
-        budget: Seconds in all; a cell that this cuts short is not recorded, so that the next call repeats it.
-        render: Makes the table.
-        measure: What runs one cell.
+    ``path``; the output of their ranks is in a folder there. Cells come with the seconds that each may take, the most
+    informative first; one that ``budget``, the seconds in all, cuts short is not recorded: the next call repeats it.
 
     Returns:
         Exit status: 0 when every cell is recorded, `_GOES_ON` while some are left.
@@ -90,10 +85,10 @@ def _line(record: dict[str, Any]) -> str:
 def _cells(options: argparse.Namespace) -> list[Cell]:
     ranks = num_ranks(options)
     trainers = options.trainers or default_trainers(ranks, peers=not options.against)
-    names = ("sizes", "layers", "steps", "warmup", "memory_cap_gib", "device")
+    names = ("sizes", "layers", "steps", "warmup", "memory_cap_gib", "lora", "device", "balanced")
     settings = {name: getattr(options, name) for name in names}
-    shapes = map(parse_shape, options.tokens)
-    return [Cell(trainer, *shape, ranks, **settings) for shape in shapes for trainer in trainers]
+    kinds = itertools.product(map(parse_shape, options.tokens), options.data, trainers)
+    return [Cell(trainer, *shape, ranks, data=data, **settings) for shape, data, trainer in kinds]
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -101,9 +96,17 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--trainers", nargs="+", help=f"{TRAINERS}; + names what is recomputed")
     add("--tokens", nargs="+", default=["4x4096", "1x16384", "1x4096"], help="sequences x tokens, per rank")
+    add("--data", nargs="+", default=[RANDOM], choices=[RANDOM, CHATS, BOUNDARIES], help="tokens; packed chats; random "
+        f"tokens in place of those of the chats: {OURS}N only")  # fmt: skip
+    add("--balanced", action="store_true", help=f"as many tokens for every expert, whatever routers say: {OURS}N only")
     add("--steps", type=int, default=30)
     add("--warmup", type=int, default=5)
     add("--memory-cap-gib", type=float, metavar="GIB", help="limit of torch's allocator per GPU: a smaller card")
+    add(
+        "--lora",
+        metavar="WHERE,RANK",
+        help="train adapters over frozen bf16 weights: attention,16 or (with experts) all,8",
+    )
     add("--timeout", type=float, default=240.0, help="seconds per cell")
     add("--against", type=Path, metavar="DIR", help=f"another commit's tree, which takes turns with this: {OURS}N only")
     add_run_options(parser, layers=12, records="train.jsonl")
@@ -111,13 +114,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def add_run_options(parser: argparse.ArgumentParser, layers: int, records: str) -> None:
-    """Adds what every command that calls `run` takes.
-
-    Args:
-        parser: Its parser.
-        layers: Default depth.
-        records: Default file name of the records.
-    """
+    """Adds what every command that calls `run` takes, with its defaults of the depth and the records' file name."""
     add = parser.add_argument
     add("--layers", type=int, default=layers)
     add("--sizes", default="qwen3-30b-a3b", choices=sorted(SIZES))

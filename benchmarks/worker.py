@@ -15,14 +15,15 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from benchmarks.cells import Cell
+from benchmarks.cells import PEFT, Cell
 from benchmarks.measure import Meter
 from benchmarks.records import machine
 
 _MODULES = {
-    "lightning_ep": "benchmarks.ours",
-    "transformers": "benchmarks.peer_transformers",
-    "torchtitan": "benchmarks.peer_torchtitan",
+    "lightning_ep": "ours",
+    "transformers": "peer_transformers",
+    "torchtitan": "peer_torchtitan",
+    PEFT: "peer_peft",
 }
 
 
@@ -39,7 +40,8 @@ def main() -> None:
         else:
             torch.set_num_threads(1)
         meter = Meter(cell, device)
-        importlib.import_module(_MODULES[cell.trainer.split("/")[0]]).run(cell, meter)
+        module = _MODULES.get(cell.base) or _MODULES[cell.trainer.split("/")[0]]
+        importlib.import_module(f"benchmarks.{module}").run(cell, meter)
         _write(path, {"measured": meter.results(), "machine": machine(device)})
     except BaseException as error:
         traceback.print_exc()

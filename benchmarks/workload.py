@@ -2,23 +2,81 @@
 
 from __future__ import annotations
 
+import itertools
+import json
+import math
 import os
+import random
+import string
+import tempfile
 from collections.abc import Iterable, Iterator
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from benchmarks.cells import SIZES, Cell
+from benchmarks.cells import CHATS, RANDOM, SIZES, Cell
 
 
 def batches(cell: Cell, count: int) -> Iterator[dict[str, Tensor]]:
-    """Random tokens on the CPU; every trainer gets the same ones on the same rank, but for ranks that share them."""
-    generator = torch.Generator().manual_seed(int(os.environ.get("RANK", "0")) // cell.sharing)
-    for _ in range(count):
+    """Tokens on the CPU; every trainer gets the same ones on the same rank, but for ranks that share them."""
+    seed = int(os.environ.get("RANK", "0")) // cell.sharing
+    generator = torch.Generator().manual_seed(seed)
+    chats = itertools.cycle(_chats(cell, count, seed) if cell.data != RANDOM else [{}])
+    for batch in itertools.islice(chats, count):
         ids = torch.randint(0, SIZES[cell.sizes]["vocab_size"], (cell.batch, cell.sequence), generator=generator)
-        yield {"input_ids": ids, "labels": ids}
+        if cell.data == RANDOM:
+            yield {"input_ids": ids, "labels": ids}
+        elif cell.data == CHATS:
+            yield batch
+        else:
+            yield {**batch, "input_ids": ids, "labels": ids.where(batch["labels"] != -100, -100)}
+
+
+def _chats(cell: Cell, count: int, seed: int) -> list[dict[str, Tensor]]:
+    """At least ``count`` batches, or one, that `ChatDataModule` packs of generated conversations.
+
+    They have 1 to 4 turns; at 4,096 tokens per window questions have about 40 and answers about 150 words, or tokens.
+    """
+    from lightning_ep.data import ChatDataModule
+    from lightning_ep.data.corpus import train_tokenizer
+
+    draw = random.Random(seed)
+    words = ["".join(draw.choices(string.ascii_lowercase, k=draw.randint(2, 8))) for _ in range(150)]
+    left, rows = 1.2 * count * cell.batch * cell.sequence, []
+    while left > 0:
+        messages = []
+        for role, median in [("user", cell.sequence / 100), ("assistant", cell.sequence / 27)] * draw.randint(1, 4):
+            length = 1 + int(draw.lognormvariate(math.log(median), 0.8))
+            messages.append({"role": role, "content": " ".join(draw.choices(words, k=length))})
+            left -= length
+        rows.append(json.dumps({"messages": messages}))
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder, "chats.jsonl").write_text("\n".join(rows))
+        train_tokenizer(iter([" ".join(words)] * 5), min(2048, SIZES[cell.sizes]["vocab_size"])).save_pretrained(folder)
+        data = ChatDataModule(
+            source=f"{folder}/chats.jsonl", tokenizer=folder, cache_dir=folder, chat_template="plain", num_proc=1,
+            sequence_length=cell.sequence, batch_size=cell.batch, validation_fraction=0.0,
+        )  # fmt: skip
+        data.prepare_data()
+        data.setup()
+        return list(data.train_dataloader())
+
+
+def balance(model: Any) -> None:
+    """Has routers of a transformers Qwen3-MoE choose every expert equally often, those of a token far apart."""
+
+    def choose(gate: Any, _: Any, output: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        logits, scores_TK, ids_TK = output
+        tokens, top_k = ids_TK.shape
+        first_T1 = torch.arange(tokens, device=ids_TK.device)[:, None]
+        apart_K = torch.arange(top_k, device=ids_TK.device) * (gate.num_experts // top_k)
+        return logits, scores_TK, ((first_T1 + apart_K) % gate.num_experts).to(ids_TK.dtype)
+
+    for layer in model.model.layers:
+        layer.mlp.gate.register_forward_hook(choose)
 
 
 @torch.no_grad()

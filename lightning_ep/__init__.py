@@ -1,13 +1,16 @@
 """Expert parallelism for mixture-of-experts transformers as an ordinary Lightning strategy."""
 
-from lightning_ep_start import __version__, answer_module_run
+from lightning_ep_start import __version__, answer_first
 
-answer_module_run()  # `python -m lightning_ep --help` needs nothing of what follows, which takes seconds
+# `python -m lightning_ep --help` and `lightning-ep plan` need nothing of what follows, which takes seconds.
+answer_first()
 
 from lightning.pytorch.strategies import StrategyRegistry
 
+from lightning_ep.adapters import LoRA, add_adapter
 from lightning_ep.causal_lm import CausalLM
 from lightning_ep.context_parallel import shard_sequence, whole_sequences
+from lightning_ep.dpo import DPO
 from lightning_ep.hub.errors import CheckpointError
 from lightning_ep.hub.meta_models import from_config, from_pretrained
 from lightning_ep.layout import ParallelLayout
@@ -19,14 +22,17 @@ from lightning_ep.trainer.clipping import clip_grad_norm_
 from lightning_ep.trainer.schedules import Schedule
 
 __all__ = [
+    "DPO",
     "AdamW",
     "CausalLM",
     "CheckpointError",
     "ExpertParallel",
     "ExpertParallelStrategy",
+    "LoRA",
     "ParallelLayout",
     "Schedule",
     "__version__",
+    "add_adapter",
     "clip_grad_norm_",
     "expert_plan",
     "from_config",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -18,6 +19,7 @@ from torch.optim import Optimizer
 from transformers import AutoConfig, PreTrainedConfig
 from typing_extensions import override
 
+from lightning_ep.adapters import LoRA, add_adapter
 from lightning_ep.checkpoint.saved_weights import SavedWeights
 from lightning_ep.distributed.host_copies import Lagged
 from lightning_ep.hub.errors import CheckpointError
@@ -28,6 +30,7 @@ from lightning_ep.ops.cross_entropy import IGNORE
 from lightning_ep.strategy import ExpertParallelStrategy
 from lightning_ep.trainer.adamw import AdamW
 from lightning_ep.trainer.clipping import clip_grad_norm_
+from lightning_ep.trainer.loaders import evaluated_loaders
 from lightning_ep.trainer.loss_scale import mean_of_sum
 
 
@@ -39,18 +42,19 @@ class CausalLM(LightningModule):
     ``[batch, sequence]``, labels not shifted, -100 where there is no target), and anything else that the model's
     forward takes.
 
-    Logs ``train/loss``, ``train/grad_norm``, ``lr``, ``val/loss``, ``val/perplexity`` and the like for test. The
-    progress bar shows ``loss``, on GPUs that of the step before, so that the host need not wait for the GPU.
-    An evaluation in which no token of any rank has a target raises a ValueError at its end; in Lightning's sanity check
-    it only warns. ``predict`` returns, per sequence, the ``log_likelihood`` (nats) and the number of ``tokens`` it sums
-    over.
+    Logs ``train/loss``, ``train/grad_norm``, ``lr``, ``val/loss``, ``val/perplexity`` and the like for test; where
+    there are several dataloaders, also ``val/loss/<name>``, by their keys in a dict or by their numbers. The progress
+    bar shows ``loss``, on GPUs that of the step before, so that the host need not wait for the GPU.
+    An evaluation in which no token of any rank has a target raises ValueError at its end; the sanity check only warns.
+    ``predict`` returns, per sequence, the ``log_likelihood`` (nats) and the number of ``tokens`` it sums over.
 
     Args:
         model: Hub id or local path, or a configuration: an object, or a dict with ``model_type``.
         pretrained: Load weights (every rank streams its own shards), or start from random ones.
-        optimizer: Builds the optimizer from the parameters.
+        optimizer: Builds the optimizer from the parameters. Default: AdamW with lr=1e-5, or 1e-4 with an adapter.
         lr_scheduler: Builds a scheduler from the optimizer; it steps once per optimizer step. `lightning_ep.Schedule`
             ends with the run.
+        adapter: Train adapters, with the model frozen beneath.
 
     Raises:
         ValueError: If there are no weights to load, or a configuration in a dict has a key that nobody reads.
@@ -60,8 +64,9 @@ class CausalLM(LightningModule):
         self,
         model: str | dict[str, Any] | PreTrainedConfig,
         pretrained: bool = True,
-        optimizer: OptimizerCallable = lambda params: AdamW(params, lr=1e-5),
+        optimizer: OptimizerCallable | None = None,
         lr_scheduler: LRSchedulerCallable | None = None,
+        adapter: LoRA | None = None,
     ) -> None:
         super().__init__()
         if pretrained and not isinstance(model, str):
@@ -73,10 +78,11 @@ class CausalLM(LightningModule):
         self._source = config_of(model) if isinstance(model, dict) else model
         self._pretrained = pretrained
         self._optimizer = optimizer
+        self._adapter = adapter
         self._lr_scheduler = lr_scheduler
         self.model: nn.Module | None = None
         self._window: Tensor | None = None  # sums of loss and valid tokens since the last step
-        self._evaluation: Tensor | None = None  # the same of an evaluation
+        self._evaluation: dict[int, Tensor] = {}  # the same of an evaluation, by dataloader
         self._train_loss: Tensor | None = None
         self._grad_norm: Tensor | None = None
         self._shown_loss = Lagged()
@@ -100,15 +106,14 @@ class CausalLM(LightningModule):
             return
         if not isinstance(self.trainer.strategy, ExpertParallelStrategy):
             raise TypeError(
-                "CausalLM returns sums of token losses, which only ExpertParallelStrategy scales, but the Trainer "
-                f"uses {type(self.trainer.strategy).__name__}. Pass strategy=ExpertParallelStrategy(); it serves "
-                "devices=1 too."
+                "CausalLM returns sums of token losses, which only ExpertParallelStrategy scales, but the Trainer uses "
+                f"{type(self.trainer.strategy).__name__}. Pass strategy=ExpertParallelStrategy(); it serves one device."
             )
-        if self._pretrained:
-            assert isinstance(self._source, str)
-            self.model = from_pretrained(self._source)
-            return
-        self.model = from_config(_config(self._source))
+        path = self.pretrained_path
+        self.model = self._adapted(from_config(_config(self._source)) if path is None else from_pretrained(path))
+
+    def _adapted(self, model: nn.Module) -> nn.Module:
+        return model if self._adapter is None else add_adapter(model, self._adapter)
 
     @classmethod
     @override
@@ -147,7 +152,7 @@ class CausalLM(LightningModule):
                 f"{checkpoint_path} does not contain the config of its model: pass `model=` (hub id, path or config)."
             )
         module = cls(**{"pretrained": False, **kwargs, "model": source})
-        module.model = meta_model(_config(module._source))
+        module.model = module._adapted(meta_model(_config(module._source)))
         saved.fill(module, strict is not False)
         materialize(module, torch.device("cpu"), seed=0)  # buffers that are not saved
         return module.to(map_location) if map_location is not None else module
@@ -251,7 +256,7 @@ class CausalLM(LightningModule):
         if clips and not by_norm:
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
         if not self._logs_after_step:
-            self._log_step(optimizer)
+            self.log_step(optimizer)
 
     @override
     def optimizer_step(
@@ -263,7 +268,7 @@ class CausalLM(LightningModule):
     ) -> None:
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
         if self._logs_after_step:
-            self._log_step(optimizer)
+            self.log_step(optimizer)
 
     @property
     def _logs_after_step(self) -> bool:
@@ -274,7 +279,8 @@ class CausalLM(LightningModule):
         own, hooks = CausalLM, ("configure_gradient_clipping", "optimizer_step")
         return all(getattr(type(self), name) is getattr(own, name) for name in hooks)
 
-    def _log_step(self, optimizer: Optimizer | LightningOptimizer) -> None:
+    def log_step(self, optimizer: Optimizer | LightningOptimizer) -> None:
+        """Logs an optimizer step; called by every rank once in each."""
         if self._grad_norm is not None:
             self.log("train/grad_norm", self._grad_norm)
         if self._train_loss is not None:
@@ -286,19 +292,34 @@ class CausalLM(LightningModule):
         # A tensor, on the CPU: of a number Lightning would make one on the GPU, for which the host waits.
         self.log("lr", torch.tensor(optimizer.param_groups[0]["lr"]))
 
-    def _evaluation_step(self, batch: dict[str, Tensor]) -> None:
-        loss, tokens, _ = self._summed_loss(batch)
-        sums = torch.stack([loss.double(), tokens.double()])
-        self._evaluation = sums if self._evaluation is None else self._evaluation + sums
+    @property
+    def weighs_tokens(self) -> bool:
+        """Whether evaluations sum over tokens, apart for every dataloader: windows without targets do no harm.
 
-    def _log_evaluation(self, stage: str) -> None:
-        had_batches = self._evaluation is not None
-        sums = self._evaluation if self._evaluation is not None else torch.zeros(2, device=self.device).double()
-        self._evaluation = None
-        loss, tokens = self._summed_over_ranks(sums)
+        Data modules that see it give a dataloader for each source. False for subclasses with a step of their own.
+        """
+        return type(self).validation_step is CausalLM.validation_step
+
+    def evaluation_step(self, batch: dict[str, Tensor], dataloader_idx: int) -> None:
+        """What validation and test do with a batch."""
+        loss, tokens, _ = self._summed_loss(batch)
+        sums_2 = torch.stack([loss.double(), tokens.double()])
+        self._evaluation[dataloader_idx] = sums_2 + self._evaluation.get(dataloader_idx, 0)
+
+    def log_evaluation(self, stage: str) -> None:
+        """Logs an evaluation at its end; ``stage`` is "val" or "test"."""
+        names = evaluated_loaders(self.trainer)
+        sums_N2 = torch.zeros(len(names), 2, dtype=torch.float64, device=self.device)
+        for index, sums_2 in self._evaluation.items():
+            sums_N2[index] = sums_2
+        had_batches, self._evaluation = bool(self._evaluation), {}
+        loss, tokens = (sums_N2 := self._summed_over_ranks(sums_N2)).sum(0)
         if tokens == 0:
             self._explain_no_targets(stage, had_batches)
             return
+        for name, (loss_of_one, tokens_of_one) in zip(names, sums_N2, strict=True):
+            if len(names) > 1 and tokens_of_one > 0:
+                self.log(f"{stage}/loss/{name}", (loss_of_one / tokens_of_one).float(), sync_dist=True)
         mean = (loss / tokens).float()
         # Equal on all ranks already; sync_dist only tells Lightning so.
         self.log(f"{stage}/loss", mean, prog_bar=True, sync_dist=True)
@@ -331,27 +352,27 @@ class CausalLM(LightningModule):
 
     @override
     def on_validation_epoch_start(self) -> None:
-        self._evaluation = None  # what an evaluation left that did not reach its end
+        self._evaluation = {}  # what an evaluation left that did not reach its end
 
     @override
     def on_test_epoch_start(self) -> None:
-        self._evaluation = None
+        self._evaluation = {}
 
     @override
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
-        self._evaluation_step(batch)
+        self.evaluation_step(batch, dataloader_idx)
 
     @override
     def on_validation_epoch_end(self) -> None:
-        self._log_evaluation("val")
+        self.log_evaluation("val")
 
     @override
     def test_step(self, batch: dict[str, Tensor], batch_idx: int, dataloader_idx: int = 0) -> None:
-        self._evaluation_step(batch)
+        self.evaluation_step(batch, dataloader_idx)
 
     @override
     def on_test_epoch_end(self) -> None:
-        self._log_evaluation("test")
+        self.log_evaluation("test")
 
     @override
     def predict_step(self, batch: dict[str, Tensor], batch_idx: int, dataloader_idx: int = 0) -> dict[str, Tensor]:
@@ -364,7 +385,11 @@ class CausalLM(LightningModule):
 
     @override
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        optimizer = self._optimizer(self.parameters())
+        if self._adapter is None:
+            optimizer = (self._optimizer or partial(AdamW, lr=1e-5))(self.parameters())
+        else:
+            trained = (param for param in self.parameters() if param.requires_grad)
+            optimizer = (self._optimizer or partial(AdamW, lr=1e-4))(trained)
         if self._lr_scheduler is None:
             return optimizer
         scheduler = self._lr_scheduler(optimizer)

@@ -100,18 +100,43 @@ def summed_loss(
     Returns:
         0-dim fp32 tensor, and the auxiliary loss and the targets as in `token_losses`.
     """
+    loss, auxiliary, targets_BS = _losses(module, targets_BS, inputs, labels_BS, per_token=False)
+    return loss.sum(), auxiliary, targets_BS  # of one sum, or of the plain path's tokens
+
+
+def sequence_log_probs(module: nn.Module, targets_BS: Tensor, inputs: dict[str, Any]) -> Tensor:
+    """Log-probabilities of the targets of each sequence, summed, without logits as `summed_loss` does it.
+
+    Args:
+        module: As there, like the others, with a head that is not trained; one that is takes the path over logits.
+        targets_BS: The targets.
+        inputs: The arguments.
+
+    Returns:
+        ``[B]`` in fp32 nats, zero for a sequence without a target.
+    """
+    losses, _, targets_BS = _losses(module, targets_BS, inputs, None, per_token=True)
+    return -losses.view_as(targets_BS).sum(1)
+
+
+def _losses(
+    module: nn.Module, targets_BS: Tensor, inputs: dict[str, Any], labels_BS: Tensor | None, per_token: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Losses of tokens, in any shape, or (unless ``per_token``) their sum; what else `token_losses` returns."""
     inside = _inside(module)
-    head = adapter.recall(module, _Head) or _Head(is_plain_head(inside.model.get_output_embeddings()))
-    if head.gives_the_logits:
+    output = inside.model.get_output_embeddings()
+    head = adapter.recall(module, _Head) or _Head(is_plain_head(output))
+    trained = per_token and torch.is_grad_enabled() and output.weight.requires_grad
+    if head.gives_the_logits and not trained:
         try:
-            result = inside.call_fused(module, targets_BS, inputs, labels_BS)
+            result = inside.call_fused(module, targets_BS, inputs, labels_BS, per_token)
             adapter.remember(module, head)
             return result.loss, _zero_or(result.auxiliary, result.loss), result.targets_BS
         except _LogitsAreUsed:
             rank_zero_info(f"{type(module).__name__} does more with its logits than its head: the loss holds them all.")
-    adapter.remember(module, _Head(False))
-    losses_BS, auxiliary, targets_BS = token_losses(module, targets_BS, inputs, labels_BS)
-    return losses_BS.sum(), auxiliary, targets_BS
+    if not trained:
+        adapter.remember(module, _Head(False))
+    return token_losses(module, targets_BS, inputs, labels_BS)
 
 
 # ------------------------------------------------------------------------------------------------ inside of a module
@@ -168,7 +193,7 @@ class _Inside:
         self.model = _find_model(module)
         self._names = list(inspect.signature(self.model.forward).parameters)
         self._takes_labels = module is not self.model and "labels" in inspect.signature(module.forward).parameters
-        self._passes_labels = False
+        self._passes_labels = self._per_token = False
         # What torch.compile is given is the model's own forward, which these are around and inside of.
         self._around = torch.compiler.disable(self._forward, recursive=False)
         self._instead = torch.compiler.disable(self._head_forward)
@@ -183,19 +208,25 @@ class _Inside:
         return begins
 
     def call_fused(
-        self, module: nn.Module, targets_BS: Tensor, inputs: dict[str, Any], labels_BS: Tensor | None
+        self,
+        module: nn.Module,
+        targets_BS: Tensor,
+        inputs: dict[str, Any],
+        labels_BS: Tensor | None,
+        per_token: bool,
     ) -> _Result:
-        """A call with the loss in place of the head.
+        """A call with the loss, or that of every token, in place of the head.
 
         Raises:
             _LogitsAreUsed: If the logits are more than what the head gives, or there is no loss for other reasons.
         """
         try:
+            self._per_token = per_token
             result = self.call(module, targets_BS, inputs, labels_BS, fused=True)
         except _OtherLength:
             if not self.begins_to_pass_labels(labels_BS):
                 raise _LogitsAreUsed from None
-            return self.call_fused(module, targets_BS, inputs, labels_BS)
+            return self.call_fused(module, targets_BS, inputs, labels_BS, per_token)
         if len(result.losses) != 1 or _logits(module, result.output) is not _NO_LOGITS:
             raise _LogitsAreUsed
         return result
@@ -240,7 +271,7 @@ class _Inside:
             raise _OtherLength
         head: Any = self.model.get_output_embeddings()
         targets_T = self._targets_BS.flatten()
-        loss = head_cross_entropy(head, hidden_BSH.flatten(0, 1), targets_T, IGNORE)
+        loss = head_cross_entropy(head, hidden_BSH.flatten(0, 1), targets_T, IGNORE, self._per_token)
         self._losses.append((loss, _version(loss)))
         return _NO_LOGITS
 

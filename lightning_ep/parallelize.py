@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from lightning_ep import context_parallel
 from lightning_ep import transformers_adapter as adapter
+from lightning_ep.adapters.factors import hold_per_expert, note_adapted_experts
 from lightning_ep.distributed import dtensor_rules as dtensor_rules  # registers them
 from lightning_ep.fsdp.groups import in_bf16, shard_beside, shard_dense, shard_experts, sum_gradients
 from lightning_ep.hub.initialize import materialize
@@ -23,8 +24,10 @@ from lightning_ep.hub.source import follow_sources
 from lightning_ep.layers.recompute import ActivationCheckpointing
 from lightning_ep.layers.wrap import check_recompute, wrap_layers
 from lightning_ep.layout import Meshes, ParallelLayout
+from lightning_ep.moe.adapted import experts_in
 from lightning_ep.moe.expert_parallel import expert_plan
 from lightning_ep.moe.experts import is_parallel_experts
+from lightning_ep.ops.packed_attention import has_kernel
 from lightning_ep.tensor_parallel import apply_tensor_plan, tensor_plan
 
 
@@ -123,6 +126,7 @@ def shard(
     tensor_plans = check(module, layout, plan)
     check_recompute(module, plan, activation_checkpointing)
     steps = Steps(module, meshes, device, plan, mp_policy)
+    steps.hold_factors_per_expert()
     steps.cast_constants()
     steps.broadcast_weights()
     for model, styles in tensor_plans.items():
@@ -134,6 +138,8 @@ def shard(
         steps.shard_dense(model)
         if layout.cp > 1:
             context_parallel.use_context_parallel_attention(model)
+        elif in_bf16(model, mp_policy) and has_kernel(device, torch.bfloat16):
+            adapter.use_bounds_of_documents(model)
         adapter.keep_documents_apart(model)
         adapter.remember(model, layout)
     steps.shard_beside()
@@ -164,6 +170,12 @@ class Steps:
         self.models = list(adapter.pretrained_models(module).values())
         self.experts = {module.get_submodule(name): style for name, style in plan.items()}
         self._meshes, self._device, self._mp_policy = meshes, device, mp_policy
+
+    def hold_factors_per_expert(self) -> None:
+        """Gives adapters of experts a dimension of experts, by which they are spread with them."""
+        _needs("hold_factors_per_expert", not is_parallelized(self.module), "adapters as PEFT builds them")
+        for experts in self.experts:
+            hold_per_expert(self.module, experts)
 
     def cast_constants(self) -> None:
         """Gives models that compute in bf16 the buffers that they have where transformers loads them in bf16."""
@@ -250,9 +262,10 @@ def check(
         The tensor-parallel plan of each model; empty without tensor parallelism.
     """
     _refuse_hidden_models(module)
+    note_adapted_experts(module, plan)
     for name, style in plan.items():
         experts = module.get_submodule(name)
-        num_experts = getattr(experts, "num_experts", None)
+        num_experts = getattr(experts_in(experts), "num_experts", None)
         if isinstance(num_experts, int):
             layout.check_num_experts(num_experts, name)
         validate = getattr(style, "validate", None)

@@ -53,6 +53,7 @@ from lightning_ep.trainer.cost_warnings import warn_if_ep_crosses_nodes, warn_if
 from lightning_ep.trainer.finetuning import KnownParameters
 from lightning_ep.trainer.loaders import prepare_loader
 from lightning_ep.trainer.lost_hooks import check_hooks_before_sharding, check_hooks_on_shards
+from lightning_ep.trainer.memory_advice import add_memory_advice
 from lightning_ep.trainer.nonfinite import NonfiniteGuard
 from lightning_ep.trainer.precision import ShardedPrecision
 from lightning_ep.trainer.refusals import (
@@ -262,9 +263,8 @@ class ExpertParallelStrategy(ModelParallelStrategy):
     def on_exception(self, exception: BaseException) -> None:
         if isinstance(exception, SIGTERMException | Interrupted):
             return  # all ranks agreed to stop and have saved
-        position = self._progress.describe()
-        if position is not None and self.layout.world_size > 1:
-            print(f"[rank {self.global_rank}] {type(exception).__name__} while {position}", file=sys.stderr, flush=True)
+        self._progress.say_failed(exception, self.global_rank, self.layout.world_size)
+        add_memory_advice(exception, self.lightning_module, self.layout, self._activation_checkpointing, self._batches)
         if self._checkpoints is not None:
             self._checkpoints.fail()
         if isinstance(self.launcher, _SubprocessScriptLauncher):

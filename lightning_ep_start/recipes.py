@@ -12,7 +12,7 @@ from typing import NoReturn
 
 from typing_extensions import override
 
-from lightning_ep_start import did_you_mean, fail, say
+from lightning_ep_start import DATA_COMMANDS, did_you_mean, fail, say
 
 _FLAGS = ("--config", "-c")
 _NAME = re.compile(r"[\w-]+")  # no path and no YAML
@@ -44,10 +44,17 @@ def check(arguments: list[str]) -> None:
         file_of(value)
     says_what = (*_FLAGS, "--model", "--help", "-h", "--print_config")
     if not any(word.startswith(says_what) or word.partition("=")[0].endswith(".help") for word in arguments[1:]):
+        flag = "" if arguments[0] in DATA_COMMANDS else "--config with "
         fail(
-            f"{arguments[0]} needs --config with a YAML file or with the name of a recipe ({', '.join(names())}), "
-            "or --model and --data."
+            f"{arguments[0]} needs {flag}a YAML file or {'with ' * bool(flag)}the name of a recipe "
+            f"({', '.join(names())}), or --model and --data."
         )
+
+
+def with_flag(arguments: list[str]) -> list[str]:
+    """The arguments of a command that takes a recipe by itself, with ``--config`` in front of that."""
+    bare = len(arguments) > 1 and not arguments[1].startswith("-")
+    return [arguments[0], "--config", *arguments[1:]] if bare else arguments
 
 
 def with_files(arguments: list[str]) -> list[str]:
@@ -99,7 +106,7 @@ def main(arguments: list[str]) -> None:
     Args:
         arguments: Those after the command's name.
     """
-    parser = _Parser(
+    parser = Parser(
         prog="lightning-ep recipes",
         description="Lists the recipes that come with this package, and the scripts that start them on several nodes. "
         "`lightning-ep fit --config NAME` runs one.",
@@ -139,7 +146,7 @@ def _copy(source: Path, directory: Path) -> None:
     print(f"lightning-ep fit --config {target}" if target.suffix == ".yaml" else target)
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
     """Ends with one line, as the other commands do."""
 
     @override

@@ -25,19 +25,30 @@ _PROCESSES = {"run_ranks", "row_failures", "run_cell", "subprocess", "multiproce
 _DEVICES = {"run_ranks", "row_failures", "device", "accelerator", "DEVICE"}
 """What tests name that use a GPU with LIGHTNING_EP_TEST_DEVICE=cuda."""
 _HOST = {
-    *("callbacks", "cli", "data", "distributed.test_failures", "test_configurations", "test_multinode", "test_ranks"),
+    *(
+        "callbacks",
+        "cli",
+        "data",
+        "planner",
+        "distributed.test_failures",
+        "test_configurations",
+        "test_multinode",
+        "test_ranks",
+    ),
     *("checkpoint.test_files", "checkpoint.test_resumed_loaders", "checkpoint.test_resumed_programs"),
     *("checkpoint.test_saves_of_users", "hub.test_export", "trainer.test_flags", "trainer.test_loaders"),
     *("trainer.test_steering", "trainer.test_user_loaders", "trainer.test_watched_gradients"),
 }
 """Folders and modules whose ranks show on GPUs what they show on CPUs: files, loaders, decisions, messages."""
 _LONG = (
-    *("test_layouts", "hub.test_load", "test_gpu", "test_parity", "trainer.test_runs", "trainer.test_builtin_callbacks"),
-    *("tensor_parallel.test_tensor_parallel", "context_parallel.test_context_parallel", "test_wrapped_models"),
-    *("layers.test_recompute", "layers.test_compilation", "checkpoint.test_resharding", "moe.test_families"),
+    *("test_layouts", "hub.test_load", "test_gpu", "test_parity", "trainer.test_runs"),
+    *("trainer.test_builtin_callbacks", "tensor_parallel.test_tensor_parallel"),
+    *("context_parallel.test_context_parallel", "test_wrapped_models", "layers.test_recompute"),
+    *("layers.test_compilation", "checkpoint.test_resharding", "moe.test_families"),
     *("checkpoint.test_faults", "fsdp.test_fp32_in_bf16", "checkpoint.test_resume", "hub.test_export"),
-    *("distributed.test_failures", "fsdp.test_interrupted", "checkpoint.test_resumed_loaders", "trainer.test_ctrl_c"),
-    *("trainer.test_user_loaders", "layers.test_recompute_trainer", "checkpoint.test_resumed_programs"),
+    *("distributed.test_failures", "fsdp.test_interrupted", "checkpoint.test_resumed_loaders"),
+    *("trainer.test_ctrl_c", "trainer.test_user_loaders", "layers.test_recompute_trainer"),
+    *("checkpoint.test_resumed_programs",),
 )
 """What runs first, so that no worker of pytest-xdist is left with it at the end."""
 _ON_CUDA = os.environ.get("LIGHTNING_EP_TEST_DEVICE") == "cuda"

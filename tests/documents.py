@@ -1,16 +1,21 @@
-"""Attention over runs of tokens without a mask, compared with a dense mask; for CPUs a stand-in for torch's kernel."""
+"""Attention over documents, compared with a dense mask; and torch's kernel for it on CPUs, in plain matrix products."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import varlen
 
 from lightning_ep import transformers_adapter as adapter
-from lightning_ep.context_parallel import SequencePiece, find_documents
+from lightning_ep.context_parallel import SequencePiece, attention, find_documents
 from lightning_ep.context_parallel.attention import _attend
+from lightning_ep.transformers_adapter import document_bounds
 from tests.ranks import device
 from tests.reference import relative_error
 
@@ -47,26 +52,76 @@ def documents_error(
     return max(relative_error(a, b.nan_to_num()) for a, b in pairs)
 
 
-def varlen_by_loops(
-    query_THD: Tensor,
-    key_THD: Tensor,
-    value_THD: Tensor,
-    bounds: Tensor,
-    key_bounds: Tensor,
-    longest: int,
-    key_longest: int,
-    scale: float | None,
-    window_size: tuple[int, int],
-    enable_gqa: bool = False,
-) -> Tensor:
-    """`torch.nn.attention.varlen.varlen_attn` with causal windows, one run after the other."""
-    assert (bounds.dtype, int(bounds[-1]), int(bounds.diff().max())) == (torch.int32, len(query_THD), longest)
-    outputs = []
+# ------------------------------------------------------------------------------------------------ the kernel on a CPU
+
+
+@contextmanager
+def kernel_on_cpu() -> Iterator[list[tuple[int, ...]]]:
+    """Inside, attention over documents runs the code that runs on GPUs, in any dtype, with the kernel's maths on a CPU.
+
+    Yields:
+        The lengths of the documents of every call.
+    """
+    _calls.clear()
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (attention, document_bounds):
+            patch.setattr(module, "kernel_serves", lambda *_: True)
+        yield _calls
+
+
+_calls: list[tuple[int, ...]] = []
+
+
+def _forward(query: Tensor, key: Tensor, value: Tensor, bounds: Tensor, *others: Any) -> tuple[Tensor, Tensor, Tensor]:
+    key_bounds, longest, key_longest, is_causal, scale, window = others[:6]
+    assert (bounds.dtype, bounds.is_contiguous(), int(bounds[-1])) == (torch.int32, True, len(query))
+    assert bounds is key_bounds or bounds.equal(key_bounds)
+    assert int(bounds.diff().max()) == longest == key_longest, "the kernel leaves out what is longer, or idles"
+    assert is_causal == (window[0] < 0)
+    assert all(x.is_contiguous() for x in (query, key, value))
+    _calls.append(tuple(bounds.diff().tolist()))
+    out, logs = torch.empty_like(query), torch.empty(query.shape[1], len(query))
+    for tokens, (_, _, v, weights, log) in _documents(query, key, value, bounds, scale, window[0]):
+        out[tokens], logs[:, tokens] = (weights @ v).transpose(0, 1).to(query.dtype), log.float()
+    return out, logs, torch.zeros(2, dtype=torch.uint64)
+
+
+def _backward(
+    grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, logs: Tensor, bounds: Tensor, *others: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    *_, scale, window = others
+    grads = [torch.zeros_like(x, dtype=torch.float64) for x in (query, key, value)]
+    groups = query.shape[1] // key.shape[1]
+    for tokens, (q, k, v, weights, _) in _documents(query, key, value, bounds, scale, window[0]):
+        grad = grad_out[tokens].transpose(0, 1).double()
+        of_weights = grad @ v.transpose(1, 2)
+        of_scores = weights * (of_weights - (of_weights * weights).sum(-1, keepdim=True)) * _scale(query, scale)
+        parts = (of_scores @ k, of_scores.transpose(1, 2) @ q, weights.transpose(1, 2) @ grad)
+        for total, part in zip(grads, parts, strict=True):
+            heads = part if total is grads[0] else part.unflatten(0, (-1, groups)).sum(1)
+            total[tokens] = heads.transpose(0, 1)
+    dq, dk, dv = (total.to(query.dtype) for total in grads)
+    return dq, dk, dv
+
+
+def _documents(
+    query: Tensor, key: Tensor, value: Tensor, bounds: Tensor, scale: float | None, left: int
+) -> Iterator[tuple[slice, tuple[Tensor, ...]]]:
+    """Of each document: its tokens, and by head in float64 query, key, value, weights and logarithms of their sums."""
+    groups = query.shape[1] // key.shape[1]
     for start, end in zip(bounds[:-1].tolist(), bounds[1:].tolist(), strict=True):
-        q, k, v = (x[start:end].transpose(0, 1) for x in (query_THD, key_THD, value_THD))
+        tokens = slice(start, end)
+        q, k, v = (x[tokens].transpose(0, 1).double() for x in (query, key, value))
+        k, v = k.repeat_interleave(groups, 0), v.repeat_interleave(groups, 0)
         back = torch.arange(end - start)[:, None] - torch.arange(end - start)
-        mask = (back >= 0) & ((back <= window_size[0]) | (window_size[0] < 0))
-        mask = mask.to(q.device)
-        out = F.scaled_dot_product_attention(q[None], k[None], v[None], mask, scale=scale, enable_gqa=enable_gqa)[0]
-        outputs.append(out.transpose(0, 1))
-    return torch.cat(outputs)
+        hidden = (back < 0) | ((back > left) if left >= 0 else torch.zeros_like(back, dtype=torch.bool))
+        scores = (q @ k.transpose(1, 2) * _scale(query, scale)).masked_fill(hidden, float("-inf"))
+        yield tokens, (q, k, v, scores.softmax(-1), scores.logsumexp(-1))
+
+
+def _scale(query: Tensor, scale: float | None) -> float:
+    return query.shape[-1] ** -0.5 if scale is None else scale
+
+
+varlen._varlen_attn.register_kernel("cpu")(_forward)
+varlen._varlen_attn_backward.register_kernel("cpu")(_backward)

@@ -17,12 +17,12 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from lightning_ep import CausalLM, ExpertParallelStrategy
+from lightning_ep import CausalLM, ExpertParallelStrategy, LoRA, add_adapter
 from lightning_ep import loss as loss_module
-from lightning_ep import transformers_adapter as adapter
 from lightning_ep.fsdp import groups as layer_groups
+from lightning_ep.transformers_adapter import recall
 from tests.ranks import accelerator, assert_ranks_agree
-from tests.reference import Trace, batches, relative_error, tiny_config, tiny_model, train
+from tests.reference import Trace, adapted_by_peft, batches, relative_error, tiny_config, tiny_model, train
 
 STEPS, LR = 3, 0.5
 
@@ -30,16 +30,17 @@ STEPS, LR = 3, 0.5
 class UserModule(L.LightningModule):
     """What a user has: a plain transformers model, the mean loss that it returns, one word on parallelism (for cp)."""
 
-    def __init__(self, **overrides: Any) -> None:
+    def __init__(self, lora: LoRA | None = None, **overrides: Any) -> None:
         super().__init__()
         self.overrides = overrides
+        self.lora = lora
         self.model: Any = None
 
     def configure_model(self) -> None:
         if self.model is None:
             # Rank 0's weights count; a seed per rank shows that they reach the others.
             rank = dist.get_rank() if dist.is_initialized() else 0
-            self.model = tiny_model(seed=rank, **self.overrides)
+            self.model = _adapted(tiny_model(seed=rank, **self.overrides), self.lora)
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         if self.trainer.strategy.layout.cp > 1:
@@ -55,7 +56,33 @@ class SeededCausalLM(CausalLM):
 
     def configure_model(self) -> None:
         if self.model is None:
-            self.model = tiny_model(**self.overrides)
+            self.model = _adapted(tiny_model(**self.overrides), self._adapter)
+
+
+def _adapted(model: Any, lora: LoRA | None) -> Any:
+    """As `tests.reference.adapted_by_peft`, by what users call; other values on other ranks than the first."""
+    if lora is None:
+        return model
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(dist.get_rank() if dist.is_initialized() else 0)
+        return add_adapter(model, lora)
+
+
+def lora_like_peft(where: str, **options: Any) -> LoRA:
+    """What adapts as `tests.reference.adapted_by_peft` does."""
+    modules = [] if where == "experts" else None
+    experts = where != "attention"
+    same: dict[str, Any] = {"r": 3, "lora_alpha": 5, "init_lora_weights": False}
+    return LoRA(**{**same, "target_modules": modules, "experts": experts, **options})
+
+
+def as_peft(name: str, tensor: Tensor) -> Tensor:
+    """A factor of experts as PEFT's files hold it."""
+    if tensor.ndim != 3 or ".lora_" not in name:
+        return tensor
+    if ".lora_A." in name:
+        return torch.cat(list(tensor))  # rows of one expert after the other
+    return torch.stack([tensor[e, :, r] for r in range(tensor.shape[2]) for e in range(tensor.shape[0])], dim=1)
 
 
 class Recorder(L.Callback):
@@ -73,7 +100,9 @@ class Recorder(L.Callback):
     def on_before_optimizer_step(self, trainer: L.Trainer, module: L.LightningModule, optimizer: Any) -> None:
         if not self.trace["grads"]:
             self.trace["grads"] = {
-                name: param.grad.full_tensor().cpu().clone() for name, param in module.model.named_parameters()
+                name: as_peft(name, param.grad.full_tensor()).cpu().clone()
+                for name, param in module.model.named_parameters()
+                if param.requires_grad
             }
         norm = trainer.strategy.clip_grad_norm_(max_norm=float("inf"))
         self.trace["norms"].append(norm.item())
@@ -86,7 +115,8 @@ class Recorder(L.Callback):
 
     def on_train_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         self.trace["weights"] = {
-            name: param.detach().full_tensor().cpu().clone() for name, param in module.model.named_parameters()
+            name: as_peft(name, param.detach().full_tensor()).cpu().clone()
+            for name, param in module.model.named_parameters()
         }
 
 
@@ -119,15 +149,18 @@ def _fit(
     overrides: dict[str, Any] | None = None,
     length: int = 12,
     grouped_parameters: int | None = None,
+    adapter: str | None = None,
 ) -> Trace:
     torch.use_deterministic_algorithms(False)
     strategy = ExpertParallelStrategy(
         **layout, experts_implementation=implementation, compile=compile, activation_checkpointing=recompute
     )
     overrides = overrides or {}
-    module: Any = UserModule(**overrides)
+    lora = None if adapter is None else lora_like_peft(adapter)
+    module: Any = UserModule(lora, **overrides)
     if causal:
-        module = SeededCausalLM(tiny_config(), pretrained=False, optimizer=lambda p: torch.optim.SGD(p, lr=LR))
+        sgd = lambda p: torch.optim.SGD(p, lr=LR)  # noqa: E731
+        module = SeededCausalLM(tiny_config(), pretrained=False, optimizer=sgd, adapter=lora)
         module.overrides = overrides
     recorder = Recorder()
     with tempfile.TemporaryDirectory() as root, pytest.MonkeyPatch.context() as patch:
@@ -153,7 +186,7 @@ def _fit(
         world, rank = strategy.data_world_size, strategy.data_rank
         mine = [w[i * world + rank] for w in _windows(world, accumulate, causal, length) for i in range(accumulate)]
         trainer.fit(module, DataLoader(_Batches(mine), batch_size=None))
-    head = adapter.recall(module.model, loss_module._Head) if causal else None
+    head = recall(module.model, loss_module._Head) if causal else None
     assert not causal or (head is not None and head.gives_the_logits), "the loss fell back to all logits"
     return recorder.trace
 
@@ -204,7 +237,8 @@ def compare_with_one_process(layout: dict[str, int], cases: list[dict[str, Any]]
 
 def _one_process(data_ranks: int, case: dict[str, Any]) -> Trace:
     causal, length, overrides = case["causal"], case.get("length", 12), case.get("overrides", {})
-    trace = _reference(data_ranks, causal, case["accumulate"], case["clip"], length, _hashable(overrides))
+    of_model = _hashable(overrides), case.get("adapter")
+    trace = _reference(data_ranks, causal, case["accumulate"], case["clip"], length, *of_model)
     if case["clip"] is not None:
         assert trace["norms"][0] > 1.5 * case["clip"], "the bound must bite"
     return trace
@@ -216,9 +250,17 @@ def _hashable(overrides: dict[str, Any]) -> tuple[Any, ...]:
 
 @functools.cache  # many layouts are compared with the same
 def _reference(
-    data_ranks: int, causal: bool, accumulate: int, clip: float | None, length: int, overrides: tuple[Any, ...]
+    data_ranks: int,
+    causal: bool,
+    accumulate: int,
+    clip: float | None,
+    length: int,
+    overrides: tuple[Any, ...],
+    adapter: str | None,
 ) -> Trace:
     model = tiny_model(**{name: list(value) if isinstance(value, tuple) else value for name, value in overrides})
+    if adapter is not None:
+        model = adapted_by_peft(model, adapter)
     return train(model, _windows(data_ranks, accumulate, causal, length), LR, clip, token_weighted=causal)
 
 

@@ -52,6 +52,20 @@ MUTATIONS = (
         _MOE,
     ),
     Mutation(
+        "adapters_of_experts_scaled",
+        "ops/low_rank.py",
+        "a_ERA.transpose(1, 2), offsets_E).mul_(scale)",
+        "a_ERA.transpose(1, 2), offsets_E).mul_(1.001 * scale)",
+        "adapters/test_gradients.py::test_gradients_equal_pefts[qwen3_moe]",
+    ),
+    Mutation(
+        "adapters_go_on_on_another_base",
+        "hub/frozen_base.py",
+        'if before["fingerprint"] != now["fingerprint"] or',
+        "if",
+        "adapters/test_checkpoints.py::test_adapters_resume_on_another_layout_and_on_their_base_only[False]",
+    ),
+    Mutation(
         "gradient_of_dense_parameters_scaled",
         "fsdp/groups.py",
         "child.set_gradient_divide_factor(1.0)",
@@ -106,7 +120,7 @@ MUTATIONS = (
         "fsdp/state.py",
         "            state._fsdp_param_group.reshard()",
         "            pass",
-        "fsdp/test_interrupted.py::test_the_next_step[False-2-True]",
+        "fsdp/test_interrupted.py::test_the_next_step[2-True-False]",
     ),
     Mutation(
         "stale_weights_after_a_forward_alone",
@@ -182,9 +196,31 @@ MUTATIONS = (
     Mutation(
         "packed_documents_that_a_mask_hides",
         "transformers_adapter/packing.py",
-        "return Packing(True, bool((counts[:, 1:] & ~counts[:, :-1]).any()))",
-        "return Packing(False, bool((counts[:, 1:] & ~counts[:, :-1]).any()))",
+        "packed = bool(((steps <= 0) & counts[:, 1:] & counts[:, :-1]).any())",
+        "packed = False",
         "transformers_adapter/test_packed_documents.py::test_positions_say_what_padding_does_not",
+    ),
+    Mutation(
+        "documents_that_see_those_before",
+        "ops/packed_attention.py",
+        "document_BS[:, :, None] == document_BS[:, None, :]",
+        "document_BS[:, :, None] >= document_BS[:, None, :]",
+        "transformers_adapter/test_document_bounds.py::test_the_mask_of_bounds_is_that_of_transformers[None]",
+    ),
+    Mutation(
+        "a_window_one_token_too_wide",
+        "ops/packed_attention.py",
+        "(-1 if window is None else window - 1, 0)",
+        "(-1 if window is None else window, 0)",
+        "transformers_adapter/test_document_bounds.py::test_packed_documents_are_separate_ones_on_every_path[True]",
+    ),
+    Mutation(
+        "layers_compiled_for_every_length_of_documents",
+        "transformers_adapter/document_bounds.py",
+        "torch._dynamo.maybe_mark_dynamic(mask, [2, 3])",
+        "torch._dynamo.maybe_mark_dynamic(mask, [3])",
+        "transformers_adapter/test_document_bounds.py::test_layers_are_compiled_once_for_any_number_of_documents"
+        "[none-aot_eager]",
     ),
     # ------------------------------------------------------------------------------------------------ layers
     Mutation(
@@ -226,8 +262,8 @@ MUTATIONS = (
     Mutation(
         "validation_weighted_by_batches",
         "causal_lm.py",
-        "sums = torch.stack([loss.double(), tokens.double()])",
-        "sums = torch.stack([(loss / tokens.clamp(min=1)).double(), torch.ones_like(loss).double()])",
+        "sums_2 = torch.stack([loss.double(), tokens.double()])",
+        "sums_2 = torch.stack([(loss / tokens.clamp(min=1)).double(), torch.ones_like(loss).double()])",
         "trainer/test_runs.py::test_works_or_is_refused[evaluation_in_which_some_ranks_and_batches_have_no_target]",
     ),
     Mutation(
@@ -361,5 +397,40 @@ MUTATIONS = (
         "for key, item in value.items() if item is not None}",
         "for key, item in value.items()}",
         "data/test_row_files.py::test_a_row_means_the_same_whatever_holds_it_and_whichever_rows_are_beside_it[parquet]",
+    ),
+    Mutation(
+        "validation_windows_left_out",
+        "data/collate.py",
+        "self._size = -(-len(windows) // multiple) * multiple",
+        "self._size = len(windows)",
+        "data/test_validation_sources.py::test_each_source_has_its_loss_over_all_of_its_tokens[2-1-2]",
+    ),
+    Mutation(
+        "losses_of_sources_mixed",
+        "causal_lm.py",
+        "sums_N2[index] = sums_2",
+        "sums_N2[-1 - index] = sums_2",
+        "data/test_validation_sources.py::test_each_source_has_its_loss_over_all_of_its_tokens[1-2-1]",
+    ),
+    Mutation(
+        "stream_resumed_at_the_buffer",
+        "data/packed_stream.py",
+        "for number in order[position.windows :].tolist():",
+        "for number in order.tolist():",
+        "data/test_text_stream.py::test_a_run_goes_on_at_any_batch[jsonl-1]",
+    ),
+    Mutation(
+        "stream_not_shared",
+        "data/text_stream.py",
+        "split_dataset_by_node(open_stream(self.stream_source), rank, world)",
+        "split_dataset_by_node(open_stream(self.stream_source), 0, world)",
+        "data/test_text_stream.py::test_ranks_read_shares_take_equal_steps_and_resume[3]",
+    ),
+    Mutation(
+        "predicted_rows_renumbered",
+        "data/predicted_documents.py",
+        "row = counts.rows(name)",
+        "row = counts.rows(name) // 2",
+        "data/test_predicted_rows.py::test_each_row_is_written_once_with_its_likelihood[alone]",
     ),
 )

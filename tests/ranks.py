@@ -46,6 +46,7 @@ from lightning.pytorch.accelerators import CUDAAccelerator
 from tests import rank_process
 from tests.rank_process import device as device  # what tests import with `run_ranks`
 from tests.rank_process import on_cuda
+from tests.shared_gpus import SharedGPUs
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 _PRELOAD = [
@@ -118,8 +119,9 @@ def run_ranks(
     """
     # The store lives here, as it does in torchrun's agent: its port cannot be taken before the ranks connect.
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    call = (function, args, init_process_group, _rank_environments(world_size, store.port), os.getcwd())
     crew = (None if alone else _crews.pop(world_size, None)) or _Crew(world_size, start_fork_server())
+    environments = [{**rank, **crew.gpus.environment} for rank in _rank_environments(world_size, store.port)]
+    call = (function, args, init_process_group, environments, os.getcwd())
     crew.stores.append(store)
     try:
         results = crew.call(call, alone, timeout * (_SLOWER_ON_GPU if on_cuda() else 1))
@@ -177,6 +179,7 @@ class _Crew:
         self.world_size = world_size
         self.reusable = True
         self.folder = Path(tempfile.mkdtemp(prefix="ranks-"))
+        self.gpus = SharedGPUs(needed=on_cuda() and torch.cuda.device_count() < world_size)
         self.processes: list[Any] = []
         self.pipes: list[multiprocessing.connection.Connection] = []
         self.stores: list[dist.TCPStore] = []  # of every call: that of the first one may be used by all
@@ -272,6 +275,7 @@ class _Crew:
             process.join()
             pipe.close()
         shutil.rmtree(self.folder)
+        self.gpus.end()
 
     def _output(self, rank: int) -> str:
         with contextlib.suppress(FileNotFoundError):

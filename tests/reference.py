@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+import peft
 import torch
 import torch.nn.functional as F
 from lightning.fabric.plugins.precision.utils import _DtypeContextManager
@@ -65,6 +66,26 @@ def family_model(family: str, config: dict[str, Any], attention: str = "eager", 
     return model
 
 
+ADAPTERS: dict[str, dict[str, Any]] = {
+    "attention": {"target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"]},
+    "experts": {"target_modules": [], "target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]},
+    "down": {"target_modules": [], "target_parameters": ["mlp.experts.down_proj"]},
+    "both": {
+        "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"],
+        "target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
+    },
+}
+
+
+def adapted_by_peft(model: PreTrainedModel, where: str, seed: int = 0, **options: Any) -> PreTrainedModel:
+    """The model with PEFT's LoRA, of a rank that is none of the model's sizes, both factors random."""
+    config = peft.LoraConfig(**{"r": 3, "lora_alpha": 5, "init_lora_weights": False, **ADAPTERS[where], **options})
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model.add_adapter(config)
+    return model
+
+
 def batches(num: int, size: int, length: int = 12, padded: bool = False, seed: int = 0) -> list[dict[str, Tensor]]:
     """``num`` batches of ``size`` random sequences; ``padded`` ones hide a different share of the labels each."""
     generator = torch.Generator().manual_seed(seed)
@@ -111,7 +132,8 @@ def train(
             step_loss += loss.item()
         trace["losses"].append(step_loss)
         if step == 0:
-            trace["grads"] = {name: grad_or_zero(param) for name, param in model.named_parameters()}
+            trained = {name: param for name, param in model.named_parameters() if param.requires_grad}
+            trace["grads"] = {name: grad_or_zero(param) for name, param in trained.items()}
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm if max_norm is not None else float("inf"))
         trace["norms"].append(norm.item())
         optimizer.step()

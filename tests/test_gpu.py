@@ -9,12 +9,15 @@ import lightning as L
 import pytest
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
+from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.utils.data import DataLoader
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
 from lightning_ep import AdamW, CausalLM, ExpertParallelStrategy, ParallelLayout, parallelize
 from lightning_ep import loss as loss_module
+from lightning_ep import transformers_adapter as adapter
 from lightning_ep.callbacks import Throughput
 from lightning_ep.context_parallel import SequencePiece, find_documents
 from lightning_ep.context_parallel.attention import _attend
@@ -23,10 +26,10 @@ from lightning_ep.moe.function import moe_forward
 from lightning_ep.ops.fused_experts import FusedExperts
 from lightning_ep.ops.local_experts import LocalExperts
 from lightning_ep.ops.registered_experts import RegisteredExperts, stand_in
-from lightning_ep.transformers_adapter import FUSED_PARAMETERS, local_experts_function
+from lightning_ep.transformers_adapter import FUSED_PARAMETERS, document_bounds, local_experts_function
 from tests.documents import PACKED, PADDED, SHAPES, documents_error
 from tests.ranks import accelerator, assert_ranks_agree, device, run_ranks
-from tests.reference import batches, relative_error, tiny_config, tiny_model
+from tests.reference import batches, grad_or_zero, relative_error, tiny_config, tiny_model
 
 pytestmark = pytest.mark.gpu
 
@@ -98,6 +101,10 @@ _PACKED = torch.cat([torch.arange(length) for length in (5, 4, 3)]).repeat(2, 1)
 _LEFT_PADDED = (torch.arange(12) >= torch.tensor([[3], [0]])).long()
 
 
+def test_a_step_on_packed_documents_does_not_wait_for_the_gpu() -> None:
+    assert_ranks_agree(1, _step_syncs, 1, {"position_ids": _PACKED}, init_process_group=False)
+
+
 @pytest.mark.parametrize("extra", [{}, {"position_ids": _PACKED}, {"attention_mask": _LEFT_PADDED}])
 def test_a_step_on_pieces_of_sequences_does_not_wait_for_the_gpu(extra: dict[str, Tensor]) -> None:
     assert_ranks_agree(2, _step_syncs, 2, extra, init_process_group=False)
@@ -126,6 +133,67 @@ def _peak_of_documents() -> float:
 
 def test_packed_documents_need_no_mask_of_all_pairs() -> None:
     assert run_ranks(1, _peak_of_documents)[0] < 0.5
+
+
+def _packed_errors(mode: Any, compile: bool) -> tuple[list[str], list[int]]:
+    """Of models in bf16 that are given packed documents, against plain transformers in fp32 on each alone.
+
+    Also how many graphs there are after each batch, of which no two have the same number of documents.
+    """
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    config: dict[str, Any] = {"num_experts": 4, "num_experts_per_tok": 4, "head_dim": 64}  # no near-ties in routers
+    model, expected = tiny_model(**config), tiny_model(**config).to(device())
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    layout = ParallelLayout.resolve(1, "auto", 1, 1)
+    parallelize(model, layout, device(), mp_policy=policy, compile=compile, activation_checkpointing=mode)
+    assert adapter.attention_implementation(model) == "packed_sdpa"
+    wrong, graphs = [], []
+    generator = torch.Generator().manual_seed(0)
+    for lengths in ([700, 1, 299, 24], [1024], [333, 333, 358], [128] * 8):
+        ids = torch.randint(0, 128, (2, 1024), generator=generator).to(device())
+        rows = [lengths, lengths[::-1]]
+        positions = torch.stack([torch.cat([torch.arange(n) for n in row]) for row in rows]).to(device())
+        labels = ids.where(positions > 0, -100)
+        model.zero_grad()
+        expected.zero_grad()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.delattr(document_bounds, "documents_mask")  # with which any other way than the kernel fails
+            loss = model(input_ids=ids, position_ids=positions, labels=labels).loss
+            loss.backward()
+        targets = (labels != -100).sum()
+        for row, tokens in zip(rows, ids, strict=True):
+            for document in tokens.split(row):
+                logits = expected(input_ids=document[None]).logits[0, :-1]
+                (F.cross_entropy(logits, document[1:], reduction="sum") / targets).backward()
+        for (name, param), other in zip(model.named_parameters(), expected.parameters(), strict=True):
+            error = relative_error(param.grad.full_tensor(), grad_or_zero(other))
+            wrong += [f"{lengths}: gradient of {name}: {error:.1e}"] if not error < 8e-2 else []
+        graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    return wrong, graphs
+
+
+@pytest.mark.parametrize(("mode", "compile"), [("none", False), ("full", False), ("none", True), ("full", True)])
+def test_packed_documents_are_separate_ones_in_bf16(mode: str, compile: bool) -> None:
+    ((wrong, graphs),) = run_ranks(1, _packed_errors, mode, compile)
+    assert not wrong
+    # Whole rows are no packed documents: attention is compiled once more for them, and for no number of documents.
+    assert graphs == ([2, 3, 3, 3] if compile else [0] * 4)
+
+
+def _peak_of_packed_model() -> float:
+    """GiB of a forward of a model on 32k packed tokens, of which a mask alone would be 1."""
+    model = tiny_model(num_hidden_layers=1, max_position_embeddings=32_768, head_dim=64).to(torch.bfloat16)
+    parallelize(model, ParallelLayout.resolve(1, "auto", 1, 1), device())
+    positions = torch.arange(8192, device=device()).repeat(4)[None]
+    torch.cuda.reset_peak_memory_stats(device())
+    with torch.no_grad():
+        model(torch.zeros_like(positions), position_ids=positions, use_cache=False)
+    return torch.cuda.max_memory_allocated(device()) / 2**30
+
+
+def test_a_model_needs_no_mask_of_all_pairs() -> None:
+    assert run_ranks(1, _peak_of_packed_model)[0] < 0.5
 
 
 def _bf16_errors(implementation: str, tokens: int, experts: int, used: int) -> list[float]:

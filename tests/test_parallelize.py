@@ -42,6 +42,7 @@ def _first_experts(steps: Steps) -> nn.Module:
 
 # Name of the step, what it needs, the steps before, and the step itself.
 ORDERS: list[tuple[str, str, Callable[[Steps], Any], Callable[[Steps], Any]]] = [
+    ("hold_factors_per_expert", "adapters as PEFT builds", _spread, lambda s: s.hold_factors_per_expert()),
     ("cast_constants", "whole models", _spread, lambda s: s.cast_constants()),
     ("broadcast_weights", "whole weights", _spread, lambda s: s.broadcast_weights()),
     ("split_matrices", "FSDP has not taken over", _dense, lambda s: s.split_matrices(s.models[0], {})),

@@ -38,7 +38,9 @@ PRIVATE = [
     "lightning.pytorch.utilities.combined_loader:CombinedLoader._mode",
     "lightning.pytorch.loops.loop:_Loop",
     "lightning.pytorch.loops.prediction_loop:_PredictionLoop._build_kwargs",
+    "lightning.pytorch.loops.evaluation_loop:_EvaluationLoop._combined_loader",
     "lightning.pytorch.loops.prediction_loop:_PredictionLoop._combined_loader",
+    "lightning.pytorch.trainer.trainer:Trainer._evaluation_loop",
     "lightning.pytorch.loops.prediction_loop:_PredictionLoop._build_step_args_from_hook_kwargs",
     "lightning.pytorch.loops.training_epoch_loop:_TrainingEpochLoop._batches_that_stepped",
     "lightning.pytorch.overrides.distributed:_IndexBatchSamplerWrapper._batch_sampler",
@@ -74,6 +76,7 @@ PRIVATE = [
     "torch:_C._autograd._top_saved_tensors_default_hooks",
     "torch:_C._current_graph_task_id",
     "torch:_C._distributed_c10d.Backend.Options._timeout",
+    "torch:_dynamo.maybe_mark_dynamic",
     "torch:_is_any_true",
     "torch:Tensor._backward_hooks",
     "torch:Tensor._post_accumulate_grad_hooks",
@@ -132,6 +135,8 @@ PRIVATE = [
     "transformers:PreTrainedConfig._attn_implementation",
     "transformers:PreTrainedModel._from_config",
     "transformers:PreTrainedModel._init_added_embeddings_weights_with_mean",
+    "peft.tuners.tuners_utils:BaseTunerLayer._disable_adapters",
+    "peft.utils.other:AuxiliaryTrainingWrapper._disable_adapters",
     "transformers:PreTrainedModel._hf_peft_config_loaded",
     "transformers:PreTrainedModel._init_weights",
     "transformers:PreTrainedModel._keep_in_fp32_modules",
@@ -148,6 +153,9 @@ PRIVATE = [
 
 # Public in name, but undocumented, recent, or outside of what an upgrade promises to keep.
 UNDOCUMENTED = [
+    "peft.tuners.lora:ParamWrapper.get_param",
+    "peft.tuners.lora:ParamWrapper.parameter_name",
+    "peft.tuners.lora:ParamWrapper.scaling",
     "lightning.pytorch.overrides.distributed:UnrepeatedDistributedSampler",
     "lightning.pytorch.strategies:ModelParallelStrategy.model_sharded_context",
     "lightning.pytorch.strategies:Strategy.on_exception",
@@ -209,6 +217,7 @@ UNDOCUMENTED = [
     "transformers.core_model_loading:rename_source_key",
     "transformers.integrations.flash_attention:flash_attention_forward",
     "transformers.integrations.moe:ALL_EXPERTS_FUNCTIONS",
+    "transformers.integrations.sdpa_attention:sdpa_attention_forward",
     "transformers.masking_utils:ALL_MASK_ATTENTION_FUNCTIONS",
     "transformers.masking_utils:and_masks",
     "transformers.masking_utils:causal_mask_function",
@@ -233,11 +242,15 @@ MARKS = {
     "transformers.initialization": ["_is_hf_initialized"],
     "transformers.integrations.moe": ["_experts_implementation"],
     "wandb.integration.torch.wandb_torch": ["_wandb_hook_names"],
-    "transformers.models.qwen3_moe.modeling_qwen3_moe": ["ALL_ATTENTION_FUNCTIONS", "sliding_window="],
+    "transformers.models.qwen3_moe.modeling_qwen3_moe": [
+        "ALL_ATTENTION_FUNCTIONS",
+        "sliding_window=",
+        "create_causal_mask",
+    ],
 }
 
 PACKAGE = Path(lightning_ep.__file__).parent
-LIBRARIES = ("torch", "lightning", "transformers")
+LIBRARIES = ("torch", "lightning", "transformers", "peft")
 FAILURE = "an upgrade moved it; find what took its place, then raise the bound in pyproject.toml"
 
 

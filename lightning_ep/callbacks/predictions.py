@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,8 @@ class WritePredictions(BasePredictionWriter):
     ``predict_step`` returns a dict whose values have one entry per sample of the batch, tensors or lists; with
     `CausalLM` these are ``log_likelihood`` (nats) and ``tokens``, the number that it is summed over. A line has them
     and the sample's ``index`` in its dataset (for iterable datasets its place in the file, in which ranks take turns);
-    with several dataloaders the ``dataloader``, too. Rank 0 writes the file at the end, from what the others send.
+    with several dataloaders the ``dataloader``, too; with data modules of `lightning_ep.data` its ``source`` and
+    ``row``. Rank 0 writes the file at the end, from what the others send.
 
     Args:
         path: The new file. It appears when it is complete.
@@ -88,7 +89,7 @@ class WritePredictions(BasePredictionWriter):
         target.parent.mkdir(parents=True, exist_ok=True)
         incomplete = target.with_name(f"{target.name}.incomplete")
         with incomplete.open("w") as file:
-            for line in _lines(rows, several):
+            for line in _lines(rows, several, getattr(trainer.datamodule, "row_of", None)):  # type: ignore[attr-defined]
                 file.write(json.dumps(line) + "\n")
         incomplete.replace(target)
         print_once(trainer, f"{len(rows):,} predictions in {self.path}")
@@ -114,10 +115,13 @@ def _described(prediction: Any) -> str:
     return str({name: list(getattr(value, "shape", [type(value).__name__])) for name, value in prediction.items()})
 
 
-def _lines(rows: Mapping[_Key, dict[str, Any]], several: bool) -> Iterator[dict[str, Any]]:
-    """What the file says of the samples, which come in order."""
+def _lines(
+    rows: Mapping[_Key, dict[str, Any]], several: bool, row_of: Callable[[int], dict[str, Any]] | None
+) -> Iterator[dict[str, Any]]:
+    """What the file says of the samples, which come in order; ``row_of`` says where one is from."""
     seen: Counter[int] = Counter()
     for (dataloader, sample, kind, _), row in rows.items():
         index = sample if kind == _NUMBERED else seen[dataloader]
         seen[dataloader] += 1
-        yield {**({"dataloader": dataloader} if several else {}), "index": index, **row}
+        where = row_of(index) if row_of is not None and kind == _NUMBERED else {}
+        yield {**({"dataloader": dataloader} if several else {}), "index": index, **where, **row}

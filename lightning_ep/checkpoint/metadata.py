@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from lightning.pytorch import Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -20,7 +20,10 @@ from torch.distributed.tensor import DTensor
 from lightning_ep import transformers_adapter as adapter
 from lightning_ep.checkpoint.files import FORMAT
 from lightning_ep.checkpoint.loader_position import positions
+from lightning_ep.hub.companions import companions, tokenizer_of
 from lightning_ep.hub.errors import CheckpointError
+from lightning_ep.hub.frozen_base import describe_bases
+from lightning_ep.hub.source import source_directory
 from lightning_ep.layout import ParallelLayout
 
 HEADER = "lightning_ep"
@@ -28,8 +31,14 @@ RANKS = "ranks.pt"
 _COUNTERS = ("ready", "started", "processed", "completed")
 
 
-def header(module: nn.Module, layout: ParallelLayout) -> dict[str, Any]:
-    """What identifies a checkpoint of ours: format version, layout, the configuration of each transformers model."""
+def header(module: nn.Module, layout: ParallelLayout, files: Mapping[str, bytes]) -> dict[str, Any]:
+    """What identifies a checkpoint of ours, what its model is, and what lies beneath its adapters.
+
+    Args:
+        module: The module; the configuration of each transformers model in it is kept.
+        layout: The layout of this run.
+        files: Those of `companion_files`.
+    """
     configs = {}
     for name, model in adapter.pretrained_models(module).items():
         # As transformers' `save_pretrained` does.
@@ -38,7 +47,46 @@ def header(module: nn.Module, layout: ParallelLayout) -> dict[str, Any]:
         "format": FORMAT,
         "layout": {**asdict(layout), "data_world_size": layout.data_world_size},
         "configs": configs,
+        "bases": describe_bases(module),
+        "files": dict(files),
     }
+
+
+def companion_files(module: LightningModule) -> dict[str, bytes]:
+    """The files that go with the one transformers model of a run (`companions`); none if it has several.
+
+    Raises nothing: a checkpoint is worth more than its tokenizer, so that what cannot be saved is left out with a
+    warning.
+    """
+    models = list(adapter.pretrained_models(module).values())
+    if len(models) != 1:
+        return {}
+    try:
+        files = companions(models[0], tokenizer_of(module.trainer), source_directory(models[0]))
+        return {name: content for name, content in files.items() if not _is_code(name)}
+    except Exception as error:
+        rank_zero_warn(
+            f"Checkpoints of this run hold no tokenizer, which cannot be saved ({type(error).__name__}: {error}): "
+            "commands that read them need --model with the directory or hub id of one."
+        )
+        return {}
+
+
+def saved_files(content: Mapping[str, Any], path: Path) -> dict[str, bytes]:
+    """What `companion_files` was when a checkpoint was saved, from what it holds beside tensors.
+
+    Raises:
+        CheckpointError: If somebody has put code among them, or names of files elsewhere.
+    """
+    found: dict[str, bytes] = content.get(HEADER, {}).get("files", {})
+    for name in found:
+        if _is_code(name) or Path(name).is_absolute() or ".." in Path(name).parts:
+            raise CheckpointError(f"{path} holds a file {name!r}, which has no place beside a model. Do not trust it.")
+    return found
+
+
+def _is_code(name: str) -> bool:
+    return name.endswith(".py")
 
 
 def check_header(found: Mapping[str, Any] | None, path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from typing import Any
 
 from lightning.pytorch import LightningModule
@@ -20,6 +21,7 @@ def pack_directory(
     module: LightningModule,
     layout: ParallelLayout,
     rank_states: list[dict[str, Any]],
+    files: Mapping[str, bytes],
     writes: bool,
 ) -> tuple[State, dict[str, bytes]]:
     """Returns the tensors in nested dicts and the contents of the other files.
@@ -29,12 +31,13 @@ def pack_directory(
         module: The module that it describes.
         layout: The layout of this run.
         rank_states: `rank_state` of every rank.
+        files: `companion_files` of the run, on the rank that writes.
         writes: Whether this rank writes the other files.
     """
     rest = dict(checkpoint)
     weights = rest.pop("state_dict")
     state: State = {"state_dict": {name: value for name, value in weights.items() if isinstance(value, Tensor)}}
-    head = header(module, layout)
+    head = header(module, layout, files)
     head["extra_state"] = {name: value for name, value in weights.items() if not isinstance(value, Tensor)}
     if "optimizer_states" in rest:
         head[optimizers.CLASSES] = optimizers.classes(module.trainer)
@@ -49,13 +52,17 @@ def pack_directory(
 
 
 def pack_file(
-    checkpoint: dict[str, Any], module: LightningModule, layout: ParallelLayout, rank_states: list[dict[str, Any]]
+    checkpoint: dict[str, Any],
+    module: LightningModule,
+    layout: ParallelLayout,
+    rank_states: list[dict[str, Any]],
+    files: Mapping[str, bytes],
 ) -> dict[str, Any]:
     """Returns the contents of a checkpoint in one file, which nobody else changes any more."""
     rest = {key: value for key, value in checkpoint.items() if key not in ("state_dict", "optimizer_states")}
     refuse_sharded_metadata(rest)
     tensors: dict[str, Any] = {k: checkpoint[k] for k in ("state_dict", "optimizer_states") if k in checkpoint}
-    head = header(module, layout)
+    head = header(module, layout, files)
     if "optimizer_states" in tensors:
         head[optimizers.CLASSES] = optimizers.classes(module.trainer)
     return {**copy.deepcopy(rest), **tensors, HEADER: head, "ranks": rank_states}

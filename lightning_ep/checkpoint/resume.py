@@ -18,6 +18,7 @@ from lightning_ep.checkpoint.tensor_files import SafeReader, Saved, read_shards
 from lightning_ep.distributed.agreement import Ranks
 from lightning_ep.distributed.shards import local_tensor
 from lightning_ep.hub.errors import CheckpointError
+from lightning_ep.hub.frozen_base import base_names, check_bases
 from lightning_ep.hub.initialize import assign
 from lightning_ep.layout import ParallelLayout
 
@@ -104,6 +105,11 @@ class Resume:
             self.loaders = PlainLoaders(*saved, before["data_world_size"], layout.data_world_size)
 
     @property
+    def bases(self) -> dict[str, dict[str, Any]]:
+        """What the checkpoint says of models that it has adapters of only."""
+        return self.metadata.get(HEADER, {}).get("bases", {})
+
+    @property
     def configs(self) -> dict[str, dict[str, Any]]:
         """Config of every transformers model in the module, by its name there; empty if the checkpoint does not say."""
         return self.metadata.get(HEADER, {}).get("configs", {})
@@ -116,11 +122,14 @@ class Resume:
         Raises:
             CheckpointError: On every rank, if names or shapes differ from the checkpoint's.
         """
+        saved = self.weights()
+        left_out = base_names(module) - saved.keys()
         state = module.state_dict(keep_vars=True)
-        target = {clean(name): value for name, value in state.items() if isinstance(value, Tensor)}
+        named = {clean(name): value for name, value in state.items() if isinstance(value, Tensor)}
+        target = {name: value for name, value in named.items() if name not in left_out}
 
         def compare() -> set[str]:
-            saved = self.weights()
+            check_bases(module, self.bases, self.path)
             check_fit(target, saved, module.strict_loading, self.path)
             return target.keys() & saved.keys()
 
@@ -136,6 +145,7 @@ class Resume:
 
     def restore(self, module: LightningModule) -> None:
         """Fills the module, whatever its layout, after `allocate`."""
+        self._alone(lambda: check_bases(module, self.bases, self.path))  # once more, with the seed of what was drawn
         raw = module.state_dict()
         target = {clean(name): value for name, value in raw.items() if isinstance(value, Tensor)}
         with torch.no_grad():

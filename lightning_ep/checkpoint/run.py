@@ -15,7 +15,7 @@ from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
 from torch.optim import Optimizer
 
 from lightning_ep.checkpoint.loader_position import PlainLoaders
-from lightning_ep.checkpoint.metadata import rank_state, set_random_state
+from lightning_ep.checkpoint.metadata import companion_files, rank_state, set_random_state
 from lightning_ep.checkpoint.model_checkpoint import AdoptedCallbacks
 from lightning_ep.checkpoint.optimizers import clean, name_state
 from lightning_ep.checkpoint.pack import pack_directory, pack_file
@@ -23,6 +23,7 @@ from lightning_ep.checkpoint.resume import Resume
 from lightning_ep.checkpoint.saver import Checkpoints
 from lightning_ep.checkpoint.single_file import gather, gather_optimizer
 from lightning_ep.hub.errors import CheckpointError
+from lightning_ep.hub.frozen_base import base_names, note_bases
 from lightning_ep.layout import ParallelLayout
 
 _SETTLE_SECONDS = 60.0
@@ -61,6 +62,7 @@ class RunCheckpoints:
         self._resume: Resume | None = None
         self._random: dict[str, Any] | None = None
         self.loaders = PlainLoaders()
+        self._files: dict[str, bytes] | None = None  # what goes with the model; it is large, and the same in every save
         self._may_write_behind = True
         self._failed = False
 
@@ -71,15 +73,16 @@ class RunCheckpoints:
     def begin(self, trainer: Trainer) -> None:
         """Prepares a Trainer that is about to fit, validate, test or predict."""
         self._failed = False
-        self._resume = self._random = None
+        self._resume = self._random = self._files = None
         self.loaders = PlainLoaders()
         self._adopted = AdoptedCallbacks(trainer, self._checkpoints)
 
     # ------------------------------------------------------------------ saving
 
     def weights(self, module: LightningModule) -> dict[str, Any]:
-        """State of the module by name: its own shards, or on rank 0 everything in full."""
-        state = {clean(name): value for name, value in module.state_dict().items()}
+        """State of the module by name, but for a frozen base: its own shards, or on rank 0 everything in full."""
+        base = base_names(module)
+        state = {clean(name): value for name, value in module.state_dict().items() if clean(name) not in base}
         return state if self._distributed else gather(state, keep=self._first)
 
     def optimizer_state(self, module: LightningModule, optimizer: Optimizer | LightningOptimizer) -> dict[str, Any]:
@@ -109,12 +112,17 @@ class RunCheckpoints:
         # After the end of a run nobody would wait for what is written behind.
         running = trainer.state.fn == TrainerFn.FITTING and trainer.state.status == TrainerStatus.RUNNING
         behind = self._asynchronous and self._may_write_behind and running
+        if self._files is None:
+            self._files = companion_files(module) if self._first else {}
+        layout, files = self._layout, self._files
         if self._distributed:
-            layout, writes = self._layout, self._first
-            state, blobs = ranks.alone("saving", lambda: pack_directory(checkpoint, module, layout, states, writes))
+            writes = self._first
+            state, blobs = ranks.alone(
+                "saving", lambda: pack_directory(checkpoint, module, layout, states, files, writes)
+            )
             self._checkpoints.save_directory(path, state, blobs, behind)
         else:
-            content = ranks.alone("saving", lambda: pack_file(checkpoint, module, self._layout, states))
+            content = ranks.alone("saving", lambda: pack_file(checkpoint, module, layout, states, files))
             self._checkpoints.save_file(path, content, behind)
 
     def remove(self, path: Path) -> None:
@@ -148,8 +156,9 @@ class RunCheckpoints:
         """Allocates what the checkpoint that was opened, if any, fills, so that it is not read or drawn before.
 
         Raises:
-            CheckpointError: On every rank, if the checkpoint does not fit the module.
+            CheckpointError: On every rank, if the checkpoint does not fit the module, or has adapters of another base.
         """
+        note_bases(module)
         if self._resume is not None:
             self._resume.allocate(module, self._device)
 

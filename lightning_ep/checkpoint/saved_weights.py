@@ -10,7 +10,7 @@ from lightning.pytorch import LightningModule
 from torch import Tensor
 
 from lightning_ep.checkpoint import files, single_file
-from lightning_ep.checkpoint.metadata import HEADER, check_header, deserialize
+from lightning_ep.checkpoint.metadata import HEADER, check_header, deserialize, saved_files
 from lightning_ep.checkpoint.resume import check_fit, refuse_damaged
 from lightning_ep.checkpoint.tensor_files import WEIGHTS, SafeReader, Saved, read_shards
 from lightning_ep.hub.errors import CheckpointError
@@ -35,6 +35,37 @@ def open_verified(path: Path) -> Path:
     return found
 
 
+def named_bases(path: Path) -> dict[str, dict[str, Any]]:
+    """What a checkpoint says of models of which it has adapters only, unverified; nothing where that is not to be read.
+
+    Whoever opens the checkpoint hears what is wrong with it.
+    """
+    try:
+        found = files.find(path)
+        content = deserialize(found / files.META if found.is_dir() else found, True, mmap=not found.is_dir())
+    except (CheckpointError, OSError, ValueError):
+        return {}
+    header = content.get(HEADER) if isinstance(content, dict) else None
+    return header.get("bases", {}) if isinstance(header, dict) else {}
+
+
+def read_companions(path: Path, weights_only: bool = True) -> dict[str, bytes]:
+    """The files that a checkpoint has for its model beside config and weights, by name (`companions`).
+
+    Reads no tensors and compares no checksums. None are found where a checkpoint cannot be read, or only with objects
+    that may run code: what loads its weights says why.
+
+    Raises:
+        CheckpointError: If there is among them what should not be.
+    """
+    try:
+        found = files.find(path)
+        content = deserialize(found / files.META if found.is_dir() else found, weights_only, mmap=found.is_file())
+    except (CheckpointError, OSError, ValueError):
+        return {}
+    return saved_files(content, path) if isinstance(content, dict) else {}
+
+
 class SavedWeights:
     """The tensors of a checkpoint of ExpertParallelStrategy, a directory or one file.
 
@@ -42,6 +73,7 @@ class SavedWeights:
         tensors: Shape and dtype of the module's parameters and buffers, by their name in the LightningModule.
         configs: Config of every transformers model in the module as a dict, by its name there; empty if the checkpoint
             does not say, or only among objects that may run code.
+        bases: As `lightning_ep.hub.frozen_base.describe_bases` gave it, of models of which adapters only are there.
 
     Args:
         path: The checkpoint.
@@ -53,6 +85,7 @@ class SavedWeights:
 
     tensors: dict[str, Saved]
     configs: dict[str, dict[str, Any]]
+    bases: dict[str, dict[str, Any]]
 
     def __init__(self, path: Path, weights_only: bool = True) -> None:
         self._path = open_verified(path)
@@ -103,4 +136,4 @@ class SavedWeights:
     def _read_header(self, content: dict[str, Any]) -> None:
         header = content.get(HEADER, {})
         check_header(header, self._path)
-        self.configs = header.get("configs", {})
+        self.configs, self.bases = header.get("configs", {}), header.get("bases", {})

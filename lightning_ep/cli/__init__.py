@@ -11,9 +11,9 @@ from typing import Any, get_type_hints
 
 from jsonargparse import auto_cli
 
-from lightning_ep.cli import training
+from lightning_ep.cli import recipe_data, training
 from lightning_ep.cli.mistakes import OneLineParser, refusal
-from lightning_ep_start import COMMANDS, answer, fail, recipes
+from lightning_ep_start import COMMANDS, DATA_COMMANDS, answer, fail, recipes
 
 PROG = "lightning-ep"
 
@@ -45,6 +45,9 @@ def main(args: list[str] | None = None) -> None:
                 raise
             fail(str(cause))
         return
+    if arguments[0] in DATA_COMMANDS:
+        recipe_data.run(recipes.with_files(recipes.with_flag(arguments)))
+        return
     training.run(recipes.with_files(arguments), PROG)
 
 
@@ -53,7 +56,7 @@ def _with_values(command: Callable[..., Any], words: list[str]) -> list[str]:
     flags = {f"--{name}" for name, kind in get_type_hints(command).items() if kind is bool}
     values = ("true", "false", "yes", "no")
     found = []
-    for word, following in zip(words, [*words[1:], ""], strict=True):
+    for word, following in zip(words, [*words, ""][1:], strict=True):
         found += [word, "true"] if word in flags and following.lower() not in values else [word]
     return found
 

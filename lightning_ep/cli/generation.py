@@ -7,17 +7,16 @@ import importlib
 import sys
 from collections.abc import Iterator
 from datetime import timedelta
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from jinja2 import TemplateError
 from transformers import TextStreamer
 
 from lightning_ep.cli.opened import Opened, opened
-from lightning_ep.data.corpus import read_text
+from lightning_ep.data.template_text import template_text
+from lightning_ep.data.tokenizers import ends_of
 from lightning_ep.distributed.agreement import Ranks
-from lightning_ep.hub.directory import ExportDtype
 
 _PATIENCE = timedelta(days=30)  # for the next line of whoever types
 
@@ -33,11 +32,7 @@ def generate(
     temperature: float = 0.0,
     top_p: float = 1.0,
     seed: int = 1,
-    model: str | None = None,
-    dtype: ExportDtype | None = None,
-    ep: int | Literal["auto"] = "auto",
-    tp: int = 1,
-    weights_only: bool = True,
+    **opening: Any,
 ) -> None:
     """Prints what a model adds to a prompt or answers in a chat, as it is generated.
 
@@ -49,17 +44,15 @@ def generate(
         prompt: The text to go on from, or the user's message.
         chat: Put what is said into the model's chat template. The option alone is enough.
         system: The system message of the chat.
-        chat_template: File with a chat template (Jinja), for models that have none or another.
-        template_kwargs: Variables of the chat template: --template_kwargs.enable_thinking false.
+        chat_template: Another chat template (Jinja) than the one that is saved with the model: a file, or "plain",
+            which we ship.
+        template_kwargs: Variables of the chat template: --template_kwargs.enable_thinking false. Default: what is saved
+            with the model.
         max_new_tokens: Tokens to generate at most.
         temperature: Divides the logits before sampling; 0 takes the most likely token.
         top_p: Sample among the most likely tokens that have this probability together.
         seed: Of the sampling.
-        model: Directory or hub id of the model that was trained, with its tokenizer: for a training checkpoint.
-        dtype: What weights are held and multiplied in. Default: what they are in the checkpoint.
-        ep: Processes that share one set of experts.
-        tp: Processes that share the matrices of attention.
-        weights_only: Build no objects from a training checkpoint but tensors and plain values: others may run code.
+        **opening: Options of `opened`.
 
     Raises:
         ValueError: If an argument is out of its range, or the chat has no template.
@@ -74,10 +67,8 @@ def generate(
     if not chat and (names := [f"--{name}" for name, value in given.items() if value is not None]):
         raise ValueError(f"{', '.join(names)} is for chats: add --chat.")
     sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
-    if chat_template is not None and not Path(chat_template).is_file():
-        raise FileNotFoundError(f"chat_template={chat_template}: there is no such file.")
-    template = read_text(Path(chat_template)) if chat_template is not None else None
-    with opened(checkpoint, model, dtype, ep, tp, weights_only) as found:
+    template = template_text(chat_template) if chat_template is not None else None
+    with opened(checkpoint, **opening) as found:
         writer = Writer(found, max_new_tokens, sampling if temperature else {"do_sample": False})
         answer = Conversation(writer, system, template, template_kwargs or {}).answer if chat else writer.go_on
         torch.manual_seed(seed)
@@ -100,9 +91,8 @@ class Writer:
         self._found = found
         self._max_new_tokens = max_new_tokens
         self._sampling = sampling
-        config: Any = found.model.generation_config
-        self._ends = ids_of(config.eos_token_id, found.tokenizer.eos_token_id)
-        self._pad = next(iter([*ids_of(config.pad_token_id, found.tokenizer.pad_token_id), *self._ends]), None)
+        self._ends = ends_of(found.model, found.tokenizer)
+        self._pad = next((token for token in (found.tokenizer.pad_token_id, *self._ends) if token is not None), None)
 
     def go_on(self, text: str) -> None:
         """Continues a text."""
@@ -155,10 +145,11 @@ class Conversation:
         self._variables = variables
         if template is not None:
             writer.tokenizer.chat_template = template
+            writer.tokenizer.response_template = None  # what answers to the saved one look like
         if not writer.tokenizer.chat_template:
             raise ValueError(
-                "the model's tokenizer has no chat template: give a file with the one that it was trained with as "
-                "--chat_template, or leave --chat out."
+                "the model's tokenizer has no chat template: give the one that it was trained with as --chat_template, "
+                "a file or 'plain', or leave --chat out."
             )
 
     def answer(self, text: str) -> None:
@@ -178,14 +169,9 @@ class Conversation:
             raise ValueError(f"the chat template refuses the conversation: {error}") from error
         ids = self._writer.write(prompt)
         if getattr(tokenizer, "response_template", None):
-            self._messages.append(tokenizer.parse_response(ids, prefix=prompt))
+            self._messages.append({"content": "", **tokenizer.parse_response(ids, prefix=prompt)})
         else:
             self._messages.append({"role": "assistant", "content": tokenizer.decode(ids, skip_special_tokens=True)})
-
-
-def ids_of(*values: int | list[int] | None) -> list[int]:
-    """Token ids of configurations, where one may be a number, a list or missing."""
-    return list(dict.fromkeys(i for v in values if v is not None for i in (v if isinstance(v, list) else [v])))
 
 
 def model_length(config: Any) -> float:

@@ -6,7 +6,7 @@ import json
 import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -16,7 +16,6 @@ from tqdm import tqdm
 from lightning_ep.cli.generation import model_length
 from lightning_ep.cli.opened import Opened, opened
 from lightning_ep.data.corpus import read_text
-from lightning_ep.hub.directory import ExportDtype
 from lightning_ep.loss import summed_loss
 from lightning_ep.ops.cross_entropy import IGNORE, shifted
 
@@ -25,11 +24,7 @@ def perplexity(
     checkpoint: str,
     file: str,
     sequence_length: int | None = None,
-    model: str | None = None,
-    dtype: ExportDtype | None = None,
-    ep: int | Literal["auto"] = "auto",
-    tp: int = 1,
-    weights_only: bool = True,
+    **opening: Any,
 ) -> None:
     """Prints a model's perplexity on a file: the exponential of the mean loss of all its tokens.
 
@@ -41,11 +36,7 @@ def perplexity(
         checkpoint: A training checkpoint, a directory in the hub's layout (an export), or the id of a model on the hub.
         file: A text file, which is one document, or JSON lines (.jsonl) with one document each under "text".
         sequence_length: Tokens of a window. Default: the positions that the model was made for.
-        model: Directory or hub id of the model that was trained, with its tokenizer: for a training checkpoint.
-        dtype: What weights are held and multiplied in. Default: what they are in the checkpoint.
-        ep: Processes that share one set of experts.
-        tp: Processes that share the matrices of attention.
-        weights_only: Build no objects from a training checkpoint but tensors and plain values: others may run code.
+        **opening: Options of `opened`.
 
     Raises:
         ValueError: If the file is not as described, or has no token to predict.
@@ -54,7 +45,7 @@ def perplexity(
     if sequence_length is not None and sequence_length < 2:
         raise ValueError(f"sequence_length={sequence_length} must be at least 2: a token, and one to predict from it.")
     documents = read_documents(Path(file))
-    with opened(checkpoint, model, dtype, ep, tp, weights_only) as found:
+    with opened(checkpoint, **opening) as found:
         length = sequence_length or model_length(found.model.config)
         if math.isinf(length):
             raise ValueError("the model's configuration does not say how long its sequences are: --sequence_length.")

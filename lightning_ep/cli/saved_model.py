@@ -2,18 +2,50 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from transformers import AutoConfig, GenerationConfig, PreTrainedModel
 
 from lightning_ep import transformers_adapter as adapter
+from lightning_ep.checkpoint.saved_weights import read_companions
 from lightning_ep.checkpoint.tensor_files import Saved
+from lightning_ep.hub.companions import GENERATION_CONFIG, TOKENIZER_FILES, read_files, write_files_to
 from lightning_ep.hub.errors import CheckpointError
-from lightning_ep.hub.meta_models import meta_model
+from lightning_ep.hub.meta_models import meta_model, small_files
 from lightning_ep.hub.problems import Problems
+
+
+@contextmanager
+def origin_of(checkpoint: Path, model: str | None, weights_only: bool) -> Iterator[Path | None]:
+    """A directory with what belongs to the model of a checkpoint and is no weights, until the block ends.
+
+    The tokenizer of the run's data, with its chat template, and the generation config are in the checkpoint, and count
+    more than those of ``model``, which has the rest: a config, code, and a tokenizer where the run had none.
+
+    Args:
+        checkpoint: A checkpoint of a run.
+        model: Directory or hub id of the model that was trained, if it is named.
+        weights_only: Build no objects from the checkpoint but tensors and plain values.
+
+    Raises:
+        CheckpointError: If there is no such model.
+    """
+    saved = read_companions(checkpoint, weights_only)
+    named = small_files(model) if model is not None else None
+    if not saved:
+        yield named
+        return
+    with TemporaryDirectory() as directory:
+        if named is not None:
+            tokenizer = () if saved.keys() - {GENERATION_CONFIG} else TOKENIZER_FILES
+            write_files_to(Path(directory), read_files(named, ("config.json", GENERATION_CONFIG, "*.py", *tokenizer)))
+        write_files_to(Path(directory), saved)
+        yield Path(directory)
 
 
 def saved_model(
@@ -24,7 +56,7 @@ def saved_model(
     Args:
         configs: Of every transformers model in the checkpoint, by its name there.
         tensors: The names in the checkpoint.
-        origin: Directory of the model that was trained: its generation config, and its config if there are no others.
+        origin: Directory with the model's generation config, and its config if there are no others (`origin_of`).
 
     Raises:
         CheckpointError: If the checkpoint does not say what model it is of, or holds several.
@@ -34,7 +66,7 @@ def saved_model(
         model = meta_model(AutoConfig.for_model(**values))
     elif configs:
         raise CheckpointError(f"the checkpoint contains {len(configs)} models; one is needed.")
-    elif origin is None:
+    elif origin is None or not (origin / "config.json").exists():
         raise CheckpointError(
             "the checkpoint does not contain the config of its model, or only among objects that may run code when "
             "loaded; name the model with --model."
@@ -42,7 +74,7 @@ def saved_model(
     else:
         model = meta_model(AutoConfig.from_pretrained(origin))
         name = _name_in(tensors, model)
-    if origin is not None and (origin / "generation_config.json").exists():
+    if origin is not None and (origin / GENERATION_CONFIG).exists():
         model.generation_config = GenerationConfig.from_pretrained(origin)
     return f"{name}." if name else "", model
 
@@ -69,8 +101,14 @@ def match(tensors: Mapping[str, Saved], model: PreTrainedModel, prefix: str, che
         checkpoint: The checkpoint, for the error.
 
     Raises:
-        CheckpointError: If names or shapes differ; lists all.
+        CheckpointError: If names or shapes differ, of which it lists all; if there are adapters among them.
     """
+    if any(".lora_" in name for name in tensors):
+        raise CheckpointError(
+            f"{checkpoint} holds adapters with a model that was in memory when it was adapted, and does not say how "
+            "they are scaled. Write them in the run that trains them (the callback HuggingFaceExport), or build the "
+            "model by `lightning_ep.from_pretrained` there: checkpoints then say what they are of."
+        )
     problems = Problems(f"{checkpoint} does not fit the {type(model).__name__} of its config:")
     state = model.state_dict(keep_vars=True)
     tied = adapter.tied_names(model)

@@ -87,15 +87,16 @@ class CLI(LightningCLI):
         return super().instantiate_trainer(**kwargs)
 
 
-def run(args: list[str], prog: str) -> None:
+def run(args: list[str], prog: str, kind: type[CLI] = CLI) -> CLI:
     """Runs one of Lightning's commands.
 
     Args:
         args: The command and its options.
         prog: Name of the program, for its help.
+        kind: What runs it.
     """
     leave_out_tips()
-    CLI(
+    return kind(
         args=args,
         subclass_mode_model=True,
         subclass_mode_data=True,

@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention.varlen import varlen_attn
 from transformers import PreTrainedModel
 
 from lightning_ep import transformers_adapter as adapter
 from lightning_ep.context_parallel.exchange import gather_tokens, kv_repeats, scatter_tokens
 from lightning_ep.context_parallel.sequence import KEY, SequencePiece
 from lightning_ep.layout import ParallelLayout
+from lightning_ep.ops.packed_attention import attend_documents, kernel_serves
 
 _PREFIX = "context_parallel_"
-_VARLEN_SERVES_GQA = "enable_gqa" in inspect.signature(varlen_attn).parameters
 _NO_PIECE = (
     "The sequences of this model are split over the ranks of cp, but it was called without saying which piece this "
     "rank holds: each would attend to itself only. Pass all that `self.trainer.strategy.shard_sequence(batch)` returns "
@@ -159,8 +157,12 @@ def _attend(
     documents = piece.documents
     window = sliding_window if sliding_window is not None and sliding_window < piece.length else None
     plain = documents.plain and window is None
-    if inner == "sdpa" and not plain and not documents.gaps and _varlen_serves(query, dropout):
-        return _attend_varlen(query, key, value, piece, scaling, window)
+    if inner == "sdpa" and not plain and not documents.gaps and kernel_serves(query, value, dropout):
+        bounds, longest = piece.bounds, documents.longest
+        if bounds is None:  # a window in rows that are whole
+            longest = piece.length
+            bounds = torch.arange(piece.batch + 1, dtype=torch.int32, device=query.device) * longest
+        return attend_documents(query, key, value, bounds, longest, scaling, window)
     mask = None
     if adapter.is_flash_attention(inner):
         if documents.gaps:
@@ -192,30 +194,3 @@ def _mask(inner: str, query: Tensor, piece: SequencePiece, window: int | None) -
             query.device,
         )
     return piece.masks[key]
-
-
-def _varlen_serves(query: Tensor, dropout: float) -> bool:
-    return query.is_cuda and query.dtype in (torch.bfloat16, torch.float16) and query.shape[-1] <= 256 and dropout == 0
-
-
-def _attend_varlen(
-    query: Tensor, key: Tensor, value: Tensor, piece: SequencePiece, scaling: float | None, window: int | None
-) -> Tensor:
-    """FlashAttention over the runs of tokens, without a mask; for sdpa, which would need one of S x S elements."""
-    bounds, longest = piece.bounds, piece.documents.longest
-    if bounds is None:
-        bounds = torch.arange(piece.batch + 1, dtype=torch.int32, device=query.device) * piece.length
-        longest = piece.length
-    groups, value_dim = query.shape[1] // key.shape[1], value.shape[-1]
-    if groups > 1 and not _VARLEN_SERVES_GQA:
-        key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
-    if value_dim != query.shape[-1]:
-        value = nn.functional.pad(value, (0, query.shape[-1] - value_dim))
-    q_THD, k_THD, v_THD = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))
-    gqa: dict[str, Any] = {"enable_gqa": True} if groups > 1 and _VARLEN_SERVES_GQA else {}
-    left = -1 if window is None else window - 1
-    out_THD = varlen_attn(
-        q_THD, k_THD, v_THD, bounds, bounds, longest, longest, scale=scaling, window_size=(left, 0), **gqa
-    )
-    assert isinstance(out_THD, Tensor)
-    return out_THD.unflatten(0, (piece.batch, piece.length))[..., :value_dim]

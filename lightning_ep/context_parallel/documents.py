@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
-from lightning_ep.transformers_adapter import Packing
+from lightning_ep.transformers_adapter import Packing, bounds_of
 
 
 @dataclass(frozen=True)
@@ -47,19 +46,16 @@ def find_documents(position_ids: Tensor | None, attention_mask: Tensor | None) -
     """
     packing = Packing.of(position_ids, attention_mask)
     packing.refuse_gaps()
-    if attention_mask is not None and not packing.packed:
-        valid_BS = attention_mask.cpu().bool()
-        edges_BS = valid_BS[:, 1:] != valid_BS[:, :-1]
-        runs_B = valid_BS[:, 0].int() + (edges_BS & valid_BS[:, 1:]).sum(1)
-        if (runs_B > 1).any():
-            return Documents(gaps=True)
-        if (valid_BS[:, 0] | (runs_B == 0)).all():
-            return Documents()  # padding on the right: no token that counts sees it
-    elif position_ids is not None and packing.packed:
-        edges_BS = position_ids.cpu().diff(dim=-1) != 1
-    else:
+    if packing.packed:
+        return Documents(packing.bounds, packing.longest, by_positions=True)
+    if attention_mask is None:
         return Documents()
-    starts_BS = torch.cat([torch.ones_like(edges_BS[:, :1]), edges_BS], dim=1)
-    starts_N = starts_BS.flatten().nonzero().flatten()
-    bounds = torch.cat([starts_N, starts_N.new_tensor([starts_BS.numel()])]).int()
-    return Documents(bounds, int(bounds.diff().max()), by_positions=packing.packed)
+    valid_BS = attention_mask.cpu().bool()
+    edges_BS = valid_BS[:, 1:] != valid_BS[:, :-1]
+    runs_B = valid_BS[:, 0].int() + (edges_BS & valid_BS[:, 1:]).sum(1)
+    if (runs_B > 1).any():
+        return Documents(gaps=True)
+    if (valid_BS[:, 0] | (runs_B == 0)).all():
+        return Documents()  # padding on the right: no token that counts sees it
+    bounds = bounds_of(edges_BS)
+    return Documents(bounds, int(bounds.diff().max()))

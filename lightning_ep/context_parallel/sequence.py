@@ -16,6 +16,7 @@ from lightning_ep.context_parallel.documents import Documents, find_documents
 from lightning_ep.context_parallel.exchange import SequencePeers
 from lightning_ep.distributed.progress import Progress
 from lightning_ep.ops.cross_entropy import IGNORE, shifted
+from lightning_ep.ops.packed_attention import to_device
 from lightning_ep.transformers_adapter import described
 
 KEY = "sequence"
@@ -122,9 +123,8 @@ def shard_sequence(
         pieces["attention_mask"] = valid | ~valid.any()
     if documents.by_positions:
         mask = None
-    piece = SequencePiece(
-        peers, rows, peers.size * length, positions, mask, documents, _on_device(documents.bounds, tokens.device)
-    )
+    bounds = None if documents.bounds is None else to_device(documents.bounds, tokens.device)
+    piece = SequencePiece(peers, rows, peers.size * length, positions, mask, documents, bounds)
     return {**local, **pieces, KEY: piece}
 
 
@@ -184,9 +184,3 @@ def _whole(batch: Mapping[str, Any], rows: int, padding: int) -> tuple[Tensor | 
 
 def _padded(x: Tensor, padding: int, value: int) -> Tensor:
     return F.pad(x, (0, 0) * (x.ndim - 2) + (0, padding), value=value)
-
-
-def _on_device(bounds: Tensor | None, device: torch.device) -> Tensor | None:
-    if bounds is None or device.type != "cuda":
-        return bounds
-    return bounds.pin_memory().to(device, non_blocking=True)

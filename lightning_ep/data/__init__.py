@@ -2,20 +2,24 @@
 
 from lightning_ep.data.chat import ChatDataModule
 from lightning_ep.data.packed_data import PackedDataModule
+from lightning_ep.data.preference import PreferenceDataModule
 from lightning_ep.data.preparation import Rows, Samples
 from lightning_ep.data.prompt_completion import PromptCompletionDataModule
 from lightning_ep.data.resumable_loader import ResumableLoader, data_ranks
 from lightning_ep.data.row_files import Source
 from lightning_ep.data.text import TextDataModule
+from lightning_ep.data.text_stream import TextStreamDataModule
 
 __all__ = [
     "ChatDataModule",
     "PackedDataModule",
+    "PreferenceDataModule",
     "PromptCompletionDataModule",
     "ResumableLoader",
     "Rows",
     "Samples",
     "Source",
     "TextDataModule",
+    "TextStreamDataModule",
     "data_ranks",
 ]

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any, Literal
 
 from lightning.pytorch.utilities import rank_zero_warn
@@ -17,8 +16,7 @@ from lightning_ep.data.preparation import Samples
 from lightning_ep.data.rendering import RendersConversations
 from lightning_ep.data.row_files import Row, Source
 from lightning_ep.data.rows import RowsDataModule
-
-_SHIPPED = Path(__file__).parent / "chat_templates"
+from lightning_ep.data.template_text import response_template, template_text, with_defaults
 
 
 class ChatDataModule(RowsDataModule):
@@ -115,6 +113,8 @@ class ChatDataModule(RowsDataModule):
             self.tokenizer, written, self.sequence_length, self.split_turns, self.too_long, self.malformed
         )
         self.tokenizer.chat_template = with_defaults(kept, self.template_kwargs)
+        if (response := response_template(self.chat_template, self.tokenizer.eos_token)) is not None:
+            self.tokenizer.response_template = response
 
     @override
     def read_row(self, row: Row) -> Conversation:
@@ -131,27 +131,4 @@ class ChatDataModule(RowsDataModule):
 
     def _given_template(self) -> str | None:
         """The text of the template that was passed."""
-        given = self.chat_template
-        if given is None or "{%" in given or "{{" in given:
-            return given
-        file = _SHIPPED / f"{given}.jinja"
-        if not file.exists():
-            file = Path(given).expanduser()
-        if not file.is_file():
-            shipped = ", ".join(repr(file.stem) for file in sorted(_SHIPPED.glob("*.jinja")))
-            raise ValueError(f"chat_template={given!r} is no file here, no template's text, and none of {shipped}.")
-        return file.read_text(encoding="utf-8")
-
-
-def with_defaults(template: str, variables: Mapping[str, Any]) -> str:
-    """A template that takes these values for its variables where it is given none.
-
-    Raises:
-        ValueError: If a variable has no name that templates know.
-    """
-    begin = ""
-    for name, value in sorted(variables.items()):
-        if not name.isidentifier():
-            raise ValueError(f"template_kwargs has {name!r}, which cannot be the name of a template's variable.")
-        begin += f"{{% set {name} = {name} if {name} is defined else {value!r} %}}"  # Jinja reads Python's literals
-    return begin + template
+        return template_text(self.chat_template) if self.chat_template is not None else None

@@ -73,6 +73,73 @@ def conversation(row: Mapping[str, Any], where: str) -> Conversation:
     return given._replace(messages=given.messages + learnt.messages, trained=trained)
 
 
+class Preference(NamedTuple):
+    """Two conversations that begin alike; only what the assistant says behind that is learnt of each."""
+
+    chosen: Conversation
+    rejected: Conversation
+
+
+def preference(row: Mapping[str, Any], where: str) -> Preference:
+    """Read one row of preferences.
+
+    Args:
+        row: ``chosen`` and ``rejected``, conversations that begin alike or answers to ``prompt``, each of which may be
+            a text in place of one message; beside them ``system`` and ``tools``, where there are any. ``prompt`` may be
+            called ``conversations`` or ``messages``.
+        where: What messages call the row.
+
+    Raises:
+        MalformedRow: If it is none, or the two have no assistant's turn of their own.
+    """
+    sides = [_messages(row.get(key), "assistant") for key in ("chosen", "rejected")]
+    if not all(sides):
+        raise MalformedRow(f"{where}: the row has {sorted(row)}, and a preference is 'chosen' and 'rejected'.")
+    tools, system = row.get("tools"), row.get("system")
+    key = next((key for key in ("prompt", "conversations", "messages") if row.get(key) is not None), "prompt")
+    prompt = _messages(row.get(key), "user")
+    asked = from_messages(prompt, None, where, key).messages if prompt else []
+    chosen, rejected = (
+        from_messages(side, tools, where, key) for side, key in zip(sides, ("chosen", "rejected"), strict=True)
+    )
+    # Some files repeat the prompt at the beginning of both.
+    if any(side.messages[0]["role"] == "assistant" for side in (chosen, rejected)):
+        chosen, rejected = (_behind(asked, side) for side in (chosen, rejected))
+    if system:
+        first = [{"role": "system", "content": _text(system, f"{where}: system")}]
+        chosen, rejected = (_behind(first, side) for side in (chosen, rejected))
+    both = zip(chosen.messages, rejected.messages, strict=False)
+    shared = next((i for i, (one, other) in enumerate(both) if one != other), None)
+    if shared is None:  # they are equal, or one goes on where the other ends
+        shared = min(len(chosen.messages), len(rejected.messages))
+    if chosen.messages == rejected.messages:
+        return Preference(chosen, rejected)
+    if shared == 0:
+        raise MalformedRow(f"{where}: chosen and rejected have no message in common: add 'prompt' to the row.")
+    pair = [
+        side._replace(trained=[learnt and i >= shared for i, learnt in enumerate(side.trained)])
+        for side in (chosen, rejected)
+    ]
+    for ended, key in zip(pair, ("chosen", "rejected"), strict=True):
+        if not any(ended.trained):
+            raise MalformedRow(f"{where}: {key} has no assistant's turn behind what the two have in common.")
+    return Preference(*pair)
+
+
+def _messages(written: Any, role: str) -> Any:
+    """Messages, of which a text or a dict is one; none if nothing is there."""
+    if written is None:
+        return []
+    if isinstance(written, str) and not written.lstrip().startswith(("[", "{")):
+        return [{"role": role, "content": written}]
+    return [written] if isinstance(written, Mapping) else written
+
+
+def _behind(messages: list[dict[str, Any]], answer: Conversation) -> Conversation:
+    """A conversation that goes on where others' messages, which are not learnt, end."""
+    return answer._replace(messages=messages + answer.messages, trained=[False] * len(messages) + answer.trained)
+
+
 def from_messages(written: Any, tools: Any, where: str, key: str = "messages", system: Any = None) -> Conversation:
     """Read a list of messages, or JSON text of one.
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from lightning_ep.data.examples.standard_library import standard_library, walk
+from lightning_ep.data.standard_library import standard_library, walk
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -46,14 +46,15 @@ def find_files(source: str) -> list[Path]:
     return files
 
 
-def read_text(path: Path) -> str:
-    """Read a UTF-8 text file.
+def read_text(path: Path, characters: int = -1) -> str:
+    """Read a UTF-8 text file, or so many characters of its beginning.
 
     Raises:
         ValueError: If it is not UTF-8.
     """
     try:
-        return path.read_text(encoding="utf-8")
+        with path.open(encoding="utf-8") as file:
+            return file.read(characters)
     except UnicodeDecodeError as error:
         raise ValueError(
             f"{path} is not UTF-8 text ({error}). Convert it, or leave it out with a pattern such as 'corpus/**/*.txt'."

@@ -5,33 +5,35 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
-import torch
 from lightning.pytorch import LightningDataModule, LightningModule
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.types import EVAL_DATALOADERS
+from torch.utils.data import DataLoader
 from transformers import AutoTokenizer
 from typing_extensions import override
 
-from lightning_ep import transformers_adapter as adapter
 from lightning_ep.checkpoint.loop_state import close_finished_epoch, match_batches
 from lightning_ep.data import corpus
-from lightning_ep.data.preparation import COUNTS, FORMAT, WINDOWS, Part, Rows, Samples, prepare
+from lightning_ep.data.cache import cache_root, find_prepared
+from lightning_ep.data.collate import Collate, FilledUp, open_windows, stacked, without_positions
+from lightning_ep.data.predicted_documents import Documents, padded, prepare_documents
+from lightning_ep.data.preparation import COUNTS, FORMAT, Part, Rows, Samples, describe, prepare
 from lightning_ep.data.resumable_loader import ResumableLoader, data_ranks
-from lightning_ep.data.tokenizers import (
-    check_vocabulary,
-    checkpoint_of,
-    tokenizer_files,
-    vocabulary_size,
-    warn_of_other_special_tokens,
-)
+from lightning_ep.data.tokenizers import check_of_module, checkpoint_of, pad_token_id, refuse_too_small, tokenizer_files
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
+
+PREVIEWED = 200
+"""Rows of a source that `PackedDataModule.first_rows` gives."""
 
 
 class PackedDataModule(LightningDataModule):
@@ -61,19 +63,21 @@ class PackedDataModule(LightningDataModule):
             from, known for `CausalLM` and for modules with an attribute ``pretrained_path``.
 
     Raises:
-        ValueError: In ``prepare_data``, if there is no tokenizer; in ``setup``, if there are too few windows to give
-            every data rank a batch; there, or when a loader is asked for, if the model's vocabulary is smaller than the
-            tokenizer's.
+        ValueError: In ``prepare_data``, if there is no tokenizer; in ``setup``, if some data rank would get no batch;
+            there, or when a loader is asked for, if the model's vocabulary is smaller than the tokenizer's.
     """
 
     kind: ClassVar[str] = "packed"
     """What directories in the cache begin with."""
     across_documents = False
     """Whether documents see those before them in the window; batches have no ``position_ids`` then."""
+    trains: LightningModule | None = None
+    """The module that will be trained, where there is no Trainer to ask: its weights say which tokenizer it is."""
 
     tokenizer: PreTrainedTokenizerBase
     train_dataset: Dataset
     val_dataset: Dataset | None
+    predict_dataset: Documents
     counts: dict[str, dict[str, Any]]
 
     def __init__(
@@ -96,12 +100,13 @@ class PackedDataModule(LightningDataModule):
         self.num_workers = num_workers
         self.num_proc = num_proc
         self._tokenizer_source = tokenizer
-        self._makes_tokenizer = False
+        self.makes_tokenizer = False  # as `setup` and `load_tokenizer` found
+        self._directory: Path | None = None  # in the cache; known to the process that prepares
 
     # ------------------------------------------------------------------------------------------ what a subclass says
 
     def sources(self) -> Sequence[Rows]:
-        """The rows that are trained on. Every rank asks; rows are read later, on one."""
+        """The rows that are trained on; asked where data is prepared, one process of each node. Rows are read later."""
         raise NotImplementedError
 
     def validation_sources(self) -> Sequence[Rows] | None:
@@ -127,6 +132,22 @@ class PackedDataModule(LightningDataModule):
         held_out = min(max(1, round(self.validation_fraction * rows.count)), rows.count - 1)
         return np.sort(order[held_out:]), np.sort(order[:held_out])
 
+    @property
+    def window_length(self) -> int:
+        """Tokens of a window. Default: ``sequence_length``."""
+        return self.sequence_length
+
+    def collate_function(self) -> Collate:
+        """What makes a batch of windows. Default: they are stacked."""
+        return without_positions if self.across_documents else stacked
+
+    def first_rows(self) -> Sequence[Rows]:
+        """Rows of each source for a look at them. Default: the first 200."""
+        return [replace(rows, count=min(rows.count, PREVIEWED)) for rows in self.sources()]
+
+    def check(self) -> None:
+        """Raise ValueError if ``self.tokenizer`` does not fit what is asked for. Default: any does."""
+
     def make_tokenizer(self, directory: Path, training: Sequence[Part]) -> None:
         """Save a tokenizer where the model has none. Default: that is refused."""
         checkpoint = checkpoint_of(self._module())
@@ -141,51 +162,42 @@ class PackedDataModule(LightningDataModule):
     @override
     def prepare_data(self) -> None:
         """Make the windows, unless they are cached. Lightning calls it on one process of each node."""
-        origin, sources, validation = self._tokenizer_files(), self.sources(), self.validation_sources()
-
-        def build(directory: Path) -> None:
-            parts = self._parts(sources, validation)
-            if not origin:
-                self.make_tokenizer(directory / "tokenizer", parts["train"])
-            self.tokenizer = AutoTokenizer.from_pretrained(origin[0].parent if origin else directory / "tokenizer")
-            for name, rows in parts.items():
-                (directory / name).mkdir()
-                prepare(
-                    directory / name,
-                    rows,
-                    self.make_samples,
-                    self.sequence_length,
-                    _pad_token_id(self.tokenizer),
-                    self.num_proc or len(os.sched_getaffinity(0)),
-                    shuffle_seed=self.seed if name == "train" else None,
-                    description=f"preparing {name}",
-                )
-
-        corpus.build_once(self._cached(origin, sources, validation), build)
+        origin = self._tokenizer_files()
+        if origin:  # what is wrong is said before thousands of rows are read
+            self.use_tokenizer(origin[0].parent)
+        sources = self.sources()
+        validation = None if self._predicts else self.validation_sources()
+        self._directory = cache_root(self.cache_dir) / self._name(origin, sources, validation)
+        if self._predicts:
+            corpus.build_once(self._directory, lambda directory: self._make_documents(directory, sources))
+        else:
+            corpus.build_once(self._directory, lambda target: self._make_windows(target, origin, sources, validation))
 
     @override
     def setup(self, stage: str | None = None) -> None:
         """Load what ``prepare_data`` made, on every rank."""
-        origin = self._tokenizer_files()
-        directory = self._cached(origin, self.sources(), self.validation_sources())
-        if not directory.exists():
-            raise FileNotFoundError(
-                f"{directory} does not exist on this process. Call prepare_data() first (a Trainer does), and let "
-                "sources and cache_dir be the same on all processes of a node."
-            )
-        self._makes_tokenizer = not origin
-        self.tokenizer = AutoTokenizer.from_pretrained(origin[0].parent if origin else directory / "tokenizer")
+        origin, directory = self._tokenizer_files(), self._found()
+        self.makes_tokenizer = not origin
+        self.use_tokenizer(origin[0].parent if origin else directory / "tokenizer")
         config = getattr(self._module(), "model_config", None)  # CausalLM's, before the model is built
         if config is not None:
-            self._refuse_too_small(config)
-        self.train_dataset, self.val_dataset = _windows(directory / "train"), None
-        self.counts = {"train": json.loads((directory / "train" / COUNTS).read_text())}
-        if (directory / "val").exists():
-            self.val_dataset = _windows(directory / "val")
-            self.counts["val"] = json.loads((directory / "val" / COUNTS).read_text())
+            refuse_too_small(self.tokenizer, config, self.makes_tokenizer)
+        if self._predicts:
+            self.predict_dataset = Documents(directory)
+            self.counts = {"predict": self.predict_dataset.counts}
+        else:
+            parts = [name for name in ("train", "val") if (directory / name).exists()]
+            self.counts = {name: json.loads((directory / name / COUNTS).read_text()) for name in parts}
+            windows = {name: open_windows(directory / name) for name in parts}
+            self.val_dataset = windows.get("val")
+            if "train" in windows:
+                self.train_dataset = windows["train"]
         for name, counts in self.counts.items():
             rank_zero_info(f"{type(self).__name__}, {name}: {describe(counts)}")
-        self._refuse_too_few()
+        if not self._predicts:
+            self.batches_per_epoch(data_ranks(self.trainer)[1])
+        elif not len(self.predict_dataset):
+            raise ValueError(f"No row of {', '.join(self.counts['predict']['sources'])} gives a document to predict.")
 
     @override
     def train_dataloader(self) -> ResumableLoader:
@@ -202,10 +214,130 @@ class PackedDataModule(LightningDataModule):
 
     @override
     def val_dataloader(self) -> EVAL_DATALOADERS:
-        """Return this data rank's share of the validation windows; nothing if none are held out."""
-        return [] if self.val_dataset is None else self._loader(self.val_dataset, shuffle=False, drop_last=False)
+        """Return this data rank's share of the validation windows; nothing if none are held out.
+
+        For several sources a dict of loaders, if the module weighs tokens, as `CausalLM` does.
+        """
+        if self.val_dataset is None:
+            return []
+        if not self._weighs_tokens:
+            return self._loader(self.val_dataset, shuffle=False, drop_last=False)
+        loaders, end = {}, 0
+        for name, counts in self.counts["val"]["sources"].items():
+            begin, end = end, end + counts["windows"]
+            if end > begin:
+                windows = FilledUp(
+                    self.val_dataset.select(range(begin, end)),
+                    data_ranks(self.trainer)[1],
+                    self.sequence_length,
+                    pad_token_id(self.tokenizer),
+                )
+                loaders[name] = self._loader(windows, shuffle=False, drop_last=False)
+        return loaders if len(loaders) > 1 else next(iter(loaders.values()), [])
+
+    @override
+    def predict_dataloader(self) -> EVAL_DATALOADERS:
+        """Return the documents of all rows, each once and in order, a sequence for each; ranks share them.
+
+        Held-out rows are among them, and weights have no meaning.
+        """
+        check_of_module(self.tokenizer, self._module(), self.makes_tokenizer, type(self).__name__)
+        return DataLoader(
+            self.predict_dataset,  # type: ignore[arg-type]  # it has all that is asked of one
+            batch_size=self.batch_size,
+            collate_fn=partial(padded, most=self.sequence_length, pad_token_id=pad_token_id(self.tokenizer)),
+            num_workers=self.num_workers,
+        )
+
+    def row_of(self, index: int) -> dict[str, Any]:
+        """``source`` and ``row``, its number there, of what predict has given for a document; for what writes it."""
+        return self.predict_dataset.row_of(index)
+
+    # ------------------------------------------------------------------------------------------- without a Trainer
+
+    def load_tokenizer(self, directory: Path, training: Sequence[Part]) -> None:
+        """Load the tokenizer, or one that is made of ``training`` and saved in a directory."""
+        origin = self._tokenizer_files()
+        if not origin:
+            self.make_tokenizer(directory, training)
+        self.makes_tokenizer = not origin
+        self.use_tokenizer(origin[0].parent if origin else directory)
+
+    def use_tokenizer(self, directory: Path) -> None:
+        """Load the tokenizer of a directory; raises what `check` raises."""
+        self.tokenizer = AutoTokenizer.from_pretrained(directory)
+        self.check()
+
+    @property
+    def directory(self) -> Path:
+        """Where in the cache the windows are; known to the process that has called ``prepare_data``."""
+        assert self._directory is not None
+        return self._directory
+
+    def batches_per_epoch(self, data_world_size: int) -> int | None:
+        """Training batches of each of so many data ranks; known after ``setup``. None if there are no epochs.
+
+        Raises:
+            ValueError: If there are too few windows to give every data rank a batch.
+        """
+        checks = [("training", self.train_dataset, self.batch_size * data_world_size)]
+        if self.val_dataset is not None:
+            checks.append(("validation", self.val_dataset, 1 if self._weighs_tokens else data_world_size))
+        for name, dataset, needed in checks:
+            if len(dataset) < needed:
+                names = ", ".join(map(repr, self.counts["train"]["sources"]))
+                raise ValueError(
+                    f"{names}: {len(dataset)} {name} windows of sequence_length={self.sequence_length}, "
+                    f"but {data_world_size} data ranks with batch_size={self.batch_size} need at least {needed} for a "
+                    "batch each. Use more data, shorter windows, smaller batches, fewer data ranks or another "
+                    f"validation_fraction (now {self.validation_fraction})."
+                )
+        return len(self.train_dataset) // (self.batch_size * data_world_size)
 
     # --------------------------------------------------------------------------------------------------------- inside
+
+    @property
+    def _predicts(self) -> bool:
+        return self.trainer is not None and self.trainer.state.fn == TrainerFn.PREDICTING
+
+    @property
+    def _processes(self) -> int:
+        return self.num_proc or len(os.sched_getaffinity(0))
+
+    def _make_windows(
+        self, directory: Path, origin: list[Path], sources: Sequence[Rows], validation: Sequence[Rows] | None
+    ) -> None:
+        parts = self._parts(sources, validation)
+        if not origin:
+            self.make_tokenizer(directory / "tokenizer", parts["train"])
+            self.use_tokenizer(directory / "tokenizer")
+        for name, rows in parts.items():
+            if not rows:  # a subclass reads them otherwise
+                continue
+            (directory / name).mkdir()
+            prepare(
+                directory / name,
+                rows,
+                self.make_samples,
+                self.window_length,
+                pad_token_id(self.tokenizer),
+                self._processes,
+                shuffle_seed=self.seed if name == "train" else None,
+                description=f"preparing {name}",
+            )
+
+    def _make_documents(self, directory: Path, sources: Sequence[Rows]) -> None:
+        prepare_documents(directory, sources, self.make_samples, self.sequence_length, self._processes)
+
+    def _found(self) -> Path:
+        """The directory of what was prepared, on every rank."""
+
+        def locate() -> str:
+            validation = None if self._predicts else self.validation_sources()
+            return self._name(self._tokenizer_files(), self.sources(), validation)
+
+        prepared = self._directory.name if self._directory is not None else None
+        return find_prepared(self, prepared, locate, cache_root(self.cache_dir))
 
     def _parts(self, sources: Sequence[Rows], validation: Sequence[Rows] | None) -> dict[str, list[Part]]:
         if validation is not None:
@@ -221,14 +353,15 @@ class PackedDataModule(LightningDataModule):
             "val": [Part(rows, val) for rows, _, val in split],
         }
 
-    def _cached(self, origin: list[Path], sources: Sequence[Rows], validation: Sequence[Rows] | None) -> Path:
+    def _name(self, origin: list[Path], sources: Sequence[Rows], validation: Sequence[Rows] | None) -> str:
+        """What it is called in the cache."""
         import tokenizers
 
-        root = self.cache_dir or os.environ.get("LIGHTNING_EP_CACHE") or "~/.cache/lightning_ep"
         rows = [[(r.name, r.count, r.fingerprint, r.weight) for r in some] for some in (sources, validation or ())]
-        shared = (self.sequence_length, self.seed, self.validation_fraction, validation is None)
+        windows = (self.seed, self.validation_fraction, validation is None)
+        shared = (self.sequence_length, "documents" if self._predicts else windows)
         settings = (FORMAT, type(self).__qualname__, rows, shared, tuple(self.settings()), tokenizers.__version__)
-        return Path(root).expanduser() / f"{self.kind}-{corpus.fingerprint(origin, *settings)}"
+        return f"{self.kind}-{corpus.fingerprint(origin, *settings)}"
 
     def _tokenizer_files(self) -> list[Path]:
         """The files of the tokenizer to use; none if one is to be made."""
@@ -236,10 +369,19 @@ class PackedDataModule(LightningDataModule):
         files = tokenizer_files(checkpoint) if checkpoint is not None else []
         if self._tokenizer_source is not None and not files:
             raise ValueError(f"tokenizer={self._tokenizer_source!r} has no tokenizer: no tokenizer.json or the like.")
+        if self._predicts and not files:
+            raise ValueError(
+                "predict needs the tokenizer that the model was trained with, and its weights come with none: pass the "
+                f"directory of it, {type(self).__name__}(tokenizer=...). One that a run has made is in its cache."
+            )
         return files
 
-    def _loader(self, dataset: Dataset, shuffle: bool, drop_last: bool) -> ResumableLoader:
-        self._check_vocabulary()
+    @property
+    def _weighs_tokens(self) -> bool:
+        return getattr(self._module(), "weighs_tokens", False)
+
+    def _loader(self, dataset: Any, shuffle: bool, drop_last: bool) -> ResumableLoader:
+        check_of_module(self.tokenizer, self._module(), self.makes_tokenizer, type(self).__name__)
         data_rank, data_world_size = data_ranks(self.trainer)
         return ResumableLoader(
             dataset,
@@ -249,87 +391,10 @@ class PackedDataModule(LightningDataModule):
             shuffle=shuffle,
             seed=self.seed,
             drop_last=drop_last,
-            collate_fn=_without_positions if self.across_documents else _collate,
+            collate_fn=self.collate_function(),
             num_workers=self.num_workers,
             pin_memory=self.trainer is not None and self.trainer.strategy.root_device.type == "cuda",
         )
 
     def _module(self) -> LightningModule | None:
-        return self.trainer.lightning_module if self.trainer is not None else None
-
-    def _refuse_too_few(self) -> None:
-        _, data_world_size = data_ranks(self.trainer)
-        checks = [("training", self.train_dataset, self.batch_size * data_world_size)]
-        if self.val_dataset is not None:
-            checks.append(("validation", self.val_dataset, data_world_size))
-        for name, dataset, needed in checks:
-            if len(dataset) < needed:
-                names = ", ".join(repr(rows.name) for rows in self.sources())
-                raise ValueError(
-                    f"{names}: {len(dataset)} {name} windows of sequence_length={self.sequence_length}, "
-                    f"but {data_world_size} data ranks with batch_size={self.batch_size} need at least {needed} for a "
-                    "batch each. Use more data, shorter windows, smaller batches, fewer data ranks or another "
-                    f"validation_fraction (now {self.validation_fraction})."
-                )
-
-    def _check_vocabulary(self) -> None:
-        # not in `setup`: models are often built later, in `configure_model`
-        module = self._module()
-        models: list[Any] = list(adapter.pretrained_models(module).values()) if module is not None else []
-        for model in models or [getattr(module, "model", None)]:
-            if hasattr(model, "config"):
-                self._refuse_too_small(model.config)
-                warn_of_other_special_tokens(self.tokenizer, model)
-        checkpoint = checkpoint_of(module)
-        if checkpoint is not None and self._makes_tokenizer and tokenizer_files(checkpoint):
-            name = type(self).__name__
-            raise ValueError(
-                f"The model's weights are those of {checkpoint}, which has a tokenizer, and {name} has made a new one, "
-                "whose ids mean nothing to these weights: it could not know before the model was built. Pass "
-                f"{name}(tokenizer={checkpoint!r}), or give {type(module).__name__} an attribute `pretrained_path`."
-            )
-
-    def _refuse_too_small(self, config: Any) -> None:
-        size = vocabulary_size(config)
-        check_vocabulary(
-            self.tokenizer,
-            config,
-            f"Set the model's to {len(self.tokenizer)} or more, or the data's to {size} or less."
-            if self._makes_tokenizer
-            else f"Use the tokenizer of these weights, not {self.tokenizer.name_or_path}, or resize the embeddings.",
-        )
-
-
-def describe(counts: dict[str, Any]) -> str:
-    """One line on windows, from what `lightning_ep.data.preparation.prepare` counted."""
-    line = (
-        f"{counts['documents']:,} documents in {counts['windows']:,} windows of {counts['sequence_length']:,} tokens, "
-        f"{counts['fill_rate']:.1%} full; {counts['supervised_share']:.1%} of their tokens are supervised"
-    )
-    if len(counts["sources"]) > 1:
-        line += "; from " + ", ".join(f"{name} ({some['documents']:,})" for name, some in counts["sources"].items())
-    if counts["dropped"]:
-        line += "; left out: " + ", ".join(f"{count:,} {reason}" for reason, count in sorted(counts["dropped"].items()))
-    if counts["notes"]:
-        line += "; " + ", ".join(f"{count:,} {what}" for what, count in sorted(counts["notes"].items()))
-    return line
-
-
-def _windows(directory: Path) -> Dataset:
-    from datasets import Dataset
-
-    return Dataset.from_file(str(directory / WINDOWS)).with_format("torch")
-
-
-def _pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Any token will do, since no loss is made of padding."""
-    known = (tokenizer.pad_token_id, tokenizer.eos_token_id)
-    return next((token for token in known if token is not None), 0)
-
-
-def _without_positions(windows: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    return {name: values for name, values in _collate(windows).items() if name != "position_ids"}
-
-
-def _collate(windows: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    return {name: torch.stack([window[name] for window in windows]) for name in windows[0]}
+        return self.trainer.lightning_module if self.trainer is not None else self.trains

@@ -24,7 +24,7 @@ from lightning_ep.data.windows import COLUMNS, Fill, Sample, best_fit, fill_wind
 WINDOWS, COUNTS = "windows.arrow", "counts.json"
 """The files that `prepare` makes."""
 
-FORMAT = 1
+FORMAT = 2
 """Part of every cache's key: to be raised when the same rows give other windows."""
 
 _WINDOWS_PER_WRITE = 64
@@ -126,18 +126,26 @@ def prepare(
         pad_token_id: What fills windows up.
         num_proc: Processes; 1 is this one.
         shuffle_seed: Mixes the documents of all parts before they are packed, and repeats them as the sources' weights
-            say. None leaves each where it is, once.
+            say. None leaves each where it is, once, in windows that hold documents of one source each: source by
+            source, as many as `COUNTS` says.
         description: What the progress bar says.
     """
-    counts = _Counts()
+    counts = Counts()
     with tempfile.TemporaryDirectory(dir=directory) as scratch:
         with _Writer(Path(scratch)) as writer:
-            for part, made in _made(parts, make_samples, sequence_length, num_proc, description):
+            for part, made in made_of(parts, make_samples, sequence_length, num_proc, description):
                 writer.add(made, part)
                 counts.add(made, parts[part].rows.name)
         documents = writer.documents()
-        order = documents.order([part.rows.weight for part in parts], shuffle_seed)
-        fill = _pack(directory / WINDOWS, documents, order, sequence_length, pad_token_id)
+        if shuffle_seed is not None:
+            orders = [documents.mixed([part.rows.weight for part in parts], shuffle_seed)]
+        else:
+            numbers = {name: [n for n, part in enumerate(parts) if part.rows.name == name] for name in counts.sources}
+            orders = [np.flatnonzero(np.isin(documents.parts, of_name)) for of_name in numbers.values()]
+        fill, windows = _pack(directory / WINDOWS, documents, orders, sequence_length, pad_token_id)
+        if shuffle_seed is None:
+            for some, number in zip(counts.sources.values(), windows, strict=True):
+                some["windows"] = number
     shares = {"fill_rate": fill.fill_rate, "supervised_share": fill.supervised_share}
     (directory / COUNTS).write_text(json.dumps({**vars(fill), **shares, **vars(counts)}, indent=1))
 
@@ -146,18 +154,28 @@ def prepare(
 
 
 @dataclass
-class _Made:
-    """What a task's rows became, as it travels from a worker."""
+class Made:
+    """What rows became, as it travels from a worker.
+
+    Attributes:
+        rows: Number of rows.
+        tokens: int32, one document after the other.
+        supervised: bool, of each token.
+        lengths: int64, of each document.
+        dropped: As in `Samples`.
+        notes: As in `Samples`.
+    """
 
     rows: int
-    tokens: np.ndarray  # int32, one document after the other
-    supervised: np.ndarray  # bool, of each token
-    lengths: np.ndarray  # int64, of each document
+    tokens: np.ndarray
+    supervised: np.ndarray
+    lengths: np.ndarray
     dropped: Counter[str]
     notes: Counter[str]
 
     @staticmethod
-    def of(samples: Samples, rows: int, sequence_length: int) -> _Made:
+    def of(samples: Samples, rows: int, sequence_length: int) -> Made:
+        """What is kept of samples: documents that a window holds, and that have a token to predict."""
         kept = []
         for sample in samples.samples:
             if len(sample.input_ids) > sequence_length:
@@ -166,7 +184,7 @@ class _Made:
                 samples.drop("without supervised tokens")
             else:
                 kept.append(sample)
-        return _Made(
+        return Made(
             rows,
             np.fromiter(chain.from_iterable(sample.input_ids for sample in kept), np.int32),
             np.fromiter(chain.from_iterable(sample.supervised for sample in kept), np.bool_),
@@ -192,11 +210,11 @@ class _Work:
             for begin in range(0, len(part.indices), part.rows.rows_per_task)
         ]
 
-    def do(self, task: tuple[int, int, int]) -> _Made:
+    def do(self, task: tuple[int, int, int]) -> Made:
         number, begin, end = task
         part, samples = self.parts[number], Samples()
         self.make_samples(part.rows.read(part.indices[begin:end].tolist()), samples)
-        return _Made.of(samples, end - begin, self.sequence_length)
+        return Made.of(samples, end - begin, self.sequence_length)
 
 
 _work: _Work | None = None  # in worker processes
@@ -208,14 +226,14 @@ def _begin_worker(work: _Work) -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # each process is a thread's worth; and its warning of forks is gone
 
 
-def _do(task: tuple[int, int, int]) -> _Made:
+def _do(task: tuple[int, int, int]) -> Made:
     assert _work is not None
     return _work.do(task)
 
 
-def _made(
+def made_of(
     parts: Sequence[Part], make_samples: MakeSamples, sequence_length: int, num_proc: int, description: str
-) -> Iterator[tuple[int, _Made]]:
+) -> Iterator[tuple[int, Made]]:
     """What each task's rows became, in the order of the rows, with the number of its part."""
     work = _Work(parts, make_samples, sequence_length)
     tasks = work.tasks()
@@ -224,7 +242,7 @@ def _made(
     with ExitStack() as stack:
         # Not where nobody watches: a log would get a line for every update.
         bar = stack.enter_context(tqdm(total=total, desc=description, unit=" rows", disable=None, mininterval=0.5))
-        results: Iterator[_Made] = map(work.do, tasks)
+        results: Iterator[Made] = map(work.do, tasks)
         if num_proc > 1:
             # Forked, as DataLoader's workers are: what makes samples need not be picklable, and rows are shared.
             context = multiprocessing.get_context("fork")
@@ -237,20 +255,44 @@ def _made(
 
 
 @dataclass
-class _Counts:
+class Counts:
     """What is said of rows that became windows."""
 
     sources: dict[str, dict[str, int]] = field(default_factory=dict)
     dropped: Counter[str] = field(default_factory=Counter)
     notes: Counter[str] = field(default_factory=Counter)
 
-    def add(self, made: _Made, source: str) -> None:
+    def add(self, made: Made, source: str) -> None:
+        """Counts what rows of a source became."""
         counts = self.sources.setdefault(source, {"rows": 0, "documents": 0, "tokens": 0})
         counts["rows"] += made.rows
         counts["documents"] += len(made.lengths)
         counts["tokens"] += len(made.tokens)
         self.dropped.update(made.dropped)
         self.notes.update(made.notes)
+
+    def rows(self, source: str) -> int:
+        """Rows of a source so far."""
+        return self.sources.get(source, {"rows": 0})["rows"]
+
+
+def describe(counts: dict[str, Any]) -> str:
+    """One line on windows or documents, from what was counted."""
+    documents, tokens = (sum(some[what] for some in counts["sources"].values()) for what in ("documents", "tokens"))
+    line = f"{documents:,} documents ({tokens:,} tokens)"
+    if "windows" in counts:
+        line = (
+            f"{counts['documents']:,} documents ({counts['tokens']:,} tokens) in {counts['windows']:,} windows of "
+            f"{counts['sequence_length']:,}, {counts['fill_rate']:.1%} full; {counts['supervised_share']:.1%} of the "
+            "tokens are supervised"
+        )
+    if len(counts["sources"]) > 1:
+        line += "; from " + ", ".join(f"{name} ({some['documents']:,})" for name, some in counts["sources"].items())
+    if counts["dropped"]:
+        line += "; left out: " + ", ".join(f"{count:,} {reason}" for reason, count in sorted(counts["dropped"].items()))
+    if counts["notes"]:
+        line += "; " + ", ".join(f"{count:,} {what}" for what, count in sorted(counts["notes"].items()))
+    return line
 
 
 # ------------------------------------------------------------------------------------------------- documents to windows
@@ -272,7 +314,7 @@ class _Writer:
         for file in self._files:
             file.close()
 
-    def add(self, made: _Made, part: int) -> None:
+    def add(self, made: Made, part: int) -> None:
         for file, values in zip(self._files, (made.tokens, made.supervised), strict=True):
             file.write(values.tobytes())
         self._lengths.append(made.lengths)
@@ -302,10 +344,8 @@ class _Documents:
         begin, end = self._ends[index] - self.lengths[index], self._ends[index]
         return Sample(self.tokens[begin:end], self.supervised[begin:end])  # type: ignore[arg-type]  # arrays
 
-    def order(self, weights: Sequence[float], seed: int | None) -> np.ndarray:
-        """The documents of an epoch: mixed, and as often as their parts' weights say; without a seed, as they are."""
-        if seed is None:
-            return np.arange(len(self.lengths))
+    def mixed(self, weights: Sequence[float], seed: int) -> np.ndarray:
+        """The documents of an epoch: mixed, and as often as their parts' weights say."""
         rng = np.random.default_rng(seed)
         chosen = [np.zeros(0, np.int64)]
         for part, weight in enumerate(weights):
@@ -316,20 +356,28 @@ class _Documents:
         return rng.permutation(np.concatenate(chosen))
 
 
-def _pack(path: Path, documents: _Documents, order: np.ndarray, sequence_length: int, pad_token_id: int) -> Fill:
-    """Write the windows as an Arrow stream, which `datasets.Dataset.from_file` maps into memory."""
-    fill = Fill(sequence_length)
+def _pack(
+    path: Path, documents: _Documents, orders: Sequence[np.ndarray], sequence_length: int, pad_token_id: int
+) -> tuple[Fill, list[int]]:
+    """Write the windows as an Arrow stream, which `datasets.Dataset.from_file` maps into memory.
+
+    Returns:
+        What is in them, and how many there are of each of the orders, whose documents share no windows.
+    """
+    fill, numbers = Fill(sequence_length), []
     values = pa.list_(pa.int32(), sequence_length)
     schema = pa.schema([(name, values) for name in COLUMNS])
     with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, schema) as stream:
-        windows = best_fit(documents.lengths[order], sequence_length)
-        while batch := list(islice(windows, _WINDOWS_PER_WRITE)):
-            filled = []
-            for places in batch:
-                chosen = [documents[index] for index in order[places].tolist()]
-                filled.append(fill_window(chosen, sequence_length, pad_token_id))
-                fill.add(filled[-1], len(chosen), sum(len(sample.input_ids) for sample in chosen))
-            columns = [pa.array(np.concatenate(column)) for column in zip(*filled, strict=True)]
-            arrays = [pa.FixedSizeListArray.from_arrays(column, sequence_length) for column in columns]
-            stream.write_batch(pa.record_batch(arrays, schema=schema))
-    return fill
+        for order in orders:
+            before, windows = fill.windows, best_fit(documents.lengths[order], sequence_length)
+            while batch := list(islice(windows, _WINDOWS_PER_WRITE)):
+                filled = []
+                for places in batch:
+                    chosen = [documents[index] for index in order[places].tolist()]
+                    filled.append(fill_window(chosen, sequence_length, pad_token_id))
+                    fill.add(filled[-1], len(chosen), sum(len(sample.input_ids) for sample in chosen))
+                columns = [pa.array(np.concatenate(column)) for column in zip(*filled, strict=True)]
+                arrays = [pa.FixedSizeListArray.from_arrays(column, sequence_length) for column in columns]
+                stream.write_batch(pa.record_batch(arrays, schema=schema))
+            numbers.append(fill.windows - before)
+    return fill, numbers

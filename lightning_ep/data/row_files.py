@@ -12,7 +12,7 @@ import hashlib
 import json
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
@@ -63,6 +63,8 @@ class Source:
         split: Which split of a dataset.
         subset: Which of a hub dataset's subsets (configurations), where it has several.
         max_rows: Take this many at most, from the front.
+        name: What the log calls it, in ``val/loss/<name>`` for example. Default: its path. Sources of one name are
+            counted and validated together.
     """
 
     path: str
@@ -70,6 +72,7 @@ class Source:
     split: str = "train"
     subset: str | None = None
     max_rows: int | None = None
+    name: str | None = None
 
 
 def open_source(source: str | Source) -> Rows:
@@ -83,14 +86,36 @@ def open_source(source: str | Source) -> Rows:
         ValueError: If a file is of no known kind, or there are no rows.
     """
     source = Source(source) if isinstance(source, str) else source
-    if source.max_rows is not None and source.max_rows < 1:
-        raise ValueError(f"{source.path}: max_rows={source.max_rows} must be at least 1. Leave the source out instead.")
-    files = _files(source.path)
-    table = _Files([_open(file) for file in files]) if files else _Dataset.of(source)
-    count = len(table) if source.max_rows is None else min(len(table), source.max_rows)
+    table, count = _table(source)
+    return Rows(source.name or source.path, count, table.fingerprint, table.read, source.weight)
+
+
+def first_rows(source: str | Source, most: int) -> Rows:
+    """The first rows of a source, so many at most, found without reading what follows them; with no fingerprint."""
+    source = Source(source) if isinstance(source, str) else source
+    source = replace(source, max_rows=most if source.max_rows is None else min(most, source.max_rows))
+    table, count = _table(source)
+    return Rows(source.name or source.path, count, "", table.read, source.weight)
+
+
+def _table(source: Source) -> tuple[_Table, int]:
+    """Where the rows are, and how many of them are wanted."""
+    most = source.max_rows
+    if most is not None and most < 1:
+        raise ValueError(f"{source.path}: max_rows={most} must be at least 1. Leave the source out instead.")
+    if files := _files(source.path):
+        tables, found = [], 0
+        for file in files:
+            if most is None or found < most:
+                tables.append(_open(file, None if most is None else most - found))
+                found += len(tables[-1])
+        table: _Table = _Files(tables)
+    else:
+        table = _Dataset.of(source)
+    count = len(table) if most is None else min(len(table), most)
     if not count:
         raise ValueError(f"{source.path!r} has no rows.")
-    return Rows(source.path, count, table.fingerprint, table.read, source.weight)
+    return table, count
 
 
 class _Table(Protocol):
@@ -123,11 +148,12 @@ def _files(path: str) -> list[Path]:
     return files
 
 
-def _open(file: Path) -> _Table:
+def _open(file: Path, most: int | None) -> _Table:
+    """A file, of which rows behind so many will not be asked for."""
     if file.suffix in _JSON:
         with file.open("rb") as opened:
             begin = opened.read(1024).lstrip()
-        return _JsonList(file) if file.suffix == ".json" and begin.startswith(b"[") else _JsonLines(file)
+        return _JsonList(file) if file.suffix == ".json" and begin.startswith(b"[") else _JsonLines(file, most)
     if file.suffix == ".parquet":
         return _Parquet(file)
     raise ValueError(f"{file} is of no kind that is read: JSON lines ({', '.join(_JSON)}) and parquet are.")
@@ -161,11 +187,15 @@ class _Files:
 class _JsonLines:
     """A file with an object in every line that is not empty."""
 
-    def __init__(self, file: Path) -> None:
+    def __init__(self, file: Path, most: int | None = None) -> None:
         self._file = file
-        digest, begins, lines, begin = hashlib.sha256(), [], [], 0
+        digest, begin = hashlib.sha256(), 0
+        begins: list[int] = []
+        lines: list[int] = []
         with file.open("rb") as opened:
             for number, line in enumerate(opened, 1):
+                if len(lines) == most:
+                    break
                 digest.update(line)
                 if not line.isspace():
                     begins.append(begin)

@@ -7,14 +7,13 @@ from collections.abc import Sequence
 from functools import cached_property
 from typing import Any, Literal
 
-from transformers import AutoTokenizer
 from typing_extensions import override
 
 from lightning_ep.data.conversations import MalformedRow
-from lightning_ep.data.packed_data import PackedDataModule
+from lightning_ep.data.packed_data import PREVIEWED, PackedDataModule
 from lightning_ep.data.preparation import Rows, Samples
 from lightning_ep.data.rendering import MALFORMED
-from lightning_ep.data.row_files import Row, Source, open_source
+from lightning_ep.data.row_files import Row, Source, first_rows, open_source
 from lightning_ep.data.tokenizers import checkpoint_of
 from lightning_ep.hub.meta_models import small_files
 
@@ -70,19 +69,12 @@ class RowsDataModule(PackedDataModule):
         self.add_samples(conversations, samples)
 
     @override
-    def prepare_data(self) -> None:
-        if origin := self._tokenizer_files():  # what is wrong is said before thousands of rows are read
-            self.tokenizer = AutoTokenizer.from_pretrained(origin[0].parent)
-            self.check()
-        super().prepare_data()
+    def first_rows(self) -> Sequence[Rows]:
+        sources = self.source if isinstance(self.source, list) else [self.source]
+        return [first_rows(source, PREVIEWED) for source in sources]
 
     @override
-    def setup(self, stage: str | None = None) -> None:
-        super().setup(stage)
-        self.check()
-
     def check(self) -> None:
-        """Raises ValueError if the tokenizer does not fit what is asked for."""
         if not self.tokenizer.is_fast:
             raise ValueError(
                 f"The tokenizer ({self.tokenizer.name_or_path}) is a {type(self.tokenizer).__name__}, which does not "

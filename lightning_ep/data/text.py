@@ -4,19 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from typing_extensions import override
 
 from lightning_ep.data import corpus
-from lightning_ep.data.packed_data import PackedDataModule
+from lightning_ep.data.packed_data import PREVIEWED, PackedDataModule
 from lightning_ep.data.preparation import Part, Rows, Samples
 from lightning_ep.data.tokenizers import checkpoint_of
 
 if TYPE_CHECKING:
     from datasets import Dataset
+
+_BEGINNING = 100_000
+"""Characters of a file that are looked at in a preview."""
 
 
 class TextDataModule(PackedDataModule):
@@ -89,6 +92,16 @@ class TextDataModule(PackedDataModule):
         return [Rows(self.source, len(files), corpus.fingerprint(files), read, rows_per_task=16)]
 
     @override
+    def first_rows(self) -> list[Rows]:
+        """The beginnings of the first files."""
+        files = corpus.find_files(self.source)[: PREVIEWED // 8]
+
+        def read(indices: Sequence[int]) -> list[str]:
+            return [corpus.read_text(files[index], _BEGINNING) for index in indices]
+
+        return [Rows(self.source, len(files), "", read)]
+
+    @override
     def settings(self) -> Sequence[object]:
         return [self.vocab_size]
 
@@ -113,26 +126,35 @@ class TextDataModule(PackedDataModule):
         corpus.train_tokenizer(texts, self.vocab_size).save_pretrained(directory)
 
     @override
+    def check(self) -> None:
+        refuse_without_end(self.tokenizer)
+
+    @override
     def make_samples(self, rows: Sequence[str], samples: Samples) -> None:
-        """Tokenize files, end each with the end-of-text token, and cut those that no window holds.
+        add_texts(self.tokenizer, rows, self.sequence_length, samples)
 
-        A tokenizer that begins texts with a token of its own, or ends them, does so for every file.
 
-        Raises:
-            ValueError: If the tokenizer has no end-of-text token.
-        """
-        end = self.tokenizer.eos_token_id
-        if end is None:
-            raise ValueError(
-                f"The tokenizer ({self.tokenizer.name_or_path}) has no end-of-text token, with which documents end. "
-                "Set its `eos_token` and save it, or pass another one as `tokenizer`."
-            )
-        # Not verbose: it would warn of texts longer than a model's input, which are cut here.
-        for ids in self.tokenizer(list(rows), verbose=False)["input_ids"]:
-            if ids[-1:] != [end]:
-                ids.append(end)
-            pieces = [ids[begin : begin + self.sequence_length] for begin in range(0, len(ids), self.sequence_length)]
-            for piece in pieces:
-                if len(piece) > 1:  # a single token is predicted from nothing, and predicts nothing
-                    samples.add(piece, [True] * len(piece))
-            samples.note("long texts were cut", int(len(pieces) > 1))
+def refuse_without_end(tokenizer: Any) -> None:
+    """Raises ValueError if a tokenizer has no end-of-text token."""
+    if tokenizer.eos_token_id is None:
+        raise ValueError(
+            f"The tokenizer ({tokenizer.name_or_path}) has no end-of-text token, with which documents end. Set its "
+            "`eos_token` and save it, or pass another one as `tokenizer`."
+        )
+
+
+def add_texts(tokenizer: Any, texts: Sequence[str], sequence_length: int, samples: Samples) -> None:
+    """Tokenizes texts, ends each with the end-of-text token, and cuts those that no window holds.
+
+    A tokenizer that begins texts with a token of its own, or ends them, does so for every one.
+    """
+    end = tokenizer.eos_token_id
+    # Not verbose: it would warn of texts longer than a model's input, which are cut here.
+    for ids in tokenizer(list(texts), verbose=False)["input_ids"] if texts else ():
+        if ids[-1:] != [end]:
+            ids.append(end)
+        pieces = [ids[begin : begin + sequence_length] for begin in range(0, len(ids), sequence_length)]
+        for piece in pieces:
+            if len(piece) > 1:  # a single token is predicted from nothing, and predicts nothing
+                samples.add(piece, [True] * len(piece))
+        samples.note("long texts were cut", int(len(pieces) > 1))

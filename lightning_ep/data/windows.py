@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from heapq import heappop, heappush
-from typing import NamedTuple
+from itertools import pairwise
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -169,3 +170,27 @@ class Fill:
     def supervised_share(self) -> float:
         """Share of the documents' tokens that is predicted."""
         return self.supervised / max(1, self.tokens)
+
+
+def last_answers(batch: Mapping[str, Any]) -> Iterator[tuple[list[int], list[int]]]:
+    """What documents end with, and what stands before it: the last run of supervised tokens, which is an answer.
+
+    Args:
+        batch: ``input_ids`` and ``labels``, integers ``[B, S]``, and ``position_ids`` where rows are packed (`Window`).
+
+    Yields:
+        Ids in front of the last run of supervised tokens, and its own, of every document that has both.
+    """
+    rows = [batch[name].tolist() for name in COLUMNS if name in batch]
+    for ids, labels, *positions in zip(*rows, strict=True):
+        begins = [place for place, number in enumerate(positions[0]) if number == 0] if positions else [0]
+        for begin, end in pairwise([*begins, len(ids)]):
+            supervised = [label != IGNORE for label in labels[begin:end]]
+            if True not in supervised:
+                continue
+            last = end - supervised[::-1].index(True)
+            first = last
+            while first > begin and labels[first - 1] != IGNORE:
+                first -= 1
+            if first > begin:
+                yield ids[begin:first], ids[first:last]

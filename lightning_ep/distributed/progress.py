@@ -117,6 +117,12 @@ class Progress:
         while self._started and self._started[0].is_over:
             self._last = str(self._started.popleft())
 
+    def say_failed(self, exception: BaseException, rank: int, ranks: int) -> None:
+        """Prints where this rank stood, of several, when an exception ended its run."""
+        position = self.describe()
+        if position is not None and ranks > 1:
+            print(f"[rank {rank}] {type(exception).__name__} while {position}", file=sys.stderr, flush=True)
+
     def describe(self) -> str | None:
         """One line on where this rank stands, or None if it never exchanged anything."""
         with self._lock:

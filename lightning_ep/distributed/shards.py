@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -88,6 +89,15 @@ def local_tensor(tensor: Tensor) -> Tensor:
     """This rank's part of ``tensor``, detached, sharing storage."""
     # Not `to_local()` or `detach()` of DTensor: on the host each is an operation, and optimizers ask in every step.
     return tensor._local_tensor if isinstance(tensor, DTensor) else tensor.detach()
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """All of ``tensor`` on the CPU, detached. Every rank of its mesh must call it."""
+    if not isinstance(tensor, DTensor):
+        return tensor.detach().cpu()
+    there: Any = tensor.detach().to(tensor.device_mesh.device_type)  # after `fit` Lightning has moved it to the CPU
+    gathered: Tensor = there.full_tensor()
+    return gathered.cpu()
 
 
 def as_bytes(tensor: Tensor) -> memoryview:

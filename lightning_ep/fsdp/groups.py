@@ -62,23 +62,37 @@ def shard_experts(experts: nn.Module, meshes: Meshes, mp_policy: MixedPrecisionP
         device: This rank's device.
     """
     mesh = meshes.expert_shards
-    num_shards = meshes.expert["fsdp"].size()
-    # Dim 1 keeps whole experts on every rank, so that checkpoints need no strided shards; FSDP refuses it if uneven.
-    even = all(param.shape[1] % num_shards == 0 for param in experts.parameters())
-    placement = Shard(1 if even else 0)
+    params = expert_context(experts).params
+    placements = _placements_over_fsdp(experts, meshes.expert["fsdp"].size())
     if mesh.size() > 1:
         # Its inputs come as the layer made them: many routers give weights in fp32, which FSDP would round.
         mp_policy = replace(mp_policy, cast_forward_inputs=False)
-        fully_shard(experts, mesh=mesh, mp_policy=mp_policy, shard_placement_fn=lambda _: placement)
+        fully_shard(experts, mesh=mesh, mp_policy=mp_policy, shard_placement_fn=placements.get)
         return
     # A group of one rank has nothing to gather or reduce, and FSDP's copies around that nothing cost more than the
     # experts' arithmetic at 4k tokens. The placements are those that FSDP would give; the MoE body casts.
-    for name, param in list(experts.named_parameters()):
+    for holder, name in params:
+        param = holder.get_parameter(name)
         assert isinstance(param, DTensor)
         local = param.to_local().detach()
         local = local if local.is_meta else local.to(device)
-        shards = DTensor.from_local(local, meshes.expert, [placement, Shard(0)], run_check=False)
-        experts.register_parameter(name, nn.Parameter(shards, requires_grad=param.requires_grad))
+        shards = DTensor.from_local(local, meshes.expert, [placements[param], Shard(0)], run_check=False)
+        holder.register_parameter(name, nn.Parameter(shards, requires_grad=param.requires_grad))
+
+
+def _placements_over_fsdp(experts: nn.Module, num_shards: int) -> dict[nn.Parameter, Shard]:
+    """Which dimension ``fsdp`` shards: one behind that of experts, so that checkpoints need no strided shards.
+
+    FSDP refuses such a one where it is uneven.
+    """
+    context = expert_context(experts)
+    params = [holder.get_parameter(name) for holder, name in context.params]
+    even = all(param.shape[1] % num_shards == 0 for param in params[: context.num_weights])
+    placements = {param: Shard(1 if even else 0) for param in params[: context.num_weights]}
+    for param in params[context.num_weights :]:  # of adapters, whose ranks are small
+        divided = [dim for dim in (1, 2) if param.shape[dim] % num_shards == 0]
+        placements[param] = Shard(max(divided, key=param.shape.__getitem__, default=0))
+    return placements
 
 
 def unmanaged_experts(model: nn.Module) -> list[nn.Module]:

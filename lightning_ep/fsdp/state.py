@@ -306,7 +306,8 @@ def _keep_dtype(
 ) -> None:
     init(replace(policy, param_dtype=None))
     shard = param.sharded_param
-    narrow = [other.sharded_param.dtype for other in others if other.sharded_param.dtype != shard.dtype]
+    trained = (other.sharded_param for other in others if other.sharded_param.requires_grad)
+    narrow = [other.dtype for other in trained if other.dtype != shard.dtype]
     if narrow and shard.requires_grad and param.orig_dtype != narrow[0]:
         param.orig_dtype = narrow[0]
         if shard.grad_dtype is not None:

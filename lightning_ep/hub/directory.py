@@ -13,25 +13,14 @@ import torch
 import transformers
 from transformers import PreTrainedModel
 
+from lightning_ep.distributed.agreement import from_all_ranks
+from lightning_ep.hub.companions import companions, has_chat_template, read_files, write_files_to
 from lightning_ep.hub.durable import sync
 from lightning_ep.hub.problems import Problems
 from lightning_ep.hub.safetensors_file import INDEX_NAME, SINGLE_NAME
 from lightning_ep.hub.writer import OutputFile
 
 ExportDtype = Literal["float32", "bfloat16", "float16"]
-
-TOKENIZER_FILES = (
-    "tokenizer*",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.*",
-    "merges.txt",
-    "*.model",
-    "*.tiktoken",
-    "tekken.json",
-    "chat_template*",
-    "additional_chat_templates/*.jinja",
-)
 
 
 class HubDirectory:
@@ -72,31 +61,24 @@ class HubDirectory:
             model: The model on meta.
             dtype: What its parameters are in the files.
             tokenizer: Anything with ``save_pretrained``.
-            files_from: A directory to copy tokenizer and code files from, if there is no ``tokenizer``.
+            files_from: A directory with code to copy, and a tokenizer if there is no ``tokenizer``.
         """
         config = deepcopy(model.config)
         config.architectures = [type(model).__name__]
         config.dtype = dtype
         config.save_pretrained(self.temporary)
-        if model.can_generate() and model.generation_config is not None:
-            # Not its save_pretrained, which refuses values that hub checkpoints have.
-            model.generation_config.to_json_file(self.temporary / "generation_config.json")
-        if tokenizer is not None:
-            tokenizer.save_pretrained(self.temporary)
         if files_from is not None:
-            for pattern in ("*.py", *(TOKENIZER_FILES if tokenizer is None else ())):
-                for file in files_from.glob(pattern):
-                    copy = self.temporary / file.relative_to(files_from)
-                    copy.parent.mkdir(exist_ok=True)
-                    shutil.copy(file, copy)
+            write_files_to(self.temporary, read_files(files_from, ("*.py",)))
+        chats = self.write_companions(model, tokenizer, files_from)
         if not (self.path / "README.md").exists():
-            card = _model_card(self.path.name, type(model).__name__, dtype, model.can_generate(), self._has_template())
+            card = _model_card(self.path.name, type(model).__name__, dtype, model.can_generate(), chats)
             (self.temporary / "README.md").write_text(card)
 
-    def _has_template(self) -> bool:
-        config = self.temporary / "tokenizer_config.json"  # where templates were before they had files
-        inside = config.exists() and "chat_template" in json.loads(config.read_text())
-        return inside or any(self.temporary.glob("chat_template*"))
+    def write_companions(self, model: PreTrainedModel, tokenizer: Any | None, files_from: Path | None) -> bool:
+        """Writes what goes with a model beside config and weights (`companions`); whether it can write chats."""
+        files = companions(model, tokenizer, files_from)
+        write_files_to(self.temporary, files)
+        return has_chat_template(files)
 
     def finish(self, files: Sequence[OutputFile], problems: Problems) -> None:
         """Writes the index, checks that every rank's files are there, and moves the directory to its place."""
@@ -118,6 +100,10 @@ class HubDirectory:
             weight_map = {spec.key: file.name for file in files for spec in file.specs}
             index = {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))}
             (self.temporary / INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n")
+        self.publish()
+
+    def publish(self) -> None:
+        """Moves the directory, which is complete, to its place."""
         for path in (*self.temporary.rglob("*"), self.temporary):
             sync(path)
         if self.path.exists() and any(self.path.iterdir()):
@@ -142,6 +128,36 @@ def refuse_existing(path: Path) -> None:
     """Raises FileExistsError unless ``path`` is free or an empty directory."""
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise FileExistsError(f"{path} exists already and is not replaced; remove it, or export to another path.")
+
+
+def check_same_path(path: Path, problems: Problems) -> None:
+    """Raises CheckpointError on every rank if ranks would write to different directories. Every rank must call it."""
+    if len(set(from_all_ranks(str(path.absolute())))) > 1:
+        problems.add("path", f"ranks name different directories, as {path}: all write to one.")
+    problems.raise_on_all_ranks()
+
+
+def check_place(path: Path, needed: int, mine: bool, problems: Problems) -> None:
+    """Raises CheckpointError on every rank if a temporary directory is not everyone's, or too small; removes it.
+
+    Args:
+        path: What was to be written.
+        needed: Bytes of its weights.
+        mine: Whether this rank has made the directory.
+        problems: Where that is noted.
+    """
+    temporary = HubDirectory.temporary_of(path)
+    if not temporary.is_dir():
+        problems.add(
+            "other nodes", f"{path.parent} is not on a filesystem that all nodes share: put the export on one."
+        )
+    problems.raise_on_all_ranks()
+    if mine:
+        free = shutil.disk_usage(temporary).free
+        if needed > free:
+            problems.add("space", f"the weights take {needed:,} bytes, and {free:,} are free there.")
+        shutil.rmtree(temporary)
+    problems.raise_on_all_ranks()
 
 
 def _model_card(name: str, model_class: str, dtype: torch.dtype, generates: bool, chats: bool) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,18 +10,19 @@ import torch
 from transformers import PreTrainedModel
 
 from lightning_ep import transformers_adapter as adapter
-from lightning_ep.distributed.agreement import from_all_ranks
-from lightning_ep.hub.directory import HubDirectory
+from lightning_ep.hub.beneath import is_adapted
+from lightning_ep.hub.directory import HubDirectory, check_place, check_same_path
 from lightning_ep.hub.meta_models import meta_model
 from lightning_ep.hub.problems import Problems
 from lightning_ep.hub.source import source_directory
 from lightning_ep.hub.writer import Group, OutputFile, ShardedTensors, plan_files, plan_groups, write_files
 
 _SAVE_BY_HAND = (
-    "Adapters of peft: call `save_pretrained` of the PeftModel (or of a model with `add_adapter`) on all ranks, in "
-    "`on_train_end`. For the whole model save a checkpoint (`trainer.save_checkpoint`), make one file of it with "
-    "`lightning-ep consolidate`, and in one process `load_state_dict` its 'state_dict' into the LightningModule "
-    "with the model built in memory, by plain transformers (and peft). That model's own `save_pretrained` writes it."
+    "Adapters of peft alone are written by the callback HuggingFaceExport and by `save_pretrained` of the model, which "
+    "all ranks call; with `merge=True` the callback writes the whole model with LoRA in its weights. For others save a "
+    "checkpoint (`trainer.save_checkpoint`), make one file of it with `lightning-ep consolidate`, and in one process "
+    "`load_state_dict` its 'state_dict' into the LightningModule with the model built in memory, by plain "
+    "transformers. That model's own `save_pretrained` writes it."
 )
 
 
@@ -32,6 +32,7 @@ def export_sharded(
     dtype: torch.dtype | None = None,
     tokenizer: Any | None = None,
     into_existing: bool = False,
+    merge: bool = False,
 ) -> None:
     """Writes a Hugging Face checkpoint; every rank must call it, and writes its own files.
 
@@ -41,13 +42,14 @@ def export_sharded(
         dtype: What parameters are in the files; by default what they are.
         tokenizer: Anything with ``save_pretrained``. Default: tokenizer files of the checkpoint the model came from.
         into_existing: As in `HubDirectory`.
+        merge: Write the model beneath the adapters of LoRA with their products in its weights, in fp32, rounded once.
 
     Raises:
         CheckpointError: On every rank, if the model cannot be exported or a rank could not write. Nothing is at
             ``path`` then.
     """
     problems = Problems(f"the export to {path} failed:")
-    plan = _plan(model, path, dtype, problems)
+    plan = _plan(model, path, dtype, merge, problems)
     directory = _begin(plan, model, path, dtype, tokenizer, into_existing, problems)
     temporary = HubDirectory.temporary_of(path)
     sharded, owners = plan.sharded, plan.owners
@@ -64,7 +66,11 @@ def export_sharded(
 
 
 def check_export(
-    model: PreTrainedModel, path: Path, dtype: torch.dtype | None = None, tokenizer: Any | None = None
+    model: PreTrainedModel,
+    path: Path,
+    dtype: torch.dtype | None = None,
+    tokenizer: Any | None = None,
+    merge: bool = False,
 ) -> None:
     """Does all that `export_sharded` does but write weights, and leaves nothing behind. Every rank must call it.
 
@@ -73,25 +79,15 @@ def check_export(
         path: The directory.
         dtype: What parameters would be.
         tokenizer: The tokenizer.
+        merge: Whether adapters would be merged.
 
     Raises:
         CheckpointError: On every rank, with all that `export_sharded` would fail for.
     """
     problems = Problems(f"{path} could not be written at the end of the run:")
-    plan = _plan(model, path, dtype, problems)
+    plan = _plan(model, path, dtype, merge, problems)
     directory = _begin(plan, model, path, dtype, tokenizer, False, problems)
-    temporary = HubDirectory.temporary_of(path)
-    if not temporary.is_dir():
-        problems.add(
-            "other nodes", f"{path.parent} is not on a filesystem that all nodes share: put the export on one."
-        )
-    problems.raise_on_all_ranks()
-    if directory is not None:
-        needed, free = sum(s.nbytes for f in plan.files for s in f.specs), shutil.disk_usage(temporary).free
-        if needed > free:
-            problems.add("space", f"the weights take {needed:,} bytes, and {free:,} are free there.")
-        shutil.rmtree(temporary)
-    problems.raise_on_all_ranks()
+    check_place(path, sum(s.nbytes for f in plan.files for s in f.specs), directory is not None, problems)
 
 
 @dataclass(frozen=True)
@@ -103,12 +99,14 @@ class _Plan:
     files: list[OutputFile]
 
 
-def _plan(model: PreTrainedModel, path: Path, dtype: torch.dtype | None, problems: Problems) -> _Plan:
+def _plan(model: PreTrainedModel, path: Path, dtype: torch.dtype | None, merge: bool, problems: Problems) -> _Plan:
     """What would be written by whom; raises on every rank if the model is none that its config describes."""
-    if len(set(from_all_ranks(str(path.absolute())))) > 1:
-        problems.add("path", f"ranks name different directories, as {path}: all write to one.")
-        problems.raise_on_all_ranks()
-    sharded = ShardedTensors(model)
+    check_same_path(path, problems)
+    sharded = ShardedTensors(model, merge, dtype)
+    problems.add("merge", *sharded.problems)
+    if merge and not is_adapted(model):
+        problems.add("merge", f"{type(model).__name__} has no adapters: leave `merge` out.")
+    problems.raise_on_all_ranks()
     plain = meta_model(model.config, adapter.model_class(model))
     if hasattr(model, "generation_config"):  # heads that generate nothing have none
         plain.generation_config = model.generation_config

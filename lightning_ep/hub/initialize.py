@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
 
 from lightning_ep import transformers_adapter as adapter
 from lightning_ep.distributed.shards import Region, local_region, local_tensor
@@ -49,13 +51,30 @@ def materialize(module: nn.Module, device: torch.device, seed: int) -> None:
                 done[id(param)] = with_storage(param, shard.to(device=device, dtype=param.dtype))
             holder.module._parameters[key] = done[id(param)]  # one object for tied parameters
         _fill_buffers(holder, device, seed)
+    for model in adapter.pretrained_models(module).values():
+        if adapter.recall(model, _Drawn) is None:  # a later call finds nothing on meta
+            adapter.remember(model, _Drawn(seed))
+
+
+@dataclass(frozen=True)
+class _Drawn:
+    """What is remembered of a model: the seed of what no checkpoint has filled."""
+
+    seed: int
+
+
+def drawn_from(model: PreTrainedModel) -> int | None:
+    """The seed of `materialize`, None before it."""
+    drawn = adapter.recall(model, _Drawn)
+    return None if drawn is None else drawn.seed
 
 
 def _draw_shard(holder: Holder, key: str, param: Tensor, seed: int) -> Tensor:
     """This rank's part of a parameter, fp32 on the CPU."""
     shape = tuple(param.shape)
     region = local_region(param)
-    stream = f"{holder.name}.{key}" if holder.name else key
+    # A base model is the same without its adapters.
+    stream = (f"{holder.name}.{key}" if holder.name else key).replace(".base_layer", "")
     if not holder.is_experts:
         return region.of(_draw(holder, key, shape, seed, stream))
     experts = range(region.start[0], region.start[0] + region.size[0])

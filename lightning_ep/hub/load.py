@@ -140,8 +140,60 @@ def _progress(reads: Sequence[tuple[Path, Read]]) -> tqdm:
     )
 
 
+class WholeWeights:
+    """The weights of a checkpoint under a model's names, whole, one at a time and on the CPU, without ranks.
+
+    Attributes:
+        dtypes: What they are in the files, by name.
+
+    Args:
+        model: A model from `from_pretrained`, on meta.
+
+    Raises:
+        CheckpointError: If the checkpoint does not fit the model.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        ((source, targets),) = tensors_by_source(model).items()
+        self._match = Match(source, targets)
+        self._match.problems.raise_on_all_ranks()
+        self._made_by = {name: c for c in self._match.opaque for name in self._makes(c)}
+        stored = self._match.stored
+        self.dtypes = {
+            name: stored[filled.pieces[0].key if filled.pieces else self._made_by[name].inputs[0]].dtype
+            for name, filled in self._match.filled.items()
+        }
+
+    def _makes(self, conversion: adapter.Conversion) -> Iterable[str]:
+        stored = {key: self._match.stored[key] for key in conversion.inputs}
+        metas = {key: torch.empty(s.shape, dtype=s.dtype, device="meta") for key, s in stored.items()}
+        return conversion.run(self._match.model, metas)
+
+    def read(self, name: str) -> Tensor:
+        """A parameter or persistent buffer, as the files have it.
+
+        Raises:
+            ReadError: If a file cannot be read.
+        """
+        if name in self._made_by:
+            return _run_on_whole(self._match, self._made_by[name])[0][name]
+        pieces, region = self._match.filled[name].pieces, Region.whole(tuple(self._match.tensors[name].shape))
+        data = torch.empty(region.size, dtype=self.dtypes[name])
+        read_all(batches_of(list(_reads(self._match, pieces or (), region, data))), torch.device("cpu"))
+        return data
+
+
 def _convert(match: Match, conversion: adapter.Conversion, shards: Mapping[str, Sequence[_Shard]]) -> int:
-    """Runs a conversion that cannot be read by range, on whole tensors in host memory."""
+    """Runs a conversion that cannot be read by range; returns the bytes read."""
+    made, bytes_read = _run_on_whole(match, conversion)
+    for name, tensor in made.items():
+        for shard in shards.get(name, ()):
+            shard.data.copy_(shard.region.of(tensor))
+    return bytes_read
+
+
+def _run_on_whole(match: Match, conversion: adapter.Conversion) -> tuple[dict[str, Tensor], int]:
+    """What a conversion makes of whole tensors in host memory, and the bytes read."""
     sources: dict[str, Tensor] = {}
     reads: list[tuple[Path, Read]] = []
     for key in conversion.inputs:
@@ -150,7 +202,4 @@ def _convert(match: Match, conversion: adapter.Conversion, shards: Mapping[str, 
         whole = Traced.source(key, stored.shape, stored.dtype)
         reads += _reads(match, whole.pieces, Region.whole(stored.shape), sources[key])
     bytes_read = read_all(batches_of(reads), torch.device("cpu"))
-    for name, tensor in conversion.run(match.model, sources).items():
-        for shard in shards.get(name, ()):
-            shard.data.copy_(shard.region.of(tensor))
-    return bytes_read
+    return conversion.run(match.model, sources), bytes_read

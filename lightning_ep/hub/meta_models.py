@@ -95,7 +95,7 @@ def from_pretrained(
     if (directory / "generation_config.json").exists():
         model.generation_config = GenerationConfig.from_pretrained(directory)
     adapter.allow_resizing_on_meta(model)
-    remember_source(model, directory, new_head="architectures" in config_overrides)
+    remember_source(model, directory, os.fspath(path), revision, new_head="architectures" in config_overrides)
     adapter.note_own_modules(model)
     return model
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lightning_ep import transformers_adapter as adapter
+from lightning_ep.moe.adapted import AdaptedExperts, ExpertFactor
 from lightning_ep.ops.registered_experts import stand_in
 
 Rule = Callable[[], object]
@@ -76,7 +77,8 @@ class _Walk:
     def __init__(self, root: nn.Module) -> None:
         self.found: dict[nn.Module, Holder] = {}
         models = adapter.pretrained_models(root).values()
-        self._experts = {experts for model in models for experts in adapter.experts_modules(model).values()}
+        outermost = {experts for model in models for experts in adapter.experts_modules(model).values()}
+        self._experts = {module for experts in outermost for module in _by_expert(experts)}
         self._shadows = _shadows(root)
         self._copies: dict[nn.Module, nn.Module] = {}
 
@@ -150,6 +152,15 @@ def _is_peft(module: nn.Module) -> bool:
     return any(cls.__module__.partition(".")[0] == "peft" for cls in type(module).__mro__)
 
 
+def _by_expert(outermost: nn.Module) -> list[nn.Module]:
+    """The modules whose parameters have a dimension of experts: experts, also inside of adapters, and their factors."""
+    inside = outermost
+    while _is_peft(inside) and isinstance(inner := getattr(inside, "base_layer", None), nn.Module):
+        inside = inner
+    adapted = adapter.recall(outermost, AdaptedExperts)
+    return [inside, *(adapted.holders if adapted is not None else ())]
+
+
 def _peft_copies(module: nn.Module) -> dict[nn.Module, nn.Module]:
     """The trainable copies that PEFT makes of whole modules (``modules_to_save``), and the modules they start from."""
     if not (_is_peft(module) and hasattr(module, "original_module") and hasattr(module, "modules_to_save")):
@@ -163,6 +174,8 @@ def _peft_rule(name: str, shadow: nn.Module, adapters: Mapping[str, Any]) -> Rul
     if any(isinstance(child, PreTrainedModel) for child in shadow.modules()) or hasattr(shadow, "original_module"):
         return None  # a container
     if hasattr(shadow, "reset_lora_parameters"):
+        if any(isinstance(factor, ExpertFactor) for factor in cast(nn.ModuleDict, shadow.lora_A).values()):
+            return None  # factors of experts fill themselves
         return partial(_reset_lora, name, shadow, adapters)
     return partial(_refuse_peft, name, shadow, "what it starts from")
 

@@ -8,14 +8,13 @@ from pathlib import Path
 from types import MethodType
 from typing import Any, NoReturn
 
-import torch
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from lightning_ep import transformers_adapter as adapter
 from lightning_ep.distributed.agreement import Ranks
+from lightning_ep.hub.adapter_files import adapter_state
 from lightning_ep.hub.errors import CheckpointError
 from lightning_ep.hub.export import export_sharded
 
@@ -60,31 +59,10 @@ def _save_adapters(model: Any, save_directory: str | Path, **options: Any) -> No
     if options.get("push_to_hub"):
         _refuse_push(model)
     if options.get("state_dict") is None:
-        options["state_dict"] = _adapters(model, options.get("selected_adapters"))
+        options["state_dict"] = adapter_state(model, options.get("selected_adapters"))
     options["is_main_process"] = True
     save = partial(type(model).save_pretrained, model, str(save_directory), **options)
     Ranks(CheckpointError).on_first(f"adapters were not saved in {save_directory}", save)
-
-
-@torch.no_grad()
-def _adapters(model: Any, selected: list[str] | None) -> dict[str, Tensor]:
-    """The model's state with what peft saves of it whole and on the CPU; every rank must call it."""
-    from peft import get_peft_model_state_dict
-
-    state = model.state_dict()
-    named = {name: torch.empty(tensor.shape, dtype=tensor.dtype, device="meta") for name, tensor in state.items()}
-    saved: set[int] = set()
-    for name in selected or model.peft_config:
-        saved.update(map(id, get_peft_model_state_dict(model, dict(named), adapter_name=name).values()))
-    return {name: _whole(tensor) if id(named[name]) in saved else named[name] for name, tensor in state.items()}
-
-
-def _whole(tensor: Tensor) -> Tensor:
-    if not isinstance(tensor, DTensor):
-        return tensor.cpu()
-    there: Any = tensor.to(tensor.device_mesh.device_type)  # after `fit` Lightning has moved it to the CPU
-    whole: Tensor = there.full_tensor()
-    return whole.cpu()
 
 
 def _refuse_push(model: Any, *_: Any, **__: Any) -> NoReturn:

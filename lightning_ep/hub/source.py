@@ -24,6 +24,8 @@ class Source:
         model: The model as its class builds it.
         loading: Transforms from the hub's layout to the model's.
         saving: Those that can be reverted.
+        typed: What the user has called it, a hub id or a path.
+        revision: That on the hub.
         new_head: What the checkpoint lacks around the base model is drawn, and what it has there is passed over.
     """
 
@@ -31,6 +33,8 @@ class Source:
     model: adapter.Blueprint
     loading: list[Any]
     saving: list[Any]
+    typed: str
+    revision: str | None = None
     new_head: bool = False
     _tensors: dict[str, weakref.ref[Tensor]] = field(default_factory=dict)
     _names: WeakTensorKeyDictionary = field(default_factory=WeakTensorKeyDictionary)
@@ -67,11 +71,18 @@ class Origin:
     names: dict[str, tuple[Source, str]]
 
 
-def remember_source(model: PreTrainedModel, directory: Path, new_head: bool = False) -> None:
+def remember_source(
+    model: PreTrainedModel,
+    directory: Path,
+    typed: str | None = None,
+    revision: str | None = None,
+    new_head: bool = False,
+) -> None:
     """Makes `stream_pretrained` fill ``model``, which is on meta and as its class built it, from ``directory``."""
     # The transforms are looked up by class, and FSDP replaces the classes.
     loading, saving = adapter.hub_transforms(model), adapter.hub_transforms(model, saving=True)
-    source = Source(directory, adapter.blueprint(model), loading, saving, new_head)
+    typed = typed or str(directory)
+    source = Source(directory, adapter.blueprint(model), loading, saving, typed, revision, new_head)
     adapter.remember(model, source)
     for prefix, child in model.named_modules():
         names = {}

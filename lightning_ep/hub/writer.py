@@ -21,7 +21,8 @@ from transformers import PreTrainedModel
 
 from lightning_ep import transformers_adapter as adapter
 from lightning_ep.distributed.agreement import from_all_ranks
-from lightning_ep.distributed.shards import Region, local_region, local_tensor
+from lightning_ep.distributed.shards import Region, local_region, local_tensor, whole
+from lightning_ep.hub.beneath import Beneath, beneath
 from lightning_ep.hub.problems import Problems
 from lightning_ep.hub.safetensors_file import SINGLE_NAME, SafetensorsWriter, TensorSpec
 from lightning_ep.hub.trace import NotTraceableError, Piece, Traced
@@ -146,10 +147,16 @@ class ShardedTensors:
 
     Args:
         model: The sharded model.
+        merge: Take the model beneath its adapters, with these in its weights.
+        dtype: What merged weights become, by default what they are beneath.
     """
 
-    def __init__(self, model: PreTrainedModel) -> None:
-        self.tensors: dict[str, Tensor] = dict(model.state_dict(keep_vars=True))
+    def __init__(self, model: PreTrainedModel, merge: bool = False, dtype: torch.dtype | None = None) -> None:
+        self._state: dict[str, Tensor] = dict(model.state_dict(keep_vars=True))
+        below = beneath(model) if merge else Beneath(self._state, {}, [])
+        self.tensors, self._beside, self.problems = below.tensors, below.beside, below.problems
+        self._merged_dtype = dtype
+        self._merged: dict[str, Tensor] = {}
         self.rank = dist.get_rank() if dist.is_initialized() else 0
         self.num_ranks = dist.get_world_size() if dist.is_initialized() else 1
         self._holders: dict[str, dict[Region, list[int]]] = {name: {} for name in self.tensors}
@@ -161,8 +168,9 @@ class ShardedTensors:
 
     @property
     def dtypes(self) -> dict[str, torch.dtype]:
-        """Dtypes by name."""
-        return {name: tensor.dtype for name, tensor in self.tensors.items()}
+        """Dtypes by name; of merged weights the last one, so that they are rounded once."""
+        dtypes = {name: tensor.dtype for name, tensor in self.tensors.items()}
+        return dtypes if self._merged_dtype is None else {**dtypes, **dict.fromkeys(self._beside, self._merged_dtype)}
 
     def choose_owners(self, groups: Iterable[Group]) -> dict[str, int]:
         """Gives every tensor to the rank with the least to write among those that hold a part of it."""
@@ -191,6 +199,7 @@ class ShardedTensors:
         Returns:
             The parts that this rank owns, on its device.
         """
+        self._merged = {name: self._merge(name) for name in group.conversion.inputs if name in self._beside}
         mine: dict[str, Tensor] = {}
         exchange: list[dist.P2POp] = []
         received: list[tuple[Tensor, Piece, Tensor]] = []
@@ -198,8 +207,8 @@ class ShardedTensors:
             owner = owners[part.key]
             if owner == self.rank:
                 mine[part.key] = torch.empty(part.shape, dtype=part.dtype, device=self._device(part.pieces[0].key))
-            for whole in part.pieces:
-                for ranks, piece in self._sources(whole):
+            for box in part.pieces:
+                for ranks, piece in self._sources(box):
                     holder = owner if owner in ranks else ranks[0]
                     if self.rank not in (owner, holder):
                         continue
@@ -218,11 +227,19 @@ class ShardedTensors:
             work.wait()
         for destination, piece, buffer in received:
             destination.copy_(piece.arrange(buffer))
+        self._merged = {}
         return mine
 
+    def _merge(self, name: str) -> Tensor:
+        """This rank's part of a weight with its adapter in it, on the CPU. Every rank must call it."""
+        weight, beside = self.tensors[name], self._beside[name]
+        a, b = beside.factors(whole(self._state[beside.a]), whole(self._state[beside.b]))
+        return beside.merge(local_tensor(weight), local_region(weight), a, b, self._merged_dtype or weight.dtype)
+
     def _local(self, piece: Piece) -> Tensor:
-        tensor = self.tensors[piece.key]
-        local = piece.source_region().relative_to(local_region(tensor).start).of(local_tensor(tensor))
+        tensor, merged = self.tensors[piece.key], self._merged.get(piece.key)
+        held = local_tensor(tensor) if merged is None else merged
+        local = piece.source_region().relative_to(local_region(tensor).start).of(held)
         return local.to(self._device(piece.key))
 
     def _device(self, key: str) -> torch.device:

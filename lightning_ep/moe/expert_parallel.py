@@ -16,6 +16,7 @@ from typing_extensions import override
 from lightning_ep import transformers_adapter as adapter
 from lightning_ep.distributed.progress import Progress
 from lightning_ep.layout import ParallelLayout
+from lightning_ep.moe.adapted import AdaptedExperts, experts_in
 from lightning_ep.moe.dispatch import AllToAllDispatcher, Dispatcher, LocalDispatcher
 from lightning_ep.moe.experts import ExpertContext, spread_over_ranks
 from lightning_ep.ops.fused_experts import FusedExperts
@@ -49,57 +50,56 @@ class ExpertParallel(ParallelStyle):
 
     def validate(self, module: nn.Module, num_ranks: int) -> None:
         """Raises ValueError, before anything is sharded, if ``module`` cannot be split over ``num_ranks``."""
-        wrapped = [name for name, param in module.named_parameters() if "." in name and param.ndim > 2]
+        experts = experts_in(module)
+        wrapped = [name for name, param in experts.named_parameters() if "." in name and param.ndim > 2]
         if wrapped:
             raise ValueError(
-                f"{self.layer} is a {type(module).__name__} around the experts ({wrapped[0]}), an adapter for example, "
-                "and only experts themselves can be split over ranks yet. Leave them as they are: with peft no "
-                "target_parameters, and target_modules that name layers of attention, as ['q_proj', 'k_proj', "
-                "'v_proj', 'o_proj'] ('all-linear' takes experts too)."
+                f"{self.layer} is a {type(module).__name__} around the experts ({wrapped[0]}), and only experts "
+                "themselves can be split over ranks, or experts inside of PEFT's LoRA (`target_parameters`)."
             )
-        num_experts = getattr(module, "num_experts", None)
+        num_experts = getattr(experts, "num_experts", None)
         if not isinstance(num_experts, int):
-            raise ValueError(f"{self.layer} ({type(module).__name__}) does not say how many experts it has.")
+            raise ValueError(f"{self.layer} ({type(experts).__name__}) does not say how many experts it has.")
         ParallelLayout(num_ranks, ep=num_ranks).check_num_experts(num_experts, self.layer)
-        for name, param in module.named_parameters():
+        for name, param in experts.named_parameters():
             if "." in name or param.ndim < 2 or param.shape[0] != num_experts:
                 raise ValueError(
                     f"{self.layer}.{name} of shape {tuple(param.shape)} has no expert dimension of size {num_experts} "
                     "in front, so it cannot be split over experts. Such a family is not supported yet."
                 )
         if self.experts_implementation == "fused":
-            reason = adapter.why_not_fused(module)
+            reason = adapter.why_not_fused(experts)
             if reason is not None:
                 raise ValueError(
                     f"experts_implementation='fused' cannot serve {self.layer}: {reason}. Use 'auto', which takes "
                     "transformers' kernels for such experts."
                 )
         else:
-            adapter.local_experts_function(module, self.experts_implementation)
+            adapter.local_experts_function(experts, self.experts_implementation)
 
     @override
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
         self.validate(module, device_mesh.size())
-        group = device_mesh.get_group()
-        num_experts: int = module.num_experts  # type: ignore[assignment]
-        dispatcher = self._build_dispatcher(num_experts, group)
-        fused = self._is_fused(module)
-        names = adapter.FUSED_PARAMETERS if fused else tuple(name for name, _ in module.named_parameters(recurse=False))
-        start = device_mesh.get_local_rank() * dispatcher.num_local_experts
-        for name in names:
-            param = module.get_parameter(name)
-            # Every rank already holds the weights, so nothing is scattered: a copy of the slice lets the rest go.
-            local = param.detach().narrow(0, start, dispatcher.num_local_experts).clone()
-            shards = DTensor.from_local(local, device_mesh, [Shard(0)], run_check=False)
-            module.register_parameter(name, nn.Parameter(shards, requires_grad=param.requires_grad))
-        module.num_experts = dispatcher.num_local_experts  # type: ignore[assignment]
+        inside, adapted = experts_in(module), adapter.recall(module, AdaptedExperts)
+        num_experts: int = inside.num_experts  # type: ignore[assignment]
+        dispatcher = self._build_dispatcher(num_experts, device_mesh.get_group())
+        num_local = dispatcher.num_local_experts
+        fused = self._is_fused(inside)
+        names = adapter.FUSED_PARAMETERS if fused else tuple(name for name, _ in inside.named_parameters(recurse=False))
+        factors = [] if adapted is None else adapted.holders
+        adapters = [] if adapted is None else adapted.adapters(names)
+        params = tuple((inside, name) for name in names) + tuple((holder, "weight") for holder in factors)
+        for holder, name in params:
+            _keep_local(holder, name, device_mesh, num_local)
+        inside.num_experts = num_local  # type: ignore[assignment]
         experts: LocalExperts
         if fused:
-            experts = FusedExperts(dispatcher.num_local_experts)
+            experts = FusedExperts(num_local, adapters)
         else:
-            function = adapter.local_experts_function(module, self.experts_implementation)
-            experts = RegisteredExperts(module, function, names)
-        spread_over_ranks(module, ExpertContext(dispatcher, experts, names))
+            function = adapter.local_experts_function(inside, self.experts_implementation)
+            experts = RegisteredExperts(inside, function, names, adapters, factors)
+        are_off = None if adapted is None else adapted.are_off
+        spread_over_ranks(module, ExpertContext(dispatcher, experts, params, len(names), are_off))
         return module
 
     def _is_fused(self, module: nn.Module) -> bool:
@@ -114,6 +114,15 @@ class ExpertParallel(ParallelStyle):
         if group.size() == 1:
             return LocalDispatcher(num_experts, self.layer)
         return AllToAllDispatcher(num_experts, group, self.layer, self.progress)
+
+
+def _keep_local(holder: nn.Module, name: str, mesh: DeviceMesh, num_local: int) -> None:
+    """Makes a parameter, which every rank holds, one of which this rank holds ``num_local`` experts."""
+    param = holder.get_parameter(name)
+    # Nothing is scattered: a copy of the slice lets the rest go.
+    local = param.detach().narrow(0, mesh.get_local_rank() * num_local, num_local).clone()
+    shards = DTensor.from_local(local, mesh, [Shard(0)], run_check=False)
+    holder.register_parameter(name, nn.Parameter(shards, requires_grad=param.requires_grad))
 
 
 @cache

@@ -28,14 +28,18 @@ class ExpertContext:
     Attributes:
         dispatcher: How rows travel to this layer's experts.
         experts: The local experts.
-        param_names: Names of the experts' parameters on the module.
+        params: The parameters that they compute with: the module that holds each, and its name there.
+        num_weights: How many of these are the experts' own; the others are factors of adapters.
+        are_off: Whether a forward leaves the adapters out.
         masters: How these parameters are cast for the GEMMs.
         leave: As in `moe_forward`; set by the activation checkpointing of a layer.
     """
 
     dispatcher: Dispatcher[Any]
     experts: LocalExperts
-    param_names: tuple[str, ...]
+    params: tuple[tuple[nn.Module, str], ...]
+    num_weights: int
+    are_off: Callable[[], bool] | None = None
     masters: MasterWeights = field(default_factory=MasterWeights)
     leave: Callable[[Tensor], Callable[[], Tensor] | None] | None = None
 
@@ -76,6 +80,9 @@ def _experts_forward(module: nn.Module, hidden_TH: Tensor, ids_TK: Tensor, weigh
             # After their own backward (checkpointing without early stop) FSDP has gathered them again, and nobody would
             # let go of them: the next forward would run on weights from before the optimizer step.
             Variable._execution_engine.queue_callback(module.reshard)
-    params = [getattr(module, name) for name in context.param_names]
+    used = context.params
+    if context.are_off is not None and context.are_off():
+        used = used[: context.num_weights]
+    params = [getattr(holder, name) for holder, name in used]
     dispatcher, experts = context.dispatcher, context.experts
     return moe_forward(dispatcher, experts, hidden_TH, ids_TK, weights_TK, params, context.leave, context.masters)

@@ -104,9 +104,10 @@ class CallWeights:
         kept, self._kept = self._kept, None
         return kept or [local_tensor(param).to(self._dtype) for param in self.params]
 
-    def gradient_dtypes(self) -> list[torch.dtype]:
-        """In which dtypes the gradients are wanted."""
-        return [self._masters.gradient_dtype(param, self._dtype) for param in self.params]
+    def gradient_dtypes(self) -> list[torch.dtype | None]:
+        """In which dtypes the gradients are wanted; None for parameters that are frozen."""
+        trained = (param if param.requires_grad else None for param in self.params)
+        return [None if param is None else self._masters.gradient_dtype(param, self._dtype) for param in trained]
 
     def gradients(self, local: Sequence[Tensor | None]) -> list[Tensor | None]:
         """The parameters' gradients, from those of this rank's parts."""
@@ -114,7 +115,7 @@ class CallWeights:
 
     def zero_gradients(self) -> list[Tensor | None]:
         """Gradients of experts that got no row."""
-        return self.gradients([torch.zeros_like(local_tensor(param)) for param in self.params])
+        return self.gradients([torch.zeros_like(local_tensor(p)) if p.requires_grad else None for p in self.params])
 
 
 def widen_gradient(param: Tensor) -> None:

@@ -44,6 +44,7 @@ def linear_cross_entropy(
     targets_T: Tensor,
     ignore_index: int = IGNORE,
     shard: VocabularyShard | None = None,
+    per_token: bool = False,
 ) -> Tensor:
     """Sum over tokens of the cross entropy of ``hidden @ weight.T``, in fp32.
 
@@ -59,13 +60,20 @@ def linear_cross_entropy(
         ignore_index: Tokens with this target add nothing.
         shard: The weight is one of several shards of the classes, and all of them call this function with the same
             tokens. Numbers that are no class make the loss NaN on every device then.
+        per_token: Return every token's cross entropy in place of their sum, for a weight that is not trained: its
+            gradient could not be made before those of the tokens are known.
 
     Returns:
-        0-dim fp32 tensor (float64 for float64 inputs), the same from every shard. The gradient of ``hidden_TH`` is this
-        shard's part of a sum over the shards.
+        0-dim fp32 tensor (float64 for float64 inputs), or ``[T]`` if ``per_token``; the same from every shard. The
+        gradient of ``hidden_TH`` is this shard's part of a sum over the shards.
+
+    Raises:
+        ValueError: If losses of tokens are asked for, and the weight wants a gradient.
     """
-    gradients = torch.is_grad_enabled() and (hidden_TH.requires_grad, weight_VH.requires_grad)
-    return _LinearCrossEntropy.apply(hidden_TH, weight_VH, targets_T, ignore_index, gradients or (False, False), shard)
+    gradients = (torch.is_grad_enabled() and (hidden_TH.requires_grad, weight_VH.requires_grad)) or (False, False)
+    if per_token and gradients[1]:
+        raise ValueError("linear_cross_entropy has no gradient of a weight for losses of single tokens: freeze it.")
+    return _LinearCrossEntropy.apply(hidden_TH, weight_VH, targets_T, ignore_index, gradients, shard, per_token)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -78,6 +86,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         ignore_index: int,
         gradients: tuple[bool, bool],
         shard: VocabularyShard | None,
+        per_token: bool,
     ) -> Tensor:
         of_hidden, of_weight = gradients
         accumulate = torch.promote_types(hidden_TH.dtype, torch.float32)
@@ -100,7 +109,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         if grad_VH is not None and num_tokens == 0:
             grad_VH.zero_()
         ctx.grads = grad_TH, None if grad_VH is None else grad_VH.to(weight_VH.dtype)
-        return losses_T.sum()
+        return losses_T if per_token else losses_T.sum()
 
     @staticmethod
     @once_differentiable
@@ -108,8 +117,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
         if ctx.grads is None:
             raise RuntimeError("Trying to run backward through linear_cross_entropy a second time.")
         grads, ctx.grads = ctx.grads, None
-        scale_([g for g in grads if g is not None], grad)
-        return (*grads, None, None, None, None)
+        if grad.ndim == 0:
+            scale_([g for g in grads if g is not None], grad)
+        elif grads[0] is not None:
+            grads[0].mul_(grad.unsqueeze(1))  # a token's loss depends on its own row only
+        return (*grads, None, None, None, None, None)
 
 
 def _accumulate_outer(out_VH: Tensor, x_CV: Tensor, y_CH: Tensor, first: bool) -> None:

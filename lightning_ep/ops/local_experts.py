@@ -38,7 +38,8 @@ class LocalExperts(ABC):
             ids_NK: Integer ``[N, K]``, local expert ids; the number of local experts in empty slots.
             weights_NK: ``[N, K]``, routing weights.
             num_pairs: Number of slots that are not empty.
-            params: The local parameters, in the dtype of the rows.
+            params: The local parameters, in the dtype of the rows: the experts' weights, and behind them the factors
+                of adapters, if these are there and not off.
             needs_grad: Whether `backward_rows` will be called.
 
         Returns:
@@ -77,10 +78,10 @@ class LocalExperts(ABC):
         """
 
     @abstractmethod
-    def backward_params(self, saved: Any, dtypes: Sequence[torch.dtype]) -> tuple[Tensor | None, ...]:
+    def backward_params(self, saved: Any, dtypes: Sequence[torch.dtype | None]) -> tuple[Tensor | None, ...]:
         """Finishes a backward: the gradients of the parameters, zero for experts without rows, None where frozen.
 
         Args:
             saved: What `backward_rows` returned.
-            dtypes: Of the gradients.
+            dtypes: Of the gradients, None for parameters that are frozen.
         """

@@ -11,6 +11,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from typing_extensions import override
 
 from lightning_ep.ops.local_experts import LocalExperts
+from lightning_ep.ops.low_rank import Adapter, split
 from lightning_ep.ops.permute import ExpertOrder, expert_order, gather_sum
 
 ExpertsFunction = Callable[[nn.Module, Tensor, Tensor, Tensor], Tensor]
@@ -55,12 +56,25 @@ class RegisteredExperts(LocalExperts):
             hooks are not run: parameters come as arguments of the calls. Of its own it is only asked which are frozen.
         function: ``fn(module, hidden [P, H], top_k_index [P, 1], top_k_weights [P, 1]) -> [P, H]``.
         param_names: Names of the parameters of ``module``, in the order in which calls pass them.
+        adapters: Those of the weights, by their places in ``param_names``. The function sees ``W + scale * B A``, of
+            which it makes whole gradients.
+        factors: The modules that hold A and B of each adapter as ``weight``, which are asked like ``module``.
     """
 
     keeps_rows = False
 
-    def __init__(self, module: nn.Module, function: ExpertsFunction, param_names: Sequence[str]) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        function: ExpertsFunction,
+        param_names: Sequence[str],
+        adapters: Sequence[Adapter] = (),
+        factors: Sequence[nn.Module] = (),
+    ) -> None:
         self._module = module
+        self._factors = tuple(factors)
+        self._is_transposed = bool(getattr(module, "is_transposed", False))
+        self._adapters = tuple(adapters)
         self._template = stand_in(module, {})
         self._num_experts: int = module.num_experts  # type: ignore[assignment]
         self._function = function
@@ -83,18 +97,26 @@ class RegisteredExperts(LocalExperts):
         # Outside of the caller's hooks: activation checkpointing would replay the whole layer a second time for this
         # inner graph, after FSDP has reduced the experts' gradients, and leave them gathered with stale weights.
         with torch.set_grad_enabled(needs_grad), saved_tensors_hooks(_pack, _unpack):
-            needed = (True, True, *self._trained())
+            needed = (True, True, *self._trained()[: len(params)])
             inputs = zip((x_PH, weights_P, *params), needed, strict=True)
             leaves = tuple(t.detach().requires_grad_(needs_grad and needs) for t, needs in inputs)
             # A stand-in per call: recompute or two models in flight must not see each other's parameters.
-            module = stand_in(self._template, dict(zip(self._param_names, leaves[2:], strict=True)))
+            module = stand_in(self._template, dict(zip(self._param_names, self._weights(leaves[2:]), strict=True)))
             out_PH = self._function(module, leaves[0], expert_P.unsqueeze(1), leaves[1].unsqueeze(1))
         out_NH = gather_sum(out_PH.detach(), order.pair_NK, rows_NH.dtype)
         return out_NH, _Forward(order, weights_NK.dtype, leaves, out_PH) if needs_grad else None
 
     def _trained(self) -> list[bool]:
         # Of the module's own: those that calls pass may be casts, made where no gradient is recorded.
-        return [self._module.get_parameter(name).requires_grad for name in self._param_names]
+        own = [self._module.get_parameter(name) for name in self._param_names]
+        return [param.requires_grad for param in (*own, *(factor.get_parameter("weight") for factor in self._factors))]
+
+    def _weights(self, params: Sequence[Tensor]) -> list[Tensor]:
+        weights, beside = split(params, len(self._param_names), self._adapters)
+        return [
+            weight if low is None else low.beside(weight, self._is_transposed)
+            for weight, low in zip(weights, beside, strict=True)
+        ]
 
     @override
     def recompute(
@@ -121,6 +143,8 @@ class RegisteredExperts(LocalExperts):
 
     @override
     def backward_params(
-        self, saved: tuple[Tensor | None, ...], dtypes: Sequence[torch.dtype]
+        self, saved: tuple[Tensor | None, ...], dtypes: Sequence[torch.dtype | None]
     ) -> tuple[Tensor | None, ...]:
-        return tuple(None if grad is None else grad.to(dtype) for grad, dtype in zip(saved, dtypes, strict=True))
+        return tuple(
+            None if grad is None or dtype is None else grad.to(dtype) for grad, dtype in zip(saved, dtypes, strict=True)
+        )

@@ -4,29 +4,41 @@
     device = find_device("NVIDIA H200")
     tokens_per_second(case, device), peak_gib(case, allocatable_gib(device))
 
-Times and activations are those measured on H200 GPUs at one width, scaled to the case by its arithmetic and its bytes.
-Thirteen cells that were run at that width were 0.84 to 1.13 times as fast as this says; at others nothing was compared.
+Times and activations are those measured on H200 GPUs at one width, scaled to the case by its arithmetic and its bytes;
+`docs/planning.md` has the formulas, and how far off they were. ``lightning-ep plan`` is `planner.command`.
 """
 
-from lightning_ep.planner.case import QWEN3_30B_A3B, Case, ModelWidths
-from lightning_ep.planner.counts import expert_parameters, flops_per_token, num_parameters, rows_sent
+from lightning_ep.planner.case import Case
+from lightning_ep.planner.counts import (
+    active_parameters,
+    expert_parameters,
+    flops_per_token,
+    num_parameters,
+    rows_sent,
+)
 from lightning_ep.planner.devices import Device, allocatable_gib, find_device
+from lightning_ep.planner.families import Model, find_model, read_widths
 from lightning_ep.planner.memory import memory_gib, peak_gib
 from lightning_ep.planner.step_time import host_ms, step_ms, tokens_per_second
+from lightning_ep.planner.widths import QWEN3_30B_A3B, ModelWidths
 
 __all__ = [
     "QWEN3_30B_A3B",
     "Case",
     "Device",
+    "Model",
     "ModelWidths",
+    "active_parameters",
     "allocatable_gib",
     "expert_parameters",
     "find_device",
+    "find_model",
     "flops_per_token",
     "host_ms",
     "memory_gib",
     "num_parameters",
     "peak_gib",
+    "read_widths",
     "rows_sent",
     "step_ms",
     "tokens_per_second",

@@ -1,9 +1,16 @@
-"""What a rank allocates at the end of forward, where its memory is fullest."""
+"""What a rank allocates where its memory is fullest: at the end of forward, or where backward begins."""
 
 from __future__ import annotations
 
-from lightning_ep.planner.case import QWEN3_30B_A3B, Case
-from lightning_ep.planner.counts import expert_parameters, local_parameters, rows_received
+from lightning_ep.planner.case import Case
+from lightning_ep.planner.counts import (
+    expert_parameters,
+    local_adapters,
+    local_parameters,
+    num_parameters,
+    rows_received,
+)
+from lightning_ep.planner.widths import QWEN3_30B_A3B, ModelWidths
 
 _GIB = 2**30
 _SPARE = 0.1  # of the memory, left free beside kept copies (`moe/master_weights.py`)
@@ -14,6 +21,7 @@ _INPUT_AND_ROUTING_KIB = 7.8
 _DENSE_KIB = {True: 35.2, False: 69.0}  # compiled, eager
 
 _CHUNK = 4096  # tokens whose logits the loss holds at a time
+_GROUPED = 160_000_000  # parameters that FSDP gathers together (`fsdp/groups.py`)
 
 
 def peak_gib(case: Case, limit_gib: float) -> float:
@@ -24,45 +32,100 @@ def peak_gib(case: Case, limit_gib: float) -> float:
 def memory_gib(case: Case, limit_gib: float) -> dict[str, float]:
     """The same by what it is for.
 
-    Gradients of the step before are there until backward starts, as Lightning has it. Copies of the experts' weights
-    are kept by the rule of `lightning_ep.moe.master_weights`: where they leave a tenth of ``limit_gib`` free.
+    Gradients of the step before are there until backward starts, as Lightning has it; with accumulation they stay.
+    Copies of the experts' weights are kept by the rule of `lightning_ep.moe.master_weights`: where they leave a tenth
+    of ``limit_gib`` free.
     """
-    parts = {
-        "weights, gradients, moments": _state(case) / _GIB,
-        "activations": case.layers * case.tokens * _kept_kib(case) * 2**10 / _GIB,
-        "the loss, or a layer at work": max(_loss(case), _layer_at_work(case)) / _GIB,
-    }
-    copies = 2 * local_parameters(case)[0] / _GIB if case.narrow_gradients else 0.0
-    kept = sum(parts.values()) + copies + _SPARE * limit_gib <= limit_gib
-    return {**parts, "copies of experts in bf16": copies if kept else 0.0}
+    parts = _state(case)
+    keeping = 0 if case.recompute == "full" else case.widths.expert_layers(case.layers)
+    parts["activations"] = case.layers * case.tokens * _kept_kib(case, case.recompute) * 2**10
+    parts["rows of the experts"] = keeping * case.tokens * _rows_kib(case) * 2**10
+    backward = _layer_backward(case) - (parts["gradients"] if case.accumulate == 1 else 0.0)
+    parts["buffers"] = max(_loss(case), _layer_at_work(case), backward) + _gathered(case)
+    found = {name: size / _GIB for name, size in parts.items()}
+    own = not case.managed_experts and case.precision == "bf16-mixed" and not case.lora_rank
+    copies = 2 * local_parameters(case)[0] / _GIB if own else 0.0
+    fits = sum(found.values()) + copies + _SPARE * limit_gib <= limit_gib
+    return {**found, "copies of experts in bf16": copies if fits else 0.0}
 
 
-def _state(case: Case) -> float:
-    """Bytes of parameters, gradients and two moments, sharded over all ranks in every layout."""
+def _state(case: Case) -> dict[str, float]:
+    """Bytes of weights, gradients and moments, sharded over all ranks of a copy in every layout."""
     experts, others = local_parameters(case)
-    return 4 * case.weight_bytes * others + (3 * case.weight_bytes + case.expert_gradient_bytes) * experts
+    each = case.weight_bytes
+    if case.lora_rank:
+        adapters = local_adapters(case)
+        return {"weights": 2 * (experts + others) + each * adapters, "gradients": each * adapters,
+                "optimizer": 2 * each * adapters}  # fmt: skip
+    gradients = case.expert_gradient_bytes * experts + each * others
+    return {"weights": each * (experts + others), "gradients": gradients, "optimizer": 2 * each * (experts + others)}
 
 
-def _kept_kib(case: Case) -> float:
+def _rows_kib(case: Case) -> float:
     """Per token and layer: received rows (bf16) and the up projection's output for each pair, see docs/experts.md."""
     widths = case.widths
-    wider = widths.hidden / QWEN3_30B_A3B.hidden
     rows = rows_received(widths, case.ep) * 2 * widths.hidden
-    experts = (rows + widths.top_k * 4 * widths.moe_intermediate) / 2**10
-    kept = {"none": experts + wider * _DENSE_KIB[case.compile], "selective": experts, "full": 0.0}
-    return wider * _INPUT_AND_ROUTING_KIB + kept[case.recompute]
+    return case.skew * (rows + widths.top_k * 4 * widths.moe_intermediate) / 2**10
+
+
+def _kept_kib(case: Case, recompute: str) -> float:
+    """Per token and layer, without the experts' rows: the input, and what attention and dense MLPs keep."""
+    widths = case.widths
+    kept = widths.hidden / QWEN3_30B_A3B.hidden * _INPUT_AND_ROUTING_KIB
+    if recompute != "none":
+        return kept
+    experts = widths.expert_layers(case.layers)
+    mlps = (case.layers - experts) * widths.dense_intermediate + experts * widths.shared_intermediate
+    kept += _attention_width(widths) / _attention_width(QWEN3_30B_A3B) * _DENSE_KIB[case.compile]
+    return kept + 3 * 2 * mlps / case.layers / 2**10  # gate, up and their product
+
+
+def _attention_width(widths: ModelWidths) -> int:
+    """What kept tensors of attention and norms grow with: queries, keys, values, outputs and some hidden states."""
+    return widths.query + widths.keys_and_values + widths.value + 3 * widths.hidden
 
 
 def _loss(case: Case) -> float:
     """Bytes of a chunk of logits, the head with its gradient in bf16, that one's sum in fp32, the hidden states'."""
-    head = case.widths.vocab * case.widths.hidden
-    logits = min(case.tokens, _CHUNK) * case.widths.vocab
-    return 2 * logits + (2 + 2 + 4) * head + 2 * case.tokens * case.widths.hidden
+    head = case.widths.vocab * case.widths.hidden / case.tp
+    logits = min(case.tokens * case.tp, _CHUNK) * case.widths.vocab / case.tp
+    return 2 * logits + (2 + (0 if case.lora_rank else 2 + 4)) * head + 2 * case.tokens * case.widths.hidden
+
+
+def _expert_weights(case: Case) -> float:
+    """Bytes of the experts in bf16 (gathered one layer ahead if FSDP shards them) beside those that a rank holds."""
+    cast = case.precision == "bf16-mixed" and not case.lora_rank
+    layers = 2 if case.fsdp > 1 else int(cast)
+    return layers * 2 * expert_parameters(case.widths) / case.ep
 
 
 def _layer_at_work(case: Case) -> float:
-    """Bytes of the experts in bf16 (gathered one layer ahead if FSDP shards them), and of their rows in and out."""
+    """Bytes of the experts' weights of a layer, and of their rows in and out."""
     widths = case.widths
-    layers = 2 if case.fsdp > 1 else 1
-    weights = layers * 2 * expert_parameters(widths) / case.ep
-    return weights + case.tokens * widths.top_k * 2 * (2 * widths.hidden + widths.moe_intermediate)
+    rows = case.tokens * case.skew * widths.top_k * 2 * (2 * widths.hidden + widths.moe_intermediate)
+    return _expert_weights(case) + rows
+
+
+def _layer_backward(case: Case) -> float:
+    """The same in backward: what recompute makes again, and gradients on their way, in bf16 and fp32."""
+    again = 0.0
+    if case.recompute != "none":
+        again = case.tokens * 2**10 * (_kept_kib(case, "none") + (_rows_kib(case) if case.recompute == "full" else 0))
+    gradients = 0.0 if case.lora_rank else (2 + 4) * expert_parameters(case.widths) / case.ep
+    return _layer_at_work(case) + again + (gradients if case.managed_experts else 0.0)
+
+
+def _gathered(case: Case) -> float:
+    """Bytes of what FSDP has gathered of all but experts: two groups of layers and the embedding, in bf16.
+
+    With accumulation gradients stay whole, in fp32, until the last micro-batch (`fsdp/accumulation.py`).
+    """
+    if case.shards == 1:
+        return 0.0
+    widths = case.widths
+    held = num_parameters(widths, case.layers) - widths.expert_layers(case.layers) * expert_parameters(widths)
+    embedding = widths.vocab * widths.hidden
+    layer = (held - (1 if widths.tied else 2) * embedding) / case.layers
+    group = layer * (1 if case.managed_experts else max(1, _GROUPED // max(1, int(layer))))
+    whole = 4 * held if case.accumulate > 1 and not case.lora_rank else 0.0
+    return (2 * 2 * min(group, case.layers * layer) + 2 * embedding + whole) / case.tp

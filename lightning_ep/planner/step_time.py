@@ -1,32 +1,35 @@
 """How long a step takes: the time of parts that were measured, scaled to the case, beside what the host needs.
 
-All times are milliseconds of one rank and step.
+All times are milliseconds of one rank and optimizer step.
 """
 
 from __future__ import annotations
 
-from lightning_ep.planner.case import QWEN3_30B_A3B, Case
-from lightning_ep.planner.counts import expert_parameters, layer_flops, local_parameters, rows_sent
-from lightning_ep.planner.devices import Device
+from dataclasses import dataclass
+
+from lightning_ep.planner import traffic
+from lightning_ep.planner.case import Case
+from lightning_ep.planner.counts import expert_parameters, local_adapters, local_parameters, model_flops
+from lightning_ep.planner.devices import GPUS, Device
+from lightning_ep.planner.widths import QWEN3_30B_A3B
 
 # The case of two H200 at which the parts were measured, forward and backward: one layer of it, and its head.
 _MEASURED = Case(QWEN3_30B_A3B, layers=1, batch=4, sequence=4096, ranks=2, ep=2)
-_MEASURED_BANDWIDTH = 4.8e12  # bytes/s, of an H200's memory
+_MEASURED_ON = GPUS["H200"]
 _COMPUTE_MS = {"attention projections": 2.9, "attention core": 4.0, "expert GEMMs": 6.0}
 _MEMORY_MS = {"glue": 1.7, "norms and rotary": 1.0}
 _HEAD_AND_LOSS_MS = 55.0
-_EXCHANGE_MS, _HOPS = 0.8, 4  # dispatch and combine, forward and backward
+_HOPS = 4  # dispatch and combine, forward and backward
 # Passes over weights reach this share of the bandwidth (AdamW, norms and casts on an H200 and an H100: 0.8 to 0.9).
 _OF_BANDWIDTH = 0.85
 
 # The forward's share of forward and backward: one of three GEMMs and passes, two of seven products of attention.
-_FORWARD = dict.fromkeys((*_COMPUTE_MS, *_MEMORY_MS), 1 / 3) | {"attention core": 2 / 7}
+_GEMMS = ("attention projections", "dense MLPs", "expert GEMMs")
+_FORWARD = dict.fromkeys((*_GEMMS, *_MEMORY_MS), 1 / 3) | {"attention core": 2 / 7}
 # What backward does again. `selective` leaves out routers and experts; `full` repeats the up projection, two thirds of
 # the experts' forward, and the permutation before it, one of the eight or so passes over pairs that glue is.
-_AGAIN = {
-    "none": {},
-    "selective": {name: _FORWARD[name] for name in ("attention projections", "attention core", "norms and rotary")},
-}
+_DENSE = ("attention projections", "attention core", "dense MLPs", "norms and rotary")
+_AGAIN: dict[str, dict[str, float]] = {"none": {}, "selective": {name: _FORWARD[name] for name in _DENSE}}
 _AGAIN["full"] = {**_AGAIN["selective"], "expert GEMMs": _FORWARD["expert GEMMs"] * 2 / 3, "glue": 1 / 8}
 
 # The host's, per step and per layer of a compiled model whose layers FSDP gathers four at a time: beside one H200, 16
@@ -37,10 +40,14 @@ _HOST_LAYER_MS = {"none": 6.0, "selective": 8.0, "full": 8.0}
 # 12 layers and 1 x 4096 tokens, 28 of them for the optimizer.
 _HOST_EXCHANGE_MS = 2.8
 
+# Share of its own time by which a collective that arithmetic hides makes that arithmetic longer. Two H200 at ep=1, 12
+# layers and 4 x 4096 tokens: 144 ms of NCCL were hidden, and GEMMs and attention took 38 ms longer than at ep=2.
+_DELAY = 0.26
 # Bytes per parameter that FSDP's copies of experts cost at full bandwidth: before and behind two gathers and a
-# reduction, about half of them because experts are sharded along their second dimension (a rehearsed rank of eight at
-# ep=1: 6.1 ms per layer of 604 M parameters).
-_EXPERT_COPY_BYTES = 48
+# reduction, about half of them because experts are sharded along their second dimension. The same two runs: a step of
+# 413 ms at ep=1 and of 311 at ep=2, 46 of them exchanges, leave 110 beside the 38, 9.1 per layer of 604 M parameters.
+# (A rehearsed rank of eight, whose copies met no transfers, took 6.1.)
+_EXPERT_COPY_BYTES = 72
 
 
 def tokens_per_second(case: Case, device: Device) -> float:
@@ -48,88 +55,185 @@ def tokens_per_second(case: Case, device: Device) -> float:
 
     With an exchange of tokens the host waits for counts in the first layer until the optimizer step before is done.
     """
-    parts = step_ms(case, device)
+    return rate(case, step_ms(case, device))
+
+
+def rate(case: Case, parts: dict[str, float]) -> float:
+    """`tokens_per_second` of a step whose parts are known."""
     waits = parts["AdamW"] + parts["norm"] if case.ep > 1 else 0.0
-    return case.tokens / max(sum(parts.values()), (host_ms(case) or 0.0) + waits) * 1e3
+    return case.tokens * case.accumulate / max(sum(parts.values()), (host_ms(case) or 0.0) + waits) * 1e3
 
 
 def step_ms(case: Case, device: Device) -> dict[str, float]:
     """What a GPU works in a step, by part.
 
-    Compute scales with FLOPs, what is bound by memory with bytes and the device's bandwidth, exchanges with rows, as if
-    nothing hid them. FSDP of experts is what the layer's arithmetic does not hide of it, and its copies. Skew, fixed
-    costs of small shapes, and collectives that slow the arithmetic that hides them are not known here.
+    Compute scales with FLOPs, what is bound by memory with bytes and the device's bandwidth, exchanges with bytes, as
+    if nothing hid them. FSDP is what the layers' arithmetic does not hide of it, what it delays, and its copies. Fixed
+    costs of small shapes are not known here, nor kernels of other widths than those that were measured.
     """
-    slower = _MEASURED_BANDWIDTH / device.bandwidth
-    work, measured = _work(case), _work(_MEASURED)
-    layer = {name: ms * work[name] / measured[name] for name, ms in _COMPUTE_MS.items()}
-    layer |= {name: ms * work[name] / measured[name] * slower for name, ms in _MEMORY_MS.items()}
-    exchange = _HOPS * _hop_bytes(case) / _link() * 1e3
-    again = sum(layer[name] * part for name, part in _AGAIN[case.recompute].items())
-    forward = sum(layer[name] * part for name, part in _FORWARD.items())
-    backward = sum(layer.values()) - forward + again
-    parts = {name: case.layers * ms for name, ms in layer.items()}
-    parts["dispatch and combine"] = case.layers * exchange
-    parts["recompute"] = case.layers * (again + (exchange / _HOPS if case.recompute == "full" else 0.0))
-    parts["FSDP of experts"] = case.layers * _expert_fsdp_ms(case, device, forward, backward)
-    parts["head and loss"] = _HEAD_AND_LOSS_MS * work["head"] / measured["head"]
+    layers = _layer_parts(case, device)
+    again = _again_ms(case, layers)
+    parts = {name: layers[name] * _FORWARD[name] + ms for name, ms in _backward(case, layers).items()}
+    parts |= _exchanges(case, device)
+    parts["recompute"] = again + parts.pop("exchanges again")
+    head = case.tokens * case.widths.hidden * case.widths.vocab / (_MEASURED.tokens * _head(_MEASURED))
+    parts["head and loss"] = _HEAD_AND_LOSS_MS * head * _slower(device) * (2 / 3 if case.lora_rank else 1)
+    parts = {name: case.accumulate * ms for name, ms in parts.items()}
+    parts |= _fsdp_ms(case, device, *_arithmetic_ms(case, device))
     for name, moved in _weight_bytes_moved(case).items():
         parts[name] = moved / (_OF_BANDWIDTH * device.bandwidth) * 1e3
     return parts
+
+
+def _arithmetic_ms(case: Case, device: Device) -> tuple[float, float]:
+    """What the layers compute in forward, and in backward with what it does again; of one micro-batch."""
+    layers = _layer_parts(case, device)
+    forward = sum(layers[name] * part for name, part in _FORWARD.items())
+    return forward, sum(_backward(case, layers).values()) + _again_ms(case, layers)
+
+
+def _again_ms(case: Case, layers: dict[str, float]) -> float:
+    return sum(layers[name] * part for name, part in _AGAIN[case.recompute].items())
 
 
 def host_ms(case: Case) -> float | None:
     """What the host needs to launch a step; None without compilation, where that was not measured."""
     if not case.compile:
         return None
-    exchange = _HOST_EXCHANGE_MS if case.ep > 1 else 0.0
-    return _HOST_STEP_MS + case.layers * (_HOST_LAYER_MS[case.recompute] + exchange)
+    exchanges = _HOST_EXCHANGE_MS * case.widths.expert_layers(case.layers) if case.ep > 1 else 0.0
+    return _HOST_STEP_MS + case.accumulate * (case.layers * _HOST_LAYER_MS[case.recompute] + exchanges)
+
+
+def _slower(device: Device) -> float:
+    """How much longer arithmetic takes than where it was measured."""
+    return _MEASURED_ON.flops / device.flops
+
+
+def _head(case: Case) -> int:
+    return case.widths.hidden * case.widths.vocab
+
+
+def _layer_parts(case: Case, device: Device) -> dict[str, float]:
+    """Forward and backward of all layers and one micro-batch, where all weights are trained."""
+    work, measured = _work(case), _work(_MEASURED)
+    found = {name: ms * work[name] / measured[name] * _slower(device) for name, ms in _COMPUTE_MS.items()}
+    dense_rate = _COMPUTE_MS["attention projections"] / measured["attention projections"]
+    found["dense MLPs"] = work["dense MLPs"] * dense_rate * _slower(device)
+    bandwidth = _MEASURED_ON.bandwidth / device.bandwidth
+    return found | {name: ms * work[name] / measured[name] * bandwidth for name, ms in _MEMORY_MS.items()}
+
+
+def _backward(case: Case, layers: dict[str, float]) -> dict[str, float]:
+    """The backward's part of it: frozen weights have no gradient, which is one of the two GEMMs."""
+    halved = _GEMMS if case.lora_rank else ()
+    return {name: ms * (1 - _FORWARD[name]) * (0.5 if name in halved else 1) for name, ms in layers.items()}
 
 
 def _work(case: Case) -> dict[str, float]:
     """What the time of each part is proportional to, in units of the part's own."""
     widths = case.widths
-    flops = layer_flops(widths, case.sequence)
-    each_token = {
-        **{name: flops[name] for name in _COMPUTE_MS},
-        "glue": widths.top_k * (widths.hidden + widths.moe_intermediate),
-        "norms and rotary": widths.hidden,
-        "head": widths.hidden * widths.vocab,
-    }
+    experts = widths.expert_layers(case.layers) * case.skew  # others wait for the busiest rank
+    each_token = model_flops(widths, case.layers, case.sequence)
+    each_token["expert GEMMs"] *= case.skew
+    each_token["glue"] = experts * widths.top_k * (widths.hidden + widths.moe_intermediate)
+    each_token["norms and rotary"] = case.layers * widths.hidden
     return {name: case.tokens * amount for name, amount in each_token.items()}
 
 
-def _hop_bytes(case: Case) -> float:
-    """What a rank sends in one of the exchanges of a layer: rows in bf16."""
-    return case.tokens * rows_sent(case.widths, case.ep) * 2 * case.widths.hidden
+def _exchanges(case: Case, device: Device) -> dict[str, float]:
+    """Of one micro-batch: what the host of no arithmetic hides. Recompute repeats those of forward that it needs."""
+    widths = case.widths
+    experts, softmax = widths.expert_layers(case.layers), case.layers - widths.linear_layers(case.layers)
+    hop = experts * traffic.exchange(case).ms(device)
+    sequences = softmax * traffic.sequence_exchange(case).ms(device)
+    mlps = case.layers - experts + (experts if widths.shared_intermediate else 0)
+    tensors = (case.layers + mlps) * traffic.tensor_exchange(case).ms(device)
+    again = (hop if case.recompute == "full" else 0.0) + (sequences + tensors if case.recompute != "none" else 0.0)
+    return {
+        "dispatch and combine": _HOPS * hop,
+        "exchanges of sequences": 2 * sequences,
+        "exchanges of tensor parallelism": 2 * tensors,
+        "exchanges again": again,
+    }
 
 
-def _link() -> float:
-    """Bytes per second and direction of the links between GPUs, as fast as the measured exchange: 335 GB/s."""
-    return _HOPS * _hop_bytes(_MEASURED) / (_EXCHANGE_MS * 1e-3)
+@dataclass(frozen=True)
+class _Exposed:
+    """Milliseconds of a step that collectives of FSDP take beside all arithmetic."""
+
+    experts: float
+    rest: float
+    copies: float
 
 
-def _expert_fsdp_ms(case: Case, device: Device, forward_ms: float, backward_ms: float) -> float:
-    """Per layer: FSDP's copies around its collectives, and what of these a layer's arithmetic does not cover.
+def _exposed(case: Case, device: Device, forward_ms: float, backward_ms: float) -> _Exposed:
+    """What the arithmetic of a micro-batch does not cover.
 
-    Experts are gathered in bf16 in forward and in backward, one layer ahead, and their gradients reduced in fp32.
+    Everything is gathered in bf16 in forward and in backward, and gradients are reduced in fp32: those of experts with
+    every micro-batch, others, and the sum over copies of the model, with the last.
     """
-    if case.fsdp == 1:
-        return 0.0
-    params = expert_parameters(case.widths) / case.ep
-    gather = (case.fsdp - 1) / case.fsdp * 2 * params / _link() * 1e3
-    exposed = max(0.0, gather - forward_ms) + max(0.0, 3 * gather - backward_ms)  # fp32: twice the bytes
-    return exposed + params * _EXPERT_COPY_BYTES / device.bandwidth * 1e3
+    reduced = 0 if case.lora_rank else 2  # fp32: twice the bytes
+    experts, others = _gathers_ms(case, device)
+
+    def left(covered: float, *collectives: float) -> list[float]:
+        """Of each of several that arithmetic covers one after the other."""
+        found = []
+        for ms in collectives:
+            found.append(max(0.0, ms - covered))
+            covered = max(0.0, covered - ms)
+        return found
+
+    forward = left(forward_ms, experts, others)
+    backward = left(backward_ms, (1 + reduced) * experts, others)
+    copies = traffic.copies_sum(case).ms(device)
+    last = left(backward_ms, (1 + reduced) * experts, (1 + reduced) * others, copies)
+    times = case.accumulate
+    return _Exposed(
+        times * (forward[0] + backward[0]), times * forward[1] + (times - 1) * backward[1] + last[1], last[2]
+    )
+
+
+def _gathers_ms(case: Case, device: Device) -> tuple[float, float]:
+    """One gather of the experts of all layers, and one of everything else."""
+    experts = case.widths.expert_layers(case.layers) * traffic.expert_gather(case).ms(device)
+    return experts, traffic.dense_gather(case).ms(device)
+
+
+def _expert_fsdp_total_ms(case: Case, device: Device) -> float:
+    """All gathers and reductions of experts of a step by themselves."""
+    return case.accumulate * (2 if case.lora_rank else 4) * _gathers_ms(case, device)[0]
+
+
+def hidden_of_expert_fsdp(case: Case, device: Device) -> float:
+    """Share of the gathers and reductions of experts that arithmetic covers."""
+    total = _expert_fsdp_total_ms(case, device)
+    return 1 - _exposed(case, device, *_arithmetic_ms(case, device)).experts / total if total else 1.0
+
+
+def _fsdp_ms(case: Case, device: Device, forward_ms: float, backward_ms: float) -> dict[str, float]:
+    """Of a step: collectives that layers do not cover or that delay them, and FSDP's copies of experts."""
+    exposed = _exposed(case, device, forward_ms, backward_ms)
+    hidden = _expert_fsdp_total_ms(case, device) - exposed.experts
+    moved = case.widths.expert_layers(case.layers) * expert_parameters(case.widths) / case.ep * _EXPERT_COPY_BYTES
+    moved *= case.accumulate * (0.5 if case.lora_rank else 1)  # copies of gathers alone
+    return {
+        "FSDP of experts": exposed.experts + _DELAY * hidden,
+        "FSDP's copies of experts": moved / device.bandwidth * 1e3 if case.managed_experts else 0.0,
+        "FSDP of the rest": exposed.rest,
+        "sum over copies of the model": exposed.copies,
+    }
 
 
 def _weight_bytes_moved(case: Case) -> dict[str, float]:
     """What the passes over a rank's weights read and write in a step. Experts are cast twice if copies do not fit."""
     experts, others = local_parameters(case)
     each, gradient = case.weight_bytes, case.expert_gradient_bytes
+    if case.lora_rank:
+        experts, others = 0.0, local_adapters(case)
     moved = {
         "AdamW": experts * (6 * each + gradient) + others * 7 * each,  # weight and moments in and out, gradient in
         "norm": experts * gradient + others * each,
     }
     if case.precision == "bf16-mixed":
-        moved["casts"] = (4 + 2) * ((2 if case.narrow_gradients else 1) * experts + others)
+        moved["casts"] = case.accumulate * (4 + 2) * ((1 if case.managed_experts else 2) * experts + others)
     return moved

@@ -60,20 +60,37 @@ class _Stack:
         owners = {name.rpartition(".")[0].rpartition(".")[0] for name in self.layers}
         if len(owners) != 1:
             self._refuse(f"it has decoder layers in several places ({sorted(owners)}), and only text models are served")
-        for name, style in linears.items():
-            self._check_linear(name, style)
+        parts = {part: (name, style) for name, style in linears.items() for part in self._parts(name, style)}
+        for part, (_, style) in parts.items():
+            self._check_linear(part, style)
         heads_are_split = (regions[_parent(name)] and style == "colwise" for name, style in linears.items())
         if any(heads_are_split):
             self.layout.check_key_value_heads(*adapter.attention_heads(self.model), type(self.model).__name__)
         plan: dict[str, ParallelStyle] = {self.layers[0]: SplitInput(), owners.pop(): GatherOutput()}
         for name, is_attention in regions.items():
             plan[name] = WholeSequence() if is_attention else WholeRows()
-        for name, style in linears.items():
+        for part, (name, style) in parts.items():
             if style in _COLWISE:
-                plan[name] = Colwise(_COLWISE[style])
+                plan[part] = Colwise(_COLWISE[style])
             else:
-                plan[name] = Rowwise(_ROWWISE[style], regions[_parent(name)])
+                plan[part] = Rowwise(_ROWWISE[style], regions[_parent(name)])
         return plan
+
+    def _parts(self, name: str, style: str) -> list[str]:
+        """What of a layer is split: itself or, with LoRA, the layer inside and the factor that has those features.
+
+        The other factor stays whole. Behind a split output B makes this rank's part; in front of a split input A makes
+        partial sums, which are scattered like those of the layer before B sees them.
+        """
+        module = self.modules.get(name)
+        if module is None or not isinstance(getattr(module, "lora_A", None), nn.ModuleDict):
+            return [name]
+        if any(isinstance(child, nn.Dropout) for child in module.modules()):
+            self._refuse(f"{name} has an adapter with lora_dropout, which would drop other elements on every rank")
+        if getattr(module, "lora_variant", None):
+            self._refuse(f"{name} has a variant of LoRA (use_dora), which reads whole weights")
+        factor = "lora_B" if style in _COLWISE else "lora_A"
+        return [f"{name}.base_layer", *(f"{name}.{factor}.{key}" for key in module.get_submodule(factor)._modules)]
 
     def _regions(self, linears: dict[str, str]) -> dict[str, bool]:
         """The modules that see whole sequences, with whether they are attention: those around split linear layers."""

@@ -83,7 +83,9 @@ def is_plain_head(head: nn.Module | None) -> bool:
     return type(head).forward in forwards and "forward" not in vars(head)
 
 
-def head_cross_entropy(head: nn.Linear, hidden_TH: Tensor, targets_T: Tensor, ignore_index: int) -> Tensor:
+def head_cross_entropy(
+    head: nn.Linear, hidden_TH: Tensor, targets_T: Tensor, ignore_index: int, per_token: bool = False
+) -> Tensor:
     """`linear_cross_entropy` with the head's weight, its vocabulary split or not.
 
     Args:
@@ -91,17 +93,20 @@ def head_cross_entropy(head: nn.Linear, hidden_TH: Tensor, targets_T: Tensor, ig
         hidden_TH: ``[T, H]``, the same on all ranks; computed with in the dtype of the head.
         targets_T: int64 ``[T]``, the same on all ranks.
         ignore_index: As in `linear_cross_entropy`.
+        per_token: As there.
 
     Returns:
-        0-dim fp32 tensor, the same on all ranks. The gradient of ``hidden_TH`` is this rank's part of the sum.
+        0-dim fp32 tensor, or ``[T]``, the same on all ranks. The gradient of ``hidden_TH`` is this rank's part of the
+        sum.
     """
     group: TensorGroup | None = getattr(head, "tensor_group", None)
     hidden_TH = hidden_TH.to(head.weight.dtype)
     if group is None:
-        return linear_cross_entropy(hidden_TH, head.weight, targets_T, ignore_index)
+        return linear_cross_entropy(hidden_TH, head.weight, targets_T, ignore_index, per_token=per_token)
     weight_VH: Tensor = local(head.weight)
     shard = VocabularyShard(group.rank * weight_VH.shape[0], partial(_stack, group=group))
-    return sum_gradients(linear_cross_entropy(hidden_TH, weight_VH, targets_T, ignore_index, shard), group)
+    loss = linear_cross_entropy(hidden_TH, weight_VH, targets_T, ignore_index, shard, per_token)
+    return sum_gradients(loss, group)
 
 
 @torch.no_grad()

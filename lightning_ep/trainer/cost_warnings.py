@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from lightning.pytorch.utilities import rank_zero_warn
+import torch
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import nn
 
 from lightning_ep import transformers_adapter as adapter
@@ -33,6 +34,22 @@ def _most_elsewhere(group: list[int], ranks_per_node: int) -> int:
     """The most ranks of ``group`` that are not on the node of one of its ranks."""
     nodes = [rank // ranks_per_node for rank in group]
     return len(nodes) - min(nodes.count(node) for node in nodes)
+
+
+def say_if_documents_need_a_mask(module: nn.Module, device: torch.device) -> None:
+    """Says of models on a GPU that are given packed documents why their attention makes a mask of all pairs of tokens.
+
+    Args:
+        module: A module whose models are sharded.
+        device: Where they compute.
+    """
+    for model in adapter.pretrained_models(module).values() if device.type == "cuda" else ():
+        if not adapter.is_told_documents(model):
+            reason = adapter.why_not_bounds(model) or "it does not compute in bf16"
+            rank_zero_info(
+                f"Batches have packed documents, for which {type(model).__name__} makes a mask of all pairs of tokens "
+                f"of a row, which takes memory and time by the square of its length: {reason}."
+            )
 
 
 def warn_if_large_in_memory(module: nn.Module, layout: ParallelLayout, ranks_per_node: int) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from lightning.fabric.utilities.data import _auto_add_worker_init_fn
-from lightning.pytorch import LightningModule
+from lightning.pytorch import LightningModule, Trainer
 
 from lightning_ep.checkpoint.loader_position import PlainLoaders
 from lightning_ep.checkpoint.loop_state import close_finished_epoch, match_batches
@@ -43,6 +43,14 @@ def prepare_loader(
         _join_predict_step(module, joined, batch, batch_idx)
 
     return with_equal_steps(loader, from_all_ranks, trainer.limit_predict_batches, join)
+
+
+def evaluated_loaders(trainer: Trainer) -> list[str]:
+    """Names of the dataloaders of the evaluation that runs: those that a dict has for them, otherwise their numbers."""
+    combined = trainer._evaluation_loop._combined_loader
+    assert combined is not None
+    named = isinstance(combined.iterables, dict) and len(combined.iterables) == len(combined.flattened)
+    return [str(name) for name in (combined.iterables if named else range(len(combined.flattened)))]
 
 
 def _join_predict_step(module: LightningModule, loader: object, batch: Any, batch_idx: int) -> None:

@@ -22,6 +22,7 @@ from typing_extensions import override
 from lightning_ep import transformers_adapter as adapter
 from lightning_ep.fsdp.accumulation import reduce_kept_gradients
 from lightning_ep.fsdp.passes import break_off_if_it_raises
+from lightning_ep.hub.beneath import is_adapted
 from lightning_ep.trainer.clipping import clip_grad_norm_, clip_grad_value_, clip_in_step_, scale_gradients
 from lightning_ep.trainer.loss_scale import at_step, into_backward
 from lightning_ep.trainer.nonfinite import NonfiniteGuard
@@ -47,6 +48,8 @@ class ShardedPrecision(Precision):
     ``"bf16-mixed"``        fp32          bf16       fp32 (FSDP2's policy, not autocast)
     ``"bf16-true"``         bf16          bf16       fp32, stored as bf16
     ======================  ============  =========  =====================
+
+    What is frozen beneath an adapter (LoRA) is bf16 under ``"bf16-mixed"``, too, and the adapter fp32.
 
     Parameters that a family asks to be fp32 in bf16 (transformers' ``_keep_in_fp32_modules_strict``) are so throughout.
     Buffers have the dtype that they have where transformers loads the model in bf16, but in MoE blocks their own.
@@ -95,10 +98,14 @@ class ShardedPrecision(Precision):
 
     @override
     def convert_module(self, module: nn.Module) -> nn.Module:
-        models = adapter.pretrained_models(module).values() if self.param_dtype == torch.bfloat16 else ()
-        fp32 = {param for model in models for param in adapter.fp32_parameters(model).values()}
+        models = list(adapter.pretrained_models(module).values())
+        in_bf16 = models if self.param_dtype == torch.bfloat16 else list(filter(is_adapted, models))
+        fp32 = {param for model in in_bf16 for param in adapter.fp32_parameters(model).values()}
+        # What an adapter has frozen needs no digits for updates: it is held as it is computed with.
+        frozen = {p for model in filter(is_adapted, models) for p in model.parameters() if not p.requires_grad}
+        computed = self.mp_policy.param_dtype or self.param_dtype
         for param in module.parameters():
-            dtype = torch.float32 if param in fp32 else self.param_dtype
+            dtype = torch.float32 if param in fp32 else computed if param in frozen else self.param_dtype
             if param.is_floating_point() and param.dtype != dtype:
                 param.data = param.data.to(dtype)
         return module

@@ -1,7 +1,8 @@
 """All that touches names of transformers that are not its public API.
 
 One file for each question: where things are in a model (`structure`), who runs experts (`experts_interface`) and
-attention (`attention_interface`), which tokens are one document (`packing`), how random weights are drawn
+attention (`attention_interface`), which tokens are one document (`packing`) and how attention is told
+(`document_bounds`), how random weights are drawn
 (`initialization`), what is fp32 in a bf16 model (`dtypes`), how weights come in and leave (`conversion`), what is
 remembered of a model (`record`), and how conversations are written for it (`chat_templates`). Everyone else uses them
 through this package, which imports nothing of ours but `ops` and `distributed`.
@@ -31,6 +32,7 @@ from lightning_ep.transformers_adapter.conversion import (
     saves_adapters,
     tied_names,
 )
+from lightning_ep.transformers_adapter.document_bounds import is_told_documents, use_bounds_of_documents, why_not_bounds
 from lightning_ep.transformers_adapter.dtypes import cast_constants, fp32_parameters
 from lightning_ep.transformers_adapter.experts_interface import (
     FUSED_PARAMETERS,
@@ -44,10 +46,12 @@ from lightning_ep.transformers_adapter.initialization import (
     mark_initialized,
     marks_are_respected,
     note_own_modules,
+    own_modules,
 )
 from lightning_ep.transformers_adapter.packing import (
     Packing,
     ReadOnHost,
+    bounds_of,
     described,
     keep_documents_apart,
     note_packing,
@@ -55,6 +59,7 @@ from lightning_ep.transformers_adapter.packing import (
 )
 from lightning_ep.transformers_adapter.record import recall, remember
 from lightning_ep.transformers_adapter.structure import (
+    attention_modules,
     decoder_layers,
     experts_modules,
     keep_recording,
@@ -79,7 +84,9 @@ __all__ = [
     "attention_function",
     "attention_heads",
     "attention_implementation",
+    "attention_modules",
     "blueprint",
+    "bounds_of",
     "cast_constants",
     "causal_mask",
     "config_with_attention",
@@ -91,6 +98,7 @@ __all__ = [
     "fp32_parameters",
     "hub_transforms",
     "is_flash_attention",
+    "is_told_documents",
     "keep_documents_apart",
     "keep_recording",
     "load_conversions",
@@ -104,6 +112,7 @@ __all__ = [
     "note_own_modules",
     "note_packing",
     "optional_parts",
+    "own_modules",
     "packing_of",
     "pretrained_models",
     "recall",
@@ -118,6 +127,8 @@ __all__ = [
     "tied",
     "tied_names",
     "unknown_keys",
+    "use_bounds_of_documents",
+    "why_not_bounds",
     "why_not_context_parallel",
     "why_not_fused",
     "without_packing",

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, PreTrainedModel, masking_utils
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel, masking_utils
 from transformers.integrations.flash_attention import flash_attention_forward
 from transformers.masking_utils import (
     ALL_MASK_ATTENTION_FUNCTIONS,
@@ -39,13 +39,18 @@ def attention_implementation(model: PreTrainedModel) -> str:
     return model.config._attn_implementation or "eager"
 
 
-def select_attention(model: PreTrainedModel, name: str, function: Callable[..., Any] | None = None) -> None:
+def select_attention(
+    model: PreTrainedModel, name: str, function: Callable[..., Any] | None = None, masks_of: str | None = None
+) -> None:
     """Makes the model use the attention of this name, registered with ``function`` if one is given.
 
-    A registered name without a mask function gets no mask from the model: ``function`` has to know what it attends to.
+    A registered name gets the masks of the implementation ``masks_of``. Without one it gets no mask from the model:
+    ``function`` has to know what it attends to.
     """
     if function is not None:
         AttentionInterface.register(name, function)
+    if masks_of is not None:
+        AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[masks_of])
     model.config._attn_implementation = name
 
 
@@ -126,8 +131,23 @@ def without_packing() -> Iterator[None]:
 def why_not_context_parallel(model: PreTrainedModel) -> str | None:
     """What keeps a model's sequences from being split over ranks, None if nothing does.
 
-    Exact attention over pieces needs every exchange between tokens to be causal softmax attention that goes through the
-    attention interface, and every other computation to need nothing but a token and its position.
+    Exact attention over pieces needs every exchange between tokens to be that of `why_not_causal`, and every other
+    computation to need nothing but a token and its position.
+    """
+    if (reason := why_not_causal(model)) is not None:
+        return reason
+    if model.loss_type not in (None, "ForCausalLM"):
+        return f"its loss ({model.loss_type}) is not one of next tokens"
+    if rope := _length_dependent_rope(model.config):
+        return f"its rotary frequencies (rope_type={rope!r}) depend on the longest position of a rank's piece"
+    return None
+
+
+def why_not_causal(model: PreTrainedModel) -> str | None:
+    """What keeps tokens from seeing each other in causal attention alone that the attention interface is told all of.
+
+    None if nothing does: every exchange between tokens is softmax attention over the tokens before, or a window of
+    them, and documents or padding are all that a mask could add.
     """
     config = model.config
     types = set(getattr(config, "layer_types", None) or ())
@@ -142,20 +162,15 @@ def why_not_context_parallel(model: PreTrainedModel) -> str | None:
         )
     if not getattr(config, "is_causal", True):
         return "its attention is not causal"
-    if model.loss_type not in (None, "ForCausalLM"):
-        return f"its loss ({model.loss_type}) is not one of next tokens"
     if (name := attention_implementation(model)) not in ALL_MASK_ATTENTION_FUNCTIONS:
         return f"it is not known which masks its attention implementation {name!r} takes"
-    if rope := _length_dependent_rope(config):
-        return f"its rotary frequencies (rope_type={rope!r}) depend on the longest position of a rank's piece"
     sliding = bool(getattr(config, "sliding_window", None)) or "sliding_attention" in types
     return next((reason for layer in decoder_layers(model) if (reason := _why_not_split(layer, sliding))), None)
 
 
 def _why_not_split(layer: nn.Module, sliding: bool) -> str | None:
     name, modules = type(layer).__name__, list(layer.modules())
-    sources = (forward_source(type(module)) for module in modules)  # type: ignore[arg-type]  # hashable
-    attention = [source for source in sources if "ALL_ATTENTION_FUNCTIONS" in source]
+    attention = attention_sources(layer)
     others = [type(m).__name__ for m in modules if isinstance(m, nn.Conv1d) or "Indexer" in type(m).__name__]
     if not attention:
         return f"its {name} has no attention that goes through transformers' attention interface"
@@ -163,7 +178,15 @@ def _why_not_split(layer: nn.Module, sliding: bool) -> str | None:
         return f"its {name} lets tokens see each other outside of attention ({others[0]})"
     if sliding and not all("sliding_window=" in source for source in attention):
         return f"the attention of its {name} has a sliding window of which it does not tell its implementation"
+    if not all(getattr(module, "is_causal", True) for module in modules):
+        return f"the attention of its {name} is not causal"
     return None
+
+
+def attention_sources(layer: nn.Module) -> list[str]:
+    """The code of the modules of a layer that call the attention interface."""
+    sources = (forward_source(type(module)) for module in layer.modules())  # type: ignore[arg-type]  # hashable
+    return [source for source in sources if "ALL_ATTENTION_FUNCTIONS" in source]
 
 
 def _length_dependent_rope(config: Any) -> str | None:

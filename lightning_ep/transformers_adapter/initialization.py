@@ -26,6 +26,11 @@ def note_own_modules(model: PreTrainedModel) -> None:
         remember(module, _BuiltWithModel())
 
 
+def own_modules(model: PreTrainedModel) -> list[nn.Module]:
+    """The modules that `note_own_modules` has noted."""
+    return [module for module in model.modules() if recall(module, _BuiltWithModel) is not None]
+
+
 def follows_model(module: nn.Module, model: PreTrainedModel, inside: bool, has_rule: bool) -> bool:
     """Whether the rules of a model fill a module inside of it.
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Generic, TypeVar
 
@@ -20,11 +20,13 @@ from torch.utils.weak import WeakIdRef, WeakTensorKeyDictionary
 from transformers import PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, create_masks_for_generate
 
+from lightning_ep.ops.packed_attention import to_device
 from lightning_ep.transformers_adapter.attention_interface import (
     attention_implementation,
     forward_source,
     is_flash_attention,
 )
+from lightning_ep.transformers_adapter.document_bounds import bounds_as_mask, takes_bounds
 from lightning_ep.transformers_adapter.structure import decoder_layers, model_class
 
 T = TypeVar("T")
@@ -43,23 +45,32 @@ class Packing:
             padding says nothing.
         gaps: Whether there is padding before or between the tokens that count. What is behind them no token sees, so
             that without gaps the positions of packed documents say all that a mask does.
+        bounds: int32 ``[N + 1]`` in host memory, where the N documents begin in the rows put one after the other, and
+            their end; None where none is packed.
+        longest: Tokens of the longest one, 0 without ``bounds``.
     """
 
     packed: bool = False
     gaps: bool = False
+    bounds: Tensor | None = field(default=None, compare=False)
+    longest: int = field(default=0, compare=False)
 
     @staticmethod
     def of(position_ids: Tensor | None, attention_mask: Tensor | None) -> Packing:
         """Reads ``[B or 1, S]`` positions and a ``[B, S]`` mask; for tensors on a GPU the host waits."""
         if position_ids is None:
             return Packing()
-        steps = position_ids.diff(dim=-1)
+        steps = position_ids.cpu().diff(dim=-1)
         if attention_mask is None:
-            return Packing(bool((steps != 1).any()))
-        counts = attention_mask.bool()
-        if not ((steps <= 0) & counts[:, 1:] & counts[:, :-1]).any():
+            packed, gaps = bool((steps != 1).any()), False
+        else:
+            counts = attention_mask.cpu().bool()
+            packed = bool(((steps <= 0) & counts[:, 1:] & counts[:, :-1]).any())
+            gaps = packed and bool((counts[:, 1:] & ~counts[:, :-1]).any())
+        if not packed:
             return Packing()
-        return Packing(True, bool((counts[:, 1:] & ~counts[:, :-1]).any()))
+        bounds = bounds_of(steps != 1)
+        return Packing(True, gaps, bounds, int(bounds.diff().max()))
 
     def refuse_gaps(self) -> None:
         """Raises ValueError if documents are packed beside padding that a mask has to describe."""
@@ -70,6 +81,17 @@ class Packing:
                 "them belong together. Pad on the right, or leave the attention_mask out: position_ids that restart at "
                 "the padding (0, 1, 2, ...) make it a document of its own."
             )
+
+
+def bounds_of(begins: Tensor) -> Tensor:
+    """Where runs of tokens begin in rows put one after the other, and their end: int32 ``[N + 1]``.
+
+    Args:
+        begins: bool ``[B, S - 1]`` in host memory, whether one begins behind a token. With every row one does.
+    """
+    begins_BS = torch.cat([torch.ones_like(begins[:, :1]), begins], dim=1)
+    starts_N = begins_BS.flatten().nonzero().flatten()
+    return torch.cat([starts_N, starts_N.new_tensor([begins_BS.numel()])]).int()
 
 
 class ReadOnHost(Generic[T]):
@@ -208,7 +230,7 @@ def _enter(
     name, bounds = attention_implementation(model), call.get("cu_seq_lens_q") is not None
     if name not in ALL_MASK_ATTENTION_FUNCTIONS or (past is not None and past.get_seq_length() > 0):
         return None  # it does without masks, as that of `cp`, which is told of documents otherwise
-    flash = is_flash_attention(name)
+    flash, by_bounds = is_flash_attention(name), takes_bounds(name)
     if bounds and not flash and positions is None:
         raise ValueError(
             f"cu_seq_lens_q alone says nothing to attention {name!r}, in which documents would attend to each other. "
@@ -220,25 +242,33 @@ def _enter(
             # A cache would be for nothing, and layers would be compiled each for itself, of which torch allows eight.
             return _changed(forward.names, args, kwargs, {"use_cache": False})
         return None
+    without_documents = None
     if mask is None and past is None and forward.looks and forward.recurrent is None and not flash:
         # transformers keeps documents apart, unless there is a cache; without gradients a call may be for the cache.
         asked = call.get("use_cache")
         if asked is None and (torch.is_grad_enabled() or torch.compiler.is_compiling()):
-            return _changed(forward.names, args, kwargs, {"use_cache": False})
-        if asked is False:
-            return None
+            without_documents = _changed(forward.names, args, kwargs, {"use_cache": False})
+        if (asked is False or without_documents is not None) and not by_bounds:
+            return without_documents
     told = bounds and (forward.recurrent is None or forward.reads_bounds)
     if torch.compiler.is_compiling() or (told and flash):
-        return None
+        return without_documents
     found = _PACKING.of(positions, mask) or Packing.of(positions, mask)
     if not found.packed:
-        return None
+        return without_documents
     found.refuse_gaps()
     _refuse(model, None if told else forward.recurrent, past)
+    if positions.shape[:2] != tokens.shape[:2]:
+        positions = positions.expand(tokens.shape[:2])
+        found = Packing.of(positions, mask)
+    assert found.bounds is not None
     new: dict[str, Any] = {"use_cache": False, "attention_mask": None}
-    positions = positions.expand(tokens.shape[:2])
     if flash:
-        new |= _bounds(positions)
+        on_device, longest = to_device(found.bounds, tokens.device), found.longest
+        new |= {"cu_seq_lens_q": on_device, "cu_seq_lens_k": on_device}
+        new |= {"max_length_q": longest, "max_length_k": longest}
+    elif by_bounds:
+        new["attention_mask"] = bounds_as_mask(to_device(found.bounds, tokens.device), found.longest)
     elif not forward.looks:
         # Its smallest number is one of fp32 as well, and of what FSDP may cast masks to.
         like = tokens.new_empty((*tokens.shape[:2], 0), dtype=torch.bfloat16)
@@ -259,15 +289,6 @@ def _refuse(model: PreTrainedModel, recurrent: str | None, past: Any) -> None:
             f"{what} past_key_values is a cache to fill, and nothing can go on from a cache of several documents. "
             "Leave past_key_values out, or give every document a row of its own."
         )
-
-
-def _bounds(position_ids: Tensor) -> dict[str, Any]:
-    """Where documents begin and end, for FlashAttention, which looks for them in single rows only."""
-    begins = position_ids.diff(dim=-1, prepend=position_ids[:, :1]) != 1  # a row's first token, too: it goes on by 0
-    starts = begins.flatten().nonzero().flatten()
-    bounds = torch.cat([starts, starts.new_tensor([begins.numel()])]).int()
-    longest = int(bounds.diff().max())
-    return {"cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, "max_length_q": longest, "max_length_k": longest}
 
 
 def _changed(

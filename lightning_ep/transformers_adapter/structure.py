@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Callable, Iterable, Iterator
 
@@ -11,6 +12,7 @@ from transformers import PreTrainedModel
 from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
 _DISPATCHED_EXPERTS = "ep_dispatch_experts"
+_OF_SEQUENCES = {"position_embeddings", "position_ids", "attention_mask", "cache_params"}
 
 
 def pretrained_models(module: nn.Module) -> dict[str, PreTrainedModel]:
@@ -79,6 +81,17 @@ def _beside(module: nn.Module, text: set[nn.Module]) -> Iterator[nn.Module]:
     elif module not in text:
         for child in module.children():
             yield from _beside(child, text)
+
+
+def attention_modules(model: PreTrainedModel) -> dict[str, nn.Module]:
+    """What mixes the tokens of a sequence in decoder layers, by name: what takes positions, masks or a cache."""
+    layers = set(decoder_layers(model))
+    inside = {child for layer in layers for child in layer.modules()} - layers
+    return {
+        name: child
+        for name, child in model.named_modules()
+        if child in inside and set(inspect.signature(child.forward).parameters) & _OF_SEQUENCES
+    }
 
 
 def routers(models: Iterable[PreTrainedModel]) -> set[nn.Module]:

@@ -8,8 +8,8 @@ from transformers.models.qwen3_moe import Qwen3MoeForCausalLM
 
 from benchmarks.cells import SIZES, Cell, default_trainers, parse_shape
 from benchmarks.node import node_cells
-from benchmarks.workload import Popularity, batches, fill_parameters
-from lightning_ep.planner import QWEN3_30B_A3B, ModelWidths
+from benchmarks.workload import Popularity, balance, batches, fill_parameters
+from lightning_ep.planner import QWEN3_30B_A3B, read_widths
 
 
 @pytest.mark.parametrize("text", ["4096", "4x", "0x16", "axb", "4x1"])
@@ -68,6 +68,34 @@ def test_ranks_that_share_sequences_get_the_same_ones(monkeypatch: pytest.Monkey
     assert torch.equal(first("lightning_ep/ep=2", 1), first("transformers/fsdp2", 1))
 
 
+def test_chats_and_what_stands_in_their_place_have_the_same_boundaries() -> None:
+    def get(data: str) -> dict[str, torch.Tensor]:
+        return next(batches(Cell("lightning_ep/ep=2", 2, 256, 2, sizes="tiny", data=data), 1))
+
+    chats, random = get("chats"), get("boundaries")
+    assert chats["position_ids"].equal(random["position_ids"])
+    assert 2 < (chats["position_ids"] == 0).sum() < 64
+    assert (chats["labels"] == -100).equal(random["labels"] == -100)
+    assert 0.3 < (chats["labels"] != -100).float().mean() < 0.95
+    assert not chats["input_ids"].equal(random["input_ids"])
+    learnt = random["labels"] != -100
+    assert random["labels"][learnt].equal(random["input_ids"][learnt])
+    with pytest.raises(ValueError, match="knows random tokens and its own routing"):
+        Cell("transformers/fsdp2", 2, 256, 2, data="chats")
+
+
+def test_balanced_routers_choose_every_expert_equally_often() -> None:
+    cell = Cell("lightning_ep/ep=2", 2, 16, 2, sizes="tiny", layers=1, balanced=True)
+    assert cell.shape == "2x16, balanced"
+    model = Qwen3MoeForCausalLM(cell.config())
+    balance(model)
+    popularity = Popularity(model)
+    _, _, ids_TK = model.model.layers[0].mlp.gate(torch.randn(32, 32))
+    assert ids_TK.flatten().bincount().tolist() == [16] * 8
+    assert all(len(set(row)) == 4 and {e // 4 for e in row} == {0, 1} for row in ids_TK.tolist())
+    assert popularity.read() == 1
+
+
 def test_trees_take_turns_and_peers_have_none() -> None:
     cell = Cell("lightning_ep/ep=2", 1, 16, 2)
     turns = cell.in_turns("/old")
@@ -106,7 +134,7 @@ def test_cells_of_eight_gpus_are_what_was_asked_for() -> None:
 
 
 def test_the_planner_reads_the_sizes_that_are_trained() -> None:
-    assert ModelWidths.of(Cell("lightning_ep/ep=1", 1, 16, 1).config()) == QWEN3_30B_A3B
+    assert read_widths(Cell("lightning_ep/ep=1", 1, 16, 1, layers=3).config().to_dict()) == (QWEN3_30B_A3B, 3)
     assert set(SIZES) == {"qwen3-30b-a3b", "tiny"}
 
 

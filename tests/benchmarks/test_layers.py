@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -43,6 +44,15 @@ def test_a_skewed_router_skews() -> None:
 
     assert hottest("balanced") < 1.6
     assert 3 < hottest("skewed") < 8
+
+
+def test_attention_of_documents_is_measured_beside_whole_windows(tmp_path: Path, capsys: Any) -> None:
+    options = ["--sizes", "tiny", "--tokens", "128", "--repeats", "2", "--device", "cpu"]
+    layers.main(["attention", *options, "--json", str(tmp_path / "attention.json")])
+    rows = json.loads((tmp_path / "attention.json").read_text())["rows"]
+    assert [row["name"] for row in rows] == ["sdpa, a mask of documents", "sdpa, whole windows"]
+    assert all(row["ms"] > 0 for row in rows)
+    assert "128 tokens of tiny" in capsys.readouterr().out
 
 
 def test_losses_agree_with_the_plain_one() -> None:

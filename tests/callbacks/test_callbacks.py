@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from torch import Tensor
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
@@ -59,7 +59,7 @@ class Module(LightningModule):
         return torch.optim.AdamW(self.parameters(), 1e-2)
 
 
-def fit(module: LightningModule, data: TextDataModule | None, *callbacks: Any, **settings: Any) -> Trainer:
+def fit(module: LightningModule, data: LightningDataModule | None, *callbacks: Any, **settings: Any) -> Trainer:
     defaults: dict[str, Any] = {"max_steps": 4, "val_check_interval": 2, "limit_val_batches": 2, "logger": False}
     trainer = Trainer(
         accelerator="cpu",
@@ -115,29 +115,24 @@ class FakeTokenizer:
     pad_token_id = None
 
     def __call__(self, prompts: list[str], **kwargs: Any) -> Any:
-        self.kwargs = kwargs
-        ids = torch.arange(len(prompts) * 3).view(len(prompts), 3)
+        return {"input_ids": [list(range(1, 2 + len(prompt))) for prompt in prompts]}
 
-        class Inputs(dict):
-            def to(self, device: Any) -> Inputs:
-                return self
-
-        return Inputs(input_ids=ids, attention_mask=torch.ones_like(ids))
-
-    def batch_decode(self, ids: Tensor, **kwargs: Any) -> list[str]:
-        return ["text"] * len(ids)
+    def decode(self, ids: list[int], **kwargs: Any) -> str:
+        return str(ids)
 
 
 class FakeModel(torch.nn.Module):
     def generate(self, **kwargs: Any) -> Tensor:
         assert not self.training
         self.kwargs = kwargs
-        return kwargs["input_ids"]
+        ids = kwargs["input_ids"]
+        return torch.cat([ids, torch.tensor([[5, 7, 7], [5, 6, 4]])], dim=1)
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_ranks_are_kept_in_step_whatever_the_stop_lengths(world_size: int, capsys: Any) -> None:
-    module = SimpleNamespace(model=FakeModel(), device=torch.device("cpu"))
+    module = LightningModule()
+    module.model = FakeModel()
     tokenizer = FakeTokenizer()
     trainer: Any = SimpleNamespace(
         world_size=world_size,
@@ -148,14 +143,17 @@ def test_ranks_are_kept_in_step_whatever_the_stop_lengths(world_size: int, capsy
         datamodule=None,
         precision_plugin=Trainer(accelerator="cpu", logger=False).precision_plugin,
     )
-    callback = GenerateSamples(["a", "b"], max_new_tokens=5, temperature=0, tokenizer=tokenizer)
-    callback.on_validation_end(trainer, module)  # type: ignore[arg-type]
+    callback = GenerateSamples(["a", "bcd"], max_new_tokens=5, temperature=0, tokenizer=tokenizer)
+    texts = callback._generate(trainer, module)
+    assert texts == ["[1, 2, 5, 7]", "[1, 2, 3, 4, 5, 6, 4]"], "a text ends with its end"
     kwargs = module.model.kwargs
     assert kwargs["synced_gpus"] is (world_size > 1)
     assert (kwargs["do_sample"], kwargs["max_new_tokens"]) == (False, 5)
-    assert (kwargs["eos_token_id"], kwargs["pad_token_id"]) == (7, 7)
-    assert tokenizer.kwargs["padding_side"] == "left"
+    assert (kwargs["eos_token_id"], kwargs["pad_token_id"]) == ([7], 7)
+    assert kwargs["input_ids"].tolist() == [[7, 7, 1, 2], [1, 2, 3, 4]], "padded on the left"
+    assert kwargs["attention_mask"].tolist() == [[0, 0, 1, 1], [1, 1, 1, 1]]
     assert module.model.training
+    callback.on_validation_end(trainer, module)
     assert "sample" not in capsys.readouterr().out  # rank 0 alone prints
 
 
@@ -169,20 +167,21 @@ def test_generate_says_what_is_missing(data: TextDataModule) -> None:
     with pytest.raises(TypeError, match=r"`model.generate`.*NoModel has none.*self.model"):
         fit(NoModel(), data, GenerateSamples(["alpha"]))
 
-    class NoTokenizer(TextDataModule):
-        def setup(self, stage: str | None = None) -> None:
-            super().setup(stage)
-            self.kept = self.tokenizer
-            del self.tokenizer
+    whole = copy.copy(data)
+    whole.trainer = None
+    whole.prepare_data()
+    whole.setup()
 
-        def _check_vocabulary(self) -> None:
-            pass
+    class NoTokenizer(LightningDataModule):
+        def train_dataloader(self) -> Any:
+            return whole.train_dataloader()
 
-    bare = NoTokenizer(data.source, 16, 4, 300, 0.2, cache_dir=data.cache_dir)
+        def val_dataloader(self) -> Any:
+            return whole.val_dataloader()
+
     with pytest.raises(TypeError, match=r"needs a tokenizer.*NoTokenizer has no `tokenizer`.*tokenizer=\.\.\."):
-        fit(Module(), bare, GenerateSamples(["alpha"]))
-    bare.setup()
-    fit(Module(), bare, GenerateSamples(["alpha"], max_new_tokens=2, tokenizer=bare.kept))
+        fit(Module(), NoTokenizer(), GenerateSamples(["alpha"]))
+    fit(Module(), NoTokenizer(), GenerateSamples(["alpha"], max_new_tokens=2, tokenizer=whole.tokenizer))
 
 
 def test_generate_checks_its_arguments() -> None:

@@ -62,8 +62,11 @@ def _refused(root: Path, build: Callable[[], Any], *words: str, path: Path | Non
     assert not (root / "out.incomplete").exists()
 
 
-def _lora() -> Any:
-    return peft.get_peft_model(tiny_model(**SMALL), peft.LoraConfig(target_modules=["q_proj"]))
+def _lora(twice: bool = False, **options: Any) -> Any:
+    model = peft.get_peft_model(tiny_model(**SMALL), peft.LoraConfig(target_modules=["q_proj"], **options))
+    if twice:
+        model.add_adapter("other", peft.LoraConfig(target_modules=["q_proj"]))
+    return model
 
 
 def _with_head(tokens: int, said: bool) -> Any:
@@ -95,8 +98,17 @@ class _Around(nn.Module):
 
 
 @row()
-def adapters(root: Path) -> None:
-    _refused(root, _lora, r"q_proj\.lora_A", r"missing \(1\)", r"save_pretrained. of the PeftModel .*on all ranks")
+def adapters_of_which_a_file_cannot_hold_all(root: Path) -> None:
+    _refused(root, lambda: _lora(twice=True), r"the model has 2 \(default, other\), and a file holds one")
+
+
+@row()
+def an_adapter_that_cannot_be_merged(root: Path) -> None:
+    export = HuggingFaceExport(str(root / "out"), merge=True)
+    with refused(r"q_proj is adapted by a variant of LoRA \(use_dora\)"):
+        _train(root, Module(lambda: _lora(use_dora=True)), export, _MustNotStart())
+    with refused("has no adapters: leave `merge` out"):
+        _train(root, Module(lambda: tiny_model(**SMALL)), export, _MustNotStart())
 
 
 @row()
@@ -114,6 +126,15 @@ def a_path_that_cannot_be(root: Path) -> None:
     root.mkdir(exist_ok=True)
     (root / "file").write_text("")
     _refused(root, lambda: tiny_model(**SMALL), "Not a directory", path=root / "file" / "out")
+
+
+@row()
+def an_adapter_around_the_model(root: Path) -> None:
+    state = _train(root, Module(_lora), HuggingFaceExport(str(root / "out")))
+    found = peft.PeftModel.from_pretrained(tiny_model(**SMALL), root / "out").state_dict()
+    factors = [key for key in found if "lora_" in key]
+    assert len(factors) == 2
+    assert all(torch.equal(found[key], state[key]) for key in factors)
 
 
 @row()

@@ -166,7 +166,7 @@ QUICKSTART = ["--config", str(REPOSITORY / "recipes/quickstart.yaml")]
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [
-        (["fitt"], "no command 'fitt' (did you mean fit?): fit, validate, test, predict, consolidate, export"),
+        (["fitt"], "no command 'fitt' (did you mean fit?): fit, validate, test, predict, prepare, preview, "),
         (
             ["fit", *QUICKSTART, "--trainer.max_step", "3"],
             "no option 'trainer.max_step' (did you mean trainer.max_steps?)",

@@ -80,6 +80,8 @@ def test_variables_of_the_template_and_another_template(hub: Path, tmp_path: Pat
     (tmp_path / "other.jinja").write_text("{{ messages[0].content }}")
     expected = greedy(hub, _prompt(hub, "eta"), 6)
     assert _said([*options, "--chat_template", str(tmp_path / "other.jinja")]) == f"{expected}\n"
+    expected = greedy(hub, _prompt(hub, "### User:\neta\n\n### Assistant:\n"), 6)
+    assert _said([*options, "--chat_template", "plain"]) == f"{expected}\n"
 
 
 def test_sampling_is_of_its_seed_and_greedy_is_the_default(hub: Path) -> None:
@@ -129,13 +131,13 @@ def _said_by_rank(arguments: list[str], lines: list[str]) -> str:
 def test_ranks_answer_together_and_rank_0_alone_listens_and_prints(hub: Path, tmp_path: Path) -> None:
     run_ranks(2, _train, tmp_path, hub, init_process_group=False)
     saved = str(tmp_path / "saved.ckpt")
-    cli.main(["export", saved, str(tmp_path / "exported"), "--model", str(hub)])
+    cli.main(["export", saved, str(tmp_path / "exported")])
     first = greedy(tmp_path / "exported", _turn(hub, ("user", "zeta")), 6)
     second = greedy(tmp_path / "exported", _turn(hub, ("user", "zeta"), ("assistant", first), ("user", "eta")), 6)
     options = ["--chat", "--max_new_tokens", "6"]
-    assert _said([saved, "--model", str(hub), *options], ["zeta", "eta"]) == f"{first}\n{second}\n"
+    assert _said([saved, *options], ["zeta", "eta"]) == f"{first}\n{second}\n"
     for arguments in (
-        [saved, "--model", str(hub), *options, "--ep", "2"],
+        [saved, *options, "--ep", "2"],
         [str(tmp_path / "exported"), *options, "--ep", "1", "--tp", "2"],
     ):
         said = run_ranks(2, _said_by_rank, arguments, ["zeta", "eta"], init_process_group=False)
@@ -178,7 +180,10 @@ def test_weights_are_held_in_the_dtype_that_is_asked_for(hub: Path) -> None:
     [
         (["{hub}", "--prompt", "a", "--top_p", "0"], "top_p=0.0 must be above 0"),
         (["{hub}", "--prompt", "a", "--system", "b"], "--system is for chats: add --chat"),
-        (["{hub}", "--prompt", "a", "--chat", "--chat_template", "{tmp}/none"], "{tmp}/none"),
+        (
+            ["{hub}", "--prompt", "a", "--chat", "--chat_template", "{tmp}/none"],
+            "chat_template='{tmp}/none' is no file here, no template's text, and none of 'plain'",
+        ),
         (["{tmp}/bare", "--prompt", "a", "--chat"], "no chat template"),
         (
             ["{hub}", "--prompt", "a", "--chat", "--chat_template", "{tmp}/strict"],
@@ -188,7 +193,7 @@ def test_weights_are_held_in_the_dtype_that_is_asked_for(hub: Path) -> None:
             ["{hub}", "--prompt", "a", "--chat", "--chat_template", "{tmp}/wrong"],
             "template refuses the conversation",
         ),
-        (["{tmp}/run.ckpt", "--prompt", "a"], "has no tokenizer: name the directory or hub id"),
+        (["{tmp}/run.ckpt", "--prompt", "a"], "had no tokenizer to save in it: name the directory or hub id"),
         (
             ["{tmp}/none.ckpt", "--prompt", "a"],
             "none.ckpt cannot be opened: there is neither a checkpoint nor a dir",

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import stat
 import subprocess
 import sys
@@ -13,12 +15,17 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from lightning_ep import ParallelLayout, Schedule, __version__, cli, from_config
+from lightning_ep.checkpoint.saved_weights import SavedWeights
 from lightning_ep.data import corpus
+from lightning_ep.data.examples import docstrings
+from lightning_ep.data.standard_library import standard_library
 from lightning_ep_start import recipes
 from tests.hub_files import write_checkpoint
+from tests.talking import write_talking
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 RECIPE = REPOSITORY / "recipes" / "qwen3_30b_a3b.yaml"
@@ -169,6 +176,8 @@ def _python(*arguments: str, path: Path = REPOSITORY, **options: Any) -> subproc
         (["--help"], "usage: lightning-ep"),
         (["--version"], f"lightning-ep {__version__}"),
         (["recipes"], "quickstart "),
+        (["plan", "Qwen/Qwen3-30B-A3B", "--gpus", "8"], "Is EP worth it"),
+        (["plan", "Qwen/Qwen3-30B-A3B", "--gpus", "9"], "9 GPUs are no whole nodes"),
         (["fit"], "needs --config"),
         (["fit", "--config", "qickstart"], "did you mean quickstart?"),
     ],
@@ -209,7 +218,13 @@ def test_a_wheel_holds_them(wheel: Path, tmp_path: Path, empty: Path) -> None:
 
 @pytest.mark.parametrize(
     ("name", "warm_up", "peak", "last"),
-    [("qwen3_30b_a3b", 500, 3e-4, 0.0), ("continued_pretraining", 1000, 1e-5, 1e-6)],
+    [
+        ("qwen3_30b_a3b", 500, 3e-4, 0.0),
+        ("continued_pretraining", 1000, 1e-5, 1e-6),
+        ("qwen3_30b_a3b_sft", 1000, 1e-5, 1e-6),
+        ("qwen3_30b_a3b_lora", 600, 1e-4, 1e-5),  # ten times the rate of continued_pretraining
+        ("qwen3_30b_a3b_dpo", 2000, 1e-5, 0.0),  # ten times trl's default for full fine-tuning
+    ],
 )
 def test_the_learning_rate_is_what_its_source_says(name: str, warm_up: int, peak: float, last: float) -> None:
     init = yaml.safe_load(RECIPES[name].read_text())["model"]["init_args"]
@@ -226,12 +241,13 @@ def test_the_learning_rate_is_what_its_source_says(name: str, warm_up: int, peak
     assert rates[-1] == pytest.approx(last, rel=1e-2, abs=1e-9)
 
 
-def test_published_weights_go_on_with_as_many_tokens_per_step_as_its_source() -> None:
-    recipe = yaml.safe_load(RECIPES["continued_pretraining"].read_text())
+@pytest.mark.parametrize("name", ["continued_pretraining", "qwen3_30b_a3b_sft"])
+def test_published_weights_go_on_with_as_many_tokens_per_step_as_its_source(name: str) -> None:
+    recipe = yaml.safe_load(RECIPES[name].read_text())
     trainer, data = recipe["trainer"], recipe["data"]["init_args"]
     assert trainer["devices"] * data["batch_size"] == 16
     assert data["sequence_length"] == 8192
-    assert f"of 8 GPUs x {data['batch_size']} windows x 8,192 tokens" in RECIPES["continued_pretraining"].read_text()
+    assert f"of 8 GPUs x {data['batch_size']} windows x 8,192 tokens" in RECIPES[name].read_text()
     architecture = yaml.safe_load(RECIPE.read_text())["model"]["init_args"]["model"]
     layout = ParallelLayout.resolve(trainer["strategy"]["init_args"]["ep"], "auto", 8, 8)
     layout.check_num_experts(architecture["num_experts"], "the recipe")
@@ -267,6 +283,81 @@ def test_published_weights_are_trained_further_and_exported(empty: Path) -> None
     differences = [(a - b).abs().max() for a, b in zip(exported.parameters(), before.parameters(), strict=True)]
     assert max(differences) < 1e-4, "they are the published weights, two small steps later"
     assert AutoTokenizer.from_pretrained(empty / "exports/continued_pretraining").get_vocab() == tokenizer.get_vocab()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("nodes", [1, 2])
+def test_published_weights_are_fine_tuned_on_chats_and_exported(nodes: int, empty: Path) -> None:
+    """On one node as the recipe says, and as on two: EP inside of a node, and every expert sharded over both."""
+    answer = {"role": "assistant", "content": "theta zeta"}
+    row = {"messages": [{"role": "user", "content": "zeta eta"}, answer]}
+    (empty / "my_chats.jsonl").write_text(f"{json.dumps(row)}\n" * 40)
+    write_talking(empty / "published", vocab_size=300)
+    (empty / "small.yaml").write_text(
+        f"trainer:\n  accelerator: cpu\n  devices: {2 * nodes}\n  precision: 32-true\n  max_steps: 2\n"
+        "  val_check_interval: 2\n  log_every_n_steps: 1\n"
+        "  strategy: {class_path: lightning_ep.ExpertParallelStrategy, init_args: {ep: 2, compile: false}}\n"
+        "data:\n  class_path: lightning_ep.data.ChatDataModule\n"
+        f"  init_args: {{sequence_length: 32, batch_size: {2 // nodes}, validation_fraction: 0.2}}\n"
+    )
+    options = ["--model.init_args.model", "published", "--trainer.callbacks.init_args.dtype", "float32"]
+    command = ["fit", "--config", "qwen3_30b_a3b_sft", "--config", "small", *options, "--ckpt_path", "last"]
+    done = _python("-m", "lightning_ep", *command, cwd=empty)
+    assert done.returncode == 0, done.stdout + done.stderr
+    metrics = (empty / "runs/qwen3_30b_a3b_sft/version_0/metrics.csv").read_text()
+    assert "train/loss" in metrics
+    assert "val/loss" in metrics
+    exported = AutoModelForCausalLM.from_pretrained(empty / "exports" / "qwen3_30b_a3b_sft")
+    before = AutoModelForCausalLM.from_pretrained(empty / "published")
+    assert not exported.config.output_router_logits, "balancing is off"
+    assert any(not torch.equal(a, b) for a, b in zip(exported.parameters(), before.parameters(), strict=True))
+    template = AutoTokenizer.from_pretrained(empty / "exports/qwen3_30b_a3b_sft").chat_template
+    assert template == AutoTokenizer.from_pretrained(empty / "published").chat_template
+
+
+@pytest.mark.slow
+def test_adapters_are_trained_on_a_model_of_the_quick_start_and_on_published_weights(empty: Path) -> None:
+    turns = ({"role": "user", "content": f"{i}?"} for i in range(40))
+    chats = [{"messages": [turn, {"role": "assistant", "content": f"It is {turn['content']}"}]} for turn in turns]
+    (empty / "my_chats.jsonl").write_text("".join(json.dumps(chat) + "\n" for chat in chats))
+    text = RECIPES["lora_quickstart"].read_text()
+    first = text.partition("lightning-ep fit --config quickstart ")[2].partition("\n#   lightning-ep")[0]
+    export = first.replace("\\\n#", " ").split()
+    few = ["--trainer.max_steps", "2", "--trainer.val_check_interval", "2", "--trainer.limit_val_batches", "1"]
+    tiny = ["--trainer.accelerator", "cpu", "--trainer.strategy.compile", "false", "--data.sequence_length", "64"]
+    few += ["--trainer.log_every_n_steps", "1"]
+    tiny += ["--trainer.accumulate_grad_batches", "1", "--data.batch_size", "1", "--data.validation_fraction", "0.2"]
+    chat = ["--data.source", "my_chats.jsonl", "--data.chat_template", "plain"]
+    commands = [
+        ["--config", "quickstart", *few, *export],
+        ["--config", "lora_quickstart", *few, *chat],
+        ["--config", "qwen3_30b_a3b_lora", *few, *tiny, *chat, "--model.model", "runs/quickstart/model"],
+    ]
+    for command in commands:
+        done = _python("-m", "lightning_ep", "fit", *command, cwd=empty)
+        assert done.returncode == 0, done.stdout + done.stderr
+    for name in ("lora_quickstart", "qwen3_30b_a3b_lora"):
+        assert "train/loss" in (empty / f"runs/{name}/version_0/metrics.csv").read_text()
+    saved = SavedWeights(empty / "runs/lora_quickstart/checkpoints/last.ckpt")
+    assert saved.tensors
+    assert all(".lora_" in key for key in saved.tensors), "the model that lies beneath is not in it"
+
+
+@pytest.mark.slow
+def test_preferences_are_trained_on_published_weights(empty: Path) -> None:
+    write_talking(empty / "published")
+    pairs = [{"prompt": f"eta {i}", "chosen": "zeta", "rejected": "theta"} for i in range(40)]
+    (empty / "my_pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    few = ["--trainer.max_steps", "2", "--trainer.val_check_interval", "2", "--trainer.limit_val_batches", "1"]
+    tiny = ["--trainer.accelerator", "cpu", "--trainer.strategy.compile", "false", "--data.sequence_length", "64"]
+    few += ["--trainer.accumulate_grad_batches", "1", "--model.model", "published"]
+    done = _python("-m", "lightning_ep", "fit", "--config", "qwen3_30b_a3b_dpo", *few, *tiny, cwd=empty)
+    assert done.returncode == 0, done.stdout + done.stderr
+    metrics = (empty / "runs/qwen3_30b_a3b_dpo/version_0/metrics.csv").read_text()
+    assert "train/reward_margin" in metrics
+    assert "val/reward_accuracy" in metrics
+    adapter = empty / "exports" / "qwen3_30b_a3b_dpo"
+    assert all(".lora_" in key for key in load_file(adapter / "adapter_model.safetensors"))
 
 
 def test_the_model_is_the_one_it_is_named_after() -> None:
@@ -343,3 +434,40 @@ def test_the_torchrun_script_trains_on_a_cpu(tmp_path: Path) -> None:
     config = yaml.safe_load((tmp_path / "runs/qwen3_30b_a3b/version_0/config.yaml").read_text())
     assert (config["trainer"]["num_nodes"], int(config["trainer"]["devices"])) == (1, 2)
     assert _resumes(config)
+
+
+def test_the_page_on_chats_says_what_the_commands_and_callbacks_take(
+    empty: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = (REPOSITORY / "docs" / "chats.md").read_text()
+    blocks = re.findall(r"```(\w+)\n(.*?)```", page, re.S)
+    (yaml_block,) = [block for kind, block in blocks if kind == "yaml" and block.startswith("trainer:")]
+    (empty / "callbacks.yaml").write_text(yaml_block)
+    lines = [line.partition("#")[0].split() for kind, block in blocks if kind == "bash" for line in block.splitlines()]
+    fits = [words[1:] for words in lines if words[:2] == ["lightning-ep", "fit"]]
+    assert fits
+    for words in fits:
+        assert _ends(*words, "--config", "callbacks.yaml", "--print_config") == 0
+        config = yaml.safe_load(capsys.readouterr().out)
+        assert config["data"]["init_args"]["source"] == "my_chats.jsonl"
+        generates, grades = config["trainer"]["callbacks"]
+        assert generates["init_args"]["chat"] is True
+        assert grades["init_args"]["samples"] == 128
+    metric = re.search(r"`metric: (\{.*?\})`", page)
+    assert metric is not None
+    (empty / "metric.yaml").write_text(f"trainer: {{callbacks: [{{class_path: lightning_ep.callbacks.GradeAnswers, "
+                                       f"init_args: {{metric: {metric[1]}}}}}]}}\n")  # fmt: skip
+    assert _ends(*fits[0], "--config", "metric.yaml", "--print_config") == 0
+    assert "torchmetrics.text.CharErrorRate" in capsys.readouterr().out
+
+
+def test_the_chat_quick_start_can_be_looked_at_before(
+    empty: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LIGHTNING_EP_CACHE", str(empty / "cache"))
+    few = sorted(standard_library())[:40]  # of 700, for the time that they take
+    monkeypatch.setattr(docstrings, "standard_library", lambda: few)
+    cli.main(["preview", "sft_quickstart"])
+    shown = capsys.readouterr().out
+    assert "What does the" in shown
+    assert "In short: " in shown

@@ -29,13 +29,14 @@ from lightning_ep.context_parallel import (
 )
 from lightning_ep.context_parallel.exchange import kv_repeats
 from lightning_ep.parallelize import is_parallelized
-from tests.documents import PACKED, PADDED, SHAPES, documents_error, varlen_by_loops
+from tests.documents import PACKED, PADDED, SHAPES, documents_error, kernel_on_cpu
 from tests.parity import SeededCausalLM, assert_trains_like_one_process
-from tests.ranks import accelerator, assert_ranks_agree, device, run_ranks
+from tests.rank_process import on_cuda
+from tests.ranks import assert_ranks_agree, device, run_ranks
 from tests.reference import VOCAB, family_model, grad_or_zero, relative_error, tiny_config, tiny_model
 from tests.tiny import TinyModule, loader, quiet
 
-ON_GPU = accelerator() == "cuda"
+ON_GPU = on_cuda()
 
 SIZES: dict[str, Any] = {
     "vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 16, "moe_intermediate_size": 16,
@@ -162,8 +163,7 @@ def test_compiled_layers_train_alike() -> None:
     assert_trains_like_one_process(2, layout, [case], timeout=110)
 
 
-@pytest.mark.skipif(ON_GPU, reason="the kernel itself runs in test_gpu.py; this is a loop in its place, on the CPU")
-@pytest.mark.parametrize("serves_gqa", [True, False])
+@pytest.mark.skipif(ON_GPU, reason="the kernel itself runs in test_gpu.py")
 @pytest.mark.parametrize(("kv_heads", "value_dim", "window"), SHAPES)
 @pytest.mark.parametrize(("positions", "mask"), [(PACKED, None), (None, PADDED)])
 def test_documents_without_a_mask_attend_as_with_one(
@@ -172,13 +172,10 @@ def test_documents_without_a_mask_attend_as_with_one(
     kv_heads: int,
     value_dim: int,
     window: int | None,
-    serves_gqa: bool,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(attention, "_varlen_serves", lambda *_: True)
-    monkeypatch.setattr(attention, "_VARLEN_SERVES_GQA", serves_gqa)
-    monkeypatch.setattr(attention, "varlen_attn", varlen_by_loops)
-    assert documents_error(positions, mask, kv_heads, value_dim, window) < 1e-2
+    with kernel_on_cpu() as calls:
+        assert documents_error(positions, mask, kv_heads, value_dim, window) < 1e-2
+    assert len(calls) == 1
 
 
 def test_flash_attention_is_told_the_bounds_of_documents(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,15 +10,16 @@ from typing import Any
 import pytest
 import torch
 from jsonargparse import ArgumentParser
+from lightning.pytorch.callbacks import ModelCheckpoint
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lightning_ep import CausalLM
+from lightning_ep import CausalLM, ExpertParallelStrategy, cli
 from lightning_ep.callbacks import HuggingFaceExport
 from lightning_ep.data import ChatDataModule, Source
-from lightning_ep.data.chat import with_defaults
 from lightning_ep.data.conversations import MalformedRow, conversation
 from lightning_ep.data.preparation import Samples
 from lightning_ep.data.rendering import SHORTENED, RendersConversations, tokens_within
+from lightning_ep.data.template_text import with_defaults
 from tests.data.chat_families import chat_template, family_tokenizer, stop_ids, template_text
 from tests.data.test_chat_template import FOUR, HELLO, HI, SUM, SYSTEM, learnt_texts, samples_of
 from tests.hub_files import write_checkpoint
@@ -54,8 +55,8 @@ def data(source: Any, tmp_path: Path, **settings: Any) -> ChatDataModule:
 
 
 def fitted(module: CausalLM, chats: ChatDataModule, tmp_path: Path, **settings: Any) -> None:
-    settings = {"max_steps": 1, "limit_val_batches": 0, "num_sanity_val_steps": 0, **settings}
-    quiet(tmp_path, strategy="ep", devices=1, accelerator="cpu", **settings).fit(module, chats)
+    settings = {"max_steps": 1, "limit_val_batches": 0, "num_sanity_val_steps": 0, "strategy": "ep", **settings}
+    quiet(tmp_path, devices=1, accelerator="cpu", **settings).fit(module, chats)
 
 
 # ------------------------------------------------------------------------------------------------- characters to tokens
@@ -248,11 +249,24 @@ def test_a_model_that_would_not_stop_is_refused_before_rows_are_read(checkpoint:
 # ------------------------------------------------------------------------------------------------------------ templates
 
 
-def test_variables_of_the_template_go_with_the_model(checkpoint: Path, chats: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("directory", [True, False])
+def test_variables_of_the_template_go_with_the_model(
+    directory: bool, checkpoint: Path, chats: Path, tmp_path: Path
+) -> None:
     module = CausalLM(str(checkpoint))
-    export = HuggingFaceExport(str(tmp_path / "out"))
+    callbacks = [
+        HuggingFaceExport(str(tmp_path / "out")),
+        ModelCheckpoint(tmp_path, filename="saved", every_n_train_steps=1),
+    ]
     windows = data(chats, tmp_path, template_kwargs={"enable_thinking": False})
-    fitted(module, windows, tmp_path, callbacks=[export])
+    strategy = ExpertParallelStrategy(save_distributed_checkpoint=directory)
+    fitted(module, windows, tmp_path, strategy=strategy, callbacks=callbacks)
+    cli.main(["export", str(tmp_path / "saved.ckpt"), str(tmp_path / "converted" / "out")])  # the run's, unasked
+    out, converted = (
+        {file.name: file.read_bytes() for file in (tmp_path / name).iterdir()} for name in ("out", "converted/out")
+    )
+    assert {"chat_template.jinja", "generation_config.json", "tokenizer.json"} < out.keys()
+    assert converted == out
     exported = AutoTokenizer.from_pretrained(tmp_path / "out")
     asked = {"add_generation_prompt": True, "tokenize": False}
     assert exported.apply_chat_template([HI], **asked).endswith("assistant\n<think>\n\n</think>\n\n")
@@ -289,6 +303,11 @@ def test_a_base_model_gets_the_template_that_is_passed(chats: Path, tmp_path: Pa
         text = windows.tokenizer.apply_chat_template([HI], add_generation_prompt=True, tokenize=False)
         if given == "plain":
             assert text == "<|begin_of_text|>### User:\nHi\n\n### Assistant:\n"
+            windows.tokenizer.save_pretrained(tmp_path / "saved")
+            saved = AutoTokenizer.from_pretrained(tmp_path / "saved")
+            ids = saved("Hello!<|eot_id|>", add_special_tokens=False)["input_ids"]
+            said = saved.parse_response(ids, prefix=text)  # as servers do
+            assert said == {"role": "assistant", "content": "Hello!"}
         else:
             assert text == tokenizer.apply_chat_template([HI], add_generation_prompt=True, tokenize=False)
 
@@ -343,6 +362,7 @@ def test_sources_can_be_given_in_yaml() -> None:
 
 def test_the_page_says_what_can_be_read(checkpoint: Path, tmp_path: Path) -> None:
     page = (Path(__file__).parents[2] / "docs" / "data.md").read_text()
+    page = page[page.index("## Chats") : page.index("## Pairs of texts")]
     blocks = dict(re.findall(r"```(json|yaml)\n(.*?)```", page, re.S))
     parser = ArgumentParser()
     parser.add_subclass_arguments(ChatDataModule, "data")

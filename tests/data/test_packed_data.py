@@ -164,8 +164,9 @@ def test_counts_say_what_is_in_windows_and_what_was_left_out(tokenizer: str, tmp
     assert counts["fill_rate"] == counts["tokens"] / (64 * len(windows))
     assert counts["supervised_share"] == supervised / counts["tokens"]
     (line,) = [record.getMessage() for record in caplog.records if "Sentences, train" in record.getMessage()]
-    assert f"8 documents in {len(windows)} windows of 64 tokens, {counts['fill_rate']:.1%} full" in line
-    assert f"{counts['supervised_share']:.1%} of their tokens are supervised" in line
+    assert f"8 documents ({counts['tokens']} tokens) in {len(windows)} windows of 64, " in line
+    assert f"{counts['fill_rate']:.1%} full" in line
+    assert f"{counts['supervised_share']:.1%} of the tokens are supervised" in line
     assert "left out: 4 longer than 64 tokens, 8 of less than four words" in line
     assert "4 texts with a letter that is no ASCII" in line
 

@@ -201,6 +201,32 @@ def _train_talking(root: Path) -> None:
         export_sharded(module.model, root / "again", tokenizer=tokenizer, into_existing=True)
 
 
+def test_a_generation_ends_where_the_tokenizer_says_if_no_config_does(tmp_path: Path) -> None:
+    hub = write_talking(tmp_path / "hub", eos_token_id=None)
+    (hub / "generation_config.json").unlink()
+    run_ranks(1, _export_with_eos, tmp_path)
+    assert GenerationConfig.from_pretrained(tmp_path / "saved").eos_token_id == 0
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "saved").generation_config.eos_token_id == 0
+
+
+def _export_with_eos(root: Path) -> None:
+    model = from_pretrained(root / "hub")
+    parallelize(model, layout(1), device())
+    assert model.generation_config.eos_token_id is None
+    export_sharded(model, root / "saved", tokenizer=AutoTokenizer.from_pretrained(root / "hub"))
+
+
+def test_a_checkpoint_brings_no_code_and_writes_nowhere_else(tmp_path: Path) -> None:
+    model = write_checkpoint(tmp_path / "hub")
+    for name in ("../stray.json", "modeling_own.py", "/stray.json"):
+        header = {"format": 1, "configs": {"model": model.config.to_dict()}, "files": {name: b"{}"}}
+        state = {f"model.{key}": tensor for key, tensor in model.state_dict().items()}
+        torch.save({"state_dict": state, "lightning_ep": header}, tmp_path / "run.ckpt")
+        with refused_in_one_line(CheckpointError, f"holds a file '{name}', which has no place beside a model"):
+            cli.main(["export", str(tmp_path / "run.ckpt"), str(tmp_path / "out")])
+        assert not (tmp_path / "out").exists()
+
+
 def test_the_model_card_says_how_to_serve_try_and_upload_the_model(tmp_path: Path) -> None:
     write_talking(tmp_path / "chat")
     write_talking(tmp_path / "text", template=None)

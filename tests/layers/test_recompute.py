@@ -23,7 +23,7 @@ from torch.utils.checkpoint import set_checkpoint_early_stop
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from lightning_ep import ParallelLayout, expert_plan, parallelize
-from lightning_ep.ops import fused_experts
+from lightning_ep.ops import fused_experts, low_rank
 from lightning_ep.parallelize import check_recompute
 from tests.moe.test_families import FAMILIES, SIZES
 from tests.ranks import assert_ranks_agree, device, run_ranks
@@ -82,7 +82,7 @@ def counting(model: PreTrainedModel) -> Iterator[Counts]:
             hooks.append(module.register_forward_hook(called))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(dist, "all_to_all_single", counts.function(dist.all_to_all_single, "exchanges"))
-        patch.setattr(fused_experts, "grouped_mm", counts.function(fused_experts.grouped_mm, "gemms"))
+        patch.setattr(low_rank, "grouped_mm", counts.function(low_rank.grouped_mm, "gemms"))
         yield counts
     for hook in hooks:
         hook.remove()

@@ -63,6 +63,23 @@ def test_a_frozen_head_has_no_gradient() -> None:
     assert relative_error(hidden.grad, expected.grad) < 1e-6
 
 
+def test_losses_of_tokens_have_gradients_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cross_entropy, "_CHUNK", 4)
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(9, 8, device=device(), requires_grad=True), torch.randn(10, 8, device=device())
+    targets = torch.tensor([1, 2, 3, -100, 5, 0, 9, -100, 4], device=device())
+    factors = torch.randn(9, device=device())
+    losses = linear_cross_entropy(hidden, weight, targets, per_token=True)
+    (losses * factors).sum().backward()
+    exact = hidden.detach().double().requires_grad_()
+    expected = F.cross_entropy(F.linear(exact, weight.double()), targets, reduction="none")
+    (expected * factors.double()).sum().backward()
+    assert relative_error(losses, expected) < 1e-6
+    assert relative_error(hidden.grad, exact.grad) < 1e-6
+    with pytest.raises(ValueError, match="no gradient of a weight for losses of single tokens"):
+        linear_cross_entropy(hidden, weight.requires_grad_(), targets, per_token=True)
+
+
 @pytest.mark.parametrize("target", [-1, 10])
 def test_a_target_that_does_not_exist_is_an_error(target: int) -> None:
     with pytest.raises(RuntimeError, match="out of bounds"):

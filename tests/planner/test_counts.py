@@ -9,7 +9,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers.models.qwen3_moe import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-from lightning_ep.planner import QWEN3_30B_A3B, Case, ModelWidths, flops_per_token, num_parameters, rows_sent
+from lightning_ep.planner import QWEN3_30B_A3B, Case, flops_per_token, num_parameters, read_widths, rows_sent
 
 TINY = Qwen3MoeConfig(
     vocab_size=128,
@@ -32,7 +32,7 @@ def _elements(model: torch.nn.Module) -> int:
 def test_parameters_are_those_of_a_model() -> None:
     with torch.device("meta"):
         model = Qwen3MoeForCausalLM(TINY)
-    assert num_parameters(ModelWidths.of(TINY), 3) == _elements(model)
+    assert num_parameters(*read_widths(TINY.to_dict())) == _elements(model)
 
 
 def test_parameters_of_30b_a3b_are_those_of_its_configuration() -> None:
@@ -50,7 +50,7 @@ def test_parameters_of_30b_a3b_are_those_of_its_configuration() -> None:
     )  # type: ignore[call-arg]
     with torch.device("meta"):
         model = Qwen3MoeForCausalLM(config)
-    assert ModelWidths.of(config) == QWEN3_30B_A3B
+    assert read_widths(config.to_dict()) == (QWEN3_30B_A3B, 48)
     assert num_parameters(QWEN3_30B_A3B, 48) == _elements(model)
 
 
@@ -74,7 +74,7 @@ def test_flops_are_those_that_torch_counts_in_a_model() -> None:
     tokens = torch.randint(0, 128, (1, 16))
     with FlopCounterMode(display=False) as counter:
         model(input_ids=tokens, use_cache=False).logits.sum().backward()
-    widths = ModelWidths.of(config)
+    widths, _ = read_widths(config.to_dict())
     # Three layers, forward and backward: positions that attention looks at beyond its causal half.
     masked = 3 * 3 * 2 * 2 * 32 * (16 - 17 / 2) * 16
     assert counter.get_total_flops() == 16 * flops_per_token(widths, 3, 16) + masked
@@ -99,6 +99,9 @@ def test_ranks_that_share_sequences_count_their_tokens_once() -> None:
     [
         ({"ep": 3}, "ep=3 does not divide ranks=8"),
         ({"cp": 16}, "cp=16 does not divide ranks=8"),
+        ({"replicate": 4, "ep": 4}, "ep=4 times replicate=4 does not divide ranks=8"),
+        ({"replicate": 4, "tp": 4}, "tp=4 does not divide ranks=2 of a copy"),
+        ({"skew": 0.9}, "skew=0.9: the busiest rank has at least the mean"),
         ({"ranks": 256, "ep": 256}, "ep=256 does not divide the 128 experts"),
         ({"precision": "32-true"}, "precision='32-true' is not planned"),
         ({"recompute": "all"}, "recompute='all' does not exist"),

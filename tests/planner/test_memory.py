@@ -43,6 +43,24 @@ def test_estimates_are_close_to_what_one_gpu_allocated(shape: tuple[int, int], r
     assert _peak(shape, 1, 6, recompute=recompute) == pytest.approx(gib, abs=0.2)
 
 
+@pytest.mark.parametrize(
+    ("shape", "settings", "gib"),  # two H200, 12 layers
+    [
+        ((4, 4096), {"ep": 2}, 78.8),
+        ((4, 4096), {"ep": 2, "recompute": "full"}, 65.7),
+        ((1, 4096), {"ep": 2}, 68.3),
+        ((1, 16_384), {"ep": 2}, 79.1),
+        ((4, 4096), {}, 78.0),
+        ((1, 65_536), {"ep": 2, "cp": 2}, 97.3),
+        ((1, 65_536), {"cp": 2}, 93.5),
+    ],
+)
+def test_estimates_are_close_to_what_two_gpus_allocated(
+    shape: tuple[int, int], settings: dict[str, Any], gib: float
+) -> None:
+    assert _peak(shape, 2, 12, **settings) == pytest.approx(gib, rel=0.05)
+
+
 def test_memory_scales_with_layout_and_recompute() -> None:
     by_mode = {mode: _peak(ep=8, recompute=mode) for mode in ("none", "selective", "full")}
     experts = 48 * expert_parameters(QWEN3_30B_A3B) / GIB

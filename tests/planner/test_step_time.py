@@ -25,8 +25,8 @@ def test_the_measured_case_takes_the_measured_parts() -> None:
     parts = step_ms(PAIR, H200)
     weights = sum(parts.pop(name) for name in ("AdamW", "norm", "casts"))
     layers = 12 * (2.9 + 4.0 + 6.0 + 1.7 + 0.8 + 1.0)
-    assert sum(parts.values()) == pytest.approx(layers + 55)
-    assert tokens_per_second(PAIR, H200) == pytest.approx(4 * 4096 / (layers + 55 + weights) * 1e3)
+    assert sum(parts.values()) == pytest.approx(layers + 55, rel=1e-4)
+    assert tokens_per_second(PAIR, H200) == pytest.approx(4 * 4096 / (layers + 55 + weights) * 1e3, rel=1e-4)
     # The budget of the design, 55,000 tokens/s, has another optimizer, casts its gradients, and does not clip.
     assert weights == pytest.approx(12 * 0.9 + 32, rel=0.1)
 
@@ -62,12 +62,15 @@ def test_time_of_recompute_and_of_sharded_experts() -> None:
     assert parts(recompute="full")["recompute"] == pytest.approx(full)
     hop = parts(ep=8)["dispatch and combine"] / 4
     assert parts(ep=8, recompute="full")["recompute"] == pytest.approx(full + hop)
-    assert hop / 48 == pytest.approx(0.2 * rows_sent(QWEN3_30B_A3B, 8) / rows_sent(QWEN3_30B_A3B, 2))
-    # At 16k tokens arithmetic hides the gathers: copies remain, 48 bytes for each of 604 M parameters at 4.8 TB/s.
-    copies = 48 * 48 * 128 * 3 * 2048 * 768 / 4.8e9
-    assert parts()["FSDP of experts"] == pytest.approx(copies)
-    assert parts(shape=(1, 4096))["FSDP of experts"] > 1.5 * copies
-    assert parts(ep=8)["FSDP of experts"] == 0
+    assert hop / 48 == pytest.approx(0.2 * rows_sent(QWEN3_30B_A3B, 8) / rows_sent(QWEN3_30B_A3B, 2), rel=1e-3)
+    # At 16k tokens arithmetic hides two gathers in bf16 and a reduction in fp32, at 334.5 GB/s, and becomes longer
+    # by 26 % of them. Copies: 72 bytes for each of 604 M parameters at 4.8 TB/s.
+    elements = 48 * 128 * 3 * 2048 * 768
+    collectives = 7 / 8 * (2 + 2 + 4) * elements / 334.5e6
+    assert parts()["FSDP of experts"] == pytest.approx(0.26 * collectives)
+    assert 0.5 * collectives < parts(shape=(1, 4096))["FSDP of experts"] < collectives
+    assert parts()["FSDP's copies of experts"] == pytest.approx(72 * elements / 4.8e9)
+    assert parts(ep=8)["FSDP of experts"] == parts(ep=8)["FSDP's copies of experts"] == 0
 
 
 @pytest.mark.parametrize(
@@ -80,13 +83,17 @@ def test_time_of_recompute_and_of_sharded_experts() -> None:
         (_case((1, 16_384), 1, 6), 66_954),
         (_case((1, 32_768), 1, 6, recompute="full"), 45_070),
         (PAIR, 52_739),
+        (_case((4, 4_096), 2, 12), 39_649),
+        (_case((1, 4_096), 2, 12), 16_285),
+        (_case((1, 16_384), 2, 12, ep=2), 36_988),
+        (_case((1, 65_536), 2, 12, cp=2), 16_497),
         (_case((1, 4_096), 2, 12, ep=2), 25_708),
         (_case((1, 65_536), 2, 12, ep=2, cp=2), 17_268),
         (_case((4, 4_096), 2, 12, ep=2, recompute="full"), 46_702),
     ],
 )
 def test_estimates_are_close_to_what_gpus_measured(case: Case, rate: float) -> None:
-    assert 0.92 < rate / tokens_per_second(case, H200) < 1.15
+    assert 0.93 < rate / tokens_per_second(case, H200) < 1.15
 
 
 def test_a_short_step_waits_for_the_host() -> None:
@@ -106,4 +113,4 @@ def test_a_short_step_waits_for_the_host() -> None:
 
 def test_devices_are_found_by_the_name_that_the_driver_gives() -> None:
     assert (H100.name, H200.name) == ("H100", "H200")
-    assert find_device("NVIDIA A100-SXM4-80GB") is None
+    assert find_device("NVIDIA A100-SXM4-40GB") is None

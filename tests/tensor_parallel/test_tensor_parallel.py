@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import parallelize_module
-from transformers import BatchEncoding, PreTrainedModel
+from transformers import PreTrainedModel
 
 from lightning_ep import ExpertParallelStrategy, ParallelLayout, parallelize
 from lightning_ep.callbacks import GenerateSamples
@@ -217,19 +217,15 @@ def test_each_token_goes_to_its_experts_once_and_matrices_are_split() -> None:
 
 
 class _Numbers:
-    """A tokenizer: prompts are numbers, padded on the left."""
+    """A tokenizer: prompts are numbers."""
 
     eos_token_id, pad_token_id = 127, 0
 
-    def __call__(self, prompts: list[str], **_: Any) -> BatchEncoding:
-        ids = [[int(number) for number in prompt.split()] for prompt in prompts]
-        length = max(map(len, ids))
-        padded = torch.tensor([[0] * (length - len(i)) + i for i in ids])
-        mask = torch.tensor([[0] * (length - len(i)) + [1] * len(i) for i in ids])
-        return BatchEncoding({"input_ids": padded, "attention_mask": mask})
+    def __call__(self, prompts: list[str]) -> dict[str, list[list[int]]]:
+        return {"input_ids": [[int(number) for number in prompt.split()] for prompt in prompts]}
 
-    def batch_decode(self, ids: Tensor, **_: Any) -> list[str]:
-        return [str(row) for row in ids.tolist()]
+    def decode(self, ids: list[int], **_: Any) -> str:
+        return str(ids)
 
 
 class _Samples(GenerateSamples):

@@ -26,6 +26,7 @@ LENGTH = 12
 FAMILIES: dict[str, dict[str, Any]] = {
     "qwen3_moe": {},
     "window": {"sliding_window": 3, "use_sliding_window": True},
+    "told bounds": {},
     "gpt_oss": {"num_local_experts": 4, "sliding_window": 3},  # makes its masks without the positions
 }
 SIZES: dict[str, Any] = {
@@ -37,7 +38,11 @@ SIZES: dict[str, Any] = {
 def _model(family: str) -> Any:
     if family == "gpt_oss":
         return family_model(family, {**SIZES, **FAMILIES[family]}, std=0.3)
-    return tiny_model(**FAMILIES[family])
+    model = tiny_model(**FAMILIES[family])
+    if family == "told bounds":
+        adapter.use_bounds_of_documents(model)
+        assert adapter.attention_implementation(model) == "packed_sdpa"
+    return model
 
 
 def _batch() -> dict[str, Tensor]:
@@ -141,7 +146,9 @@ def _losses(root: Path, family: str, cp: int) -> tuple[dict[str, float], dict[st
     return dict(zip(module.found, (means / dist.get_world_size()).tolist(), strict=True)), module.gradients
 
 
-@pytest.mark.parametrize(("family", "cp"), [("qwen3_moe", 1), ("window", 1), ("gpt_oss", 1), ("qwen3_moe", 2)])
+@pytest.mark.parametrize(
+    ("family", "cp"), [("qwen3_moe", 1), ("window", 1), ("told bounds", 1), ("gpt_oss", 1), ("qwen3_moe", 2)]
+)
 def test_every_way_into_a_model_gives_the_loss_of_separate_documents(family: str, cp: int, tmp_path: Path) -> None:
     model = _model(family)
     expected = _apart(model)

@@ -1,5 +1,6 @@
-"""What the quick start needs and no training does: a corpus that is on every machine, and a baseline to beat."""
+"""What the quick starts need and no training does: texts and chats that are on every machine, a baseline to beat."""
 
 from lightning_ep.data.examples.bigram import BigramBaseline, bigram_cross_entropy
+from lightning_ep.data.examples.docstrings import DocstringChats
 
-__all__ = ["BigramBaseline", "bigram_cross_entropy"]
+__all__ = ["BigramBaseline", "DocstringChats", "bigram_cross_entropy"]

@@ -1,4 +1,4 @@
-"""The corpus of the quick start: text that is on every machine."""
+"""The source files of the Python standard library: text that is on every machine."""
 
 from __future__ import annotations
 

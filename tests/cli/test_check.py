@@ -1,0 +1,138 @@
+"""`lightning-ep check` passes right layouts, and ends with 1 and the reason where one is wrong or a link is slow."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import AutoConfig
+
+from lightning_ep import cli
+from lightning_ep.cli.compared import cut_to_fit
+from lightning_ep.cli.links import Link
+from lightning_ep.moe.dispatch.all_to_all import AllToAllDispatcher
+from lightning_ep.planner import find_model
+from tests.ranks import run_ranks
+from tests.reference import tiny_config
+from tests.talking import on_two_ranks
+
+pytestmark = [pytest.mark.usefixtures("on_the_tests_device"), on_two_ranks]
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("tiny")
+    tiny_config(vocab_size=96).save_pretrained(folder)
+    return str(folder)
+
+
+def _check(arguments: list[str], fault: float = 1.0) -> tuple[Any, str]:
+    """How the command ends on this rank, and what it prints; rows that come home may be planted wrong."""
+    out, combine = io.StringIO(), AllToAllDispatcher.combine
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out):
+        if fault != 1:
+            patch.setattr(
+                AllToAllDispatcher, "combine", lambda self, plan, rows, hop: combine(self, plan, fault * rows, hop)
+            )
+        try:
+            cli.main(["check", *arguments])
+        except SystemExit as ended:
+            return ended.code, out.getvalue()
+    return 0, out.getvalue()
+
+
+def _on_ranks(world: int, *arguments: str, fault: float = 1.0) -> tuple[list[Any], str]:
+    ended = run_ranks(world, _check, list(arguments), fault, init_process_group=False)
+    assert not any(shown for _, shown in ended[1:]), "the first rank prints"
+    return [code for code, _ in ended], ended[0][1]
+
+
+@pytest.mark.parametrize(
+    ("world", "sizes"),
+    [
+        (2, "--ep_size 2"),
+        (2, "--ep_size 1 --tp_size 2"),
+        (2, "--ep_size 2 --cp_size 2 --seq_len 31"),
+        pytest.param(4, "--ep_size 2 --fsdp_size 2", marks=pytest.mark.slow),
+        pytest.param(4, "--ep_size 2 --replicate 2", marks=pytest.mark.slow),
+    ],
+)
+def test_right_layouts_pass(world: int, sizes: str, tiny: str) -> None:
+    codes, shown = _on_ranks(world, "--model_name_or_path", tiny, *f"--seq_len 32 {sizes}".split())
+    assert codes == [0] * world
+    assert shown.endswith("passed\n")
+    assert "FAIL" not in shown
+    errors = [float(text) for text in re.findall(r"(\d\.\de[-+]\d+) of ", shown)]
+    assert len(errors) == 2
+    assert max(errors) < 1e-4
+    norms = re.search(r"norm of expert gradients +(\S+), on one process (\S+)", shown)
+    assert norms is not None
+    assert float(norms[1]) == pytest.approx(float(norms[2]), rel=1e-4)
+    assert float(norms[1]) > 0
+    ep = int(sizes.split()[1])
+    for rank in range(world):
+        experts = 8 // ep
+        first = rank % ep * experts
+        assert f"rank {rank}: ep {rank % ep} (experts {first} to {first + experts - 1})" in shown
+    assert re.search(r"pass +link \w+=2, all-to-all +[\d.]+ GB/s per rank", shown)
+
+
+def test_a_layout_that_computes_something_else_ends_with_1_and_says_what(tiny: str) -> None:
+    codes, shown = _on_ranks(2, "--model_name_or_path", tiny, "--ep_size", "2", "--seq_len", "32", fault=1.02)
+    assert codes == [1, 1]
+    assert re.search(r"FAIL +gradients, the largest difference", shown)
+    assert re.search(r"FAILED: .*gradients, the largest difference: \d\.\de-02 of model\.layers\.", shown)
+
+
+def test_one_process_and_a_recipe(tiny: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = tmp_path / "mine.yaml"
+    strategy = f"strategy: {{class_path: x, init_args: {{ep: 1, cp: {1}}}}}"
+    recipe.write_text(f"trainer:\n  {strategy}\nmodel:\n  init_args: {{model: {json.dumps(tiny)}}}\n")
+    assert _check(["--model_name_or_path", str(recipe), "--seq_len", "16"])[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "check needs --model_name_or_path"),
+        (["--ep_size", "3"], r"ep=3 is 3, but there are 1 processes"),
+    ],
+)
+def test_what_cannot_be_checked_is_refused(
+    arguments: list[str], message: str, tiny: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = ["--model_name_or_path", tiny] if arguments else []
+    assert _check([*model, *arguments])[0] == 2
+    assert re.search(message, capsys.readouterr().err)
+
+
+def test_a_large_model_is_cut_until_it_fits() -> None:
+    config = AutoConfig.for_model(**find_model("Qwen/Qwen3-30B-A3B").config)
+    some, said = cut_to_fit(config, 16 * 31e9)
+    assert (some.num_hidden_layers, said) == (4, "4 of 48 layers")
+    some, said = cut_to_fit(config, 16 * 2.6e9)  # 623 M parameters a layer, 622 M beside them
+    assert (some.num_hidden_layers, said) == (3, "3 of 48 layers")
+    assert cut_to_fit(tiny_config(), 1e12)[1] == ""
+    narrow, said = cut_to_fit(config, 16 * 0.2e9)
+    assert narrow.num_hidden_layers == 2
+    assert re.search(r"2 of 48 layers; narrowed to vocab_size=\d+, moe_intermediate_size=\d+", said)
+    kept = ("num_experts", "num_attention_heads", "num_key_value_heads", "hidden_size", "num_experts_per_tok")
+    assert all(getattr(narrow, name) == getattr(config, name) for name in kept)
+    assert config.num_hidden_layers == 48
+    deep = AutoConfig.for_model(**find_model("deepseek-ai/DeepSeek-V3").config)
+    cut, _ = cut_to_fit(deep, 16 * 1e9)
+    assert (cut.first_k_dense_replace, cut.num_hidden_layers) == (1, 2)
+    with pytest.raises(ValueError, match=r"needs .* GiB on every rank, even of 2 layers .* and 0\.1 are free"):
+        cut_to_fit(deep, 1e8)
+
+
+def test_a_slow_link_and_a_wrong_one_are_problems() -> None:
+    assert not Link("ep=8, all-to-all", 300e9, 335e9, "").problem
+    assert re.match("100.0 GB/s where 335 are normal", Link("ep=8, all-to-all", 100e9, 335e9, "").problem)
+    assert Link("ep=8, all-to-all", 1e6, None, "").problem == ""
+    assert Link("ep=8, all-to-all", 300e9, 335e9, "not what was sent").problem == "not what was sent"
