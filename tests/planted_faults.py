@@ -118,8 +118,8 @@ MUTATIONS = (
     Mutation(
         "stale_weights_after_a_pass_that_broke_off",
         "fsdp/state.py",
-        "            state._fsdp_param_group.reshard()",
-        "            pass",
+        "            group._training_state = idle\n            group.reshard()",
+        "            group._training_state = idle",
         "fsdp/test_interrupted.py::test_the_next_step[2-True-False]",
     ),
     Mutation(
