@@ -56,10 +56,11 @@ commands:
 
 In a recipe:
   strategy   lightning_ep.ExpertParallelStrategy (the default)
-  model      lightning_ep.CausalLM, or a LightningModule of your own
+  model      lightning_ep.CausalLM, lightning_ep.DPO, or a LightningModule of your own
   optimizer  lightning_ep.AdamW, or any of torch's
   data       lightning_ep.data.ChatDataModule teaches what the assistant says in chats.
-             lightning_ep.data.PromptCompletionDataModule teaches completions.
+             lightning_ep.data.PromptCompletionDataModule teaches completions, and
+             lightning_ep.data.PreferenceDataModule which of two answers is better.
              lightning_ep.data.TextDataModule teaches texts, and
              lightning_ep.data.TextStreamDataModule those too large to prepare first.
              Or a LightningDataModule of your own; lightning_ep.data.PackedDataModule

@@ -127,7 +127,7 @@ class HubDirectory:
 def refuse_existing(path: Path) -> None:
     """Raises FileExistsError unless ``path`` is free or an empty directory."""
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise FileExistsError(f"{path} exists already and is not replaced; remove it, or export to another path.")
+        raise FileExistsError(f"{path} exists already and is not replaced; export to another `path`, or remove it.")
 
 
 def check_same_path(path: Path, problems: Problems) -> None:
