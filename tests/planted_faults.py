@@ -123,11 +123,11 @@ MUTATIONS = (
         "fsdp/test_interrupted.py::test_the_next_step[2-True-False]",
     ),
     Mutation(
-        "stale_weights_after_a_forward_alone",
+        "parameters_stay_gathered_after_a_forward_alone",
         "fsdp/groups.py",
         "shard(model, reshard_after_forward=True)",
         "shard(model, reshard_after_forward=False)",
-        "fsdp/test_layer_groups.py::test_a_forward_that_ends_in_the_middle",
+        "trainer/test_runs.py::test_works_or_is_refused[parameters_are_shards_in_every_hook]",
     ),
     Mutation(
         "step_left_out_by_each_rank_for_itself",
