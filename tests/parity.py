@@ -120,7 +120,9 @@ class Recorder(L.Callback):
         }
 
 
-class _Batches(Dataset):
+class Batches(Dataset):
+    """Batches that are made already."""
+
     def __init__(self, items: list[dict[str, Tensor]]) -> None:
         self.items = items
 
@@ -185,7 +187,7 @@ def _fit(
         )
         world, rank = strategy.data_world_size, strategy.data_rank
         mine = [w[i * world + rank] for w in _windows(world, accumulate, causal, length) for i in range(accumulate)]
-        trainer.fit(module, DataLoader(_Batches(mine), batch_size=None))
+        trainer.fit(module, DataLoader(Batches(mine), batch_size=None))
     head = recall(module.model, loss_module._Head) if causal else None
     assert not causal or (head is not None and head.gives_the_logits), "the loss fell back to all logits"
     return recorder.trace

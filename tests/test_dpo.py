@@ -13,7 +13,7 @@ import peft
 import pytest
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM
 
 from lightning_ep import DPO, ExpertParallelStrategy, LoRA
@@ -21,7 +21,7 @@ from lightning_ep import loss as loss_module
 from lightning_ep.callbacks import HuggingFaceExport
 from lightning_ep.data import PreferenceDataModule
 from lightning_ep.transformers_adapter import recall
-from tests.parity import _adapted, as_peft, lora_like_peft
+from tests.parity import Batches, _adapted, as_peft, lora_like_peft
 from tests.ranks import assert_ranks_agree, run_ranks
 from tests.reference import VOCAB, adapted_by_peft, relative_error, tiny_model
 from tests.talking import write_talking
@@ -45,17 +45,6 @@ def _batches(num: int) -> list[dict[str, Tensor]]:
             ids[row, end:], labels[row, end:] = 0, -100
         found.append({"input_ids": ids, "labels": labels})
     return found
-
-
-class _Items(Dataset):
-    def __init__(self, items: list[dict[str, Tensor]]) -> None:
-        self.items = items
-
-    def __len__(self) -> int:
-        return len(self.items)
-
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        return self.items[index]
 
 
 def _log_probs(model: Any, batch: dict[str, Tensor]) -> Tensor:
@@ -138,7 +127,7 @@ def _trains(layout: dict[str, int], cases: list[dict[str, Any]], expected: list[
         world, rank = strategy.data_world_size, strategy.data_rank
         windows = _windows(world, case["accumulate"])
         mine = [w[i * world + rank] for w in windows for i in range(case["accumulate"])]
-        trainer.fit(module, DataLoader(_Items(mine), batch_size=None))
+        trainer.fit(module, DataLoader(Batches(mine), batch_size=None))
         head = recall(module.model, loss_module._Head)
         assert head is not None, "the loss did not take the head's place"
         assert head.gives_the_logits, "the loss fell back to all logits"
@@ -254,7 +243,7 @@ def _refusals(root: Path) -> list[str]:
             file.write_text(json.dumps({**json.loads(text), **config}))
         trainer = quiet(root, max_steps=1, strategy=ExpertParallelStrategy(**options))
         try:
-            trainer.fit(_module(root), DataLoader(_Items(_batches(2)), batch_size=None))
+            trainer.fit(_module(root), DataLoader(Batches(_batches(2)), batch_size=None))
         except ValueError as error:
             if message not in str(error):
                 wrong.append(f"{error}")

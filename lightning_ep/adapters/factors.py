@@ -83,7 +83,7 @@ def _describe(chain: list[Any]) -> AdaptedExperts:
 
 def _start_of(module: nn.Module, adapter_name: str) -> bool | str:
     """``init_lora_weights`` of an adapter."""
-    configs = (getattr(child, "peft_config", None) or {} for child in module.modules())
+    configs = (adapter.peft_configs(child) for child in module.modules())
     return next(found[adapter_name].init_lora_weights for found in configs if adapter_name in found)
 
 

@@ -144,7 +144,7 @@ def add_adapter(module: nn.Module, lora: LoRA) -> nn.Module:
     if len(models) != 1:
         raise ValueError(f"{type(module).__name__} holds {len(models)} transformers models; pass the one to adapt.")
     (model,) = models.values()
-    if getattr(model, "peft_config", None):
+    if adapter.peft_configs(model):
         raise ValueError(f"{type(model).__name__} has an adapter already.")
     if getattr(model.config, "quantization_config", None) is not None:
         raise ValueError(

@@ -117,7 +117,7 @@ def _export_adapter(
         found = saved.read(name)
         state[name] = tensor if found is None else found
     directory.create()
-    config: Any = next(iter(saved.model.peft_config.values()))
+    config: Any = next(iter(adapter.peft_configs(saved.model).values()))
     config.base_model_name_or_path, config.revision = saved.base, saved.revision
     write_adapters(saved.model, state, directory, cast, tokenizer, origin, file_format)
 

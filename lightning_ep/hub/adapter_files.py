@@ -10,7 +10,7 @@ from __future__ import annotations
 from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
 from safetensors.torch import save_file
@@ -99,7 +99,7 @@ def check_adapters(
 
 def why_not_written(model: PreTrainedModel, file_format: AdapterFormat) -> list[str]:
     """What a format cannot hold of a model's adapters; empty if it is all."""
-    configs = cast(dict[str, Any], model.peft_config)
+    configs = adapter.peft_configs(model)
     if len(configs) != 1:
         return [f"the model has {len(configs)} ({', '.join(configs)}), and a file holds one"]
     (config,) = configs.values()
@@ -140,7 +140,7 @@ def write_adapters(
         files_from: A directory with tokenizer files, if there is no ``tokenizer``.
         file_format: The format.
     """
-    (config,) = (deepcopy(config) for config in cast(dict[str, Any], model.peft_config).values())
+    (config,) = (deepcopy(config) for config in adapter.peft_configs(model).values())
     tensors = in_format(model, state, file_format)
     if file_format == "vllm":
         modules = {key.removesuffix(".weight").rpartition(".")[0] for key in tensors}
@@ -193,7 +193,7 @@ def in_format(model: PreTrainedModel, state: dict[str, Tensor], file_format: Ada
     """
     state = flattened(model, state)
     if file_format == "peft":
-        (name,) = cast(dict[str, Any], model.peft_config)
+        (name,) = adapter.peft_configs(model)
         return {f"{_PREFIX}{key}": state[place] for key, place in _keys_in_peft(model, name).items()}
     found = {}
     for key, (beside, piece) in _names_in_vllm(model, beneath(model)).items():
@@ -250,9 +250,8 @@ def _left_out(model: Any) -> list[str]:
 
 def _saved_by_peft(model: Any, selected: list[str] | None = None) -> list[str]:
     """Names in the model's state of what PEFT saves of its adapters."""
-    return list(
-        {place: None for name in selected or model.peft_config for place in _keys_in_peft(model, name).values()}
-    )
+    names = selected or adapter.peft_configs(model)
+    return list({place: None for name in names for place in _keys_in_peft(model, name).values()})
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from lightning_ep import transformers_adapter as adapter
 from lightning_ep.distributed.shards import Region
 from lightning_ep.moe.adapted import per_expert
 
@@ -85,7 +85,7 @@ class Beneath:
 
 def is_adapted(model: Any) -> bool:
     """Whether PEFT has put adapters into a transformers model."""
-    return bool(getattr(model, "peft_config", None))
+    return bool(adapter.peft_configs(model))
 
 
 def beneath(model: PreTrainedModel) -> Beneath:
@@ -97,7 +97,7 @@ def beneath(model: PreTrainedModel) -> Beneath:
     for name, tensor in state.items():
         if not any(part in name for part in _PARTS) and ".original_module." not in name:
             found.tensors[_without_peft(name, model)] = tensor
-    if len(configs := cast(Mapping[str, Any], model.peft_config)) != 1:
+    if len(configs := adapter.peft_configs(model)) != 1:
         found.problems.append(f"the model has {len(configs)} adapters ({', '.join(configs)}): give it one")
         return found
     ((adapter_name, config),) = configs.items()
@@ -147,6 +147,6 @@ def _why_no_sum(module: Any, adapter_name: str) -> str | None:
 
 def _without_peft(name: str, model: PreTrainedModel) -> str:
     """A name in the model beneath."""
-    for adapter_name in cast(Mapping[str, Any], model.peft_config):
+    for adapter_name in adapter.peft_configs(model):
         name = name.replace(f".modules_to_save.{adapter_name}.", ".")
     return name.replace(".base_layer", "")

@@ -51,7 +51,7 @@ def note_bases(module: nn.Module) -> None:
     To be called before weights are streamed, drawn or restored, by every rank.
     """
     for model in adapter.pretrained_models(module).values():
-        if adapter.recall(model, Base) is None and _adapters(model):
+        if adapter.recall(model, Base) is None and adapter.peft_configs(model):
             own = set(adapter.own_modules(model))
             names = frozenset(
                 f"{prefix}.{name}" if prefix else name
@@ -84,7 +84,7 @@ def describe_bases(module: nn.Module) -> dict[str, dict[str, Any]]:
                 "revision": base.revision,
                 "fingerprint": base.fingerprint,
                 "seed": drawn_from(model) if base.model is None else None,
-                "adapters": {key: _plain(config.to_dict()) for key, config in _adapters(model).items()},
+                "adapters": {key: _plain(config.to_dict()) for key, config in adapter.peft_configs(model).items()},
             }
     return found
 
@@ -118,10 +118,6 @@ def check_bases(module: nn.Module, saved: Mapping[str, Mapping[str, Any]], path:
                 raise CheckpointError(
                     f"{what}, with {scaled}: the same factors mean another sum. Set these as they were."
                 )
-
-
-def _adapters(model: Any) -> Mapping[str, Any]:
-    return getattr(model, "peft_config", None) or {}
 
 
 def _called(base: Mapping[str, Any]) -> str:

@@ -29,6 +29,7 @@ from lightning_ep.transformers_adapter.conversion import (
     hub_transforms,
     load_conversions,
     not_saved,
+    peft_configs,
     saves_adapters,
     tied_names,
 )
@@ -114,6 +115,7 @@ __all__ = [
     "optional_parts",
     "own_modules",
     "packing_of",
+    "peft_configs",
     "pretrained_models",
     "recall",
     "refuse_own_checkpointing",

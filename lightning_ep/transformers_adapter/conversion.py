@@ -190,6 +190,11 @@ def tied_names(model: PreTrainedModel) -> dict[str, str]:
     return dict(model.all_tied_weights_keys or {})
 
 
+def peft_configs(model: Any) -> Mapping[str, Any]:
+    """The configurations of the adapters that PEFT has put into a module, by their names; empty where it has none."""
+    return getattr(model, "peft_config", None) or {}
+
+
 def saves_adapters(model: PreTrainedModel) -> bool:
     """Whether `save_pretrained` of the model writes adapters alone, those of its `add_adapter`."""
     return bool(getattr(model, "_hf_peft_config_loaded", False))

@@ -12,18 +12,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from datasets import Dataset, DatasetDict
 from jsonargparse import ArgumentParser
 from lightning.pytorch import Callback
 
-from lightning_ep import CausalLM, ExpertParallelStrategy, Schedule
+from lightning_ep import ExpertParallelStrategy
 from lightning_ep.data import TextStreamDataModule, packed_stream
 from tests.data.loopback_hub import REPOSITORY, loopback_hub
-from tests.data.test_packed_data import sentences, tokenizer
+from tests.data.test_packed_data import Recorder, sentences, tokenizer
 from tests.ranks import run_ranks
-from tests.reference import tiny_config
-from tests.tiny import SMALL, quiet
+from tests.tiny import quiet
 
 __all__ = ["tokenizer"]  # a fixture
 
@@ -129,21 +127,6 @@ def test_a_run_goes_on_at_any_batch(kind: str, files: int, tokenizer: str, tmp_p
         resumed.load_state_dict(states[done - 1])
         left = texts_of(data, islice(resumed, 45 - done))
         assert left == whole[3 * done :], done
-
-
-class Recorder(CausalLM):
-    def __init__(self) -> None:
-        config = tiny_config(vocab_size=512, **SMALL)
-        super().__init__(
-            config, False, lambda params: torch.optim.SGD(params, lr=1.0), lambda opt: Schedule(opt, "linear")
-        )
-        self.seen: list[list[int]] = []
-        self.rates: list[float] = []
-
-    def training_step(self, batch: dict[str, torch.Tensor], batch_idx: int) -> torch.Tensor:
-        self.seen += batch["input_ids"].tolist()
-        self.rates.append(self.trainer.optimizers[0].param_groups[0]["lr"])
-        return super().training_step(batch, batch_idx)
 
 
 class SaveAt(Callback):
