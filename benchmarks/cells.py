@@ -27,6 +27,14 @@ SIZES: dict[str, dict[str, int]] = {  # as transformers names them
         "hidden_size": 2048, "num_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": 768,
         "num_attention_heads": 32, "num_key_value_heads": 4, "head_dim": 128, "vocab_size": 151_936,
     },
+    "qwen3-235b-a22b": {
+        "hidden_size": 4096, "num_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": 1536,
+        "num_attention_heads": 64, "num_key_value_heads": 4, "head_dim": 128, "vocab_size": 151_936,
+    },
+    "olmoe-1b-7b": {  # its sizes, in layers of Qwen3-MoE
+        "hidden_size": 2048, "num_experts": 64, "num_experts_per_tok": 8, "moe_intermediate_size": 1024,
+        "num_attention_heads": 16, "num_key_value_heads": 16, "head_dim": 128, "vocab_size": 50_304,
+    },
     "tiny": {
         "hidden_size": 32, "num_experts": 8, "num_experts_per_tok": 4, "moe_intermediate_size": 16,
         "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "vocab_size": 512,

@@ -139,6 +139,17 @@ class ParallelLayout:
         """Index of ``global_rank``'s batch among those of a step; the same for ranks that share a batch."""
         return global_rank // (self.tp * self.cp)
 
+    def place(self, global_rank: int) -> Place:
+        """Where ``global_rank`` is in both views."""
+        return Place(
+            replicate=global_rank // self.shards,
+            fsdp=global_rank // self.ep % self.fsdp,
+            ep=global_rank % self.ep,
+            data=self.data_rank(global_rank),
+            cp=global_rank // self.tp % self.cp,
+            tp=global_rank % self.tp,
+        )
+
     def expert_groups(self) -> list[list[int]]:
         """Global ranks of every EP group, outer to inner."""
         return [list(range(start, start + self.ep)) for start in range(0, self.world_size, self.ep)]
@@ -211,6 +222,27 @@ class ParallelLayout:
             "Only attention is bound by its heads, of which a rank needs whole ones; expert parallelism is not: keep "
             f"ep={self.ep}, fsdp={self.fsdp} and use tp={tp}" + (f", cp={cp}." if self.cp > 1 else ".")
         )
+
+
+@dataclass(frozen=True)
+class Place:
+    """A rank's coordinates in both views of `ParallelLayout`.
+
+    Attributes:
+        replicate: Which copy of the model, in both.
+        fsdp: Which part of its experts' matrices, in the expert view.
+        ep: Which experts, in the expert view.
+        data: Which batch of a step, in the dense view.
+        cp: Which piece of the batch's sequences, in the dense view.
+        tp: Which part of the dense matrices, in the dense view.
+    """
+
+    replicate: int
+    fsdp: int
+    ep: int
+    data: int
+    cp: int
+    tp: int
 
 
 def _group_options(device_type: str, urgent: bool) -> tuple[str, Any] | None:

@@ -104,8 +104,8 @@ def shard_sequence(
     _refuse_other_descriptions(batch, tokens)
     peers = SequencePeers(mesh.get_group(), progress or Progress())
     rows, size = tokens.shape[:2]
-    length = -(-size // peers.size)
-    start, padding = peers.rank * length, peers.size * length - size
+    start, length = piece_of(size, peers.size, peers.rank)
+    padding = peers.size * length - size
     positions, mask = _whole(batch, rows, padding)
     documents = documents or find_documents(positions, mask)
     shaped = {key: x for key, x in local.items() if isinstance(x, Tensor) and x.shape[:2] == (rows, size)}
@@ -126,6 +126,12 @@ def shard_sequence(
     bounds = None if documents.bounds is None else to_device(documents.bounds, tokens.device)
     piece = SequencePiece(peers, rows, peers.size * length, positions, mask, documents, bounds)
     return {**local, **pieces, KEY: piece}
+
+
+def piece_of(size: int, num_ranks: int, rank: int) -> tuple[int, int]:
+    """Where a rank's piece of ``size`` tokens begins, and its length, that of every piece: the last ones are padded."""
+    length = -(-size // num_ranks)
+    return rank * length, length
 
 
 def documents_of(batch: Any, cp: int) -> Documents | None:
