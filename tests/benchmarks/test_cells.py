@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from transformers.models.qwen3_moe import Qwen3MoeForCausalLM
@@ -9,7 +11,7 @@ from transformers.models.qwen3_moe import Qwen3MoeForCausalLM
 from benchmarks.cells import SIZES, Cell, default_trainers, parse_shape
 from benchmarks.node import node_cells
 from benchmarks.workload import Popularity, balance, batches, fill_parameters
-from lightning_ep.planner import QWEN3_30B_A3B, read_widths
+from lightning_ep.planner import QWEN3_30B_A3B, find_model, read_widths
 
 
 @pytest.mark.parametrize("text", ["4096", "4x", "0x16", "axb", "4x1"])
@@ -135,7 +137,11 @@ def test_cells_of_eight_gpus_are_what_was_asked_for() -> None:
 
 def test_the_planner_reads_the_sizes_that_are_trained() -> None:
     assert read_widths(Cell("lightning_ep/ep=1", 1, 16, 1, layers=3).config().to_dict()) == (QWEN3_30B_A3B, 3)
-    assert set(SIZES) == {"qwen3-30b-a3b", "tiny"}
+    wide = read_widths(Cell("lightning_ep/ep=1", 1, 16, 1, sizes="qwen3-235b-a22b").config().to_dict())[0]
+    assert wide == find_model("Qwen/Qwen3-235B-A22B").widths
+    other = read_widths(Cell("lightning_ep/ep=1", 1, 16, 1, sizes="olmoe-1b-7b").config().to_dict())[0]
+    assert dataclasses.replace(other, qk_norm="all") == find_model("allenai/OLMoE-1B-7B-0924").widths
+    assert set(SIZES) == {"qwen3-30b-a3b", "qwen3-235b-a22b", "olmoe-1b-7b", "tiny"}
 
 
 def test_fill_draws_every_parameter_and_no_buffer() -> None:
