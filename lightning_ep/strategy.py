@@ -64,6 +64,7 @@ from lightning_ep.trainer.refusals import (
 )
 from lightning_ep.trainer.schedules import tell_total_steps
 from lightning_ep.trainer.signals import AgreeOnSignals, Interrupted
+from lightning_ep.trainer.start_table import say_start
 from lightning_ep.trainer.steering import CheckMonitored
 
 _TIMEOUT = timedelta(minutes=30)  # Lightning's default
@@ -133,7 +134,7 @@ class ExpertParallelStrategy(ModelParallelStrategy):
         self._batches = Batches()
         self._plan = plan
         self._experts_implementation = experts_implementation
-        self._activation_checkpointing = activation_checkpointing
+        self._recompute = activation_checkpointing
         self._compile = compile
         self._guard = NonfiniteGuard(skip_nonfinite_steps)
         self._layout: ParallelLayout | None = None
@@ -207,7 +208,7 @@ class ExpertParallelStrategy(ModelParallelStrategy):
     def _configure_launcher(self) -> None:
         # The earliest place that knows the number of processes: before any of them is launched.
         assert self.cluster_environment is not None
-        check_mode(self._activation_checkpointing)
+        check_mode(self._recompute)
         refuse_idle_implementation(self._plan, self._experts_implementation)
         self._guard.check()
         expected = self.num_nodes * self.num_processes
@@ -264,7 +265,7 @@ class ExpertParallelStrategy(ModelParallelStrategy):
         if isinstance(exception, SIGTERMException | Interrupted):
             return  # all ranks agreed to stop and have saved
         self._progress.say_failed(exception, self.global_rank, self.layout.world_size)
-        add_memory_advice(exception, self.lightning_module, self.layout, self._activation_checkpointing, self._batches)
+        add_memory_advice(exception, self.lightning_module, self.layout, self._recompute, self._compile, self._batches)
         if self._checkpoints is not None:
             self._checkpoints.fail()
         if isinstance(self.launcher, _SubprocessScriptLauncher):
@@ -297,16 +298,8 @@ class ExpertParallelStrategy(ModelParallelStrategy):
         plan = self._plan or expert_plan(module, self._experts_implementation, self._progress)
         warn_if_ep_crosses_nodes(module, self.layout, self.num_processes)
         policy = self.precision_plugin.mp_policy
-        shard(
-            module,
-            self.layout,
-            self._meshes,
-            self.root_device,
-            plan,
-            policy,
-            compile=self._compile,
-            activation_checkpointing=self._activation_checkpointing,
-        )
+        where = (self.layout, self._meshes, self.root_device)
+        shard(module, *where, plan, policy, compile=self._compile, activation_checkpointing=self._recompute)
         self.precision_plugin.note_sharded(module)
 
     @override
@@ -481,6 +474,7 @@ class ExpertParallelStrategy(ModelParallelStrategy):
         if not self._hooks_checked:  # here, since hooks of all callbacks have had their turn
             check_hooks_on_shards(module)
             self._hooks_checked = True
+            say_start(module, self.layout, self._recompute, self._compile, self._batches.shape)
         # Where something may be added to a gradient, it has the parameters' dtype from the start.
         alone = module.automatic_optimization and module.trainer.accumulate_grad_batches == 1
         assert self._masters is not None

@@ -11,13 +11,15 @@ Times and activations are those measured on H200 GPUs at one width, scaled to th
 from lightning_ep.planner.case import Case
 from lightning_ep.planner.counts import (
     active_parameters,
+    attention_adapters,
+    expert_adapters,
     expert_parameters,
     flops_per_token,
     num_parameters,
     rows_sent,
 )
 from lightning_ep.planner.devices import Device, allocatable_gib, find_device
-from lightning_ep.planner.families import Model, find_model, read_widths
+from lightning_ep.planner.families import Model, find_model, model_of, read_widths
 from lightning_ep.planner.memory import memory_gib, peak_gib
 from lightning_ep.planner.step_time import host_ms, step_ms, tokens_per_second
 from lightning_ep.planner.widths import QWEN3_30B_A3B, ModelWidths
@@ -30,12 +32,15 @@ __all__ = [
     "ModelWidths",
     "active_parameters",
     "allocatable_gib",
+    "attention_adapters",
+    "expert_adapters",
     "expert_parameters",
     "find_device",
     "find_model",
     "flops_per_token",
     "host_ms",
     "memory_gib",
+    "model_of",
     "num_parameters",
     "peak_gib",
     "read_widths",

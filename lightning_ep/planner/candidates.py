@@ -35,7 +35,8 @@ class Request:
         sequence: Tokens per sequence.
         tokens_per_step: Of all ranks in an optimizer step; None for what one micro-batch of every rank has.
         precision: ``bf16-mixed`` or ``bf16-true``.
-        lora_rank: Of adapters of attention and experts; 0 trains all weights.
+        lora_rank: Of adapters; 0 trains all weights.
+        lora_experts: Whether adapters are of attention and experts, or of attention alone.
         skew: Rows of the busiest rank over the mean of its EP group.
 
     Raises:
@@ -50,6 +51,7 @@ class Request:
     tokens_per_step: int | None = None
     precision: str = "bf16-mixed"
     lora_rank: int = 0
+    lora_experts: bool = True
     skew: float = 1.2
 
     def __post_init__(self) -> None:
@@ -142,15 +144,16 @@ def layouts(request: Request) -> Iterator[ParallelLayout]:
                     yield layout
 
 
-def cases(request: Request) -> Iterator[Case]:
-    """Every layout with every recompute and micro-batch that gives the step its tokens."""
+def cases(request: Request, among: Iterable[ParallelLayout] | None = None) -> Iterator[Case]:
+    """Every layout (of ``among``) with every recompute and micro-batch that gives the step its tokens."""
     model = request.model
-    for layout in layouts(request):
+    for layout in layouts(request) if among is None else among:
         for batch, accumulate in _batches(request, layout):
             base = Case(
                 model.widths, model.layers, batch, request.sequence, request.ranks, layout.ep, layout.cp,
                 request.precision, tp=layout.tp, replicate=layout.replicate, accumulate=accumulate, node=request.node,
-                lora_rank=request.lora_rank, skew=request.skew if layout.ep > 1 else 1.0,
+                lora_rank=request.lora_rank, lora_experts=request.lora_experts,
+                skew=request.skew if layout.ep > 1 else 1.0,
             )  # fmt: skip
             for recompute in ("none", "selective", "full"):
                 yield dataclasses.replace(base, recompute=recompute)
@@ -173,10 +176,10 @@ def _batches(request: Request, layout: ParallelLayout) -> Iterator[tuple[int, in
             yield batch, sequences // groups // batch
 
 
-def fitting(request: Request) -> list[Estimate]:
-    """The fastest way of every layout that fits into memory, best first."""
+def fitting(request: Request, among: Iterable[ParallelLayout] | None = None) -> list[Estimate]:
+    """The fastest way of every layout (of ``among``) that fits into memory, best first."""
     best: dict[tuple[int, int, int, int], Estimate] = {}
-    for case in cases(request):
+    for case in cases(request, among):
         if sum(memory_gib(case, request.limit_gib).values()) <= request.planned_gib:
             found = estimate(case, request.device)
             if found.layout not in best or best[found.layout].rate < found.rate:
@@ -197,6 +200,26 @@ def smallest(request: Request) -> Estimate | None:
     """What needs the least memory, whether it fits or not; None if no layout gives the step its tokens."""
     found = min(cases(request), key=lambda case: sum(memory_gib(case, request.limit_gib).values()), default=None)
     return None if found is None else estimate(found, request.device)
+
+
+def better(now: Estimate, request: Request) -> Estimate | None:
+    """What to take in place of what a run does: faster by more than estimates can tell, or it would not fit.
+
+    With as many tokens per step, and ``tp`` and ``replicate`` as they are: both have uses that no estimate knows, and
+    without them thousands of GPUs are looked at in a fraction of a second.
+
+    Args:
+        now: What the run does.
+        request: What it is for, with the tokens of its step.
+    """
+    case = now.case
+    same = (layout for layout in layouts(request) if (layout.tp, layout.replicate) == (case.tp, case.replicate))
+    found = fitting(request, same)
+    if not found:
+        return None
+    chosen = choose(found)
+    is_better = (1 - _CLOSE) * chosen.rate > now.rate or now.gib > request.planned_gib
+    return chosen if is_better and chosen.case != case else None
 
 
 def choose(found: list[Estimate]) -> Estimate:

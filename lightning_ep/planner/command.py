@@ -86,7 +86,7 @@ def _request(options: argparse.Namespace) -> Request:
         raise ValueError(f"--skew {options.skew:g}: the busiest rank has at least the mean, so at least 1.")
     return Request(
         find_model(options.model), device, options.gpus, options.gpus_per_node, options.sequence_length,
-        options.tokens_per_step, options.precision, options.lora_rank, options.skew,
+        options.tokens_per_step, options.precision, options.lora_rank, skew=options.skew,
     )  # fmt: skip
 
 

@@ -211,6 +211,15 @@ def find_model(name: str) -> Model:
     )
 
 
+def model_of(config: dict[str, Any], name: str = "") -> Model:
+    """The model of a configuration that is at hand.
+
+    Raises:
+        ValueError: As `read_widths`.
+    """
+    return _model(name, config, "")
+
+
 def _read(file: Path) -> dict[str, Any]:
     try:
         config = json.loads(file.read_text())
@@ -233,6 +242,6 @@ def _model(name: str, config: dict[str, Any], source: str, note: str = "") -> Mo
     try:
         widths, layers = read_widths(config)
     except ValueError as error:
-        raise ValueError(f"{name}: {error}") from error
+        raise ValueError(f"{name}: {error}" if name else str(error)) from error
     positions = config.get("max_position_embeddings") or 0
     return Model(name, widths, layers, FAMILIES[config["model_type"]], positions, config, source, note)

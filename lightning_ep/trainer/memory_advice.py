@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections.abc import Iterator
 
 import torch
 from lightning.pytorch import LightningModule
 
-from lightning_ep import transformers_adapter as adapter
 from lightning_ep.layout import ParallelLayout
-from lightning_ep.planner import Case, Device, allocatable_gib, peak_gib, read_widths
-from lightning_ep.planner.devices import GPUS, find_device
+from lightning_ep.planner import Case, allocatable_gib, peak_gib
 from lightning_ep.trainer.batches import Batches
+from lightning_ep.trainer.planned import gpu_of_process, planned_case
 
 _FILLED = 0.95  # of the room, the rest is for what estimates miss (docs/planning.md)
 _MODES = ("none", "selective", "full")
 
 
 def add_memory_advice(
-    exception: BaseException, module: LightningModule | None, layout: ParallelLayout, mode: str, batches: Batches
+    exception: BaseException,
+    module: LightningModule | None,
+    layout: ParallelLayout,
+    mode: str,
+    compile: bool,
+    batches: Batches,
 ) -> None:
     """Notes on an out-of-memory error of training which settings would fit, where the planner knows the model.
 
@@ -29,14 +32,17 @@ def add_memory_advice(
         module: What was trained, if the run came so far.
         layout: Its layout.
         mode: ``activation_checkpointing``.
+        compile: Whether layers are compiled.
         batches: Know the shape of the last one.
     """
-    device = _device() if isinstance(exception, torch.OutOfMemoryError) else None
-    if device is None or module is None or batches.shape is None:
+    device = gpu_of_process() if isinstance(exception, torch.OutOfMemoryError) else None
+    if device is None or module is None:
         return
-    case = _case(module, layout, mode, batches.shape)
-    if case is not None:
-        exception.add_note(what_fits(case, allocatable_gib(device)))
+    try:
+        case = planned_case(module, layout, mode, compile, batches.shape)
+    except ValueError:  # the planner does not know such a run
+        return
+    exception.add_note(what_fits(case, allocatable_gib(device)))
 
 
 def what_fits(case: Case, limit_gib: float) -> str:
@@ -70,27 +76,3 @@ def _changes(case: Case) -> Iterator[tuple[Case, str]]:
         batch, accumulate = batch // 2, accumulate * 2
         smaller = dataclasses.replace(case, recompute="full", batch=batch, accumulate=accumulate)
         yield smaller, f"{recompute}data.init_args.batch_size: {batch}, trainer.accumulate_grad_batches: {accumulate}"
-
-
-def _case(module: LightningModule, layout: ParallelLayout, mode: str, shape: tuple[int, int]) -> Case | None:
-    """What was trained, if the planner knows it: one model of a known family, all of it trained, in bf16."""
-    models = list(adapter.pretrained_models(module).values())
-    if len(models) != 1 or not all(param.requires_grad for param in models[0].parameters()):
-        return None
-    try:
-        widths, layers = read_widths(models[0].config.to_dict())
-        return Case(
-            widths, layers, *shape, layout.world_size, layout.ep, layout.cp, str(module.trainer.precision), mode,
-            tp=layout.tp, replicate=layout.replicate, accumulate=module.trainer.accumulate_grad_batches,
-            node=int(os.environ.get("LOCAL_WORLD_SIZE", layout.world_size)),
-        )  # fmt: skip
-    except ValueError:
-        return None
-
-
-def _device() -> Device | None:
-    """This process's GPU, with the memory that it has; of a kind that is not known its memory alone counts."""
-    if not torch.cuda.is_available():
-        return None
-    known = find_device(torch.cuda.get_device_name()) or GPUS["H100"]
-    return dataclasses.replace(known, memory_gib=torch.cuda.get_device_properties().total_memory / 2**30)

@@ -61,7 +61,7 @@ class _Full(TinyModule):
 def test_the_error_of_a_run_has_the_note(
     error: Exception, precision: Any, notes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(memory_advice, "_device", lambda: dataclasses.replace(GPUS["H100"], memory_gib=4.001))
+    monkeypatch.setattr(memory_advice, "gpu_of_process", lambda: dataclasses.replace(GPUS["H100"], memory_gib=4.001))
     module = _Full()
     module.error = error
     trainer = L.Trainer(
