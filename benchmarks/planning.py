@@ -20,7 +20,7 @@ PICTURE = Path(__file__).parents[1] / "docs" / "planning.svg"
 
 @dataclass(frozen=True)
 class Measured:
-    """A cell that was run on H200 at Qwen3-30B-A3B's width, compiled, in bf16-mixed."""
+    """A cell that was run on H200, compiled, in bf16-mixed: layers of a model, and what they did."""
 
     ranks: int
     layers: int
@@ -29,14 +29,32 @@ class Measured:
     rate: int
     gib: float
     settings: dict[str, Any] = field(default_factory=dict)
+    cap_gib: float | None = None
+    model: str = "Qwen/Qwen3-30B-A3B"
 
     @property
     def case(self) -> Case:
         shape = (self.layers, self.batch, self.sequence, self.ranks)
-        return Case(QWEN3_30B_A3B, *shape, **self.settings)
+        return Case(find_model(self.model).widths, *shape, **self.settings)
+
+    @property
+    def estimate(self) -> tuple[float, float]:
+        """Tokens/s per GPU, and GiB."""
+        gib = peak_gib(self.case, allocatable_gib(GPUS["H200"], self.cap_gib))
+        return tokens_per_second(self.case, GPUS["H200"]), gib
+
+    @property
+    def what(self) -> str:
+        """Its layout, what is recomputed, and what is trained."""
+        case = self.case
+        sizes = ", ".join(f"{name}={size}" for name in ("tp", "cp") if (size := getattr(case, name)) > 1)
+        lora = f"LoRA of {'all' if case.lora_experts else 'attention'} r={case.lora_rank}" if case.lora_rank else ""
+        times = f"{case.accumulate} micro-batches" if case.accumulate > 1 else ""
+        again = case.recompute if case.recompute != "none" else ""
+        return ", ".join(part for part in (f"ep={case.ep}", sizes, again, times, lora) if part)
 
 
-# benchmarks/results/2026-11-24-node.md (1 GPU) and 2026-11-24-train.md (2 GPUs).
+# benchmarks/results: 2026-11-24-node.md (1 GPU), 2026-11-24-train.md (2 GPUs), 2026-11-29-lora.md.
 MEASURED = (
     Measured(1, 6, 4, 4096, 89_847, 75.2),
     Measured(1, 6, 4, 4096, 83_596, 71.9, {"recompute": "selective"}),
@@ -52,6 +70,9 @@ MEASURED = (
     Measured(2, 12, 1, 16_384, 36_988, 79.1, {"ep": 2}),
     Measured(2, 12, 1, 65_536, 17_268, 97.3, {"ep": 2, "cp": 2}),
     Measured(2, 12, 1, 65_536, 16_497, 93.5, {"cp": 2}),
+    Measured(1, 48, 4, 4096, 18_876, 63.9, {"recompute": "full", "lora_rank": 16, "lora_experts": False}, 76.0),
+    Measured(1, 48, 4, 4096, 15_057, 67.8, {"recompute": "full", "lora_rank": 8}, 76.0),
+    Measured(1, 48, 1, 4096, 7_691, 59.9, {"recompute": "full", "lora_rank": 16, "lora_experts": False}, 76.0),
 )
 # Others' figures for the whole model on H100 at 4,096 tokens: GPUs, tokens/s per GPU, whose.
 PUBLISHED = ((8, 12_040, "NeMo Automodel"), (16, 13_011, "Megatron-Bridge"))
@@ -64,13 +85,11 @@ def table() -> str:
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for one in MEASURED:
-        case = one.case
-        rate, gib = tokens_per_second(case, GPUS["H200"]), peak_gib(case, allocatable_gib(GPUS["H200"]))
-        cp = f", cp={case.cp}" if case.cp > 1 else ""
-        again = f", {case.recompute}" if case.recompute != "none" else ""
-        tokens = f"{one.batch} x {one.sequence:,}" + (" on both" if case.cp > 1 else "")
+        rate, gib = one.estimate
+        name = "" if one.model == MEASURED[0].model else f" of {one.model.rpartition('/')[2]}"
+        tokens = f"{one.batch} x {one.sequence:,}" + (" on both" if one.case.cp * one.case.tp > 1 else "")
         lines.append(
-            f"| {one.ranks}, {one.layers} | {tokens} | ep={case.ep}{cp}{again} | {one.rate:,} | {rate:,.0f} | "
+            f"| {one.ranks}, {one.layers}{name} | {tokens} | {one.what} | {one.rate:,} | {rate:,.0f} | "
             f"{one.rate / rate:.2f} | {one.gib} | {gib:.1f} | {one.gib / gib:.2f} |"
         )
     return "\n".join(lines)
@@ -107,7 +126,7 @@ def picture() -> str:
             [
                 (one.case.ep, one.rate, "measured")
                 for one in MEASURED
-                if one.layers == 12 and (one.batch, one.case.recompute) == (4, "none")
+                if one.layers == 12 and one.case == Case(QWEN3_30B_A3B, 12, 4, 4096, 2, ep=one.case.ep)
             ],
         ),
     ]

@@ -38,7 +38,16 @@ _HOST_STEP_MS = 25.0
 _HOST_LAYER_MS = {"none": 6.0, "selective": 8.0, "full": 8.0}
 # NCCL's exchanges, which a rehearsal does not make, and waiting for their other end: two H200 took 159 ms for a step of
 # 12 layers and 1 x 4096 tokens, 28 of them for the optimizer.
-_HOST_EXCHANGE_MS = 2.8
+_HOST_EXCHANGE_MS = 2.2
+# What adapters launch beside that: 48 layers and 1 x 4096 tokens, which the host alone paced, took 533 ms.
+_HOST_LORA_MS = 2.5
+# Where the host and the GPU take about as long, each waits for the other now and then: the step takes the norm of both,
+# of a power that gives what two H200 took for 12 layers and 2 x 4096 tokens at ep=2, 192 ms, of 165 and 152.
+_TOGETHER = 4
+
+# The low-rank products of experts, per layer and 16,384 tokens: one H200 worked 1,042 ms for adapters of all (r=8) and
+# 837 for those of attention, 48 layers, full recompute. They pass over pairs of tokens and experts as glue does.
+_EXPERT_ADAPTERS_MS = 4.2
 
 # Share of its own time by which a collective that arithmetic hides makes that arithmetic longer. Two H200 at ep=1, 12
 # layers and 4 x 4096 tokens: 144 ms of NCCL were hidden, and GEMMs and attention took 38 ms longer than at ep=2.
@@ -51,7 +60,7 @@ _EXPERT_COPY_BYTES = 72
 
 
 def tokens_per_second(case: Case, device: Device) -> float:
-    """Tokens per second and GPU: by the GPU's work, or by the host's where that takes longer.
+    """Tokens per second and GPU: by the GPU's work and the host's, of which the longer one hides most of the other.
 
     With an exchange of tokens the host waits for counts in the first layer until the optimizer step before is done.
     """
@@ -61,7 +70,8 @@ def tokens_per_second(case: Case, device: Device) -> float:
 def rate(case: Case, parts: dict[str, float]) -> float:
     """`tokens_per_second` of a step whose parts are known."""
     waits = parts["AdamW"] + parts["norm"] if case.ep > 1 else 0.0
-    return case.tokens * case.accumulate / max(sum(parts.values()), (host_ms(case) or 0.0) + waits) * 1e3
+    gpu, host = sum(parts.values()), (host_ms(case) or 0.0) + waits
+    return case.tokens * case.accumulate / (gpu**_TOGETHER + host**_TOGETHER) ** (1 / _TOGETHER) * 1e3
 
 
 def step_ms(case: Case, device: Device) -> dict[str, float]:
@@ -76,6 +86,8 @@ def step_ms(case: Case, device: Device) -> dict[str, float]:
     parts = {name: layers[name] * _FORWARD[name] + ms for name, ms in _backward(case, layers).items()}
     parts |= _exchanges(case, device)
     parts["recompute"] = again + parts.pop("exchanges again")
+    if case.lora_rank and case.lora_experts:
+        parts["adapters of experts"] = _EXPERT_ADAPTERS_MS * layers["glue"] / _MEMORY_MS["glue"]
     head = case.tokens * case.widths.hidden * case.widths.vocab / (_MEASURED.tokens * _head(_MEASURED))
     parts["head and loss"] = _HEAD_AND_LOSS_MS * head * _slower(device) * (2 / 3 if case.lora_rank else 1)
     parts = {name: case.accumulate * ms for name, ms in parts.items()}
@@ -101,7 +113,8 @@ def host_ms(case: Case) -> float | None:
     if not case.compile:
         return None
     exchanges = _HOST_EXCHANGE_MS * case.widths.expert_layers(case.layers) if case.ep > 1 else 0.0
-    return _HOST_STEP_MS + case.accumulate * (case.layers * _HOST_LAYER_MS[case.recompute] + exchanges)
+    layer = _HOST_LAYER_MS[case.recompute] + (_HOST_LORA_MS if case.lora_rank else 0.0)
+    return _HOST_STEP_MS + case.accumulate * (case.layers * layer + exchanges)
 
 
 def _slower(device: Device) -> float:

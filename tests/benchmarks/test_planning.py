@@ -10,7 +10,7 @@ import pytest
 
 from benchmarks.planning import MEASURED, PICTURE, by_ep, picture, table
 from lightning_ep import cli
-from lightning_ep.planner import QWEN3_30B_A3B, Case, allocatable_gib, peak_gib, tokens_per_second
+from lightning_ep.planner import QWEN3_30B_A3B, Case, tokens_per_second
 from lightning_ep.planner.devices import GPUS
 
 PAGE = (Path(__file__).parents[2] / "docs" / "planning.md").read_text()
@@ -25,9 +25,8 @@ def test_the_page_has_the_table_and_the_picture_of_today() -> None:
 
 
 def test_estimates_are_as_close_as_the_page_says() -> None:
-    h200 = GPUS["H200"]
-    rates = [one.rate / tokens_per_second(one.case, h200) for one in MEASURED]
-    memory = [one.gib / peak_gib(one.case, allocatable_gib(h200)) for one in MEASURED]
+    rates = [one.rate / one.estimate[0] for one in MEASURED]
+    memory = [one.gib / one.estimate[1] for one in MEASURED]
     assert f"{min(rates):.2f} to {max(rates):.2f} of the estimated speed" in PAGE
     assert f"{min(memory):.2f} to {max(memory):.2f} of the estimated memory" in PAGE
     assert all(0.8 < rate < 1.2 for rate in rates)

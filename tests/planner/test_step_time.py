@@ -26,7 +26,8 @@ def test_the_measured_case_takes_the_measured_parts() -> None:
     weights = sum(parts.pop(name) for name in ("AdamW", "norm", "casts"))
     layers = 12 * (2.9 + 4.0 + 6.0 + 1.7 + 0.8 + 1.0)
     assert sum(parts.values()) == pytest.approx(layers + 55, rel=1e-4)
-    assert tokens_per_second(PAIR, H200) == pytest.approx(4 * 4096 / (layers + 55 + weights) * 1e3, rel=1e-4)
+    # The host takes less than half of that, and delays it by little.
+    assert tokens_per_second(PAIR, H200) == pytest.approx(4 * 4096 / (layers + 55 + weights) * 1e3, rel=0.02)
     # The budget of the design, 55,000 tokens/s, has another optimizer, casts its gradients, and does not clip.
     assert weights == pytest.approx(12 * 0.9 + 32, rel=0.1)
 
@@ -90,6 +91,10 @@ def test_time_of_recompute_and_of_sharded_experts() -> None:
         (_case((1, 4_096), 2, 12, ep=2), 25_708),
         (_case((1, 65_536), 2, 12, ep=2, cp=2), 17_268),
         (_case((4, 4_096), 2, 12, ep=2, recompute="full"), 46_702),
+        (_case((2, 4_096), 2, 12, ep=2), 42_686),  # where host and GPU take about as long
+        (_case((4, 4_096), 1, recompute="full", lora_rank=16, lora_experts=False), 18_876),
+        (_case((4, 4_096), 1, recompute="full", lora_rank=8), 15_057),
+        (_case((1, 4_096), 1, recompute="full", lora_rank=16, lora_experts=False), 7_691),
     ],
 )
 def test_estimates_are_close_to_what_gpus_measured(case: Case, rate: float) -> None:
@@ -103,7 +108,13 @@ def test_a_short_step_waits_for_the_host() -> None:
     assert sum(parts.values()) < host
     # Counts of rows come when the GPU has finished the optimizer step before.
     waits = parts["AdamW"] + parts["norm"]
-    assert tokens_per_second(case, H200) == pytest.approx(4096 / (host + waits) * 1e3)
+    gpu, alone = sum(parts.values()), host + waits
+    assert 0.9 * alone < gpu < alone  # either waits for the other: more than the longer, less than both
+    assert 1.1 * alone < 4096 / tokens_per_second(case, H200) * 1e3 < 1.3 * alone
+    short = _case((1, 1024), ep=8)
+    host = host_ms(short)
+    assert host is not None
+    assert tokens_per_second(short, H200) == pytest.approx(1024 / (host + waits) * 1e3, rel=0.02)
     # Rank 0 of eight, rehearsed without exchanges, took 353 ms.
     without_exchanges = host_ms(dataclasses.replace(case, ep=1))
     assert without_exchanges is not None
