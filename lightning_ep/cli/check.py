@@ -31,8 +31,10 @@ from lightning_ep_start import recipes
 # In fp32 a right layout differs by 1e-6. A token two of whose experts are as good as each other may go to the other
 # one, which is about 1e-2 of a layer's gradient: what routers choose is compared, too.
 _TOLERANCE, _TOLERANCE_IF_MOVED, _MOVED = 1e-3, 5e-2, 1e-3
-# In bf16 choices between experts that differ by 1e-2 are made otherwise, and what follows from them differs.
-_TOLERANCE_BF16, _MOVED_BF16 = 0.1, 0.1
+# In bf16 choices between experts that differ by 1e-2 are made otherwise, and what follows from them differs: two H200
+# made 0.7 % of the choices of four layers of Qwen3-30B-A3B otherwise, and differed by 8e-3 and (gradients) 1.4e-2.
+_TOLERANCE_BF16, _MOVED_BF16 = 0.05, 0.05
+_TOLERANCE_BF16_ONE = 0.4  # of the gradients of one router, which see those choices most: 0.1 with tiny models
 _OF_MEMORY = 0.4  # of what is free; activations and buffers take some
 
 Size = int | Literal["auto"]
@@ -162,7 +164,12 @@ def _in_bf16(found: Comparison) -> list[tuple[str, str, bool]]:
         ("in bf16: experts chosen", f"{found.moved:.1%} others", found.moved <= _MOVED_BF16),
         ("in bf16: logits", f"{found.logits:.1e} of their norm", found.logits <= _TOLERANCE_BF16),
         ("in bf16: norm of expert gradients", norms, _close(found, _TOLERANCE_BF16)),
-        ("in bf16: all gradients", f"{found.gradients:.1e} of their norm", found.gradients <= 3 * _TOLERANCE_BF16),
+        (
+            "in bf16: the largest difference",
+            f"{found.gradient:.1e} of {found.parameter}",
+            found.gradient <= _TOLERANCE_BF16_ONE,
+        ),
+        ("in bf16: all gradients", f"{found.gradients:.1e} of their norm", found.gradients <= 2 * _TOLERANCE_BF16),
     ]
 
 

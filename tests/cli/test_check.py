@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from transformers import AutoConfig
 
 from lightning_ep import cli
@@ -31,14 +32,16 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(folder)
 
 
-def _check(arguments: list[str], fault: float = 1.0) -> tuple[Any, str]:
-    """How the command ends on this rank, and what it prints; rows that come home may be planted wrong."""
+def _check(arguments: list[str], fault: float = 1.0, of: torch.dtype | None = None) -> tuple[Any, str]:
+    """How the command ends on this rank, and what it prints; rows (of a dtype) that come home may be planted wrong."""
     out, combine = io.StringIO(), AllToAllDispatcher.combine
+
+    def wrong(self: Any, plan: Any, rows: torch.Tensor, hop: Any) -> Any:
+        return combine(self, plan, fault * rows if of in (None, rows.dtype) else rows, hop)
+
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out):
         if fault != 1:
-            patch.setattr(
-                AllToAllDispatcher, "combine", lambda self, plan, rows, hop: combine(self, plan, fault * rows, hop)
-            )
+            patch.setattr(AllToAllDispatcher, "combine", wrong)
         try:
             cli.main(["check", *arguments])
         except SystemExit as ended:
@@ -46,8 +49,8 @@ def _check(arguments: list[str], fault: float = 1.0) -> tuple[Any, str]:
     return 0, out.getvalue()
 
 
-def _on_ranks(world: int, *arguments: str, fault: float = 1.0) -> tuple[list[Any], str]:
-    ended = run_ranks(world, _check, list(arguments), fault, init_process_group=False)
+def _on_ranks(world: int, *arguments: str, fault: tuple[Any, ...] = ()) -> tuple[list[Any], str]:
+    ended = run_ranks(world, _check, list(arguments), *fault, init_process_group=False)
     assert not any(shown for _, shown in ended[1:]), "the first rank prints"
     return [code for code, _ in ended], ended[0][1]
 
@@ -67,9 +70,12 @@ def test_right_layouts_pass(world: int, sizes: str, tiny: str) -> None:
     assert codes == [0] * world
     assert shown.endswith("passed\n")
     assert "FAIL" not in shown
-    errors = [float(text) for text in re.findall(r"(\d\.\de[-+]\d+) of ", shown)]
+    errors = {
+        bool(bf16): float(text) for bf16, text in re.findall(r"^pass +(in bf16)?.* (\d\.\de[-+]\d+) of ", shown, re.M)
+    }
     assert len(errors) == 2
-    assert max(errors) < 1e-4
+    assert errors[False] < 1e-4 < errors[True]
+    assert re.search(r"experts that routers choose +as on one process", shown)
     norms = re.search(r"norm of expert gradients +(\S+), on one process (\S+)", shown)
     assert norms is not None
     assert float(norms[1]) == pytest.approx(float(norms[2]), rel=1e-4)
@@ -82,11 +88,20 @@ def test_right_layouts_pass(world: int, sizes: str, tiny: str) -> None:
     assert re.search(r"pass +link \w+=2, all-to-all +[\d.]+ GB/s per rank", shown)
 
 
-def test_a_layout_that_computes_something_else_ends_with_1_and_says_what(tiny: str) -> None:
-    codes, shown = _on_ranks(2, "--model_name_or_path", tiny, "--ep_size", "2", "--seq_len", "32", fault=1.02)
+@pytest.mark.parametrize(
+    ("fault", "wrong", "right"),
+    [
+        ((1.02,), r"gradients, the largest difference: \d\.\de-02 of model\.layers\.", "in bf16: logits"),
+        ((1.5, torch.bfloat16), "in bf16: norm of expert gradients: ", "gradients, the largest difference"),
+    ],
+)
+def test_what_computes_something_else_ends_with_1_and_says_what(
+    fault: tuple[Any, ...], wrong: str, right: str, tiny: str
+) -> None:
+    codes, shown = _on_ranks(2, "--model_name_or_path", tiny, "--ep_size", "2", "--seq_len", "32", fault=fault)
     assert codes == [1, 1]
-    assert re.search(r"FAIL +gradients, the largest difference", shown)
-    assert re.search(r"FAILED: .*gradients, the largest difference: \d\.\de-02 of model\.layers\.", shown)
+    assert re.search(rf"^FAILED: .*{wrong}", shown, re.MULTILINE), shown
+    assert re.search(rf"^pass +{right}", shown, re.MULTILINE), shown
 
 
 def test_one_process_and_a_recipe(tiny: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
