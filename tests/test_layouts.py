@@ -9,6 +9,7 @@ import pytest
 import torch.distributed as dist
 
 from lightning_ep import ParallelLayout
+from lightning_ep.layout import Place
 from tests.parity import assert_trains_like_one_process
 from tests.ranks import device, run_ranks
 
@@ -90,6 +91,28 @@ def test_both_views_of_the_ranks() -> None:
     assert ParallelLayout.resolve("auto", "auto", 16, 16, replicate=2).ep == 8
     assert ParallelLayout.resolve("auto", "auto", 16, 8, replicate=2).ep == 8
     assert ParallelLayout.resolve("auto", 2, 16, 8, replicate=2).ep == 4
+
+
+def _coordinates(sizes: dict[str, int]) -> tuple[Place, dict[str, int], int]:
+    """Where the layout says that this rank is, and where the meshes say; the first rank that shares its batch."""
+    layout = ParallelLayout(8, **sizes)
+    meshes = layout.build_meshes(device().type)
+    found: dict[str, int] = {}
+    for mesh in (meshes.expert, meshes.dense, meshes.cp):
+        names = (mesh.mesh_dim_names or ()) if mesh is not None else ()
+        found |= {name: mesh.get_local_rank(name) for name in names if mesh is not None}
+    peers = [rank for rank in range(8) if layout.place(rank).data == layout.place(dist.get_rank()).data]
+    return layout.place(dist.get_rank()), found, peers[0]
+
+
+def test_a_place_is_that_of_the_meshes() -> None:
+    sizes = {"ep": 2, "fsdp": 2, "replicate": 2, "tp": 2, "cp": 2}
+    for rank, (place, found, first) in enumerate(run_ranks(8, _coordinates, sizes)):
+        assert found == {
+            "replicate": place.replicate, "fsdp": place.fsdp, "ep": place.ep, "cp": place.cp, "tp": place.tp,
+            "dp_cp": rank % 4 // 2,
+        }  # fmt: skip
+        assert first == rank // 4 * 4
 
 
 def _communicators() -> tuple[bool, bool, list[timedelta]]:
