@@ -9,7 +9,6 @@ import pytest
 import torch.distributed as dist
 
 from lightning_ep import ParallelLayout
-from lightning_ep.layout import Place
 from tests.parity import assert_trains_like_one_process
 from tests.ranks import device, run_ranks
 
@@ -93,26 +92,23 @@ def test_both_views_of_the_ranks() -> None:
     assert ParallelLayout.resolve("auto", 2, 16, 8, replicate=2).ep == 4
 
 
-def _coordinates(sizes: dict[str, int]) -> tuple[Place, dict[str, int], int]:
-    """Where the layout says that this rank is, and where the meshes say; the first rank that shares its batch."""
-    layout = ParallelLayout(8, **sizes)
-    meshes = layout.build_meshes(device().type)
-    found: dict[str, int] = {}
-    for mesh in (meshes.expert, meshes.dense, meshes.cp):
-        names = (mesh.mesh_dim_names or ()) if mesh is not None else ()
-        found |= {name: mesh.get_local_rank(name) for name in names if mesh is not None}
-    peers = [rank for rank in range(8) if layout.place(rank).data == layout.place(dist.get_rank()).data]
-    return layout.place(dist.get_rank()), found, peers[0]
+@pytest.mark.parametrize("rank", range(8))
+def test_a_place_is_that_of_the_meshes(rank: int) -> None:
+    from torch.testing._internal.distributed.fake_pg import FakeStore
 
-
-def test_a_place_is_that_of_the_meshes() -> None:
-    sizes = {"ep": 2, "fsdp": 2, "replicate": 2, "tp": 2, "cp": 2}
-    for rank, (place, found, first) in enumerate(run_ranks(8, _coordinates, sizes)):
-        assert found == {
-            "replicate": place.replicate, "fsdp": place.fsdp, "ep": place.ep, "cp": place.cp, "tp": place.tp,
-            "dp_cp": rank % 4 // 2,
-        }  # fmt: skip
-        assert first == rank // 4 * 4
+    layout = ParallelLayout(8, ep=2, fsdp=2, replicate=2, tp=2, cp=2)
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=8)
+    try:
+        meshes, found = layout.build_meshes("cpu"), dict[str, int]()
+        for mesh in (meshes.expert, meshes.dense, meshes.cp):
+            assert mesh is not None
+            found |= {name: mesh.get_local_rank(name) for name in mesh.mesh_dim_names or ()}
+    finally:
+        dist.destroy_process_group()
+    place = layout.place(rank)
+    assert found.pop("dp_cp") == rank // 2 % 2
+    assert found == {name: getattr(place, name) for name in ("replicate", "fsdp", "ep", "cp", "tp")}
+    assert place.data == rank // 4
 
 
 def _communicators() -> tuple[bool, bool, list[timedelta]]:

@@ -43,14 +43,14 @@ def planned_case(
     if shape is None:
         raise ValueError("batches have no input_ids of two dimensions")
     widths, layers = read_widths(models[0].config.to_dict())
-    rank, experts = _adapters(models[0], widths, layers)
+    rank, experts = planned_adapters(models[0], widths, layers)
     return Case(
         widths, layers, *shape, layout.world_size, layout.ep, layout.cp, str(module.trainer.precision), mode, compile,
         layout.tp, layout.replicate, module.trainer.accumulate_grad_batches, module.trainer.num_devices, rank, experts,
     )  # fmt: skip
 
 
-def _adapters(model: PreTrainedModel, widths: ModelWidths, layers: int) -> tuple[int, bool]:
+def planned_adapters(model: PreTrainedModel, widths: ModelWidths, layers: int) -> tuple[int, bool]:
     """The rank of adapters, and whether experts have some; 0 if all weights are trained.
 
     Raises:

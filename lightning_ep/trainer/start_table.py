@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import textwrap
 from collections.abc import Iterator
 
 import torch
@@ -45,12 +46,17 @@ def say_start(
     if trainer.global_rank != 0 or not any(isinstance(one, ModelSummary) for one in trainer.callbacks):  # type: ignore[attr-defined]
         return
     rows: list[tuple[str, str]] = []
+    how = (module, layout, mode, compile, shape)
     try:
-        for row in (*_facts(module, layout, mode, compile, shape), *_estimates(module, layout, mode, compile, shape)):
-            rows.append(row)
+        rows += _facts(*how)
+        rows += _estimates(*how)
     except Exception as error:  # what only says something must not end a run
-        rows.append(("not known", f"the rest: {type(error).__name__}: {error}"))
-    rank_zero_info("\n".join(["Training starts:", *(f"  {name:<11} {what}" for name, what in rows)]))
+        rows.append(("estimates", f"none: {type(error).__name__}: {error}"))
+    rank_zero_info("\n".join(["Training starts:", *(_wrapped(name, what) for name, what in rows)]))
+
+
+def _wrapped(name: str, what: str) -> str:
+    return textwrap.fill(f"  {name:<11} {what}", 118, subsequent_indent=" " * 14, break_on_hyphens=False)
 
 
 def _facts(
@@ -82,11 +88,20 @@ def _parameters(model: PreTrainedModel) -> str:
     total, trained = (sum(p.numel() for p in some) for some in (params, (p for p in params if p.requires_grad)))
     config = model.config.get_text_config(decoder=True)
     top_k, experts = getattr(config, "num_experts_per_tok", None), _num_experts(model)
-    said = f"{total / 1e9:,.3f} B"
+    said = _rounded(total)
     if top_k and experts:
         each = sum(p.numel() for module in adapter.experts_modules(model).values() for p in module.parameters())
-        said += f", {(total - each * (experts - top_k) / experts) / 1e9:,.3f} B active: {top_k} of {experts} experts"
-    return f"{said}; {'all are trained' if trained == total else f'{trained / 1e9:,.3f} B are trained'}"
+        active = total - each * (experts - top_k) // experts
+        said += f", {_rounded(active)} active: {top_k} of {experts} experts"
+    return f"{said}; {'all are trained' if trained == total else f'{_rounded(trained)} are trained'}"
+
+
+def _rounded(count: int) -> str:
+    """30,532,122,624 as 30.53 B."""
+    for size, name in ((10**9, "B"), (10**6, "M")):
+        if count >= size:
+            return f"{count / size:,.2f} {name}"
+    return f"{count:,}"
 
 
 def _num_experts(model: PreTrainedModel) -> int:
@@ -142,9 +157,9 @@ def _estimates(
     )  # fmt: skip
     parts = ", ".join(f"{name} {gib:.1f}" for name, gib in now.memory.items() if gib >= 0.05)
     fits = "" if now.gib <= request.planned_gib else ", MORE THAN FITS"
-    yield "estimates", f"{now.gib:.1f} of {request.limit_gib:.0f} GiB{fits}: {parts}"
+    yield "memory", f"estimated {now.gib:.1f} of {request.limit_gib:.0f} GiB{fits}: {parts}"
     if compile:
-        yield "", f"{now.rate:,.0f} tokens/s per GPU, {now.mfu:.0%} MFU (docs/planning.md says how far off they were)"
+        yield "speed", f"estimated {now.rate:,.0f} tokens/s per GPU, {now.mfu:.0%} MFU"
         change = better(now, request)
         if change is not None:
             yield "may be better", _change(now, change)
@@ -153,7 +168,7 @@ def _estimates(
 def _known_gpu(device: torch.device) -> Device:
     gpu = gpu_of_process() if device.type == "cuda" else None
     if gpu is None:
-        raise ValueError("they are of GPUs")
+        raise ValueError("there is no GPU")
     if find_device(torch.cuda.get_device_name()) is None:
         raise ValueError(f"{torch.cuda.get_device_name()} is not known to the planner")
     return gpu
@@ -162,7 +177,7 @@ def _known_gpu(device: torch.device) -> Device:
 def _check_optimizers(trainer: Trainer) -> None:
     for optimizer in trainer.optimizers:
         if not isinstance(optimizer, AdamW):
-            raise ValueError(f"they are of AdamW, and this is {type(optimizer).__name__}")
+            raise ValueError(f"they are of AdamW, and the optimizer is {type(optimizer).__name__}")
 
 
 def _change(now: Estimate, then: Estimate) -> str:
@@ -182,5 +197,5 @@ def _change(now: Estimate, then: Estimate) -> str:
     )
     return (
         f"{changes} is estimated at {then.rate:,.0f} tokens/s per GPU, {then.rate / now.rate:.2f} times as many, and "
-        f"{then.gib:.1f} GiB"
+        f"{then.gib:.1f} GiB (`lightning-ep plan` compares layouts)"
     )
