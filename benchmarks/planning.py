@@ -2,7 +2,7 @@
 
     python -m benchmarks.planning
 
-It writes docs/planning.svg and prints the table. The measured figures are those of benchmarks/results.
+It writes docs/planning.svg and prints the tables. The measured figures are those of benchmarks/results.
 """
 
 from __future__ import annotations
@@ -106,6 +106,17 @@ def by_ep(ranks: int, sequence: int) -> list[tuple[int, float]]:
     return sorted(best.items())
 
 
+def question() -> str:
+    """Whether EP is worth it, and across nodes: the best of every ep, by GPUs and tokens."""
+    lines = [f"| GPUs, tokens per sequence | {' | '.join(f'ep={ep}' for ep in _EPS)} |", "|---|" + "---|" * len(_EPS)]
+    for ranks in (8, 16):
+        for sequence in (4096, 32_768):
+            rates = dict(by_ep(ranks, sequence))
+            found = " | ".join(f"{rates[ep]:,.0f}" if ep in rates else "" for ep in _EPS)
+            lines.append(f"| {ranks}, {sequence:,} | {found} |")
+    return "\n".join(lines)
+
+
 _WIDTH, _HEIGHT, _GAP, _TOP = 250, 190, 55, 40
 _EPS = (1, 2, 4, 8, 16)
 
@@ -180,7 +191,7 @@ def _panel(
 def main() -> None:
     """Writes the picture and prints the table."""
     PICTURE.write_text(picture())
-    print(table())
+    print(question(), table(), sep="\n\n")
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 import yaml
 from torch.distributed.fsdp import MixedPrecisionPolicy
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, PreTrainedConfig
 
 from lightning_ep.cli.compared import Comparison, compare, cut_to_fit, on_one_process
 from lightning_ep.cli.links import Link, measure_links
@@ -35,6 +35,7 @@ _TOLERANCE, _TOLERANCE_IF_MOVED, _MOVED = 1e-3, 5e-2, 1e-3
 # made 0.7 % of the choices of four layers of Qwen3-30B-A3B otherwise, and differed by 8e-3 and (gradients) 1.4e-2.
 _TOLERANCE_BF16, _MOVED_BF16 = 0.05, 0.05
 _TOLERANCE_BF16_ONE = 0.4  # of the gradients of one router, which see those choices most: 0.1 with tiny models
+_LEAST_TOKENS = 16
 _OF_MEMORY = 0.4  # of what is free; activations and buffers take some
 
 Size = int | Literal["auto"]
@@ -70,6 +71,8 @@ def check(
     """
     if model_name_or_path is None:
         raise ValueError("check needs --model_name_or_path: a directory, a hub id, a config.json or a recipe.")
+    if seq_len < _LEAST_TOKENS:
+        raise ValueError(f"--seq_len {seq_len}: so few tokens say little of routers; use {_LEAST_TOKENS} or more.")
     name, sizes = _asked(model_name_or_path)
     given = {"ep": ep_size, "fsdp": fsdp_size, "replicate": replicate, "tp": tp_size, "cp": cp_size}
     sizes |= {size: value for size, value in given.items() if value is not None}
@@ -103,8 +106,15 @@ def _asked(name: str) -> tuple[str, dict[str, Any]]:
 
 def _config(name: Any) -> PreTrainedConfig:
     """The configuration of the whole model; of one that `plan` knows without the network."""
-    if isinstance(name, dict):  # a recipe's own
-        return config_of(name)
+    config = config_of(name) if isinstance(name, dict) else _named_config(name)  # a recipe's own
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise ValueError(
+            f"{name}: {config.model_type} is no causal language model of transformers, which is what is checked."
+        )
+    return config
+
+
+def _named_config(name: str) -> PreTrainedConfig:
     short = {entry.rpartition("/")[2].lower(): entry for entry in shipped()}
     if not Path(name).exists() and (name in shipped() or name.lower() in short):
         return AutoConfig.for_model(**find_model(name).config)

@@ -11,11 +11,11 @@ from pathlib import Path
 
 from lightning_ep.planner import report
 from lightning_ep.planner.candidates import Request, choose, fitting, smallest
-from lightning_ep.planner.devices import GPUS
+from lightning_ep.planner.devices import GPUS, find_device
 from lightning_ep.planner.families import find_model, shipped
 from lightning_ep.planner.recipe import write_recipe
 from lightning_ep_start import fail
-from lightning_ep_start.recipes import Parser
+from lightning_ep_start.recipes import Parser, names
 
 _EXAMPLE = "lightning-ep plan Qwen/Qwen3-30B-A3B --gpus 16 --gpu H100 --sequence_length 32768 --tokens_per_step 1048576"
 
@@ -73,9 +73,11 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _request(options: argparse.Namespace) -> Request:
-    if options.gpu not in GPUS:
+    device = GPUS.get(options.gpu.upper()) or find_device(options.gpu)
+    if device is None:
         raise ValueError(f"--gpu {options.gpu} is not known; choose one of {', '.join(GPUS)}.")
-    device = GPUS[options.gpu]
+    if options.model in names() or options.model.endswith((".yaml", ".yml")):
+        raise ValueError(f"{options.model} is a recipe; plan takes a model, such as its model.init_args.model.")
     if options.network_gbps is not None:
         device = dataclasses.replace(device, network=_positive("--network_gbps", options.network_gbps) * 1e9 / 8)
     if options.memory_gib is not None:

@@ -62,7 +62,8 @@ def reasons(request: Request, found: list[Estimate], chosen: Estimate) -> Iterat
     """Why it is chosen, what it takes, and what the alternatives would cost."""
     yield _why(found, chosen)
     parts = ", ".join(f"{name} {size:.1f}" for name, size in chosen.memory.items() if size >= 0.05)
-    yield f"Memory per GPU, GiB: {parts}; {request.limit_gib - chosen.gib:.1f} left of {request.limit_gib:.0f}."
+    left = f"{request.limit_gib - chosen.gib:.1f} left of {request.limit_gib:.0f}"
+    yield f"Memory per GPU, GiB: {parts or 'less than 0.05 of each'}; {left}."
     work = sum(chosen.parts.values())
     large = {name: ms for name, ms in chosen.parts.items() if ms >= 0.01 * work}
     shares = ", ".join(f"{name} {ms / work:.0%}" for name, ms in sorted(large.items(), key=lambda item: -item[1]))
@@ -84,11 +85,12 @@ def unmeasured(request: Request, chosen: Estimate) -> str:
         "the network": case.ranks > case.node,
         "these widths": (request.model.widths.hidden, request.model.widths.moe_intermediate) != (2048, 768),
         "tp": case.tp > 1,
+        "accumulation": case.accumulate > 1,
         "replicate": case.replicate > 1,
         "cp > 2": case.cp > 2,
         "linear attention": request.model.widths.linear is not None,
         "kernels of experts that are not fused": not request.model.family.fused,
-        "LoRA": case.lora_rank > 0,
+        "LoRA beyond 2 GPUs": case.lora_rank > 0 and case.ranks > 2,
     }
     missing = ", ".join(name for name, is_so in named.items() if is_so)
     return (
@@ -167,7 +169,7 @@ def _without(found: list[Estimate]) -> Iterator[str]:
     """Whether EP is worth it."""
     without, with_ep = best(one for one in found if one.case.ep == 1), best(one for one in found if one.case.ep > 1)
     if with_ep is None:
-        yield "Is EP worth it: no layout with it fits."
+        yield "Is EP worth it: no layout with it exists that fits."
     elif without is None:
         yield "Is EP worth it: without it (ep=1, FSDP2 alone) nothing fits."
     else:

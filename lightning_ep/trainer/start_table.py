@@ -162,7 +162,7 @@ def _estimates(
         yield "speed", f"estimated {now.rate:,.0f} tokens/s per GPU, {now.mfu:.0%} MFU"
         change = better(now, request)
         if change is not None:
-            yield "may be better", _change(now, change)
+            yield "advice", _change(now, change)
 
 
 def _known_gpu(device: torch.device) -> Device:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.planning import MEASURED, PICTURE, by_ep, picture, table
+from benchmarks.planning import MEASURED, PICTURE, by_ep, picture, question, table
 from lightning_ep import cli
 from lightning_ep.planner import QWEN3_30B_A3B, Case, tokens_per_second
 from lightning_ep.planner.devices import GPUS
@@ -19,6 +19,7 @@ SHOWN = re.findall(r"```bash\n(lightning-ep plan [^`]*?)```\n\n```text\n(.*?)```
 
 def test_the_page_has_the_table_and_the_picture_of_today() -> None:
     assert table() in PAGE, "python -m benchmarks.planning prints it"
+    assert question() in PAGE, "python -m benchmarks.planning prints it"
     assert PICTURE.read_text() == picture(), "python -m benchmarks.planning draws it"
     assert f"({PICTURE.name})" in PAGE
     assert [ep for ep, _ in by_ep(8, 4096)] == [1, 2, 4, 8]

@@ -14,14 +14,17 @@ import torch
 from transformers import AutoConfig
 
 from lightning_ep import cli
+from lightning_ep.cli.check import _config
 from lightning_ep.cli.compared import cut_to_fit
 from lightning_ep.cli.links import Link
 from lightning_ep.moe.dispatch.all_to_all import AllToAllDispatcher
 from lightning_ep.planner import find_model
+from lightning_ep.planner.families import shipped
 from tests.ranks import run_ranks
 from tests.reference import tiny_config
 from tests.talking import on_two_ranks
 
+PAGE = re.findall(r"```text\n(.*?)```", (Path(__file__).parents[2] / "docs" / "planning.md").read_text(), re.DOTALL)
 pytestmark = [pytest.mark.usefixtures("on_the_tests_device"), on_two_ranks]
 
 
@@ -55,6 +58,10 @@ def _on_ranks(world: int, *arguments: str, fault: tuple[Any, ...] = ()) -> tuple
     return [code for code, _ in ended], ended[0][1]
 
 
+def _without_figures(text: str) -> str:
+    return re.sub(r"(?<=of )model\S+|\d+(\.\d+)?(e[-+]\d+)?", "#", text)
+
+
 @pytest.mark.parametrize(
     ("world", "sizes"),
     [
@@ -69,6 +76,8 @@ def test_right_layouts_pass(world: int, sizes: str, tiny: str) -> None:
     codes, shown = _on_ranks(world, "--model_name_or_path", tiny, *f"--seq_len 32 {sizes}".split())
     assert codes == [0] * world
     assert shown.endswith("passed\n")
+    if sizes == "--ep_size 2":
+        assert _without_figures(shown) in [_without_figures(block) for block in PAGE]
     assert "FAIL" not in shown
     errors = [float(text) for text in re.findall(r"^pass .* (\d\.\de[-+]\d+) of ", shown, re.MULTILINE)]
     assert len(errors) == 5
@@ -114,14 +123,34 @@ def test_one_process_and_a_recipe(tiny: str, tmp_path: Path, capsys: pytest.Capt
     [
         ([], "check needs --model_name_or_path"),
         (["--ep_size", "3"], r"ep=3 is 3, but there are 1 processes"),
+        (["--ep_size", "1", "--seq_len", "1"], "--seq_len 1: so few tokens"),
+        (["--model_name_or_path", "nothing/there"], "nothing/there is no model that can be opened here: .*Qwen3-30B"),
+        (["--model_name_or_path", "{vision}"], "qwen3_vl_moe is no causal language model"),
     ],
 )
 def test_what_cannot_be_checked_is_refused(
-    arguments: list[str], message: str, tiny: str, capsys: pytest.CaptureFixture[str]
+    arguments: list[str],
+    message: str,
+    tiny: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    vision = tmp_path / "config.json"
+    vision.write_text(json.dumps({"model_type": "qwen3_vl_moe"}))
     model = ["--model_name_or_path", tiny] if arguments else []
-    assert _check([*model, *arguments])[0] == 2
+    assert _check([*model, *(word.replace("{vision}", str(vision)) for word in arguments)])[0] == 2
     assert re.search(message, capsys.readouterr().err)
+
+
+def test_models_that_plan_knows_need_no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(AutoConfig, "from_pretrained", lambda *_: pytest.fail("the hub was asked"))
+    for name, about in shipped().items():
+        for asked in (name, name.rpartition("/")[2].lower()):
+            config = _config(asked)
+            assert config.model_type == about["config"]["model_type"]
+            assert config.num_hidden_layers == about["config"]["num_hidden_layers"]
 
 
 def test_a_large_model_is_cut_until_it_fits() -> None:

@@ -65,6 +65,11 @@ def test_faster_networks_and_larger_memories_are_seen(capsys: pytest.CaptureFixt
     assert rate("--skew", "2") < plain
 
 
+def test_gpus_have_the_names_that_people_and_drivers_give_them(capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("h100", "NVIDIA H100 80GB HBM3"):
+        assert "8 x H100, 1 node" in _plan(capsys, "qwen3-30b-a3b", "--gpus", "8", "--gpu", name)[1]
+
+
 def test_what_does_not_fit_ends_with_1_and_what_would(capsys: pytest.CaptureFixture[str]) -> None:
     code, shown = _plan(capsys, "Qwen/Qwen3-235B-A22B", "--gpus", "8")
     assert code == 1
@@ -82,6 +87,8 @@ def test_what_does_not_fit_ends_with_1_and_what_would(capsys: pytest.CaptureFixt
         (["Qwen/Qwen3-30B-A3B"], "--gpus"),
         (["Qwen/Qwen3-30B-A3B", "--gpus", "0"], "0: must be a positive integer"),
         (["Qwen/Qwen3-30B-A3B", "--gpus", "8", "--gpu", "V100"], "--gpu V100 is not known; choose one of A100, H100"),
+        (["quickstart", "--gpus", "8"], "quickstart is a recipe; plan takes a model"),
+        (["mine.yaml", "--gpus", "8"], "mine.yaml is a recipe"),
         (["Qwen/Qwen3-30B-A3B", "--gpus", "8", "--network_gbps", "-1"], "--network_gbps -1: must be positive"),
         (["Qwen/Qwen3-30B-A3B", "--gpus", "8", "--lora_rank", "-1"], "--lora_rank -1: must be positive"),
         (["Qwen/Qwen3-30B-A3B", "--gpus", "8", "--skew", "0.5"], "--skew 0.5: the busiest rank"),

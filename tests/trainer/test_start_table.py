@@ -22,6 +22,7 @@ from tests.reference import tiny_model
 from tests.tiny import SMALL, TinyModule, loader
 
 H100 = GPUS["H100"]
+PAGE = (Path(__file__).parents[2] / "docs" / "planning.md").read_text()
 
 
 class _AdamW(TinyModule):
@@ -58,6 +59,7 @@ def _rows(text: str) -> dict[str, str]:
 def test_a_run_says_once_what_it_does(tmp_path: Path, said: list[str]) -> None:
     _fit(tmp_path, TinyModule())
     (text,) = said
+    assert f"```text\n{text}\n```" in PAGE
     rows, model = _rows(text), tiny_model(**SMALL)
     total = sum(p.numel() for p in model.parameters())
     idle = sum(p.numel() for name, p in model.named_parameters() if ".experts." in name) // 2
@@ -129,6 +131,7 @@ def test_what_may_be_better_is_said_as_a_change_of_the_recipe() -> None:
     assert then.rate > 1.1 * now.rate
     assert then.case.tokens_per_step == case.tokens_per_step
     said = start_table._change(now, then)
+    assert f"```text\n{start_table._wrapped('advice', said)}\n```" in PAGE
     assert f"strategy.init_args.ep: {then.case.ep}, " in said
     assert f"is estimated at {then.rate:,.0f} tokens/s per GPU, {then.rate / now.rate:.2f} times as many" in said
     assert better(then, _request(case)) is None  # what was proposed has nothing better
