@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import os
 import resource
@@ -133,7 +134,7 @@ def _examine(
 ) -> list[str]:
     """Prints what is found, on the first rank, and returns what is wrong, on all."""
     config, cut = cut_to_fit(whole, min(from_all_ranks(_free_bytes(device))))
-    model = from_config(config)
+    model = from_config(copy.deepcopy(config))  # which it changes
     check_rules(model, layout, expert_plan(model))
     meshes = layout.build_meshes(device.type)
     sizes = ", ".join(f"{name}={getattr(layout, name)}" for name in ("ep", "fsdp", "replicate", "tp", "cp"))
