@@ -1,7 +1,8 @@
-"""Runs a cell with transformers alone: its FSDP2, or its all-to-all expert parallelism."""
+"""Runs a cell with transformers: its FSDP2, its all-to-all expert parallelism, or PEFT's adapters on one GPU."""
 
 from __future__ import annotations
 
+import contextlib
 from collections import defaultdict
 from typing import Any
 
@@ -15,21 +16,28 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from transformers import AutoModelForCausalLM
 from transformers.distributed.configuration_utils import DistributedConfig
 
-from benchmarks.cells import TRANSFORMERS_EP, Cell
+from benchmarks.cells import PEFT, TRANSFORMERS_EP, Cell
 from benchmarks.measure import Meter, run_loop
 from benchmarks.workload import Popularity, fill_parameters
+
+_ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
+_EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 
 
 def run(cell: Cell, meter: Meter) -> None:
     """Trains ``meter.num_steps`` steps."""
     model = _build(cell, meter.device)
     meter.read_popularity = Popularity(model).read
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=meter.device.type == "cuda" or None)
+    trained = [param for param in model.parameters() if param.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-5, fused=meter.device.type == "cuda" or None)
+    # As transformers' Trainer with bf16=True: adapters are fp32 and computed with in bf16.
+    amp = torch.autocast(meter.device.type, torch.bfloat16) if cell.base == PEFT else contextlib.nullcontext()
 
     def step(ids_BS: Tensor) -> Tensor:
-        loss = model(input_ids=ids_BS, labels=ids_BS, use_cache=False).loss
+        with amp:
+            loss = model(input_ids=ids_BS, labels=ids_BS, use_cache=False).loss
         loss.backward()
-        _clip(list(model.parameters()), 1.0)
+        _clip(trained, 1.0)
         optimizer.step()
         optimizer.zero_grad()
         return loss.detach()
@@ -44,22 +52,38 @@ def _build(cell: Cell, device: torch.device) -> Any:
     The two functions that it calls before and after it has built the model on meta are called here in its place;
     only the loading is replaced, by `fill_parameters`.
     """
+    if cell.base == PEFT and cell.ranks > 1:
+        raise ValueError(f"{cell.trainer} runs on one GPU, and the cell has {cell.ranks}.")
     with torch.device("meta"):
-        model: Any = AutoModelForCausalLM.from_config(cell.config(), dtype=torch.float32)
-    model.set_experts_implementation("grouped_mm" if device.type == "cuda" else "eager")  # its fast path on each
+        dtype = torch.bfloat16 if cell.base == PEFT else torch.float32
+        model: Any = AutoModelForCausalLM.from_config(cell.config(), dtype=dtype)
+        model.set_experts_implementation("grouped_mm" if device.type == "cuda" else "eager")  # its fast path on each
+        if cell.lora is not None:
+            _add_adapter(model, *cell.lora.split(","))
     with torch.device(device):  # its buffers are no weights: computed on the device, never cast
         model.model.rotary_emb = type(model.model.rotary_emb)(model.config)
     if cell.recompute == "full":
         model.activation_checkpointing_enable()
+        if cell.base == PEFT:
+            model.enable_input_require_grads()
     if cell.compile:
         for layer in model.model.layers:
             # Around the checkpoint of a layer a compiler on GPUs gave up (torch 2.11: not one Triton kernel in the
             # profile); inside of it its parts compile.
             for part in layer.children() if cell.recompute == "full" else [layer]:
                 part.compile()
-    model = _distribute(model, cell, device)
+    if cell.base != PEFT:
+        model = _distribute(model, cell, device)
     fill_parameters(model, device)
     return model.train()
+
+
+def _add_adapter(model: Any, where: str, rank: str) -> None:
+    from peft import LoraConfig
+
+    experts = _EXPERTS if where == "all" else None
+    alpha = 2 * int(rank)
+    model.add_adapter(LoraConfig(r=int(rank), lora_alpha=alpha, target_modules=_ATTENTION, target_parameters=experts))
 
 
 def _distribute(model: Any, cell: Cell, device: torch.device) -> Any:

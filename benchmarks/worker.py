@@ -15,16 +15,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from benchmarks.cells import PEFT, Cell
+from benchmarks.cells import Cell
 from benchmarks.measure import Meter
 from benchmarks.records import machine
 
-_MODULES = {
-    "lightning_ep": "ours",
-    "transformers": "peer_transformers",
-    "torchtitan": "peer_torchtitan",
-    PEFT: "peer_peft",
-}
+_MODULES = {"lightning_ep": "ours", "transformers": "peer_transformers", "torchtitan": "peer_torchtitan"}
 
 
 def main() -> None:
@@ -40,8 +35,7 @@ def main() -> None:
         else:
             torch.set_num_threads(1)
         meter = Meter(cell, device)
-        module = _MODULES.get(cell.base) or _MODULES[cell.trainer.split("/")[0]]
-        importlib.import_module(f"benchmarks.{module}").run(cell, meter)
+        importlib.import_module(f"benchmarks.{_MODULES[cell.trainer.split('/')[0]]}").run(cell, meter)
         _write(path, {"measured": meter.results(), "machine": machine(device)})
     except BaseException as error:
         traceback.print_exc()

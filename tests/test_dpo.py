@@ -169,6 +169,7 @@ def test_training_equals_the_formula(world: int, layout: dict[str, int]) -> None
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(330)  # that of the ranks must come first
 @pytest.mark.parametrize(("world", "layout"), [(1, {"ep": 1}), (2, {"ep": 1}), (2, {"ep": 2, "tp": 2}), (4, {"ep": 2})])
 def test_training_equals_the_formula_on_every_layout(world: int, layout: dict[str, int]) -> None:
     _assert_trains(world, layout, [PLAIN, WINDOW, COMPILED], timeout=300)

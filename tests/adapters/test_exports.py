@@ -218,6 +218,7 @@ def test_merging_takes_the_memory_of_one_parameter(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(230)  # that of the ranks must come first
 @pytest.mark.parametrize(
     ("world", "options", "adapter", "precision"),
     [

@@ -27,6 +27,7 @@ def test_training_equals_peft(world: int, layout: dict[str, int]) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(330)  # that of the ranks must come first
 @pytest.mark.parametrize(
     ("world", "layout"),
     [

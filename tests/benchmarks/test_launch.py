@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from benchmarks import worker
-from benchmarks.cells import Cell
+from benchmarks.cells import SIZES, Cell
 from benchmarks.launch import estimates, mfu, run_cell
 from benchmarks.node import node_cells
 
@@ -32,13 +32,14 @@ def _tiny(trainer: str, ranks: int = 2, **overrides: Any) -> Cell:
         ("lightning_ep/ep=2,tp=2", 2),
         ("transformers/ep+full", 2),
         ("transformers/fsdp2", 1),
+        ("transformers/peft+full", 1),
     ],
 )
 def test_a_cell_measures(trainer: str, ranks: int, tmp_path: Path) -> None:
-    record = run_cell(_tiny(trainer, ranks), 60, tmp_path)
+    record = run_cell(_tiny(trainer, ranks, lora="all,2" if "peft" in trainer else None), 60, tmp_path)
     assert record["status"] == "ok", record
     assert record["tokens_per_second_p10"] <= record["tokens_per_second"] <= record["tokens_per_second_p90"]
-    assert record["first_loss"] == pytest.approx(math.log(128), abs=0.1)
+    assert record["first_loss"] == pytest.approx(math.log(SIZES["tiny"]["vocab_size"]), abs=0.1)
     assert record["launch_ms"] > 0
     assert 1 < record["max_over_mean_tokens_per_expert"] <= 2  # eight experts, top-4
     assert record["device_name"] == "CPU"

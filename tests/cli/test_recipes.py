@@ -169,6 +169,13 @@ def _python(*arguments: str, path: Path = REPOSITORY, **options: Any) -> subproc
     )  # fmt: skip
 
 
+def _logged_by(recipe: str, *options: str, folder: Path) -> str:
+    """Trains by a recipe, in a process and folder of its own, and returns the metrics that it has written there."""
+    done = _python("-m", "lightning_ep", "fit", "--config", recipe, *options, cwd=folder)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return (folder / "runs" / recipe / "version_0" / "metrics.csv").read_text()
+
+
 @pytest.mark.parametrize("start", [["-m", "lightning_ep"], ["-c", "import lightning_ep_start as s; s.main()"]])
 @pytest.mark.parametrize(
     ("arguments", "shown"),
@@ -270,10 +277,7 @@ def test_published_weights_are_trained_further_and_exported(empty: Path) -> None
         "  init_args: {sequence_length: 16, validation_fraction: 0.3}\n"
     )
     options = ["--model.init_args.model", "published", "--trainer.callbacks.init_args.dtype", "float32"]
-    command = ["fit", "--config", "continued_pretraining", "--config", "small", *options, "--ckpt_path", "last"]
-    done = _python("-m", "lightning_ep", *command, cwd=empty)
-    assert done.returncode == 0, done.stdout + done.stderr
-    metrics = (empty / "runs/continued_pretraining/version_0/metrics.csv").read_text()
+    metrics = _logged_by("continued_pretraining", "--config", "small", *options, "--ckpt_path", "last", folder=empty)
     assert "train/loss" in metrics
     assert "val/loss" in metrics
     exported = AutoModelForCausalLM.from_pretrained(empty / "exports" / "continued_pretraining")
@@ -301,10 +305,7 @@ def test_published_weights_are_fine_tuned_on_chats_and_exported(nodes: int, empt
         f"  init_args: {{sequence_length: 32, batch_size: {2 // nodes}, validation_fraction: 0.2}}\n"
     )
     options = ["--model.init_args.model", "published", "--trainer.callbacks.init_args.dtype", "float32"]
-    command = ["fit", "--config", "qwen3_30b_a3b_sft", "--config", "small", *options, "--ckpt_path", "last"]
-    done = _python("-m", "lightning_ep", *command, cwd=empty)
-    assert done.returncode == 0, done.stdout + done.stderr
-    metrics = (empty / "runs/qwen3_30b_a3b_sft/version_0/metrics.csv").read_text()
+    metrics = _logged_by("qwen3_30b_a3b_sft", "--config", "small", *options, "--ckpt_path", "last", folder=empty)
     assert "train/loss" in metrics
     assert "val/loss" in metrics
     exported = AutoModelForCausalLM.from_pretrained(empty / "exports" / "qwen3_30b_a3b_sft")
@@ -328,16 +329,10 @@ def test_adapters_are_trained_on_a_model_of_the_quick_start_and_on_published_wei
     few += ["--trainer.log_every_n_steps", "1"]
     tiny += ["--trainer.accumulate_grad_batches", "1", "--data.batch_size", "1", "--data.validation_fraction", "0.2"]
     chat = ["--data.source", "my_chats.jsonl", "--data.chat_template", "plain"]
-    commands = [
-        ["--config", "quickstart", *few, *export],
-        ["--config", "lora_quickstart", *few, *chat],
-        ["--config", "qwen3_30b_a3b_lora", *few, *tiny, *chat, "--model.model", "runs/quickstart/model"],
-    ]
-    for command in commands:
-        done = _python("-m", "lightning_ep", "fit", *command, cwd=empty)
-        assert done.returncode == 0, done.stdout + done.stderr
-    for name in ("lora_quickstart", "qwen3_30b_a3b_lora"):
-        assert "train/loss" in (empty / f"runs/{name}/version_0/metrics.csv").read_text()
+    _logged_by("quickstart", *few, *export, folder=empty)
+    assert "train/loss" in _logged_by("lora_quickstart", *few, *chat, folder=empty)
+    own = ["--model.model", "runs/quickstart/model"]
+    assert "train/loss" in _logged_by("qwen3_30b_a3b_lora", *few, *tiny, *chat, *own, folder=empty)
     saved = SavedWeights(empty / "runs/lora_quickstart/checkpoints/last.ckpt")
     assert saved.tensors
     assert all(".lora_" in key for key in saved.tensors), "the model that lies beneath is not in it"
@@ -351,9 +346,7 @@ def test_preferences_are_trained_on_published_weights(empty: Path) -> None:
     few = ["--trainer.max_steps", "2", "--trainer.val_check_interval", "2", "--trainer.limit_val_batches", "1"]
     tiny = ["--trainer.accelerator", "cpu", "--trainer.strategy.compile", "false", "--data.sequence_length", "64"]
     few += ["--trainer.accumulate_grad_batches", "1", "--model.model", "published"]
-    done = _python("-m", "lightning_ep", "fit", "--config", "qwen3_30b_a3b_dpo", *few, *tiny, cwd=empty)
-    assert done.returncode == 0, done.stdout + done.stderr
-    metrics = (empty / "runs/qwen3_30b_a3b_dpo/version_0/metrics.csv").read_text()
+    metrics = _logged_by("qwen3_30b_a3b_dpo", *few, *tiny, folder=empty)
     assert "train/reward_margin" in metrics
     assert "val/reward_accuracy" in metrics
     adapter = empty / "exports" / "qwen3_30b_a3b_dpo"

@@ -155,6 +155,7 @@ def test_with_experts_over_fsdp_and_copies(replicate: int) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(330)  # that of the ranks must come first
 @pytest.mark.parametrize("family", IMAGES)
 def test_every_family(family: str) -> None:
     # Without steps: linear attention in fp32 makes more of what two weights differ by.
