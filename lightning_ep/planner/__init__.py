@@ -16,7 +16,7 @@ from lightning_ep.planner.counts import (
     num_parameters,
     rows_sent,
 )
-from lightning_ep.planner.devices import Device, allocatable_gib, find_device
+from lightning_ep.planner.devices import Device, allocatable_gib, dense_peak, find_device
 from lightning_ep.planner.families import Model, find_model, read_widths
 from lightning_ep.planner.memory import memory_gib, peak_gib
 from lightning_ep.planner.step_time import host_ms, step_ms, tokens_per_second
@@ -31,6 +31,7 @@ __all__ = [
     "active_parameters",
     "allocatable_gib",
     "expert_parameters",
+    "dense_peak",
     "find_device",
     "find_model",
     "flops_per_token",

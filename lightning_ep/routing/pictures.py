@@ -1,0 +1,234 @@
+"""Pictures of routing, each of which names what is unusual in it. Needs matplotlib, the extra ``pictures``."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from lightning_ep.routing.names import short_names
+
+if TYPE_CHECKING:
+    from lightning_ep.routing.history import Entry
+
+_NAMED = 3  # cells, or layers, that are named in a picture
+_HOT = 2.0  # times the mean, from which a cell is
+_RANGE = 8.0  # times the mean, and its inverse, at the ends of the colours
+_DEAD, _ABSENT = "black", "lightgray"
+
+
+def available() -> bool:
+    """Whether matplotlib is installed."""
+    return importlib.util.find_spec("matplotlib") is not None
+
+
+def _axes(ax: Any, width: float, height: float) -> tuple[Any, Any]:
+    """A figure of its own, unless there are axes; never pyplot's, which keeps figures and asks for a display."""
+    if ax is not None:
+        return ax.get_figure(), ax
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained", dpi=110)
+    return figure, figure.add_subplot()
+
+
+def heat_map(load_ME: Tensor, layers: Sequence[str], ax: Any = None, named: bool = True) -> tuple[Any, Any]:
+    """Layers (down) by experts (across): red is above the mean, blue below, black without a token.
+
+    Args:
+        load_ME: Tokens over the mean of the layer; NaN where there is no expert.
+        layers: Names of the layers.
+        ax: Axes to draw into. Default: a new figure's.
+        named: Mark and name the hottest cells, and layers with experts without a token.
+
+    Returns:
+        Figure and axes.
+    """
+    from matplotlib.colors import LogNorm
+
+    load_ME = load_ME.detach().double().cpu()
+    number, experts = load_ME.shape
+    figure, ax = _axes(ax, 9, min(14.0, 2.6 + 0.24 * number))
+    cells_ME = load_ME.masked_fill(load_ME == 0, torch.nan)
+    dead_ME = torch.where(load_ME == 0, 1.0, torch.nan)
+    shown = {"aspect": "auto", "interpolation": "nearest"}
+    ax.set_facecolor(_ABSENT)
+    image = ax.imshow(cells_ME.numpy(), cmap="RdBu_r", norm=LogNorm(1 / _RANGE, _RANGE), **shown)
+    ax.imshow(dead_ME.numpy(), cmap="gray", vmin=1, vmax=2, **shown)
+    names = short_names(layers)
+    _ticks(ax.set_yticks, names, 24)
+    _ticks(ax.set_xticks, [str(expert) for expert in range(experts)], 16 if named else 6)
+    ax.set_xlabel("expert")
+    ax.set_ylabel("layer")
+    if not named:
+        return figure, ax
+    ticks = [1 / _RANGE, 1 / 4, 1 / 2, 1, 2, 4, _RANGE]
+    labels = ["1/8 or less", "1/4", "1/2", "1: balanced", "2", "4", "8 or more"]
+    bar = figure.colorbar(image, ax=ax, ticks=ticks, label="tokens of an expert over the mean of its layer")
+    bar.ax.set_yticklabels(labels)
+    bar.ax.minorticks_off()
+    lines = _name_hot(ax, load_ME, names) + _name_dead(ax, load_ME, names)
+    ax.set_title("\n".join(lines), loc="left", fontsize=9)
+    return figure, ax
+
+
+def _ticks(set_ticks: Any, names: Sequence[str], most: int) -> None:
+    """So many ticks at most, at equal distances from the first."""
+    step = max(1, -(-len(names) // most))
+    set_ticks(range(0, len(names), step), names[::step])
+
+
+def _name_hot(ax: Any, load_ME: Tensor, names: Sequence[str]) -> list[str]:
+    """Frames the hottest cells; one line of text."""
+    from matplotlib.patches import Rectangle
+
+    hottest_M = load_ME.nan_to_num(nan=0.0).max(1)  # one of each layer, or a layer that has collapsed had them all
+    found = []
+    for layer in hottest_M.values.argsort(descending=True, stable=True)[:_NAMED].tolist():
+        load, expert = hottest_M.values[layer].item(), int(hottest_M.indices[layer])
+        if load >= _HOT:
+            ax.add_patch(Rectangle((expert - 0.5, layer - 0.5), 1, 1, fill=False, edgecolor="lime", linewidth=2))
+            found.append(f"layer {names[layer]} expert {expert} ({load:.1f} times the mean)")
+    return [f"hottest (green): {', '.join(found)}" if found else f"no expert has {_HOT:g} times the mean of its layer"]
+
+
+def _name_dead(ax: Any, load_ME: Tensor, names: Sequence[str]) -> list[str]:
+    """Marks layers with experts without a token, beside the map; one line of text."""
+    dead_M, number_M = (load_ME == 0).sum(1), (~load_ME.isnan()).sum(1)
+    found = []
+    for layer in dead_M.argsort(descending=True, stable=True)[:_NAMED].tolist():
+        if (dead := int(dead_M[layer])) > 0:
+            which = f" ({int((load_ME[layer] == 0).nonzero()[0])})" if dead == 1 else ""
+            found.append(f"layer {names[layer]}: {dead} of {int(number_M[layer])} experts{which}")
+    for layer, dead in enumerate(dead_M.tolist()):
+        if 2 * dead >= int(number_M[layer]) > 0:
+            ax.annotate("◀", (1, layer), xycoords=("axes fraction", "data"), va="center", fontsize=8, color=_DEAD)
+    return [f"without a token (black): {', '.join(found)}" if found else "every expert has got tokens"]
+
+
+def of_layers(
+    values: Tensor | Sequence[Tensor], layers: Sequence[str], title: str, balanced: float | None, ax: Any = None
+) -> tuple[Any, Any]:
+    """Bars of one number per layer ``[M]``, or of a sequence of such values a curve per layer: figure and axes.
+
+    ``balanced``, if given, is drawn as a line.
+    """
+    figure, ax = _axes(ax, 7, 3.5)
+    names = short_names(layers)
+    if balanced is not None:
+        ax.axhline(balanced, color="gray", linestyle=":", linewidth=1)
+    if isinstance(values, Tensor):
+        ax.bar(range(len(names)), values.detach().double().cpu().tolist())
+        _ticks(ax.set_xticks, names, 24)
+        ax.set_xlabel("layer")
+    else:
+        curves(ax, list(range(1, len(values) + 1)), torch.stack(list(values)).detach().double().cpu(), names)
+        ax.set_xlabel("value")
+    ax.set_title(title, loc="left", fontsize=9)
+    return figure, ax
+
+
+def curves(ax: Any, steps: Sequence[int], values_NM: Tensor, names: Sequence[str]) -> None:
+    """A thin curve for each layer, from the first (yellow) to the last (purple), their mean, and the highest named."""
+    from matplotlib import colormaps
+
+    colors = colormaps["viridis_r"]
+    number = values_NM.shape[1]
+    marker = "." if len(steps) < 20 else None
+    for layer in range(number):
+        color = colors(0.1 + 0.9 * layer / max(1, number - 1))
+        ax.plot(steps, values_NM[:, layer].tolist(), color=color, linewidth=0.8, alpha=0.8, marker=marker)
+    ax.plot(steps, values_NM.nanmean(1).tolist(), color="black", linewidth=2, label="mean of the layers")
+    top = int(values_NM[-1].nan_to_num(nan=-torch.inf).argmax())
+    low = int(values_NM[-1].nan_to_num(nan=torch.inf).argmin())
+    for layer in dict.fromkeys((top, low)):
+        value = values_NM[-1, layer].item()
+        ax.annotate(f" layer {names[layer]}: {value:.3g}", (steps[-1], value), fontsize=8, va="center")
+    ax.set_xlim(steps[0] - 0.01, steps[-1] + 0.15 * max(1, steps[-1] - steps[0]))  # room for the names
+    ax.legend(loc="upper left", fontsize=8, framealpha=0.6)
+
+
+# ------------------------------------------------------------------------------------------------- pictures of a run
+
+
+def expert_load(spans: Sequence[Entry], layers: Sequence[str]) -> Any:
+    """The last span large, with what is unusual named, and those before it small: a figure."""
+    from matplotlib.figure import Figure
+
+    *before, last = spans
+    rows = min(14.0, 3.2 + 0.2 * len(layers))
+    figure = Figure(figsize=(11, rows + (2.6 if before else 0)), layout="constrained", dpi=110)
+    grid = figure.add_gridspec(2 if before else 1, max(1, len(before)), height_ratios=[rows, 2.6][: 2 if before else 1])
+    large = figure.add_subplot(grid[0, :])
+    heat_map(last.measures.load_ME, layers, large)
+    large.set_title(f"Load of experts, {_steps(last)}\n{large.get_title(loc='left')}", loc="left", fontsize=10)
+    for column, entry in enumerate(before):
+        small = figure.add_subplot(grid[1, column])
+        heat_map(entry.measures.load_ME, layers, small, named=False)
+        small.set_title(f"before: {_steps(entry)}", loc="left", fontsize=9)
+    return figure
+
+
+def load_curves(entries: Sequence[Entry], layers: Sequence[str]) -> Any:
+    """Violation, variation, entropy and dead experts of every layer by step: a figure."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 11), layout="constrained", dpi=110)
+    steps, names = [entry.last for entry in entries], short_names(layers)
+    panels = [
+        ("max violation: how far the hottest expert of a layer is above the mean (0: balanced)", "max_violation_M"),
+        ("coefficient of variation of the experts' tokens (0: balanced)", "variation_M"),
+        ("entropy of the router, share of ln E (0: certain, 1: undecided)", "entropy_M"),
+        ("experts without a token", "dead_ME"),
+    ]
+    for place, (title, field) in enumerate(panels):
+        ax = figure.add_subplot(len(panels), 1, place + 1)
+        values = torch.stack([getattr(entry.measures, field) for entry in entries])
+        curves(ax, steps, (values.sum(-1) if values.dim() == 3 else values).double(), names)
+        ax.set_title(title, loc="left", fontsize=9)
+        ax.set_ylim(bottom=0)
+    ax.set_xlabel(
+        "step; layers from the first (yellow) to the last (purple), the highest and the lowest at the end named"
+    )
+    return figure
+
+
+def straggler_factor(entries: Sequence[Entry], last: Entry, layers: Sequence[str]) -> Any:
+    """The straggler factor of every layer by step, and which rank it was in the last span: a figure."""
+    from matplotlib.figure import Figure
+
+    names = short_names(layers)
+    figure = Figure(figsize=(10, 5.5 + min(6.0, 0.2 * len(layers))), layout="constrained", dpi=110)
+    grid = figure.add_gridspec(2, 1, height_ratios=[4, 2 + min(6.0, 0.2 * len(layers))])
+    above = figure.add_subplot(grid[0])
+    values_NM = torch.stack([entry.measures.straggler_M for entry in entries])
+    curves(above, [entry.last for entry in entries], values_NM, names)
+    above.axhline(1, color="gray", linestyle=":", linewidth=1)
+    above.set_title(
+        "straggler factor: pairs of token and expert of the busiest rank over the mean (1: balanced)",
+        loc="left",
+        fontsize=9,
+    )
+    above.set_xlabel("step")
+    below = figure.add_subplot(grid[1])
+    loads_MW = last.measures.rank_load_MW
+    image = below.imshow(loads_MW.numpy(), aspect="auto", interpolation="nearest", cmap="RdBu_r", vmin=0, vmax=2)
+    layer, rank = divmod(int(loads_MW.nan_to_num(nan=0.0).argmax()), loads_MW.shape[1])
+    below.set_title(
+        f"{_steps(last)}: in layer {names[layer]} rank {rank} has {loads_MW[layer, rank]:.2f} times the mean",
+        loc="left",
+        fontsize=9,
+    )
+    _ticks(below.set_yticks, names, 24)
+    _ticks(below.set_xticks, [str(each) for each in range(loads_MW.shape[1])], 16)
+    below.set_xlabel("rank")
+    below.set_ylabel("layer")
+    figure.colorbar(image, ax=below, label="of the mean")
+    return figure
+
+
+def _steps(entry: Entry) -> str:
+    return f"step {entry.last}" if entry.first == entry.last else f"steps {entry.first} to {entry.last}"
