@@ -62,6 +62,7 @@ from lightning_ep.transformers_adapter.record import recall, remember
 from lightning_ep.transformers_adapter.structure import (
     attention_modules,
     decoder_layers,
+    experts_and_routers,
     experts_modules,
     keep_recording,
     model_class,
@@ -93,6 +94,7 @@ __all__ = [
     "config_with_attention",
     "decoder_layers",
     "described",
+    "experts_and_routers",
     "experts_modules",
     "export_conversions",
     "follows_model",
