@@ -63,6 +63,7 @@ from lightning_ep.transformers_adapter.record import recall, remember
 from lightning_ep.transformers_adapter.structure import (
     attention_modules,
     decoder_layers,
+    experts_and_routers,
     experts_modules,
     keep_recording,
     model_class,
@@ -95,6 +96,7 @@ __all__ = [
     "decoder_layers",
     "described",
     "document_lengths",
+    "experts_and_routers",
     "experts_modules",
     "export_conversions",
     "follows_model",

@@ -121,6 +121,22 @@ def _gates(model: PreTrainedModel, found: set[nn.Module]) -> Iterator[nn.Module]
                     yield child
 
 
+def experts_and_routers(model: PreTrainedModel) -> dict[str, tuple[nn.Module, nn.Module | None]]:
+    """Every experts module of a model by its name, with the router of the same block or layer, if it has one.
+
+    The outputs of all families' routers are the logits, ``[T, E]`` or with more dimensions in front, then routing
+    weights and ids.
+    """
+    known, found = routers([model]), {}
+    for name, experts in experts_modules(model).items():
+        around, router = name, None
+        while around and router is None:
+            around = around.rpartition(".")[0]
+            router = next((child for child in model.get_submodule(around).modules() if child in known), None)
+        found[name] = experts, router
+    return found
+
+
 def refuse_own_checkpointing(model: PreTrainedModel, reason: str) -> None:
     """Makes turning on the activation checkpointing of transformers a ValueError."""
 
