@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import itertools
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from lightning_ep.routing import pictures
 from lightning_ep.routing.metrics import Measures
+from lightning_ep.routing.words import ranges
 
+LATEST = 10  # steps that are looked at together, for what is wrong
+_SPANS = 4  # of a run, in pictures
 _KEPT = 256  # entries; of the last 256 to 128 times as many logged steps
 _BY_CHANCE = 32  # tokens: an expert that should have got as many and got none did not miss them by chance
 _COLLAPSED = 1.25  # times the experts that a token goes to at least, or an eighth of all
@@ -37,15 +42,25 @@ class Finding(NamedTuple):
 
     Attributes:
         layer: Its index.
-        experts: Those without a token.
-        effective: How many experts would take its tokens if they shared them evenly.
+        dead: Its experts that got no token, though they should have got many.
+        number: How many it has.
+        effective: How many would take its tokens if they shared them evenly.
         collapsed: Whether that is hardly more than a token goes to.
     """
 
     layer: int
-    experts: list[int]
+    dead: list[int]
+    number: int
     effective: float
     collapsed: bool
+
+    def sentence(self, layer: str) -> str:
+        """What is wrong, of a layer that is called so."""
+        experts = f"expert{'s' if len(self.dead) > 1 else ''} {ranges(self.dead)} of {self.number}"
+        if not self.collapsed:
+            return f"in layer {layer} {experts} got no token"
+        idle = f" ({experts} got none)" if self.dead else ""
+        return f"layer {layer} has collapsed to about {self.effective:.1f} of {self.number} experts{idle}"
 
 
 class History:
@@ -53,11 +68,19 @@ class History:
 
     def __init__(self) -> None:
         self.entries: list[Entry] = []
+        self._latest: deque[Entry] = deque(maxlen=LATEST)
+        self._number = 0
         self._each = 1  # logged steps of an entry
         self._in_last = 0
 
+    def __len__(self) -> int:
+        """How many steps were added."""
+        return self._number
+
     def add(self, step: int, measures: Measures) -> None:
         """Adds those of a step, on the CPU."""
+        self._number += 1
+        self._latest.append(Entry(step, step, measures))
         if self.entries and self._in_last < self._each:
             self.entries[-1] = merged([self.entries[-1], Entry(step, step, measures)], [self._in_last, 1])
             self._in_last += 1
@@ -70,6 +93,21 @@ class History:
             self.entries = [merged(list(pair)) for pair in pairs] + odd
             self._in_last += 0 if odd else self._each
             self._each *= 2
+
+    def latest(self) -> Entry:
+        """The last ten steps as one, or as many as there are."""
+        return merged(list(self._latest))
+
+    def figures(self, layers: Sequence[str]) -> dict[str, Any]:
+        """The pictures of a run by name; that of ranks where there are several."""
+        spans = self.spans(_SPANS)
+        found = {
+            "expert_load": pictures.expert_load(spans, layers),
+            "load_curves": pictures.load_curves(self.entries, layers),
+        }
+        if spans[-1].measures.rank_load_MW.shape[1] > 1:
+            found["straggler_factor"] = pictures.straggler_factor(self.entries, spans[-1], layers)
+        return found
 
     def spans(self, most: int) -> list[Entry]:
         """The whole of it in so many parts at most, each merged to one."""
@@ -103,5 +141,5 @@ def findings(measures: Measures) -> list[Finding]:
         dead = measures.dead_ME[layer].nonzero().flatten().tolist() if expected >= _BY_CHANCE else []
         collapsed = expected >= _BY_CHANCE and effective <= _COLLAPSED * max(top_k, number / 8) < number
         if dead or collapsed:
-            found.append(Finding(layer, dead, effective, collapsed))
+            found.append(Finding(layer, dead, number, effective, collapsed))
     return found

@@ -2,7 +2,7 @@
 
 All of them keep the same state, a row of sums for each MoE layer, so that one all-reduce gives every number of every
 layer (`RoutingSummary`), whatever the layout: each rank adds the tokens that its own routers saw, once. Sums are in
-float64, in which counts of tokens are exact.
+float64, in which counts of tokens are exact. `Watched` fills one from a model.
 
 Sizes: ``M`` MoE layers (``L``: some of them), ``E`` experts of the largest, ``T`` tokens of a rank, ``K`` experts per
 token, ``D`` ranks of an EP group, ``W`` ranks of all, ``C`` sums that are kept.
@@ -32,10 +32,12 @@ class Routed(NamedTuple):
 
     Attributes:
         ids_TK: Integer ``[T, K]``, the experts of each token, global ids.
+        counted_T: bool ``[T]``, tokens that are no padding; None where all are.
         entropy_T: Entropy of the router's probabilities in nats, of each token; None to leave it out.
     """
 
     ids_TK: Tensor
+    counted_T: Tensor | None = None
     entropy_T: Tensor | None = None
 
 
@@ -115,31 +117,31 @@ class RoutingMetric(Metric):
         self.add_state("totals_MC", torch.zeros(len(experts), width, dtype=torch.float64), "sum")
 
     @override
-    def update(self, routed: Sequence[Routed | None], counts_T: Tensor | None = None) -> None:
+    def update(self, routed: Sequence[Routed | None]) -> None:
         """Adds a forward of this rank; the host waits for nothing.
 
         Args:
             routed: Of every layer in order, None for one that was not called.
-            counts_T: bool ``[T]``, tokens that count, all of them by default; those of padding do not.
         """
         if len(routed) != len(self.layers):
             raise ValueError(f"routing of {len(routed)} layers was given, and there are {len(self.layers)}.")
         alike: dict[tuple[int, ...], list[int]] = {}
         for layer, one in enumerate(routed):
             if one is not None and one.ids_TK.numel() > 0:
-                alike.setdefault((self.num_experts[layer], *one.ids_TK.shape), []).append(layer)
-        for (number, *shape), layers in alike.items():
+                key = id(one.counted_T), self.num_experts[layer], *one.ids_TK.shape
+                alike.setdefault(key, []).append(layer)
+        for (_, number, *shape), layers in alike.items():
             step = max(1, _AT_ONCE // math.prod(shape))
             for begin in range(0, len(layers), step):
                 some = layers[begin : begin + step]
-                self._add(some, number, [one for layer in some if (one := routed[layer]) is not None], counts_T)
+                self._add(some, number, [one for layer in some if (one := routed[layer]) is not None])
 
-    def _add(self, layers: list[int], experts: int, routed: list[Routed], counts_T: Tensor | None) -> None:
-        """Adds layers with as many tokens and experts, in kernels for all of them."""
+    def _add(self, layers: list[int], experts: int, routed: list[Routed]) -> None:
+        """Adds layers with the same tokens and as many experts, in kernels for all of them."""
         ids_LTK = torch.stack([one.ids_TK for one in routed]).long()
         counted_T = torch.ones(ids_LTK.shape[1], dtype=torch.float64, device=ids_LTK.device)
-        if counts_T is not None:
-            counted_T *= counts_T
+        if routed[0].counted_T is not None:
+            counted_T *= routed[0].counted_T
         pairs_LE = ids_LTK.new_zeros(len(layers), experts, dtype=torch.float64)
         pairs_LE.scatter_add_(1, ids_LTK.flatten(1), counted_T[:, None].expand_as(ids_LTK).flatten(1))
         added_LC = ids_LTK.new_zeros(len(layers), self.totals_MC.shape[1], dtype=torch.float64)

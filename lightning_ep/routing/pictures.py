@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from lightning_ep.routing.names import short_names
+from lightning_ep.routing.words import short_names
 
 if TYPE_CHECKING:
     from lightning_ep.routing.history import Entry
@@ -23,6 +24,13 @@ _DEAD, _ABSENT = "black", "lightgray"
 def available() -> bool:
     """Whether matplotlib is installed."""
     return importlib.util.find_spec("matplotlib") is not None
+
+
+def save(figure: Any, path: Path) -> Path:
+    """Writes a PNG that is never half a one."""
+    part = path.with_suffix(".part")
+    figure.savefig(part, format="png")
+    return part.replace(path)
 
 
 def _axes(ax: Any, width: float, height: float) -> tuple[Any, Any]:

@@ -38,6 +38,7 @@ from lightning_ep.transformers_adapter.dtypes import cast_constants, fp32_parame
 from lightning_ep.transformers_adapter.experts_interface import (
     FUSED_PARAMETERS,
     local_experts_function,
+    scores_by_sigmoid,
     why_not_fused,
 )
 from lightning_ep.transformers_adapter.initialization import (
@@ -127,6 +128,7 @@ __all__ = [
     "render_chat",
     "routers",
     "saves_adapters",
+    "scores_by_sigmoid",
     "select_attention",
     "tensor_parallel_styles",
     "shares_parameters",

@@ -44,11 +44,12 @@ def _pass(rank: int, number: int) -> tuple[list[Tensor], Tensor]:
     return logits, torch.rand(size, generator=generator) > 0.3
 
 
-def _routed(logits: list[Tensor], entropy: bool = True) -> list[Routed | None]:
+def _routed(logits: list[Tensor], counted_T: Tensor) -> list[Routed | None]:
+    counted_T = counted_T.to(device())
     found: list[Routed | None] = []
     for logits_TE in logits:
-        entropy_T = torch.special.entr(logits_TE.softmax(-1)).sum(-1).to(device()) if entropy else None
-        found.append(Routed(logits_TE.topk(TOP_K).indices.to(device()), entropy_T))
+        entropy_T = torch.special.entr(logits_TE.softmax(-1)).sum(-1)
+        found.append(Routed(logits_TE.topk(TOP_K).indices.to(device()), counted_T, entropy_T.to(device())))
     return found
 
 
@@ -62,9 +63,9 @@ def _of_rank(ep: int) -> dict[str, Tensor]:
     summary = RoutingSummary(EXPERTS, layout, rank).to(device())
     metrics = {name: kind(EXPERTS, layout, rank).to(device()) for name, kind in kinds.items()}
     for number in range(PASSES):
-        logits, counts_T = _pass(rank, number)
+        logits, counted_T = _pass(rank, number)
         for metric in (summary, *metrics.values()):
-            metric.update(_routed(logits), counts_T.to(device()))
+            metric.update(_routed(logits, counted_T))
     reduced: list[Tensor] = []
     with pytest.MonkeyPatch.context() as patch:
         all_reduce = dist.all_reduce
@@ -86,8 +87,8 @@ def _expected(ep: int) -> dict[str, Any]:
         tokens, pairs, ranks, entropy, rows = 0, Counter[int](), Counter[int](), 0.0, 0
         for rank in range(WORLD):
             for number in range(PASSES):
-                logits, counts_T = _pass(rank, number)
-                for row, counts in zip(logits[layer].tolist(), counts_T.tolist(), strict=True):
+                logits, counted_T = _pass(rank, number)
+                for row, counts in zip(logits[layer].tolist(), counted_T.tolist(), strict=True):
                     if not counts:
                         continue
                     tokens += 1
@@ -131,17 +132,17 @@ def test_every_measure_is_that_of_counting_token_by_token(ep: int) -> None:
 
 
 def test_layers_may_be_left_out_and_large_batches_are_counted_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    logits, counts_T = _pass(1, 0)
+    logits, counted_T = _pass(1, 0)
     whole = RoutingSummary(EXPERTS)
-    whole.update(_routed(logits), counts_T)
+    whole.update(_routed(logits, counted_T))
     monkeypatch.setattr("lightning_ep.routing.metrics._AT_ONCE", 1)
     parts = RoutingSummary(EXPERTS)
-    first, second, third = _routed(logits)
-    parts.update([first, None, third], counts_T)
+    first, second, third = _routed(logits, counted_T)
+    parts.update([first, None, third])
     assert parts.compute()["tokens_M"].tolist()[1] == 0
     assert parts.compute()["load_ME"][1].isnan().all(), "a layer without tokens has no load"
     assert not parts.compute()["dead_ME"][1].any(), "nor dead experts"
-    parts.update([None, second, None], counts_T)
+    parts.update([None, second, None])
     for name, value in whole.compute().items():
         torch.testing.assert_close(parts.compute()[name], value, equal_nan=True)
     parts.reset()
