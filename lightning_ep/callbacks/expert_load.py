@@ -88,10 +88,11 @@ class ExpertLoadMonitor(Callback):
             pl_module.log(f"routing/{name}", value.float())
         if trainer.is_global_zero:
             self._history.add(trainer.global_step, measures)
-            self._warn()
             times, rest = divmod(len(self._history), LATEST)
-            if rest == 0 and times.bit_count() == 1:  # 10, 20, 40, ...
-                self._draw(trainer)
+            if rest == 0:
+                self._warn()
+                if times.bit_count() == 1:  # 10, 20, 40, ...
+                    self._draw(trainer)
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -112,8 +113,6 @@ class ExpertLoadMonitor(Callback):
             self._watched = None
 
     def _warn(self) -> None:
-        if len(self._history) < LATEST:
-            return
         assert self._watched is not None
         last = self._history.latest()
         new = [finding for finding in findings(last.measures) if finding.layer not in self._named]
