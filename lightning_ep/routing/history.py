@@ -19,7 +19,8 @@ LATEST = 10  # steps that are looked at together, for what is wrong
 _SPANS = 4  # of a run, in pictures
 _KEPT = 256  # entries; of the last 256 to 128 times as many logged steps
 _BY_CHANCE = 32  # tokens: an expert that should have got as many and got none did not miss them by chance
-_COLLAPSED = 1.25  # times the experts that a token goes to at least, or an eighth of all
+_COLLAPSED = 1.1  # times the experts that a token goes to: tokens all go to the same ones
+_OF_ALL = 1 / 8  # of the experts of a layer, that no more take part is a collapse, too
 
 
 @dataclass
@@ -139,7 +140,7 @@ def findings(measures: Measures) -> list[Finding]:
         number, top_k = int((~loads_E.isnan()).sum()), measures.top_k_M[layer].item()
         expected = measures.tokens_M[layer].item() * top_k / max(1, number)
         dead = measures.dead_ME[layer].nonzero().flatten().tolist() if expected >= _BY_CHANCE else []
-        collapsed = expected >= _BY_CHANCE and effective <= _COLLAPSED * max(top_k, number / 8) < number
+        collapsed = expected >= _BY_CHANCE and effective <= max(_COLLAPSED * top_k, _OF_ALL * number) < number
         if dead or collapsed:
             found.append(Finding(layer, dead, number, effective, collapsed))
     return found

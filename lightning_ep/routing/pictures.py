@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -55,32 +55,40 @@ def heat_map(load_ME: Tensor, layers: Sequence[str], ax: Any = None, named: bool
     Returns:
         Figure and axes.
     """
+    load_ME = load_ME.detach().double().cpu()
+    figure, ax = _axes(ax, 9, min(14.0, 2.6 + 0.24 * load_ME.shape[0]))
+    names = short_names(layers)
+    image = _map(ax, load_ME, names, 16 if named else 6)
+    if not named:
+        return figure, ax
+    _bar(figure, ax, image, "tokens of an expert over the mean of its layer")
+    lines = _name_hot(ax, load_ME, names) + _name_dead(ax, load_ME, names)
+    ax.set_title("\n".join(lines), loc="left", fontsize=9)
+    return figure, ax
+
+
+def _map(ax: Any, load_ME: Tensor, names: Sequence[str], ticks: int) -> Any:
+    """Cells on a scale of ratios around 1."""
     from matplotlib.colors import LogNorm
 
-    load_ME = load_ME.detach().double().cpu()
-    number, experts = load_ME.shape
-    figure, ax = _axes(ax, 9, min(14.0, 2.6 + 0.24 * number))
     cells_ME = load_ME.masked_fill(load_ME == 0, torch.nan)
     dead_ME = torch.where(load_ME == 0, 1.0, torch.nan)
     shown = {"aspect": "auto", "interpolation": "nearest"}
     ax.set_facecolor(_ABSENT)
     image = ax.imshow(cells_ME.numpy(), cmap="RdBu_r", norm=LogNorm(1 / _RANGE, _RANGE), **shown)
     ax.imshow(dead_ME.numpy(), cmap="gray", vmin=1, vmax=2, **shown)
-    names = short_names(layers)
     _ticks(ax.set_yticks, names, 24)
-    _ticks(ax.set_xticks, [str(expert) for expert in range(experts)], 16 if named else 6)
+    _ticks(ax.set_xticks, [str(expert) for expert in range(load_ME.shape[1])], ticks)
     ax.set_xlabel("expert")
     ax.set_ylabel("layer")
-    if not named:
-        return figure, ax
+    return image
+
+
+def _bar(figure: Any, ax: Any, image: Any, label: str) -> None:
     ticks = [1 / _RANGE, 1 / 4, 1 / 2, 1, 2, 4, _RANGE]
-    labels = ["1/8 or less", "1/4", "1/2", "1: balanced", "2", "4", "8 or more"]
-    bar = figure.colorbar(image, ax=ax, ticks=ticks, label="tokens of an expert over the mean of its layer")
-    bar.ax.set_yticklabels(labels)
+    bar = figure.colorbar(image, ax=ax, ticks=ticks, label=label)
+    bar.ax.set_yticklabels(["1/8 or less", "1/4", "1/2", "1: even", "2", "4", "8 or more"])
     bar.ax.minorticks_off()
-    lines = _name_hot(ax, load_ME, names) + _name_dead(ax, load_ME, names)
-    ax.set_title("\n".join(lines), loc="left", fontsize=9)
-    return figure, ax
 
 
 def _ticks(set_ticks: Any, names: Sequence[str], most: int) -> None:
@@ -235,6 +243,22 @@ def straggler_factor(entries: Sequence[Entry], last: Entry, layers: Sequence[str
     below.set_xlabel("rank")
     below.set_ylabel("layer")
     figure.colorbar(image, ax=below, label="of the mean")
+    return figure
+
+
+def specialisation(lifts: Mapping[str, Tensor], layers: Sequence[str]) -> Any:
+    """A map for each source of how much more often its tokens go to each expert than those of the others: a figure."""
+    from matplotlib.figure import Figure
+
+    height = min(14.0, 2.2 + 0.16 * len(layers))
+    figure = Figure(figsize=(10, height * len(lifts)), layout="constrained", dpi=110)
+    for place, (name, lift_ME) in enumerate(lifts.items()):
+        ax = figure.add_subplot(len(lifts), 1, place + 1)
+        image = _map(ax, lift_ME.clamp(max=_RANGE), short_names(layers), 16)
+        _bar(figure, ax, image, "times as often as in the others")
+        ax.set_title(
+            f"{name}: red experts are for it, blue for the others, black for the others only", loc="left", fontsize=9
+        )
     return figure
 
 
