@@ -59,12 +59,13 @@ class Throughput(Callback):
         self._steps.clear()
         self._since = None
         self._peak, self._flops = None, _no_flops
-        if pl_module.device.type == "cuda":
-            try:
+        try:
+            self._peak = _peak(pl_module.device)
+            if self._peak is not None:
                 self._flops = _flops_per_token(trainer, pl_module)
-                self._peak = _peak(pl_module.device)
-            except ValueError as error:
-                rank_zero_info(f"Throughput logs no mfu: {error}")
+        except ValueError as error:
+            self._peak = None
+            rank_zero_info(f"Throughput logs no mfu: {error}")
 
     @override
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -119,7 +120,10 @@ def _no_flops(length: int) -> float:
     return 0.0
 
 
-def _peak(device: torch.device) -> float:
+def _peak(device: torch.device) -> float | None:
+    """FLOP/s of a GPU in dense bf16, None for a CPU; raises ValueError for a GPU of which they are not known."""
+    if device.type != "cuda":
+        return None
     name = torch.cuda.get_device_name(device)
     if (peak := planner.dense_peak(name)) is None:
         raise ValueError(f"the peak of {name} is not known.")

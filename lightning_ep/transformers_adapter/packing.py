@@ -145,8 +145,8 @@ def note_packing(batch: Any, packing: Packing) -> None:
 
 
 def document_lengths(batch: Any) -> list[int] | None:
-    """Tokens of each document in a batch that is on the device, as the host has read them; None if none are packed."""
-    found = _PACKING.of(*described(batch))
+    """Tokens of each document in a batch, as the host has read it or can without waiting; None if none are packed."""
+    found = _PACKING.of(*described(batch)) or packing_of(batch)
     return None if found is None or found.bounds is None else found.bounds.diff().tolist()
 
 
