@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import time
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ from lightning_ep.routing import pictures
 from lightning_ep.routing.history import LATEST, History, findings
 from lightning_ep.routing.watched import Watched
 from lightning_ep.routing.words import short_names
+
+_REST = 400  # times as long as drawing took, until it is done again: the other ranks wait for it
 
 
 class ExpertLoadMonitor(Callback):
@@ -31,9 +34,10 @@ class ExpertLoadMonitor(Callback):
     - ``routing/straggler_factor``: tokens that the busiest rank computes over the mean of all ranks: 1 is balanced.
     - ``routing/rows_per_token``: rows that a token is sent in to other ranks.
 
-    Pictures are drawn after 10, 20, 40, ... logged steps and at the end, into ``routing/`` of the log directory:
-    ``expert_load.png``, ``load_curves.png`` and ``straggler_factor.png``; TensorBoard and Weights & Biases get them,
-    too. They need matplotlib: ``pip install "lightning-ep[pictures]"``. docs/routing.md says how to read them.
+    Pictures are drawn after 10 logged steps, then as often as it takes less than 0.3 % of the time, and at the end,
+    into ``routing/`` of the log directory: ``expert_load.png``, ``load_curves.png`` and, of several ranks,
+    ``straggler_factor.png``. TensorBoard and Weights & Biases get them, too. They need matplotlib:
+    ``pip install "lightning-ep[pictures]"``. docs/routing.md says how to read them.
 
     A layer is named in a warning once, if in the last 10 logged steps its tokens went to hardly more experts than one
     token goes to, or experts that should have got many got none.
@@ -49,13 +53,15 @@ class ExpertLoadMonitor(Callback):
         self._folder: Path | None = None
         self._named: set[int] = set()
         self._drawn = 0
+        self._draw_from = 0.0
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._remove()
         self._watched = Watched(pl_module, getattr(trainer.strategy, "layout", None), trainer.global_rank)
         self._watched.active = False
-        self._history, self._taken, self._named, self._drawn = History(), None, set(), 0
+        self._history, self._taken, self._named = History(), None, set()
+        self._drawn, self._draw_from = 0, 0.0
         # Every rank asks: the first one's answer is taken.
         self._folder = Path(trainer.log_dir or trainer.default_root_dir) / "routing"
         if not pictures.available():
@@ -88,10 +94,9 @@ class ExpertLoadMonitor(Callback):
             pl_module.log(f"routing/{name}", value.float())
         if trainer.is_global_zero:
             self._history.add(trainer.global_step, measures)
-            times, rest = divmod(len(self._history), LATEST)
-            if rest == 0:
+            if len(self._history) % LATEST == 0:
                 self._warn()
-                if times.bit_count() == 1:  # 10, 20, 40, ...
+                if time.monotonic() >= self._draw_from:
                     self._draw(trainer)
 
     @override
@@ -134,7 +139,7 @@ class ExpertLoadMonitor(Callback):
         if number == self._drawn or not trainer.is_global_zero or not pictures.available() or self._watched is None:
             return
         assert self._folder is not None
-        self._drawn = number
+        self._drawn, since = number, time.monotonic()
         self._folder.mkdir(parents=True, exist_ok=True)
         for name, figure in self._history.figures(self._watched.layers).items():
             path = pictures.save(figure, self._folder / f"{name}.png")
@@ -143,3 +148,4 @@ class ExpertLoadMonitor(Callback):
                     logger.experiment.add_figure(f"routing/{name}", figure, trainer.global_step)
                 elif isinstance(logger, WandbLogger):
                     logger.log_image(f"routing/{name}", [str(path)], step=trainer.global_step)
+        self._draw_from = time.monotonic() + _REST * (time.monotonic() - since)

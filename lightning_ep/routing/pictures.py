@@ -137,11 +137,16 @@ def of_layers(
     if balanced is not None:
         ax.axhline(balanced, color="gray", linestyle=":", linewidth=1)
     if isinstance(values, Tensor):
-        ax.bar(range(len(names)), values.detach().double().cpu().tolist())
+        ax.bar(range(len(names)), values.detach().double().cpu().reshape(-1).tolist())  # torchmetrics squeezes
         _ticks(ax.set_xticks, names, 24)
         ax.set_xlabel("layer")
     else:
-        curves(ax, list(range(1, len(values) + 1)), torch.stack(list(values)).detach().double().cpu(), names)
+        curves(
+            ax,
+            list(range(1, len(values) + 1)),
+            torch.stack([v.reshape(-1) for v in values]).detach().double().cpu(),
+            names,
+        )
         ax.set_xlabel("value")
     ax.set_title(title, loc="left", fontsize=9)
     return figure, ax
@@ -150,6 +155,7 @@ def of_layers(
 def curves(ax: Any, steps: Sequence[int], values_NM: Tensor, names: Sequence[str]) -> None:
     """A thin curve for each layer, from the first (yellow) to the last (purple), their mean, and the highest named."""
     from matplotlib import colormaps
+    from matplotlib.ticker import MaxNLocator
 
     colors = colormaps["viridis_r"]
     number = values_NM.shape[1]
@@ -163,6 +169,7 @@ def curves(ax: Any, steps: Sequence[int], values_NM: Tensor, names: Sequence[str
     for layer in dict.fromkeys((top, low)):
         value = values_NM[-1, layer].item()
         ax.annotate(f" layer {names[layer]}: {value:.3g}", (steps[-1], value), fontsize=8, va="center")
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     ax.set_xlim(steps[0] - 0.01, steps[-1] + 0.15 * max(1, steps[-1] - steps[0]))  # room for the names
     ax.legend(loc="upper left", fontsize=8, framealpha=0.6)
 

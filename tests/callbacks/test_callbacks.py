@@ -340,9 +340,9 @@ def test_mfu_counts_attention_inside_of_documents_and_experts_that_are_used(
             {"precision": "bf16-mixed"},
             r"% of the parameters",
         ),
-        (lambda module: setattr(module.model.config, "vocab_size", None), {"precision": "bf16-mixed"}, "say its vocab"),
+        (lambda module: vars(module.model.config).update(to_dict=dict), {"precision": "bf16-mixed"}, "is not planned"),
     ],
-    ids=["fp32", "frozen", "unknown widths"],
+    ids=["fp32", "frozen", "unknown family"],
 )
 def test_why_there_is_no_mfu_is_said(
     change: Any, settings: dict[str, Any], reason: str, monkeypatch: pytest.MonkeyPatch, caplog: Any

@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import csv
 import math
+import re
 import statistics
+import warnings
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger, WandbLogger
 from torch import Tensor
 from torch.utils.data import DataLoader
 
 from lightning_ep import ExpertParallelStrategy
 from lightning_ep.callbacks import ExpertLoadMonitor
-from tests.ranks import assert_ranks_agree
+from lightning_ep.routing import pictures
+from lightning_ep.routing.metrics import Routed, RoutingSummary
+from tests.ranks import assert_ranks_agree, run_ranks
 from tests.tiny import Samples, TinyModule, quiet
 
 EXPERTS, TOP_K, LAYERS = 8, 2, 3
@@ -126,3 +131,78 @@ def _run(root: Path, ep: int, recompute: Any) -> list[str]:
 @pytest.mark.parametrize(("ep", "recompute"), [(1, "none"), (2, "full")])
 def test_what_is_logged_is_what_all_ranks_chose_in_that_step(ep: int, recompute: str, tmp_path: Path) -> None:
     assert_ranks_agree(2, _run, tmp_path, ep, recompute, init_process_group=False)
+
+
+HOT, DEAD = (2, 5), 1  # layer and expert; a layer
+
+
+class Planted(Module):
+    """Every second choice of a layer is one expert, and a layer has only two experts left."""
+
+    def configure_model(self) -> None:
+        if self.model is None:
+            super().configure_model()
+            blocks = [layer.mlp for layer in self.model.model.layers]
+            blocks[HOT[0]].gate.register_forward_hook(lambda _, args, out: (*out[:2], _planted(out[2], hot=True)))
+            blocks[DEAD].gate.register_forward_hook(lambda _, args, out: (*out[:2], _planted(out[2], hot=False)))
+
+
+def _planted(ids_TK: Tensor, hot: bool) -> Tensor:
+    every_T = torch.arange(ids_TK.shape[0])
+    if not hot:
+        return torch.tensor([3, 4]).expand_as(ids_TK).contiguous()
+    others = torch.tensor([expert for expert in range(EXPERTS) if expert != HOT[1]])
+    return torch.stack([torch.full_like(every_T, HOT[1]), others[every_T % len(others)]], dim=1)
+
+
+def _titles(root: Path) -> list[str]:
+    """Trains on what is planted; what is written in the pictures, and what was warned of."""
+    said: list[str] = []
+    with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        save = pictures.save
+        patch.setattr(pictures, "save", lambda figure, path: (said.append(_text(figure)), save(figure, path))[1])
+        trainer = quiet(root, callbacks=[ExpertLoadMonitor()], max_steps=10, log_every_n_steps=1)
+        trainer.fit(Planted(), DataLoader(Padded(40), batch_size=2))
+    return [*said, *(str(one.message) for one in caught if "Routing in steps" in str(one.message))]
+
+
+def _text(figure: Any) -> str:
+    return "\n".join(ax.get_title(loc="left") for ax in figure.axes)
+
+
+def test_a_hot_expert_and_a_dead_layer_are_named_in_pictures_and_once_in_a_warning(tmp_path: Path) -> None:
+    first, second = run_ranks(2, _titles, tmp_path, init_process_group=False)
+    assert second == [], "the first rank speaks for all"
+    load, _, straggler, warned = first  # after 10 steps, and not again at the end
+    assert "layer 2 expert 5 (4.0 times the mean)" in load
+    assert "without a token (black): layer 1: 6 of 8 experts" in load
+    assert re.search(r"in layer 2 rank 1 has 1\.[1-5]\d times the mean", straggler), "experts 4 to 7 are of rank 1"
+    assert re.search(r"steps 1 to 10: layer 1 has collapsed to about 2.0 of 8 experts \(experts 0 to 2, 5 to 7", warned)
+    assert "layer 2" not in warned, "a hot expert alone is no collapse"
+    assert "CausalLM(router=...)" in warned
+    assert str(tmp_path / "routing") in warned
+    for name in ("expert_load", "load_curves", "straggler_factor"):
+        assert (tmp_path / "routing" / f"{name}.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_pictures_go_to_tensorboard_and_wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    logged: list[tuple[Any, ...]] = []
+    wandb, tensorboard = (object.__new__(kind) for kind in (WandbLogger, TensorBoardLogger))  # neither has a service
+    monkeypatch.setattr(WandbLogger, "log_image", lambda _, key, images, step: logged.append((key, *images, step)))
+    run = SimpleNamespace(add_figure=lambda tag, figure, step: logged.append((tag, type(figure).__name__, step)))
+    monkeypatch.setattr(TensorBoardLogger, "experiment", run)
+    metric = RoutingSummary({"layers.0.experts": 4})
+    metric.update([Routed(torch.tensor([[0, 1], [0, 2]]))])
+    monitor = ExpertLoadMonitor()
+    monitor._watched, monitor._folder = SimpleNamespace(layers=metric.layers), tmp_path  # type: ignore[assignment]
+    monitor._history.add(3, metric.measures(metric.totals_MC))
+    trainer: Any = SimpleNamespace(loggers=[wandb, tensorboard, object()], is_global_zero=True, global_step=3)
+    monitor.on_train_end(trainer, None)  # type: ignore[arg-type]
+    names = ["expert_load", "load_curves"]  # of one rank there is no third
+    expected = [((f"routing/{n}", f"{tmp_path}/{n}.png", 3), (f"routing/{n}", "Figure", 3)) for n in names]
+    assert logged == [one for pair in expected for one in pair]
+    monkeypatch.setattr(pictures, "available", lambda: False)
+    monitor._history.add(4, metric.measures(metric.totals_MC))
+    monitor.on_train_end(trainer, None)  # type: ignore[arg-type]
+    assert len(logged) == 4
