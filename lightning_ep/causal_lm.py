@@ -27,6 +27,7 @@ from lightning_ep.hub.initialize import materialize
 from lightning_ep.hub.meta_models import config_of, from_config, from_pretrained, meta_model
 from lightning_ep.loss import model_inside, summed_loss, token_losses
 from lightning_ep.ops.cross_entropy import IGNORE
+from lightning_ep.routing.biases import give_saved_biases
 from lightning_ep.routing.rules import RouterRule, check_rules
 from lightning_ep.strategy import ExpertParallelStrategy
 from lightning_ep.trainer.adamw import AdamW
@@ -164,7 +165,9 @@ class CausalLM(LightningModule):
                 f"{checkpoint_path} does not contain the config of its model: pass `model=` (hub id, path or config)."
             )
         module = cls(**{"pretrained": False, **kwargs, "model": source})
-        module.model = module._adapted(meta_model(_config(module._source)))
+        model = meta_model(_config(module._source))
+        give_saved_biases(model, saved.tensors, "model.")
+        module.model = module._adapted(model)
         saved.fill(module, strict is not False)
         materialize(module, torch.device("cpu"), seed=0)  # buffers that are not saved
         return module.to(map_location) if map_location is not None else module

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from lightning_ep import transformers_adapter as adapter
 from lightning_ep.distributed.shards import local_region, local_tensor
@@ -28,6 +30,19 @@ def give_biases(layers: Sequence[MoELayer]) -> None:
     for layer in bare:
         assert layer.router is not None
         adapter.add_selection_bias(layer.router, layer.num_experts)
+
+
+def give_saved_biases(model: PreTrainedModel, saved: Mapping[str, tuple[Sequence[int], Any]], prefix: str) -> None:
+    """Gives routers the biases that a checkpoint has for them and their family has no place for, to be filled from it.
+
+    Args:
+        model: A model.
+        saved: Shape, and what else, of the tensors of the checkpoint.
+        prefix: What is in front of the model's names there.
+    """
+    inside = {name.removeprefix(prefix): shape for name, (shape, _) in saved.items() if name.startswith(prefix)}
+    for name, router in adapter.selection_biases(model, inside).items():
+        adapter.add_selection_bias(router, inside[name][0])
 
 
 def bias_of(layer: MoELayer) -> Tensor:

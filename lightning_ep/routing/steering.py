@@ -85,6 +85,11 @@ class Steering:
                 )
             self._scoring[layer.index] = scoring
         if self._biases is not None:
+            if adapter.peft_configs(model):
+                raise ValueError(
+                    f"{self._biases!r} changes the model beneath its adapters, which are saved without it. Train the "
+                    "whole model, or leave the rule out."
+                )
             give_biases(layers)
         self._model = model
         self._top_k = [1] * len(layers)

@@ -65,6 +65,7 @@ from lightning_ep.transformers_adapter.routers import (
     leave_out_balancing_loss,
     own_balancing_loss,
     router_scoring,
+    selection_biases,
     why_no_selection_bias,
 )
 from lightning_ep.transformers_adapter.structure import (
@@ -91,6 +92,7 @@ __all__ = [
     "own_balancing_loss",
     "moe_blocks",
     "router_scoring",
+    "selection_biases",
     "why_no_selection_bias",
     "Conversion",
     "FUSED_PARAMETERS",

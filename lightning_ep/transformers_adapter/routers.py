@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Collection
 from types import MethodType
 from typing import Any, Literal
 
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from lightning_ep.transformers_adapter.structure import model_class
+from lightning_ep.transformers_adapter.structure import model_class, routers
 
 _BIASES = ("e_score_correction_bias", "expert_bias")
 """Names that families give to biases which decide who is chosen, and not with which weight."""
@@ -77,6 +78,14 @@ def add_selection_bias(router: nn.Module, num_experts: int) -> None:
     """Adds biases of zero on the logits by which a router chooses: a buffer, which is saved with the model."""
     router.register_buffer(_BIASES[0], torch.zeros(num_experts, device="cpu"))
     router.forward = MethodType(_choose_with_biases, router)
+
+
+def selection_biases(model: PreTrainedModel, names: Collection[str]) -> dict[str, nn.Module]:
+    """Routers of a model for which there are biases among ``names`` that its family has no place for, by their name."""
+    known = routers([model])
+    found = {f"{name}.{_BIASES[0]}": router for name, router in model.named_modules() if router in known}
+    own = set(model.state_dict())
+    return {name: router for name, router in found.items() if name in names and name not in own}
 
 
 def _choose_with_biases(router: Any, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -50,8 +50,8 @@ def _losses(model: Any, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tenso
     return token_losses.sum(), torch.stack(balance).mean(), torch.stack(z).mean(), output.aux_loss
 
 
-def _one_process(windows: list[list[dict[str, Tensor]]], weigh: bool) -> tuple[dict[str, Tensor], list[float], Any]:
-    """Gradients and values of one step over micro-batches that hold those of all ranks, and the trained model."""
+def _one_process(windows: list[list[dict[str, Tensor]]], weigh: bool) -> tuple[list[float], Any]:
+    """Values of one step over micro-batches that hold those of all ranks, and the trained model."""
     model = tiny_model().double()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     micro = [{key: torch.cat([batch[key] for batch in window]) for key in window[0]} for window in windows]
@@ -63,9 +63,8 @@ def _one_process(windows: list[list[dict[str, Tensor]]], weigh: bool) -> tuple[d
         loss = loss + summed / number * weight + weight * (BALANCE * balance + Z * z + OWN * own)
         values += weight * torch.stack([balance, z, own]).detach()
     loss.backward()
-    grads = {name: param.grad.clone() for name, param in model.named_parameters() if param.grad is not None}
     optimizer.step()
-    return grads, values.tolist(), model
+    return values.tolist(), model
 
 
 class _CausalLM(CausalLM):
@@ -100,9 +99,10 @@ def _fit(root: Path, own: bool, accumulate: int, layout: dict[str, Any]) -> list
     data = padded_batches(accumulate * ranks)
     if own:
         for batch in data:
-            batch["labels"] = batch["input_ids"].clone()
+            batch["attention_mask"] = (torch.arange(11)[None] < torch.tensor([[7], [9]])).long()
+            batch["labels"] = batch["input_ids"].where(batch["attention_mask"].bool(), -100)
     windows = [data[index * ranks : (index + 1) * ranks] for index in range(accumulate)]
-    grads, values, expected = _one_process(windows, weigh=not own)
+    values, expected = _one_process(windows, weigh=not own)
     sgd = lambda params: torch.optim.SGD(params, lr=0.1)  # noqa: E731
     config = tiny_model().config
     module = _OwnModule() if own else _CausalLM(config, pretrained=False, optimizer=sgd, router=RULES)
