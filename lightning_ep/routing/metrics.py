@@ -151,7 +151,8 @@ class RoutingMetric(Metric):
         added_LC[:, first : first + self.ep] = pairs_LE.view(len(layers), self.ep, -1).sum(2)
         added_LC[:, _TOKENS] = counted_T.sum()
         entropies = [one.entropy_T for one in routed if one.entropy_T is not None]
-        added_LC[:, _ENTROPY] = torch.stack(entropies).mul(counted_T).sum(1) if entropies else torch.nan
+        known = len(entropies) == len(routed)
+        added_LC[:, _ENTROPY] = torch.stack(entropies).mul(counted_T).sum(1) if known else torch.nan
         if self.ep > 1:
             sends_LTD = ids_LTK.new_zeros(*ids_LTK.shape[:2], self.ep, dtype=torch.bool)
             sends_LTD.scatter_(2, ids_LTK // (experts // self.ep), True)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -31,6 +32,7 @@ class MoELayer:
         name: Of its experts, in the module that was asked; adapters around them are left out.
         experts: What is called with the ids of experts.
         router: What gives the logits.
+        block: What is around both.
         num_experts: Experts over all ranks.
     """
 
@@ -38,6 +40,7 @@ class MoELayer:
     name: str
     experts: nn.Module
     router: nn.Module | None
+    block: nn.Module
     num_experts: int
 
 
@@ -66,32 +69,46 @@ class Routing:
 
     def count_into(self, counts_E: Tensor) -> None:
         """Adds to int64 ``[E]`` (or more) how many tokens that are no padding go to each expert; each goes to ``K``."""
-        ones = self.tokens.ones(*self.ids_TK.shape, self.ids_TK.device)
+        ones = self.tokens.ones(self.ids_TK)
         counts_E.scatter_add_(0, self.ids_TK.flatten(), ones)
 
 
 Watcher = Callable[[Routing], None]
+Choice = Callable[[MoELayer, Tensor], Tensor]
+"""Gives the ids ``[T, K]`` that are taken in place of those of a layer's router."""
+
+
+@dataclass(frozen=True, eq=False)
+class _Entry:
+    """A watcher of a layer, by the number and name that the layer has for it."""
+
+    watcher: Watcher
+    layer: MoELayer
+    logits: bool
 
 
 @dataclass(eq=False)
 class _Watched:
     """What is remembered of experts that somebody watches."""
 
-    layer: MoELayer
     model: PreTrainedModel
-    watchers: list[tuple[Watcher, bool]]
+    watchers: list[_Entry]
+    choice: Callable[[Tensor], Tensor] | None = None
     logits: Tensor | None = None
 
     @torch.compiler.disable
-    def seen(self, ids_TK: Tensor) -> None:
+    def route(self, ids_TK: Tensor) -> Tensor:
+        """Tells the watchers of a call, and returns the ids that it takes."""
         logits, self.logits = self.logits, None
+        if self.choice is not None:
+            ids_TK = self.choice(ids_TK)
         if in_backward():
-            return  # recompute that is not ours runs experts again
-        training = torch.is_grad_enabled() and self.layer.experts.training
+            return ids_TK  # recompute that is not ours runs experts again
         logits_TE = None if logits is None else logits.flatten(0, -2)
-        routing = Routing(self.layer, ids_TK, logits_TE, tokens_of(self.model), training)
-        for watcher, _ in list(self.watchers):
-            watcher(routing)
+        for entry in list(self.watchers):
+            training = torch.is_grad_enabled() and entry.layer.experts.training
+            entry.watcher(Routing(entry.layer, ids_TK, logits_TE, tokens_of(self.model), training))
+        return ids_TK
 
 
 class Observation:
@@ -110,33 +127,33 @@ class Observation:
 
     def __init__(self, module: nn.Module, watcher: Watcher, logits: bool = False) -> None:
         self.layers = moe_layers(module)
-        self._entry = watcher, logits
+        self._entries: dict[MoELayer, tuple[_Watched, _Entry]] = {}
         for model in adapter.pretrained_models(module).values():
             inside = set(model.modules())
             for layer in self.layers:
                 if layer.experts in inside:
-                    watched = adapter.recall(layer.experts, _Watched) or _watch(layer, model)
-                    watched.watchers.append(self._entry)
+                    entry, watched = _Entry(watcher, layer, logits), _watched(layer.experts, model)
+                    watched.watchers.append(entry)
+                    self._entries[layer] = watched, entry
                     if logits:
                         _keep_logits(layer, watched)
 
     def remove(self) -> None:
         """Stops calling it; a second time does nothing."""
-        for layer in self.layers:
-            watched = adapter.recall(layer.experts, _Watched)
-            if watched is not None and self._entry in watched.watchers:
-                watched.watchers.remove(self._entry)
+        for watched, entry in self._entries.values():
+            watched.watchers.remove(entry)
+        self._entries.clear()
 
 
 def moe_layers(module: nn.Module) -> list[MoELayer]:
     """The MoE layers of all transformers models inside ``module``, in the order in which they hold them."""
-    found = []
+    found: list[MoELayer] = []
     for prefix, model in adapter.pretrained_models(module).items():
-        for name, (experts, router) in adapter.experts_and_routers(model).items():
+        for name, (experts, router, block) in adapter.moe_blocks(model).items():
             spread = is_parallel_experts(experts)
             number = expert_context(experts).dispatcher.num_experts if spread else _number_of(experts)
             full = f"{prefix}.{name}" if prefix else name
-            found.append(MoELayer(len(found), full, experts, router, number))
+            found.append(MoELayer(len(found), full, experts, router, block, number))
     return found
 
 
@@ -144,16 +161,28 @@ def _number_of(experts: nn.Module) -> int:
     return next(param.shape[0] for param in experts.parameters() if param.ndim == 3)
 
 
-def _watch(layer: MoELayer, model: PreTrainedModel) -> _Watched:
+def choose(module: nn.Module, choice: Choice | None) -> None:
+    """Has ``choice`` say who is chosen in all MoE layers inside ``module``, in place of routers; None ends that.
+
+    What watches routers sees these choices. Weights stay the routers'.
+    """
+    for model in adapter.pretrained_models(module).values():
+        for layer in moe_layers(model):
+            _watched(layer.experts, model).choice = None if choice is None else partial(choice, layer)
+
+
+def _watched(experts: nn.Module, model: PreTrainedModel) -> _Watched:
     """Has calls of a layer's experts noted, once and for good: what nobody watches costs a call of an empty list."""
+    if (found := adapter.recall(experts, _Watched)) is not None:
+        return found
     note_tokens(model)
-    watched = _Watched(layer, model, [])
-    adapter.remember(layer.experts, watched)
-    if is_parallel_experts(layer.experts):
-        expert_context(layer.experts).seen = watched.seen
+    watched = _Watched(model, [])
+    adapter.remember(experts, watched)
+    if is_parallel_experts(experts):
+        expert_context(experts).route = watched.route
     else:
         # As transformers' experts are called, in all families: hidden states, ids, weights.
-        layer.experts.register_forward_pre_hook(lambda _, args: watched.seen(args[1]))
+        experts.register_forward_pre_hook(lambda _, args: (args[0], watched.route(args[1]), *args[2:]))
     return watched
 
 
@@ -175,7 +204,7 @@ def _keep_logits(layer: MoELayer, watched: _Watched) -> None:
 
     def keeping(*args: Any, **kwargs: Any) -> Any:
         output = forward(*args, **kwargs)
-        if any(logits for _, logits in watched.watchers):
+        if any(entry.logits for entry in watched.watchers):
             watched.logits = output[0]
         return output
 

@@ -33,11 +33,12 @@ class Tokens:
         """Bool ``[T]``; None where all of these count: layers beside the text (a tower) have other tokens."""
         return self._counted_T if self._counted_T is not None and self._counted_T.numel() == rows else None
 
-    def ones(self, rows: int, top_k: int, device: torch.device) -> Tensor:
+    def ones(self, ids_TK: Tensor) -> Tensor:
         """int64 ``[T K]``, 1 for each choice of a token that counts, else 0; made once for all layers."""
+        rows, top_k = ids_TK.shape
         if (found := self._ones.get((rows, top_k))) is None:
             counted_T = self.counted(rows)
-            one_T = torch.ones(rows, dtype=torch.int64, device=device) if counted_T is None else counted_T.long()
+            one_T = torch.ones(rows, dtype=torch.int64, device=ids_TK.device) if counted_T is None else counted_T.long()
             self._ones[rows, top_k] = found = one_T[:, None].expand(-1, top_k).flatten()
         return found
 
@@ -81,11 +82,12 @@ def _counted(call: Mapping[str, Any]) -> Tensor | None:
     if isinstance(mask, Tensor) and mask.ndim == 2:
         length = _shape(call)[1]
         return mask[:, mask.shape[1] - length :].bool()  # without those in a cache
-    told = isinstance(ids, Tensor) and isinstance(positions, Tensor) and positions.shape[-2:] == ids.shape
-    if told and ids.shape[1] > 1:  # a single token is one that is generated
-        of_longer = isinstance(piece, SequencePiece) and piece.peers.rank > 0
-        return ~_filling(ids, positions if positions.ndim == 2 else positions[0], of_longer)
-    return None
+    if not isinstance(ids, Tensor) or not isinstance(positions, Tensor) or positions.shape[-2:] != ids.shape:
+        return None
+    if ids.shape[1] == 1:
+        return None  # a token that is generated
+    of_longer = isinstance(piece, SequencePiece) and piece.peers.rank > 0
+    return ~_filling(ids, positions if positions.ndim == 2 else positions[0], of_longer)
 
 
 def _filling(ids_BS: Tensor, positions_BS: Tensor, of_longer: bool) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor, nn
 
@@ -15,7 +17,8 @@ from lightning_ep.routing.observe import Observation, Routing, moe_layers
 class Watched:
     """Fills a `RoutingSummary` from the forwards of a model, while it is `active`.
 
-    A layer costs the device three kernels of a forward, for the entropy; the rest is done for all layers together.
+    A layer costs the device three kernels of a forward, for the entropy (left out where it is not known how a family's
+    routers score); the rest is done for all layers together.
 
     Args:
         module: As in `Observation`.
@@ -39,10 +42,9 @@ class Watched:
         self.layers = self.metric.layers
         self.active = True
         self._training = training
-        self._by_sigmoid = [layer.router is not None and adapter.scores_by_sigmoid(layer.router) for layer in found]
+        self._scoring = [None if layer.router is None else adapter.router_scoring(layer.router) for layer in found]
         self._of_pass: list[Routed | None] = [None] * len(found)
-        logits = all(layer.router is not None for layer in found)
-        self._observation = Observation(module, self._see, logits)
+        self._observation = Observation(module, self._see, logits=None not in self._scoring)
 
     @torch.no_grad()
     def _see(self, routing: Routing) -> None:
@@ -51,7 +53,8 @@ class Watched:
         layer, logits_TE = routing.layer.index, routing.logits_TE
         if self._of_pass[layer] is not None:
             self._end_pass()
-        entropy_T = None if logits_TE is None else entropy(logits_TE, self._by_sigmoid[layer])
+        scoring = self._scoring[layer]
+        entropy_T = None if logits_TE is None or scoring is None else entropy(logits_TE, scoring)
         self._of_pass[layer] = Routed(routing.ids_TK, routing.counted_T, entropy_T)
         if layer == len(self._of_pass) - 1:
             self._end_pass()  # ids need not be kept any longer
@@ -79,11 +82,11 @@ class Watched:
         self._observation.remove()
 
 
-def entropy(logits_TE: Tensor, by_sigmoid: bool) -> Tensor:
-    """Entropy of a router's probabilities in nats, fp32 ``[T]``: softmax of the logits, or sigmoids over their sum."""
-    if by_sigmoid:
-        scores_TE = logits_TE.float().sigmoid()
-        probabilities_TE = scores_TE / scores_TE.sum(-1, keepdim=True)
-    else:
+def entropy(logits_TE: Tensor, scoring: Literal["softmax", "sigmoid", "probabilities"]) -> Tensor:
+    """Entropy of a router's probabilities in nats, fp32 ``[T]``; of sigmoids, their shares of the sum."""
+    if scoring == "softmax":
         probabilities_TE = logits_TE.softmax(-1, dtype=torch.float32)
+    else:
+        scores_TE = logits_TE.float().sigmoid() if scoring == "sigmoid" else logits_TE.float()
+        probabilities_TE = scores_TE / scores_TE.sum(-1, keepdim=True)
     return torch.special.entr(probabilities_TE).sum(-1)

@@ -8,7 +8,6 @@ from transformers.activations import SiLUActivation
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, _default_apply_gate
 
 from lightning_ep.ops.registered_experts import ExpertsFunction
-from lightning_ep.transformers_adapter.attention_interface import forward_source
 
 FUSED_PARAMETERS = ("gate_up_proj", "down_proj")
 
@@ -68,8 +67,3 @@ def _auto_experts(module: nn.Module, hidden_TH: Tensor, ids_TK: Tensor, weights_
     fast = hidden_TH.is_cuda and hidden_TH.dtype == torch.bfloat16 and aligned
     function = _registered(module, "grouped_mm" if fast else "eager")
     return function(module, hidden_TH, ids_TK, weights_TK)
-
-
-def scores_by_sigmoid(router: nn.Module) -> bool:
-    """Whether a router makes its scores of logits by sigmoids (as DeepSeek-V3 does), and not by a softmax."""
-    return "sigmoid" in forward_source(type(router))  # type: ignore[arg-type]  # hashable

@@ -121,11 +121,11 @@ def _gates(model: PreTrainedModel, found: set[nn.Module]) -> Iterator[nn.Module]
                     yield child
 
 
-def experts_and_routers(model: PreTrainedModel) -> dict[str, tuple[nn.Module, nn.Module | None]]:
-    """Every experts module of a model by its name, with the router of the same block or layer, if it has one.
+def moe_blocks(model: PreTrainedModel) -> dict[str, tuple[nn.Module, nn.Module | None, nn.Module]]:
+    """Every experts module of a model by its name, with its router, if it has one, and the module around both.
 
-    The outputs of all families' routers are the logits, ``[T, E]`` or with more dimensions in front, then routing
-    weights and ids.
+    The outputs of all families' routers are logits, ``[T, E]`` or with more dimensions in front, then routing weights
+    and ids.
     """
     known, found = routers([model]), {}
     for name, experts in experts_modules(model).items():
@@ -133,7 +133,8 @@ def experts_and_routers(model: PreTrainedModel) -> dict[str, tuple[nn.Module, nn
         while around and router is None:
             around = around.rpartition(".")[0]
             router = next((child for child in model.get_submodule(around).modules() if child in known), None)
-        found[name] = experts, router
+        block = model.get_submodule(around if router is not None else name.rpartition(".")[0])
+        found[name] = experts, router, block
     return found
 
 
