@@ -57,6 +57,8 @@ OURS = [
     ("data/chat.py", {"chat_template", "response_template"}, "the tokenizer that the data module has loaded"),
     ("data/corpus.py", {"pre_tokenizer", "decoder"}, "a tokenizer in the making"),
     ("data/packed_stream.py", {"environ"}, "a worker process's own"),
+    ("callbacks/expert_load.py", {"active"}, "a Watched"),
+    ("cli/routing_report.py", {"active"}, "a Watched"),
     ("data/packed_stream.py", {"manual_seed"}, "a generator of its own"),
     ("data/packed_stream.py", {"position"}, "a PackedStream"),
     ("data/preparation.py", {"environ"}, "a worker process's own"),

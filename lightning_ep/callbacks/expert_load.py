@@ -15,6 +15,7 @@ from typing_extensions import override
 from lightning_ep.distributed.host_copies import OnHost
 from lightning_ep.routing import pictures
 from lightning_ep.routing.history import LATEST, History, findings
+from lightning_ep.routing.run_pictures import figures
 from lightning_ep.routing.watched import Watched
 from lightning_ep.routing.words import short_names
 
@@ -141,7 +142,7 @@ class ExpertLoadMonitor(Callback):
         assert self._folder is not None
         self._drawn, since = number, time.monotonic()
         self._folder.mkdir(parents=True, exist_ok=True)
-        for name, figure in self._history.figures(self._watched.layers).items():
+        for name, figure in figures(self._history, self._watched.layers).items():
             path = pictures.save(figure, self._folder / f"{name}.png")
             for logger in trainer.loggers:
                 if isinstance(logger, TensorBoardLogger):

@@ -6,17 +6,15 @@ import itertools
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from lightning_ep.routing import pictures
 from lightning_ep.routing.metrics import Measures
 from lightning_ep.routing.words import ranges
 
 LATEST = 10  # steps that are looked at together, for what is wrong
-_SPANS = 4  # of a run, in pictures
 _KEPT = 256  # entries; of the last 256 to 128 times as many logged steps
 _BY_CHANCE = 32  # tokens: an expert that should have got as many and got none did not miss them by chance
 _COLLAPSED = 1.1  # times the experts that a token goes to: tokens all go to the same ones
@@ -99,17 +97,6 @@ class History:
         """The last ten steps as one, or as many as there are."""
         return merged(list(self._latest))
 
-    def figures(self, layers: Sequence[str]) -> dict[str, Any]:
-        """The pictures of a run by name; that of ranks where there are several."""
-        spans = self.spans(_SPANS)
-        found = {
-            "expert_load": pictures.expert_load(spans, layers),
-            "load_curves": pictures.load_curves(self.entries, layers),
-        }
-        if spans[-1].measures.rank_load_MW.shape[1] > 1:
-            found["straggler_factor"] = pictures.straggler_factor(self.entries, spans[-1], layers)
-        return found
-
     def spans(self, most: int) -> list[Entry]:
         """The whole of it in so many parts at most, each merged to one."""
         number = min(most, len(self.entries))
@@ -126,7 +113,7 @@ def merged(entries: Sequence[Entry], weights: Sequence[float] | None = None) -> 
         values = torch.stack([getattr(entry.measures, name) for entry in entries])
         return (values * weights_N.view(-1, *[1] * (values.dim() - 1))).sum(0)
 
-    means = {name: mean(name) for name in Measures._fields if name not in ("dead_ME", "tokens_M")}
+    means = {name: mean(name) for name in entries[0].measures._asdict() if name not in ("dead_ME", "tokens_M")}
     dead_ME = torch.stack([entry.measures.dead_ME for entry in entries]).all(0)
     tokens_M = torch.stack([entry.measures.tokens_M for entry in entries]).sum(0)
     return Entry(entries[0].first, entries[-1].last, Measures(dead_ME=dead_ME, tokens_M=tokens_M, **means))

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import importlib.util
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lightning_ep.routing.words import short_names
-
-if TYPE_CHECKING:
-    from lightning_ep.routing.history import Entry
 
 _NAMED = 3  # cells, or layers, that are named in a picture
 _HOT = 2.0  # times the mean, from which a cell is
@@ -67,7 +65,7 @@ def heat_map(load_ME: Tensor, layers: Sequence[str], ax: Any = None, named: bool
     return figure, ax
 
 
-def _map(ax: Any, load_ME: Tensor, names: Sequence[str], ticks: int) -> Any:
+def _map(ax: Any, load_ME: Tensor, names: Sequence[str], most: int) -> Any:
     """Cells on a scale of ratios around 1."""
     from matplotlib.colors import LogNorm
 
@@ -77,8 +75,8 @@ def _map(ax: Any, load_ME: Tensor, names: Sequence[str], ticks: int) -> Any:
     ax.set_facecolor(_ABSENT)
     image = ax.imshow(cells_ME.numpy(), cmap="RdBu_r", norm=LogNorm(1 / _RANGE, _RANGE), **shown)
     ax.imshow(dead_ME.numpy(), cmap="gray", vmin=1, vmax=2, **shown)
-    _ticks(ax.set_yticks, names, 24)
-    _ticks(ax.set_xticks, [str(expert) for expert in range(load_ME.shape[1])], ticks)
+    ticks(ax.set_yticks, names, 24)
+    ticks(ax.set_xticks, [str(expert) for expert in range(load_ME.shape[1])], most)
     ax.set_xlabel("expert")
     ax.set_ylabel("layer")
     return image
@@ -91,7 +89,7 @@ def _bar(figure: Any, ax: Any, image: Any, label: str) -> None:
     bar.ax.minorticks_off()
 
 
-def _ticks(set_ticks: Any, names: Sequence[str], most: int) -> None:
+def ticks(set_ticks: Any, names: Sequence[str], most: int) -> None:
     """So many ticks at most, at equal distances from the first."""
     step = max(1, -(-len(names) // most))
     set_ticks(range(0, len(names), step), names[::step])
@@ -107,8 +105,9 @@ def _name_hot(ax: Any, load_ME: Tensor, names: Sequence[str]) -> list[str]:
         load, expert = hottest_M.values[layer].item(), int(hottest_M.indices[layer])
         if load >= _HOT:
             ax.add_patch(Rectangle((expert - 0.5, layer - 0.5), 1, 1, fill=False, edgecolor="lime", linewidth=2))
-            found.append(f"layer {names[layer]} expert {expert} ({load:.1f} times the mean)")
-    return [f"hottest (green): {', '.join(found)}" if found else f"no expert has {_HOT:g} times the mean of its layer"]
+            found.append(f"layer {names[layer]} expert {expert} ({load:.1f})")
+    said = f"hottest (green), times the mean: {', '.join(found)}"
+    return _lines(said if found else f"no expert has {_HOT:g} times the mean of its layer")
 
 
 def _name_dead(ax: Any, load_ME: Tensor, names: Sequence[str]) -> list[str]:
@@ -122,7 +121,12 @@ def _name_dead(ax: Any, load_ME: Tensor, names: Sequence[str]) -> list[str]:
     for layer, dead in enumerate(dead_M.tolist()):
         if 2 * dead >= int(number_M[layer]) > 0:
             ax.annotate("◀", (1, layer), xycoords=("axes fraction", "data"), va="center", fontsize=8, color=_DEAD)
-    return [f"without a token (black): {', '.join(found)}" if found else "every expert has got tokens"]
+    return _lines(f"without a token (black): {', '.join(found)}" if found else "every expert has got tokens")
+
+
+def _lines(text: str) -> list[str]:
+    """In the width of a picture; names of layers may be long."""
+    return textwrap.wrap(text, 110)
 
 
 def of_layers(
@@ -138,7 +142,7 @@ def of_layers(
         ax.axhline(balanced, color="gray", linestyle=":", linewidth=1)
     if isinstance(values, Tensor):
         ax.bar(range(len(names)), values.detach().double().cpu().reshape(-1).tolist())  # torchmetrics squeezes
-        _ticks(ax.set_xticks, names, 24)
+        ticks(ax.set_xticks, names, 24)
         ax.set_xlabel("layer")
     else:
         curves(
@@ -174,85 +178,6 @@ def curves(ax: Any, steps: Sequence[int], values_NM: Tensor, names: Sequence[str
     ax.legend(loc="upper left", fontsize=8, framealpha=0.6)
 
 
-# ------------------------------------------------------------------------------------------------- pictures of a run
-
-
-def expert_load(spans: Sequence[Entry], layers: Sequence[str]) -> Any:
-    """The last span large, with what is unusual named, and those before it small: a figure."""
-    from matplotlib.figure import Figure
-
-    *before, last = spans
-    rows = min(14.0, 3.2 + 0.2 * len(layers))
-    figure = Figure(figsize=(11, rows + (2.6 if before else 0)), layout="constrained", dpi=110)
-    grid = figure.add_gridspec(2 if before else 1, max(1, len(before)), height_ratios=[rows, 2.6][: 2 if before else 1])
-    large = figure.add_subplot(grid[0, :])
-    heat_map(last.measures.load_ME, layers, large)
-    large.set_title(f"Load of experts, {_steps(last)}\n{large.get_title(loc='left')}", loc="left", fontsize=10)
-    for column, entry in enumerate(before):
-        small = figure.add_subplot(grid[1, column])
-        heat_map(entry.measures.load_ME, layers, small, named=False)
-        small.set_title(f"before: {_steps(entry)}", loc="left", fontsize=9)
-    return figure
-
-
-def load_curves(entries: Sequence[Entry], layers: Sequence[str]) -> Any:
-    """Violation, variation, entropy and dead experts of every layer by step: a figure."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(10, 11), layout="constrained", dpi=110)
-    steps, names = [entry.last for entry in entries], short_names(layers)
-    panels = [
-        ("max violation: how far the hottest expert of a layer is above the mean (0: balanced)", "max_violation_M"),
-        ("coefficient of variation of the experts' tokens (0: balanced)", "variation_M"),
-        ("entropy of the router, share of ln E (0: certain, 1: undecided)", "entropy_M"),
-        ("experts without a token", "dead_ME"),
-    ]
-    for place, (title, field) in enumerate(panels):
-        ax = figure.add_subplot(len(panels), 1, place + 1)
-        values = torch.stack([getattr(entry.measures, field) for entry in entries])
-        curves(ax, steps, (values.sum(-1) if values.dim() == 3 else values).double(), names)
-        ax.set_title(title, loc="left", fontsize=9)
-        ax.set_ylim(bottom=0)
-    ax.set_xlabel(
-        "step; layers from the first (yellow) to the last (purple), the highest and the lowest at the end named"
-    )
-    return figure
-
-
-def straggler_factor(entries: Sequence[Entry], last: Entry, layers: Sequence[str]) -> Any:
-    """The straggler factor of every layer by step, and which rank it was in the last span: a figure."""
-    from matplotlib.figure import Figure
-
-    names = short_names(layers)
-    figure = Figure(figsize=(10, 5.5 + min(6.0, 0.2 * len(layers))), layout="constrained", dpi=110)
-    grid = figure.add_gridspec(2, 1, height_ratios=[4, 2 + min(6.0, 0.2 * len(layers))])
-    above = figure.add_subplot(grid[0])
-    values_NM = torch.stack([entry.measures.straggler_M for entry in entries])
-    curves(above, [entry.last for entry in entries], values_NM, names)
-    above.axhline(1, color="gray", linestyle=":", linewidth=1)
-    above.set_title(
-        "straggler factor: pairs of token and expert of the busiest rank over the mean (1: balanced)",
-        loc="left",
-        fontsize=9,
-    )
-    above.set_xlabel("step")
-    below = figure.add_subplot(grid[1])
-    loads_MW = last.measures.rank_load_MW
-    image = below.imshow(loads_MW.numpy(), aspect="auto", interpolation="nearest", cmap="RdBu_r", vmin=0, vmax=2)
-    layer, rank = divmod(int(loads_MW.nan_to_num(nan=0.0).argmax()), loads_MW.shape[1])
-    below.set_title(
-        f"{_steps(last)}: in layer {names[layer]} rank {rank} has {loads_MW[layer, rank]:.2f} times the mean",
-        loc="left",
-        fontsize=9,
-    )
-    _ticks(below.set_yticks, names, 24)
-    _ticks(below.set_xticks, [str(each) for each in range(loads_MW.shape[1])], 16)
-    below.set_xlabel("rank")
-    below.set_ylabel("layer")
-    figure.colorbar(image, ax=below, label="of the mean")
-    return figure
-
-
 def specialisation(lifts: Mapping[str, Tensor], layers: Sequence[str]) -> Any:
     """A map for each source of how much more often its tokens go to each expert than those of the others: a figure."""
     from matplotlib.figure import Figure
@@ -267,7 +192,3 @@ def specialisation(lifts: Mapping[str, Tensor], layers: Sequence[str]) -> Any:
             f"{name}: red experts are for it, blue for the others, black for the others only", loc="left", fontsize=9
         )
     return figure
-
-
-def _steps(entry: Entry) -> str:
-    return f"step {entry.last}" if entry.first == entry.last else f"steps {entry.first} to {entry.last}"

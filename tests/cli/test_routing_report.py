@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from lightning_ep import cli
 from tests.ranks import run_ranks
@@ -64,7 +64,11 @@ def _row(text: str, title: str) -> list[float]:
     return [float(number.replace(",", "")) for number in line[len(title) :].split()]
 
 
-@pytest.mark.parametrize("options", [[], ["--ep", "2"], ["--tp", "2"]], ids=["one process", "ep=2", "tp=2"])
+@pytest.mark.parametrize(
+    "options",
+    [pytest.param([], id="one process"), ["--ep", "2"], pytest.param(["--tp", "2"], marks=pytest.mark.slow)],
+    ids=str,
+)
 def test_every_source_is_counted_as_transformers_routes_it(
     options: list[str], hub: Path, files: list[str], tmp_path: Path
 ) -> None:
@@ -129,3 +133,10 @@ def test_the_same_file_twice_and_a_model_without_experts_are_refused(
     with pytest.raises(SystemExit):
         cli.main(["routing", str(hub), files[0], files[0]])
     assert "a file is named twice" in capsys.readouterr().err
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = AutoConfig.for_model("qwen3", vocab_size=272, head_dim=8, num_key_value_heads=1, **sizes)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(hub).save_pretrained(tmp_path)
+    with pytest.raises(SystemExit):
+        cli.main(["routing", str(tmp_path), files[0]])
+    assert "there is no MoE layer to measure" in capsys.readouterr().err

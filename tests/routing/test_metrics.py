@@ -26,6 +26,7 @@ from lightning_ep.routing.metrics import (
     RowsPerToken,
     StragglerFactor,
 )
+from lightning_ep.routing.watched import entropy
 from tests.ranks import device, run_ranks
 
 EXPERTS = {"layers.0.experts": 8, "layers.1.experts": 8, "layers.5.experts": 4}
@@ -168,3 +169,13 @@ def test_what_cannot_be_measured_is_refused() -> None:
         RoutingSummary({"a": 8, "b": 6}, ParallelLayout(4, ep=4, fsdp=1))
     with pytest.raises(ValueError, match="routing of 1 layers was given, and there are 3"):
         RoutingSummary(EXPERTS).update([None])
+
+
+@pytest.mark.parametrize("scoring", ["softmax", "sigmoid", "probabilities"])
+def test_entropy_is_that_of_the_scores_as_shares_of_their_sum(scoring: Any) -> None:
+    logits_TE = torch.randn(5, 8).bfloat16()
+    scores = {"softmax": logits_TE.double().exp(), "sigmoid": logits_TE.double().sigmoid()}
+    given = logits_TE if scoring in scores else logits_TE.abs()
+    scores_TE = scores.get(scoring, given.double())
+    expected_T = torch.distributions.Categorical(probs=scores_TE).entropy()
+    torch.testing.assert_close(entropy(given, scoring).double(), expected_T, rtol=1e-5, atol=1e-6)
