@@ -15,7 +15,7 @@ from lightning_ep import CausalLM, ExpertParallelStrategy
 from lightning_ep.routing import ForcedBalance, RoutingCounts, SkewedRouting
 from lightning_ep.routing.choices import choice_of
 from lightning_ep.routing.observe import choose, moe_layers
-from lightning_ep.routing.rules import RouterRule
+from lightning_ep.routing.router_rules import RouterRule
 from tests.ranks import run_ranks
 from tests.reference import batches, tiny_config, tiny_model
 from tests.tiny import quiet
