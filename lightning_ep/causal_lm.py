@@ -28,7 +28,7 @@ from lightning_ep.hub.meta_models import config_of, from_config, from_pretrained
 from lightning_ep.loss import model_inside, summed_loss, token_losses
 from lightning_ep.ops.cross_entropy import IGNORE
 from lightning_ep.routing.biases import give_saved_biases
-from lightning_ep.routing.rules import RouterRule, check_rules
+from lightning_ep.routing.router_rules import RouterRule, check_rules
 from lightning_ep.strategy import ExpertParallelStrategy
 from lightning_ep.trainer.adamw import AdamW
 from lightning_ep.trainer.clipping import clip_grad_norm_

@@ -28,7 +28,7 @@ from lightning_ep.moe.adapted import experts_in
 from lightning_ep.moe.expert_parallel import expert_plan
 from lightning_ep.moe.experts import is_parallel_experts
 from lightning_ep.ops.packed_attention import has_kernel
-from lightning_ep.routing.steering import freeze_routers, steer_routers, steerings
+from lightning_ep.routing.steer import freeze_routers, steer_routers, steerings
 from lightning_ep.tensor_parallel import apply_tensor_plan, tensor_plan
 
 

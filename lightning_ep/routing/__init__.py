@@ -1,11 +1,10 @@
 """What routers choose: seen, counted and steered.
 
-`observe` is the one place that looks at routers, `tokens` knows which tokens are no padding, and `counts` adds up.
-`rules` are what users set to steer them, `steering` does it, by `losses`, `biases` and `choices` that no router made.
+`observe` is the one place that looks at routers, `tokens` knows which tokens are no padding, and `tally` counts.
+`router_rules` are what users set to steer them, `steer` does it, by `losses`, `biases` and `choices` of no router.
 `metrics` measure how even choices are, `watched` fills them from a model, and `pictures` draw them.
 """
 
-from lightning_ep.routing.counts import RoutingCounts, sum_over_ranks
 from lightning_ep.routing.metrics import (
     DeadExperts,
     ExpertLoad,
@@ -20,7 +19,7 @@ from lightning_ep.routing.metrics import (
     StragglerFactor,
 )
 from lightning_ep.routing.observe import MoELayer, Observation, Routing, moe_layers
-from lightning_ep.routing.rules import (
+from lightning_ep.routing.router_rules import (
     BalancingLoss,
     BiasUpdates,
     ForcedBalance,
@@ -28,7 +27,8 @@ from lightning_ep.routing.rules import (
     RouterZLoss,
     SkewedRouting,
 )
-from lightning_ep.routing.steering import freeze_routers, router_losses, steer_routers, step_routers
+from lightning_ep.routing.steer import freeze_routers, router_losses, steer_routers, step_routers
+from lightning_ep.routing.tally import RoutingCounts, sum_over_ranks
 from lightning_ep.routing.watched import Watched
 
 __all__ = [

@@ -7,7 +7,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lightning_ep.routing.observe import Choice, MoELayer
-from lightning_ep.routing.rules import ForcedBalance, RouterRule, SkewedRouting
+from lightning_ep.routing.router_rules import ForcedBalance, RouterRule, SkewedRouting
 
 _ROWS = 8192  # of the table of draws, which tokens go through one after the other
 

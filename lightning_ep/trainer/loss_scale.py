@@ -21,7 +21,7 @@ from lightning.pytorch import LightningModule
 from torch import Tensor
 
 from lightning_ep.layout import ParallelLayout
-from lightning_ep.routing.steering import Steering
+from lightning_ep.routing.steer import Steering
 
 
 @runtime_checkable

@@ -23,7 +23,7 @@ from lightning_ep import transformers_adapter as adapter
 from lightning_ep.fsdp.accumulation import reduce_kept_gradients
 from lightning_ep.fsdp.passes import break_off_if_it_raises
 from lightning_ep.hub.beneath import is_adapted
-from lightning_ep.routing.steering import Steering, steerings
+from lightning_ep.routing.steer import Steering, steerings
 from lightning_ep.trainer.clipping import clip_grad_norm_, clip_grad_value_, clip_in_step_, scale_gradients
 from lightning_ep.trainer.loss_scale import at_step, into_backward, with_router_losses
 from lightning_ep.trainer.nonfinite import NonfiniteGuard

@@ -11,16 +11,17 @@ import torch
 import torch.nn.functional as F
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from lightning_ep import CausalLM, ExpertParallelStrategy
+from lightning_ep import CausalLM, ExpertParallelStrategy, LoRA
 from lightning_ep import transformers_adapter as adapter
 from lightning_ep.callbacks import HuggingFaceExport
 from lightning_ep.cli.export import export
 from lightning_ep.hub.errors import CheckpointError
-from lightning_ep.routing import BiasUpdates, RoutingCounts
-from lightning_ep.routing.biases import give_biases, update_biases
+from lightning_ep.routing import BiasUpdates, RoutingCounts, sum_over_ranks
+from lightning_ep.routing.biases import bias_of, give_biases, update_biases
 from lightning_ep.routing.observe import moe_layers
 from lightning_ep.transformers_adapter.routers import SOFTMAX_TOP_K
 from tests.hub.every_family import auto_class_of, tiny_config_of
@@ -215,6 +216,36 @@ def test_families_with_biases_of_their_own_keep_them() -> None:
     give_biases(layers)
     assert all(adapter.correction_bias(layer.router, layer.block) is not None for layer in layers)
     assert {type(layer.router).forward for layer in layers} == {layer.router.forward.__func__ for layer in layers}  # type: ignore[union-attr]
+
+
+def _own_biases(root: Path, family: str) -> list[str]:
+    """A fit on two ranks, of which each may hold a part of the biases only, if they are parameters."""
+    config = tiny_config_of(family)
+    sgd = lambda params: torch.optim.SGD(params, lr=0.1)  # noqa: E731
+    module = CausalLM(config, pretrained=False, optimizer=sgd, router=BiasUpdates(RATE))
+    trainer = _trainer(root, {"ep": 2}, max_steps=1)
+    module.on_fit_start = lambda: setattr(module, "counts", RoutingCounts(module))  # type: ignore[method-assign]
+    trainer.fit(module, _loader(2, 1))
+    counts_LE = sum_over_ranks(module.counts.take())  # type: ignore[operator,union-attr]
+    wrong = []
+    for layer, counts_E in zip(moe_layers(module), counts_LE, strict=True):
+        bias = bias_of(layer)
+        whole = bias.full_tensor() if isinstance(bias, DTensor) else bias
+        expected_E = RATE * torch.sign(counts_E.double().mean() - counts_E).cpu()
+        if not torch.allclose(whole.detach().cpu().flatten().double(), expected_E, atol=1e-7):
+            wrong.append(f"{layer.name}: {whole} and not {expected_E}")
+    return wrong
+
+
+@pytest.mark.parametrize("family", ["dots1", pytest.param("afmoe", marks=pytest.mark.slow), "ernie4_5_moe"])
+def test_biases_of_a_family_follow_the_rule_where_they_are(family: str, tmp_path: Path) -> None:
+    assert_ranks_agree(2, _own_biases, tmp_path, family, init_process_group=False)
+
+
+def test_adapters_are_refused_beside_biases(tmp_path: Path) -> None:
+    module = CausalLM(tiny_model().config, pretrained=False, router=BiasUpdates(), adapter=LoRA())
+    with pytest.raises(ValueError, match="changes the model beneath its adapters"):
+        _trainer(tmp_path, {"ep": 1}, max_steps=1).fit(module, _loader(1, 1))
 
 
 def test_a_family_without_a_place_is_refused() -> None:

@@ -14,7 +14,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from lightning_ep import CausalLM, ExpertParallelStrategy
-from lightning_ep.routing import BalancingLoss, RouterZLoss
+from lightning_ep import transformers_adapter as adapter
+from lightning_ep.routing import BalancingLoss, RouterZLoss, moe_layers, steer_routers
+from lightning_ep.routing.losses import sums_of_layer
+from tests.hub.every_family import auto_class_of, tiny_config_of
 from tests.ranks import assert_ranks_agree
 from tests.reference import batches, relative_error, tiny_model
 from tests.tiny import quiet
@@ -143,3 +146,69 @@ def test_a_step_follows_the_losses_of_the_global_micro_batches(
     world: int, layout: dict[str, Any], cases: list[tuple[bool, int]], tmp_path: Path
 ) -> None:
     assert_ranks_agree(world, _run, tmp_path, layout, cases, init_process_group=False, timeout=300)
+
+
+@pytest.mark.parametrize("scoring", ["softmax", "sigmoid", "probabilities"])
+def test_sums_of_a_layer_keep_its_logits_alone_and_are_those_of_autograd(scoring: Any) -> None:
+    kept: list[Tensor] = []
+    logits_TE = torch.rand(6, 8, dtype=torch.float64, requires_grad=True)
+    counted_T = torch.tensor([True, True, False, True, False, True])
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):  # type: ignore[func-returns-value]
+        sums_S = sums_of_layer(logits_TE, counted_T, scoring)
+    assert [x.data_ptr() for x in kept] == [logits_TE.data_ptr()]
+    rows_TE = logits_TE[counted_T]
+    expected = {"softmax": rows_TE.softmax(1), "sigmoid": F.normalize(rows_TE.sigmoid(), p=1, dim=1)}
+    assert torch.allclose(sums_S[:8], expected.get(scoring, rows_TE).sum(0))
+    if scoring != "probabilities":
+        assert torch.allclose(sums_S[8], rows_TE.logsumexp(1).square().sum())
+    assert torch.autograd.gradcheck(lambda x: sums_of_layer(x, counted_T, scoring), logits_TE)
+
+
+def test_every_familys_scores_are_known_or_refused() -> None:
+    known = {
+        family: _scoring(family)
+        for family in ("qwen3_moe", "mixtral", "gpt_oss", "dots1", "gemma4_text", "inkling_text")
+    }
+    assert known == {
+        "qwen3_moe": "softmax", "mixtral": "softmax", "gpt_oss": "softmax", "dots1": "sigmoid",
+        "gemma4_text": "probabilities", "inkling_text": None,
+    }  # fmt: skip
+
+
+def _scoring(family: str) -> str | None:
+    config = tiny_config_of(family)
+    with torch.device("meta"):
+        model = auto_class_of(config).from_config(config)
+    (found,) = {adapter.router_scoring(layer.router) for layer in moe_layers(model) if layer.router is not None}
+    return found
+
+
+def test_losses_of_routers_whose_scores_are_not_known_are_refused() -> None:
+    config = tiny_config_of("inkling_text")
+    with torch.device("meta"):
+        model = auto_class_of(config).from_config(config)
+    with pytest.raises(ValueError, match=r"BalancingLoss.*it is not known how its router .* Use BiasUpdates"):
+        steer_routers(model, BalancingLoss())
+    config = tiny_config_of("gemma4_text")
+    with torch.device("meta"):
+        model = auto_class_of(config).from_config(config)
+    with pytest.raises(ValueError, match="RouterZLoss"):
+        steer_routers(model, RouterZLoss())
+
+
+def _fits_frozen(root: Path) -> list[str]:
+    module = CausalLM(tiny_model().config, pretrained=False, freeze_router=True, router=BalancingLoss(1.0))
+    trainer = quiet(root, strategy=ExpertParallelStrategy(ep=2), max_steps=2)
+    module.on_fit_start = lambda: before.update(_weights(module))  # type: ignore[method-assign]
+    before: dict[str, Tensor] = {}
+    trainer.fit(module, DataLoader(padded_batches(2), batch_size=None))  # type: ignore[arg-type]
+    after = _weights(module)
+    return [name for name in before if torch.equal(before[name], after[name]) != name.endswith("gate.weight")]
+
+
+def _weights(module: Any) -> dict[str, Tensor]:
+    return {name: param.full_tensor().detach().cpu().clone() for name, param in module.named_parameters()}
+
+
+def test_a_frozen_router_stays_and_all_else_is_trained(tmp_path: Path) -> None:
+    assert_ranks_agree(2, _fits_frozen, tmp_path, init_process_group=False)

@@ -13,10 +13,17 @@ from transformers import PreTrainedModel
 from lightning_ep import transformers_adapter as adapter
 from lightning_ep.routing.biases import bias_of, give_biases, update_biases
 from lightning_ep.routing.choices import choice_of
-from lightning_ep.routing.counts import sum_over_ranks
 from lightning_ep.routing.losses import balance_of_all_layers, balance_per_layer, sums_of_layer
 from lightning_ep.routing.observe import Observation, Routing, choose, moe_layers
-from lightning_ep.routing.rules import BalancingLoss, BiasUpdates, RouterRule, RouterZLoss, _ModelsOwnLoss, check_rules
+from lightning_ep.routing.router_rules import (
+    BalancingLoss,
+    BiasUpdates,
+    RouterRule,
+    RouterZLoss,
+    _ModelsOwnLoss,
+    check_rules,
+)
+from lightning_ep.routing.tally import sum_over_ranks
 
 _LOSSES = (BalancingLoss, RouterZLoss, _ModelsOwnLoss)
 _NAMES = {BalancingLoss: "router_balance", RouterZLoss: "router_z", _ModelsOwnLoss: "router_aux"}
