@@ -113,7 +113,7 @@ def merged(entries: Sequence[Entry], weights: Sequence[float] | None = None) -> 
         values = torch.stack([getattr(entry.measures, name) for entry in entries])
         return (values * weights_N.view(-1, *[1] * (values.dim() - 1))).sum(0)
 
-    means = {name: mean(name) for name in entries[0].measures._asdict() if name not in ("dead_ME", "tokens_M")}
+    means = {name: mean(name) for name in vars(entries[0].measures) if name not in ("dead_ME", "tokens_M")}
     dead_ME = torch.stack([entry.measures.dead_ME for entry in entries]).all(0)
     tokens_M = torch.stack([entry.measures.tokens_M for entry in entries]).sum(0)
     return Entry(entries[0].first, entries[-1].last, Measures(dead_ME=dead_ME, tokens_M=tokens_M, **means))

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -41,7 +42,8 @@ class Routed(NamedTuple):
     entropy_T: Tensor | None = None
 
 
-class Measures(NamedTuple):
+@dataclass(frozen=True)
+class Measures:
     """All that `RoutingSummary` says, of tokens that count; NaN where none came. See docs/routing.md for the formulas.
 
     Attributes:
@@ -192,7 +194,7 @@ class RoutingSummary(RoutingMetric):
 
     @override
     def compute(self) -> dict[str, Tensor]:
-        return self.measures(self.totals_MC)._asdict()
+        return dict(vars(self.measures(self.totals_MC)))
 
     @override
     def plot(self, val: Mapping[str, Tensor] | None = None, ax: Any = None) -> Any:

@@ -116,7 +116,7 @@ def _expected(ep: int) -> dict[str, Any]:
                 "top_k_M": TOP_K,
             }
         )
-    return {name: [layer[name] for layer in layers] for name in Measures._fields}
+    return {name: [layer[name] for layer in layers] for name in Measures.__annotations__}
 
 
 @pytest.mark.parametrize("ep", [1, 2, 4])
