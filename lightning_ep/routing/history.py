@@ -29,11 +29,13 @@ class Entry:
         first: The first step.
         last: The last one.
         measures: On the CPU; means over these steps, and of tokens their sum.
+        number: How many steps were logged.
     """
 
     first: int
     last: int
     measures: Measures
+    number: int = 1
 
 
 class Finding(NamedTuple):
@@ -69,8 +71,7 @@ class History:
         self.entries: list[Entry] = []
         self._latest: deque[Entry] = deque(maxlen=LATEST)
         self._number = 0
-        self._each = 1  # logged steps of an entry
-        self._in_last = 0
+        self._each = 1  # logged steps of a full entry
 
     def __len__(self) -> int:
         """How many steps were added."""
@@ -80,17 +81,13 @@ class History:
         """Adds those of a step, on the CPU."""
         self._number += 1
         self._latest.append(Entry(step, step, measures))
-        if self.entries and self._in_last < self._each:
-            self.entries[-1] = merged([self.entries[-1], Entry(step, step, measures)], [self._in_last, 1])
-            self._in_last += 1
+        new = Entry(step, step, measures)
+        if self.entries and self.entries[-1].number < self._each:
+            self.entries[-1] = merged([self.entries[-1], new])
         else:
-            self.entries.append(Entry(step, step, measures))
-            self._in_last = 1
+            self.entries.append(new)
         if len(self.entries) > _KEPT:
-            pairs = zip(self.entries[::2], self.entries[1::2], strict=False)
-            odd = self.entries[-1:] if len(self.entries) % 2 else []
-            self.entries = [merged(list(pair)) for pair in pairs] + odd
-            self._in_last += 0 if odd else self._each
+            self.entries = [merged(self.entries[place : place + 2]) for place in range(0, len(self.entries), 2)]
             self._each *= 2
 
     def latest(self) -> Entry:
@@ -104,19 +101,20 @@ class History:
         return [merged(self.entries[a:b]) for a, b in itertools.pairwise(bounds)]
 
 
-def merged(entries: Sequence[Entry], weights: Sequence[float] | None = None) -> Entry:
+def merged(entries: Sequence[Entry]) -> Entry:
     """One entry for several that follow one another."""
-    weights_N = torch.tensor(weights or [1.0] * len(entries), dtype=torch.float64)
-    weights_N = weights_N / weights_N.sum()
+    numbers_N = torch.tensor([entry.number for entry in entries], dtype=torch.float64)
 
     def mean(name: str) -> Tensor:
         values = torch.stack([getattr(entry.measures, name) for entry in entries])
-        return (values * weights_N.view(-1, *[1] * (values.dim() - 1))).sum(0)
+        weights = numbers_N.view(-1, *[1] * (values.dim() - 1)) * ~values.isnan()  # of steps with tokens
+        return (values.nan_to_num(nan=0.0) * weights).sum(0) / weights.sum(0)
 
     means = {name: mean(name) for name in vars(entries[0].measures) if name not in ("dead_ME", "tokens_M")}
     dead_ME = torch.stack([entry.measures.dead_ME for entry in entries]).all(0)
     tokens_M = torch.stack([entry.measures.tokens_M for entry in entries]).sum(0)
-    return Entry(entries[0].first, entries[-1].last, Measures(dead_ME=dead_ME, tokens_M=tokens_M, **means))
+    measures = Measures(dead_ME=dead_ME, tokens_M=tokens_M, **means)
+    return Entry(entries[0].first, entries[-1].last, measures, int(numbers_N.sum()))
 
 
 def findings(measures: Measures) -> list[Finding]:
