@@ -6,6 +6,8 @@ With names that users know, and no others: ``lightning_ep`` may be that of an ol
 from __future__ import annotations
 
 import functools
+import importlib.util
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ import lightning_ep
 from benchmarks.cells import Cell
 from benchmarks.measure import Meter
 from benchmarks.records import ROOT
-from benchmarks.workload import Popularity, balance, batches, fill_parameters
+from benchmarks.workload import Popularity, batches, fill_parameters, max_over_mean
 from lightning_ep import AdamW, CausalLM, ExpertParallelStrategy
 
 
@@ -26,14 +28,11 @@ class _Module(CausalLM):
 
     def __init__(self, cell: Cell, meter: Meter, **kwargs: Any) -> None:
         super().__init__(cell.config(), pretrained=False, **kwargs)
-        self._meter, self._balanced = meter, cell.balanced
+        self._meter = meter
 
     @override
-    def configure_model(self) -> None:
-        super().configure_model()
-        if self._balanced:
-            balance(self.model)
-        self._meter.read_popularity = Popularity(self.model).read
+    def on_fit_start(self) -> None:
+        self._meter.read_popularity = _popularity(self)
 
 
 class _FastStart(ExpertParallelStrategy):
@@ -65,6 +64,30 @@ def _adapter(cell: Cell) -> dict[str, Any]:
     return {"adapter": lightning_ep.LoRA(r=int(rank), lora_alpha=2 * int(rank), experts=where == "all")}
 
 
+def _popularity(module: CausalLM) -> Callable[[], float]:
+    """Counts what is chosen until it is read; older commits have nothing that counts in sharded models."""
+    if importlib.util.find_spec("lightning_ep.routing") is None:
+        return Popularity(module.model).read
+    from lightning_ep.routing import RoutingCounts
+
+    counts = RoutingCounts(module)
+
+    def read() -> float:
+        counts.remove()
+        return max_over_mean(counts.take())
+
+    return read
+
+
+def _balanced(cell: Cell) -> dict[str, Any]:
+    """The argument of CausalLM, which older commits do not have."""
+    if not cell.balanced:
+        return {}
+    from lightning_ep.routing import ForcedBalance
+
+    return {"router": ForcedBalance()}
+
+
 def run(cell: Cell, meter: Meter) -> None:
     """Trains ``meter.num_steps`` steps; raises RuntimeError if the code that was imported is not of the cell's tree."""
     expected, found = Path(cell.tree or ROOT).resolve(), Path(lightning_ep.__file__).resolve().parents[1]
@@ -78,6 +101,6 @@ def run(cell: Cell, meter: Meter) -> None:
         use_distributed_sampler=False, logger=False, enable_checkpointing=False, enable_progress_bar=False,
         enable_model_summary=False,
     )  # fmt: skip
-    module = _Module(cell, meter, optimizer=functools.partial(AdamW, lr=1e-5), **_adapter(cell))
+    module = _Module(cell, meter, optimizer=functools.partial(AdamW, lr=1e-5), **_adapter(cell), **_balanced(cell))
     data: Any = list(batches(cell, meter.num_steps))
     trainer.fit(module, DataLoader(data, batch_size=None, pin_memory=cuda))

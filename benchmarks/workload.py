@@ -65,20 +65,6 @@ def _chats(cell: Cell, count: int, seed: int) -> list[dict[str, Tensor]]:
         return list(data.train_dataloader())
 
 
-def balance(model: Any) -> None:
-    """Has routers of a transformers Qwen3-MoE choose every expert equally often, those of a token far apart."""
-
-    def choose(gate: Any, _: Any, output: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        logits, scores_TK, ids_TK = output
-        tokens, top_k = ids_TK.shape
-        first_T1 = torch.arange(tokens, device=ids_TK.device)[:, None]
-        apart_K = torch.arange(top_k, device=ids_TK.device) * (gate.num_experts // top_k)
-        return logits, scores_TK, ((first_T1 + apart_K) % gate.num_experts).to(ids_TK.dtype)
-
-    for layer in model.model.layers:
-        layer.mlp.gate.register_forward_hook(choose)
-
-
 @torch.no_grad()
 def fill_parameters(model: nn.Module, device: torch.device, std: float = 0.02) -> None:
     """Allocates parameters that are on meta and draws all of them on the device: ones for norms, normal for the rest.

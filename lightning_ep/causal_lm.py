@@ -27,10 +27,12 @@ from lightning_ep.hub.initialize import materialize
 from lightning_ep.hub.meta_models import config_of, from_config, from_pretrained, meta_model
 from lightning_ep.loss import model_inside, summed_loss, token_losses
 from lightning_ep.ops.cross_entropy import IGNORE
+from lightning_ep.routing.biases import give_saved_biases
+from lightning_ep.routing.router_rules import RouterRule, check_rules
 from lightning_ep.strategy import ExpertParallelStrategy
 from lightning_ep.trainer.adamw import AdamW
 from lightning_ep.trainer.clipping import clip_grad_norm_
-from lightning_ep.trainer.loaders import evaluated_loaders
+from lightning_ep.trainer.evaluation import log_token_means
 from lightning_ep.trainer.loss_scale import mean_of_sum
 
 
@@ -55,9 +57,15 @@ class CausalLM(LightningModule):
         lr_scheduler: Builds a scheduler from the optimizer; it steps once per optimizer step. `lightning_ep.Schedule`
             ends with the run.
         adapter: Train adapters, with the model frozen beneath.
+        router: What steers the routers: rules of `lightning_ep.routing`. Default: the token loss alone, and
+            transformers' balancing loss where the configuration asks for it (``output_router_logits``), which is taken
+            over the tokens of all ranks.
+        freeze_router: Leave the routers' weights as they are.
 
     Raises:
-        ValueError: If there are no weights to load, or a configuration in a dict has a key that nobody reads.
+        TypeError: If something in ``router`` is no rule.
+        ValueError: If there are no weights to load, a configuration in a dict has a key that nobody reads, or rules
+            contradict each other.
     """
 
     def __init__(
@@ -67,6 +75,8 @@ class CausalLM(LightningModule):
         optimizer: OptimizerCallable | None = None,
         lr_scheduler: LRSchedulerCallable | None = None,
         adapter: LoRA | None = None,
+        router: RouterRule | list[RouterRule] | None = None,
+        freeze_router: bool = False,
     ) -> None:
         super().__init__()
         if pretrained and not isinstance(model, str):
@@ -80,6 +90,9 @@ class CausalLM(LightningModule):
         self._optimizer = optimizer
         self._adapter = adapter
         self._lr_scheduler = lr_scheduler
+        self.router_rules = check_rules(router)
+        self.freeze_router = freeze_router
+        self.batch_terms: Tensor | None = None  # this rank's valid tokens of a micro-batch
         self.model: nn.Module | None = None
         self._window: Tensor | None = None  # sums of loss and valid tokens since the last step
         self._evaluation: dict[int, Tensor] = {}  # the same of an evaluation, by dataloader
@@ -152,7 +165,9 @@ class CausalLM(LightningModule):
                 f"{checkpoint_path} does not contain the config of its model: pass `model=` (hub id, path or config)."
             )
         module = cls(**{"pretrained": False, **kwargs, "model": source})
-        module.model = module._adapted(meta_model(_config(module._source)))
+        model = meta_model(_config(module._source))
+        give_saved_biases(model, saved.tensors, "model.")
+        module.model = module._adapted(model)
         saved.fill(module, strict is not False)
         materialize(module, torch.device("cpu"), seed=0)  # buffers that are not saved
         return module.to(map_location) if map_location is not None else module
@@ -182,19 +197,15 @@ class CausalLM(LightningModule):
         # Targets cross the borders of pieces, where labels of a piece end.
         return self.model, targets, inputs, labels if self._strategy.layout.cp == 1 else None
 
-    def _summed_loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """Sum of the token losses, number of valid tokens, and the auxiliary loss; 0-dim each."""
-        loss, auxiliary, targets_BS = summed_loss(*self._arguments(batch))
-        return loss, (targets_BS != IGNORE).sum(), auxiliary
+    def _summed_loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Sum of the token losses, and number of valid tokens; 0-dim each."""
+        loss, targets_BS = summed_loss(*self._arguments(batch))
+        return loss, (targets_BS != IGNORE).sum()
 
     @override
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        loss, tokens, auxiliary = self._summed_loss(batch)
-        sums = torch.stack([loss.detach().double(), tokens.double()])
-        assert self.model is not None
-        config = model_inside(self.model).config
-        if getattr(config, "output_router_logits", False):
-            loss = loss + config.router_aux_loss_coef * auxiliary * tokens
+        loss, self.batch_terms = self._summed_loss(batch)
+        sums = torch.stack([loss.detach().double(), self.batch_terms.double()])
         if self.trainer.accumulate_grad_batches == 1:
             # The window is this batch, so its tokens are known before backward: no pass over the gradients is needed.
             return mean_of_sum(loss, self._close_window(sums), self._strategy.layout)
@@ -302,47 +313,14 @@ class CausalLM(LightningModule):
 
     def evaluation_step(self, batch: dict[str, Tensor], dataloader_idx: int) -> None:
         """What validation and test do with a batch."""
-        loss, tokens, _ = self._summed_loss(batch)
+        loss, tokens = self._summed_loss(batch)
         sums_2 = torch.stack([loss.double(), tokens.double()])
         self._evaluation[dataloader_idx] = sums_2 + self._evaluation.get(dataloader_idx, 0)
 
     def log_evaluation(self, stage: str) -> None:
         """Logs an evaluation at its end; ``stage`` is "val" or "test"."""
-        names = evaluated_loaders(self.trainer)
-        sums_N2 = torch.zeros(len(names), 2, dtype=torch.float64, device=self.device)
-        for index, sums_2 in self._evaluation.items():
-            sums_N2[index] = sums_2
-        had_batches, self._evaluation = bool(self._evaluation), {}
-        loss, tokens = (sums_N2 := self._summed_over_ranks(sums_N2)).sum(0)
-        if tokens == 0:
-            self._explain_no_targets(stage, had_batches)
-            return
-        for name, (loss_of_one, tokens_of_one) in zip(names, sums_N2, strict=True):
-            if len(names) > 1 and tokens_of_one > 0:
-                self.log(f"{stage}/loss/{name}", (loss_of_one / tokens_of_one).float(), sync_dist=True)
-        mean = (loss / tokens).float()
-        # Equal on all ranks already; sync_dist only tells Lightning so.
-        self.log(f"{stage}/loss", mean, prog_bar=True, sync_dist=True)
-        self.log(f"{stage}/perplexity", mean.exp(), sync_dist=True)
-
-    def _explain_no_targets(self, stage: str, had_batches: bool) -> None:
-        """For evaluations whose mean loss is 0 / 0; of a sanity check nothing is kept, and others may have targets."""
-        if had_batches:
-            problem = (
-                f"No token of any rank had a target, so that there is no {stage}/loss: every label after the first of "
-                f"its sequence is {IGNORE} in all {stage} batches of this evaluation. Look at what makes the labels "
-                "(targets cut off by the sequence length, or a prompt template that masks every token?), or raise "
-                f"limit_{stage}_batches."
-            )
-        else:
-            problem = (
-                f"No rank took a {stage} batch, so that there is no {stage}/loss: all ranks stop with the first whose "
-                f"data ends, and a loader gave nothing. Give every rank at least one batch (shares of equal size, more "
-                f"data or fewer data ranks), or leave the evaluation out with limit_{stage}_batches=0."
-            )
-        if not self.trainer.sanity_checking:
-            raise ValueError(problem)
-        rank_zero_warn(f"In the sanity check: {problem} An evaluation in which that is so raises an error.")
+        sums, self._evaluation = self._evaluation, {}
+        log_token_means(self, stage, sums)
 
     @override
     def on_train_start(self) -> None:
@@ -377,7 +355,7 @@ class CausalLM(LightningModule):
     @override
     def predict_step(self, batch: dict[str, Tensor], batch_idx: int, dataloader_idx: int = 0) -> dict[str, Tensor]:
         model, targets_BS, inputs, labels_BS = self._arguments(batch)
-        losses_BS, _, targets_BS = token_losses(model, targets_BS, inputs, labels_BS)
+        losses_BS, targets_BS = token_losses(model, targets_BS, inputs, labels_BS)
         sums_2B = torch.stack([-losses_BS.double().sum(1), (targets_BS != IGNORE).sum(1)])
         if (piece := inputs.get("sequence")) is not None:
             sums_2B = piece.sum_over_ranks(sums_2B)
@@ -385,11 +363,9 @@ class CausalLM(LightningModule):
 
     @override
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        if self._adapter is None:
-            optimizer = (self._optimizer or partial(AdamW, lr=1e-5))(self.parameters())
-        else:
-            trained = (param for param in self.parameters() if param.requires_grad)
-            optimizer = (self._optimizer or partial(AdamW, lr=1e-4))(trained)
+        whole = self._adapter is None and not self.freeze_router
+        trained = self.parameters() if whole else (param for param in self.parameters() if param.requires_grad)
+        optimizer = (self._optimizer or partial(AdamW, lr=1e-5 if self._adapter is None else 1e-4))(trained)
         if self._lr_scheduler is None:
             return optimizer
         scheduler = self._lr_scheduler(optimizer)

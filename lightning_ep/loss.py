@@ -48,7 +48,7 @@ def _find_model(module: nn.Module) -> PreTrainedModel:
 
 def token_losses(
     module: nn.Module, targets_BS: Tensor, inputs: dict[str, Any], labels_BS: Tensor | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:
     """Losses of single tokens from the module's logits.
 
     Args:
@@ -60,8 +60,7 @@ def token_losses(
             have a parameter ``labels``: what arrives at the model then is what counts.
 
     Returns:
-        ``[B, S]`` in fp32, zero where there is no target, the model's auxiliary loss (0-dim, zero if it has none), and
-        the targets.
+        ``[B, S]`` in fp32, zero where there is no target, and the targets.
 
     Raises:
         TypeError: If the module returns no logits.
@@ -81,12 +80,12 @@ def token_losses(
     losses_T = F.cross_entropy(
         logits_BSV.float().flatten(0, 1), result.targets_BS.flatten(), ignore_index=IGNORE, reduction="none"
     )
-    return losses_T.view_as(result.targets_BS), _zero_or(result.auxiliary, losses_T), result.targets_BS
+    return losses_T.view_as(result.targets_BS), result.targets_BS
 
 
 def summed_loss(
     module: nn.Module, targets_BS: Tensor, inputs: dict[str, Any], labels_BS: Tensor | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:
     """Sum of the token losses, through `linear_cross_entropy` where the module's logits are its head's output.
 
     Modules that change or use logits, several calls of a head, and heads with a bias take the plain path over logits.
@@ -98,10 +97,10 @@ def summed_loss(
         labels_BS: The labels.
 
     Returns:
-        0-dim fp32 tensor, and the auxiliary loss and the targets as in `token_losses`.
+        0-dim fp32 tensor, and the targets.
     """
-    loss, auxiliary, targets_BS = _losses(module, targets_BS, inputs, labels_BS, per_token=False)
-    return loss.sum(), auxiliary, targets_BS  # of one sum, or of the plain path's tokens
+    loss, targets_BS = _losses(module, targets_BS, inputs, labels_BS, per_token=False)
+    return loss.sum(), targets_BS  # of one sum, or of the plain path's tokens
 
 
 def sequence_log_probs(module: nn.Module, targets_BS: Tensor, inputs: dict[str, Any]) -> Tensor:
@@ -115,13 +114,13 @@ def sequence_log_probs(module: nn.Module, targets_BS: Tensor, inputs: dict[str, 
     Returns:
         ``[B]`` in fp32 nats, zero for a sequence without a target.
     """
-    losses, _, targets_BS = _losses(module, targets_BS, inputs, None, per_token=True)
+    losses, targets_BS = _losses(module, targets_BS, inputs, None, per_token=True)
     return -losses.view_as(targets_BS).sum(1)
 
 
 def _losses(
     module: nn.Module, targets_BS: Tensor, inputs: dict[str, Any], labels_BS: Tensor | None, per_token: bool
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:
     """Losses of tokens, in any shape, or (unless ``per_token``) their sum; what else `token_losses` returns."""
     inside = _inside(module)
     output = inside.model.get_output_embeddings()
@@ -131,7 +130,7 @@ def _losses(
         try:
             result = inside.call_fused(module, targets_BS, inputs, labels_BS, per_token)
             adapter.remember(module, head)
-            return result.loss, _zero_or(result.auxiliary, result.loss), result.targets_BS
+            return result.loss, result.targets_BS
         except _LogitsAreUsed:
             rank_zero_info(f"{type(module).__name__} does more with its logits than its head: the loss holds them all.")
     if not trained:
@@ -170,11 +169,10 @@ _NO_LOGITS = _NoLogits()
 
 @dataclass(frozen=True)
 class _Result:
-    """What a call of a module gave: its output, and of the model inside the targets, auxiliary loss and fused loss."""
+    """What a call of a module gave: its output, and of the model inside the targets and fused loss."""
 
     output: Any
     targets_BS: Tensor
-    auxiliary: Tensor | None
     losses: list[tuple[Tensor, int]]  # with their versions: a module may add to one in place
 
     @property
@@ -237,14 +235,13 @@ class _Inside:
         """A call of the module; ``fused`` with the loss in place of the model's head."""
         self._targets_BS, self._fused = targets_BS, fused
         self._losses: list[tuple[Tensor, int]] = []
-        self._auxiliary: Tensor | None = None
         self._forward_of_model = self.model.forward
         try:
             with _in_place(self.model, self._around):
                 output = module(**inputs, **({"labels": labels_BS} if self._passes_labels else {}))
-            result = _Result(output, self._targets_BS, self._auxiliary, self._losses)
+            result = _Result(output, self._targets_BS, self._losses)
         finally:
-            del self._targets_BS, self._losses, self._auxiliary, self._forward_of_model  # a graph hangs on them
+            del self._targets_BS, self._losses, self._forward_of_model  # a graph hangs on them
         _refuse_other_loss(module, result)
         return result
 
@@ -258,7 +255,6 @@ class _Inside:
         # On the head itself: its weight is gathered inside a call of it, and the model finds it where it looks for it.
         with without_packing, _in_place(head, self._instead) if self._fused else nullcontext():
             output = self._forward_of_model(**call)
-        self._auxiliary = getattr(output, "aux_loss", None)
         if self._fused:
             if len(self._losses) != 1 or not isinstance(output, dict) or output.get("logits") is not _NO_LOGITS:
                 raise _LogitsAreUsed
@@ -325,7 +321,3 @@ def _refuse_other_loss(module: nn.Module, result: _Result) -> None:
         "its logits, and would leave it out. Return it from `training_step` of a LightningModule of your own instead, "
         "or add it there to what CausalLM's returns."
     )
-
-
-def _zero_or(auxiliary: Tensor | None, like: Tensor) -> Tensor:
-    return like.new_zeros(()) if auxiliary is None else auxiliary

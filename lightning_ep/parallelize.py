@@ -28,6 +28,7 @@ from lightning_ep.moe.adapted import experts_in
 from lightning_ep.moe.expert_parallel import expert_plan
 from lightning_ep.moe.experts import is_parallel_experts
 from lightning_ep.ops.packed_attention import has_kernel
+from lightning_ep.routing.steer import freeze_routers, steer_routers, steerings
 from lightning_ep.tensor_parallel import apply_tensor_plan, tensor_plan
 
 
@@ -125,6 +126,11 @@ def shard(
     follow_sources(module)
     tensor_plans = check(module, layout, plan)
     check_recompute(module, plan, activation_checkpointing)
+    rules = getattr(module, "router_rules", None)
+    if rules is not None:
+        steer_routers(module, rules)
+    if getattr(module, "freeze_router", False):
+        freeze_routers(module)
     steps = Steps(module, meshes, device, plan, mp_policy)
     steps.hold_factors_per_expert()
     steps.cast_constants()
@@ -144,6 +150,8 @@ def shard(
         adapter.remember(model, layout)
     steps.shard_beside()
     steps.sum_gradients()
+    for steering in steerings(module):
+        steering.begin()
     save_over_ranks(module)
 
 

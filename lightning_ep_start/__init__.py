@@ -17,6 +17,7 @@ COMMANDS: dict[str, str] = {
     "export": "lightning_ep.cli.export:export",
     "generate": "lightning_ep.cli.generation:generate",
     "perplexity": "lightning_ep.cli.perplexity:perplexity",
+    "routing": "lightning_ep.cli.routing_report:routing",
 }
 """Commands that run without a Trainer: the name, and ``module:function`` to call. The function's signature and
 docstring become the command's options and help; its module is imported only when the command is called."""
@@ -38,6 +39,7 @@ SENTENCES = {
     "export": "Write a training checkpoint as a directory that transformers and vLLM read.",
     "generate": "Print what a model adds to a prompt, or chat with it.",
     "perplexity": "Evaluate a model on a text file.",
+    "routing": "Show which experts a model sends texts to, and what they are for.",
     "plan": "Which layout, does it fit, how fast: estimates, without a GPU.",
     "recipes": "List, show or copy the recipes that come with this package.",
 }
@@ -65,7 +67,10 @@ In a recipe:
              lightning_ep.data.TextStreamDataModule those too large to prepare first.
              Or a LightningDataModule of your own; lightning_ep.data.PackedDataModule
              is a base for those that pack documents.
-  callbacks  lightning_ep.callbacks.Throughput logs tokens per second.
+  callbacks  lightning_ep.callbacks.Throughput logs tokens per second, and what share of the
+             GPU's arithmetic that takes.
+             lightning_ep.callbacks.ExpertLoadMonitor logs and draws how tokens are spread
+             over experts.
              lightning_ep.callbacks.GenerateSamples prints continuations of prompts, or
              answers to questions.
              lightning_ep.callbacks.GradeAnswers logs how good answers are.

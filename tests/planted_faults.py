@@ -268,11 +268,10 @@ MUTATIONS = (
     ),
     Mutation(
         "balancing_loss_not_counted_by_tokens",
-        "causal_lm.py",
-        "* auxiliary * tokens",
-        "* auxiliary",
-        "trainer/test_losses.py::test_works_or_is_refused"
-        "[the_balancing_loss_of_routers_counts_batches_by_their_targets]",
+        "routing/steer.py",
+        "return total * weight_of_all",
+        "return total",
+        "routing/test_losses.py::test_a_step_follows_the_losses_of_the_global_micro_batches[2-layout1-cases1]",
     ),
     Mutation(
         "predictions_given_twice",
@@ -407,7 +406,7 @@ MUTATIONS = (
     ),
     Mutation(
         "losses_of_sources_mixed",
-        "causal_lm.py",
+        "trainer/evaluation.py",
         "sums_N2[index] = sums_2",
         "sums_N2[-1 - index] = sums_2",
         "data/test_validation_sources.py::test_each_source_has_its_loss_over_all_of_its_tokens[1-2-1]",

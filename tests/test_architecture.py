@@ -31,6 +31,7 @@ ROOMS = [  # from the top to the ground; an import points to a later line, or st
     ["checkpoint"],
     ["hub"],
     ["loss"],
+    ["routing"],
     ["layers"],
     ["fsdp"],
     ["tensor_parallel", "context_parallel"],

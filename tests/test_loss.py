@@ -38,15 +38,14 @@ def _gradients(model: Qwen3MoeForCausalLM, loss: Tensor) -> list[Tensor]:
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_the_loss_without_logits_is_that_of_the_logits(tied: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = tiny_model(tie_word_embeddings=tied, output_router_logits=True)
+    model = tiny_model(tie_word_embeddings=tied)
     targets, inputs = _batch()
-    losses, expected_auxiliary, _ = token_losses(model, targets, inputs)
-    expected = _gradients(model, losses.sum() + expected_auxiliary)
+    losses, _ = token_losses(model, targets, inputs)
+    expected = _gradients(model, losses.sum())
     monkeypatch.setattr(module, "token_losses", None)  # the plain path must not be taken
-    loss, auxiliary, _ = summed_loss(model, targets, inputs)
+    loss, _ = summed_loss(model, targets, inputs)
     assert relative_error(loss, losses.sum()) < 1e-6
-    assert auxiliary.item() == expected_auxiliary.item() != 0
-    for found, grad in zip(_gradients(model, loss + auxiliary), expected, strict=True):
+    for found, grad in zip(_gradients(model, loss), expected, strict=True):
         assert relative_error(found, grad) < 1e-5
     assert model.get_output_embeddings() is model.lm_head
     with torch.no_grad():
@@ -72,9 +71,9 @@ def test_a_model_that_changes_its_logits_keeps_them() -> None:
     with torch.no_grad():
         model.lm_head.weight.mul_(50)
     targets, inputs = _batch()
-    losses, _, _ = token_losses(model, targets, inputs)
+    losses, _ = token_losses(model, targets, inputs)
     for _ in range(2):
-        loss, _, _ = summed_loss(model, targets, inputs)
+        loss, _ = summed_loss(model, targets, inputs)
         assert relative_error(loss, losses.sum()) < 1e-6
     assert torch.nonzero(losses).numel() > 0
 
@@ -90,15 +89,15 @@ class _Casting(Qwen3MoeForCausalLM):
 def test_the_head_keeps_its_weight_and_its_hooks() -> None:
     model = _Casting(tiny_config())
     targets, inputs = _batch()
-    losses, _, _ = token_losses(model, targets, inputs)
-    loss, _, _ = summed_loss(model, targets, inputs)
+    losses, _ = token_losses(model, targets, inputs)
+    loss, _ = summed_loss(model, targets, inputs)
     head = adapter.recall(model, module._Head)
     assert head is not None
     assert head.gives_the_logits
     assert relative_error(loss, losses.sum()) < 1e-6
     # A hook that changes what the head gives takes the plain path, and is not lost.
     model.lm_head.register_forward_hook(lambda head, args, logits: logits * 3)
-    losses, _, _ = token_losses(model, targets, inputs)
+    losses, _ = token_losses(model, targets, inputs)
     assert relative_error(summed_loss(model, targets, inputs)[0], losses.sum()) < 1e-6
     assert relative_error(loss, losses.sum()) > 1e-3
 
@@ -107,7 +106,7 @@ def test_a_head_with_a_bias_keeps_its_logits() -> None:
     model = tiny_model()
     model.lm_head = torch.nn.Linear(32, 128)
     targets, inputs = _batch()
-    losses, _, _ = token_losses(model, targets, inputs)
+    losses, _ = token_losses(model, targets, inputs)
     assert relative_error(summed_loss(model, targets, inputs)[0], losses.sum()) < 1e-6
 
 

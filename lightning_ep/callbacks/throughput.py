@@ -1,16 +1,30 @@
-"""Tokens per second, in the progress bar and the log."""
+"""Tokens per second, and how much of the hardware they use, in the progress bar and the log."""
 
 from __future__ import annotations
 
+import functools
 import time
 from collections import deque
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_info
 from typing_extensions import override
 
+from lightning_ep import planner
+from lightning_ep import transformers_adapter as adapter
 from lightning_ep.data.resumable_loader import data_ranks
+
+_FROZEN = 0.01  # of the parameters: routers are fewer
+
+
+class _Step(NamedTuple):
+    tokens: int  # of this rank's batch
+    flops: float  # of these
+    seconds: float
+    waited: float  # seconds of these until the batch had come
 
 
 class Throughput(Callback):
@@ -19,10 +33,14 @@ class Throughput(Callback):
     - ``tokens/s``, also in the progress bar: distinct tokens of all data ranks per second of wall-clock time. Ranks
       that share a batch (tensor- and context-parallel peers) count it once. Padding counts.
     - ``tokens/s/device``: the same per process.
+    - ``mfu``, on GPUs whose peak is known, in bf16: the FLOPs of the model (causal attention inside of documents,
+      experts that a token goes to, backward as twice the forward; recompute does not count) as a share of the dense
+      peak. Where there is none, a line says why.
+    - ``data/wait``: share of the time in which the host waited for a batch. What GPUs lose by it is at most that.
     - ``memory/peak_gib``, on GPUs: this process's largest allocation so far, in GiB.
 
     Time includes waiting for data, and leaves out validation and the writing of checkpoints. All data ranks are taken
-    to have batches of the size of this one's, ``batch["input_ids"].numel()``.
+    to have batches like this one's, of ``batch["input_ids"].numel()`` tokens.
 
     Args:
         window: Number of batches to average over.
@@ -30,13 +48,24 @@ class Throughput(Callback):
 
     def __init__(self, window: int = 50) -> None:
         self.window = window
-        self._steps: deque[tuple[int, float]] = deque(maxlen=window)  # (tokens, seconds)
+        self._steps: deque[_Step] = deque(maxlen=window)
         self._since: float | None = None
+        self._began = 0.0
+        self._peak: float | None = None
+        self._flops: Callable[[int], float] = _no_flops
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._steps.clear()
         self._since = None
+        self._peak, self._flops = None, _no_flops
+        try:
+            self._peak = _peak(pl_module.device)
+            if self._peak is not None:
+                self._flops = _flops_per_token(trainer, pl_module)
+        except ValueError as error:
+            self._peak = None
+            rank_zero_info(f"Throughput logs no mfu: {error}")
 
     @override
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -48,9 +77,10 @@ class Throughput(Callback):
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        self._began = time.perf_counter()
         # A step lasts from the end of the one before, unless something else came between.
         if self._since is None:
-            self._since = time.perf_counter()
+            self._since = self._began
 
     @override
     def on_train_batch_end(
@@ -59,13 +89,62 @@ class Throughput(Callback):
         now = time.perf_counter()
         if self._since is None:
             return  # a checkpoint was saved since the step began, by a callback before this one
-        _, data_world_size = data_ranks(trainer)
-        self._steps.append((batch["input_ids"].numel() * data_world_size, now - self._since))
+        tokens = batch["input_ids"].numel()
+        flops = tokens * self._flops_of(batch) if self._peak is not None else 0.0
+        self._steps.append(_Step(tokens, flops, now - self._since, self._began - self._since))
         self._since = now
-        rate = sum(tokens for tokens, _ in self._steps) / sum(seconds for _, seconds in self._steps)
-        numbers = {"tokens/s": rate, "tokens/s/device": rate / trainer.world_size}
-        if pl_module.device.type == "cuda":
-            numbers["memory/peak_gib"] = torch.cuda.max_memory_allocated(pl_module.device) / 2**30
-        for name, number in numbers.items():
+        for name, number in self._numbers(trainer, pl_module.device).items():
             # On the CPU: of a number Lightning would make a tensor on the GPU, for which the host waits.
             pl_module.log(name, torch.tensor(number), prog_bar=name == "tokens/s")
+
+    def _numbers(self, trainer: Trainer, device: torch.device) -> dict[str, float]:
+        _, data_world_size = data_ranks(trainer)
+        tokens, flops, seconds, waited = (sum(values) for values in zip(*self._steps, strict=True))
+        rate = tokens * data_world_size / seconds
+        numbers = {"tokens/s": rate, "tokens/s/device": rate / trainer.world_size, "data/wait": waited / seconds}
+        if self._peak is not None:
+            numbers["mfu"] = flops * data_world_size / trainer.world_size / seconds / self._peak
+        if device.type == "cuda":
+            numbers["memory/peak_gib"] = torch.cuda.max_memory_allocated(device) / 2**30
+        return numbers
+
+    def _flops_of(self, batch: Any) -> float:
+        """FLOPs of a token of a batch on average, whose documents the host has read on its way to the device."""
+        lengths = adapter.document_lengths(batch)
+        if lengths is None:
+            return self._flops(batch["input_ids"].shape[-1])
+        return sum(length * self._flops(length) for length in lengths) / sum(lengths)
+
+
+def _no_flops(length: int) -> float:
+    return 0.0
+
+
+def _peak(device: torch.device) -> float | None:
+    """FLOP/s of a GPU in dense bf16, None for a CPU; raises ValueError for a GPU of which they are not known."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    if (peak := planner.dense_peak(name)) is None:
+        raise ValueError(f"the peak of {name} is not known.")
+    return peak
+
+
+def _flops_per_token(trainer: Trainer, module: LightningModule) -> Callable[[int], float]:
+    """Gives the training FLOPs of a token in a document of so many tokens.
+
+    Raises:
+        ValueError: If they are not known.
+    """
+    if not str(trainer.precision).startswith("bf16"):
+        raise ValueError(f"the peaks that are known are those of bf16, and precision is {trainer.precision}.")
+    models = list(adapter.pretrained_models(module).values())
+    if len(models) != 1:
+        raise ValueError(f"the module has {len(models)} transformers models, and the FLOPs of one are counted.")
+    (model,) = models
+    total = sum(param.numel() for param in module.parameters())
+    frozen = sum(param.numel() for param in module.parameters() if not param.requires_grad)
+    if frozen > _FROZEN * total:
+        raise ValueError(f"{frozen / total:.0%} of the parameters are frozen, whose gradients are not computed.")
+    widths, layers = planner.read_widths(model.config.to_dict())
+    return functools.cache(lambda length: planner.flops_per_token(widths, layers, length))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import os
 import sys
 import warnings
@@ -52,8 +53,16 @@ def main(args: list[str] | None = None) -> None:
 
 
 def _with_values(command: Callable[..., Any], words: list[str]) -> list[str]:
-    """The words of a command line with ``true`` behind every option that is said or not and stands alone."""
-    flags = {f"--{name}" for name, kind in get_type_hints(command).items() if kind is bool}
+    """The words of a command line as jsonargparse takes them.
+
+    ``true`` stands behind every option that is said or not and stands alone, and what is named in front of options
+    behind the checkpoint is one list, where the command takes one.
+    """
+    kinds = get_type_hints(command)
+    flags = {f"--{name}" for name, kind in kinds.items() if kind is bool}
+    if list[str] in kinds.values():
+        named = next((place for place, word in enumerate(words) if word.startswith("-")), len(words))
+        words = [*words[:1], *([json.dumps(words[1:named])] if named > 1 else []), *words[max(1, named) :]]
     values = ("true", "false", "yes", "no")
     found = []
     for word, following in zip(words, [*words, ""][1:], strict=True):

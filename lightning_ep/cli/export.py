@@ -20,6 +20,7 @@ from lightning_ep.hub.adapter_files import AdapterFormat, why_not_written, write
 from lightning_ep.hub.beneath import beneath
 from lightning_ep.hub.companions import GENERATION_CONFIG
 from lightning_ep.hub.directory import ExportDtype, HubDirectory
+from lightning_ep.hub.errors import CheckpointError
 from lightning_ep.hub.load import WholeWeights
 from lightning_ep.hub.meta_models import meta_model, small_files
 from lightning_ep.hub.problems import Problems
@@ -33,6 +34,7 @@ def export(
     dtype: ExportDtype | None = None,
     merge: bool = False,
     format: AdapterFormat = "peft",
+    drop_router_bias: bool = False,
     weights_only: bool = True,
 ) -> None:
     """Writes a training checkpoint as a directory that transformers and vLLM read, or its adapter for PEFT or vLLM.
@@ -51,11 +53,14 @@ def export(
             beneath an adapter.
         merge: Write the whole model with the adapter (LoRA) in its weights: the sum in fp32, rounded once.
         format: Of an adapter alone: peft, or vllm for experts under the names that vLLM reads.
+        drop_router_bias: Leave biases out that BiasUpdates has given routers whose family has no place for them. Tokens
+            then go to other experts than in training; `lightning-ep perplexity` of both says what that costs.
         weights_only: Build no objects from the checkpoint but tensors and plain values: others may run code.
 
     Raises:
         CheckpointError: If the checkpoint is damaged, does not say what model it is of, or does not fit its config; if
-            an adapter cannot be written so, or its base is not there or another one.
+            an adapter cannot be written so, or its base is not there or another one; if routers have biases that are
+            not zero and have no place in the hub's layout.
         FileExistsError: If ``output`` is there already and not empty.
     """
     directory = HubDirectory(Path(output))
@@ -78,8 +83,9 @@ def export(
         if of_run is not None:
             _export_saved(of_run, directory, cast, format, merge, None, origin)
         else:
-            prefix, plain = saved_model(source.configs, source.tensors, origin)
-            dtypes = match(source.tensors, plain, prefix, checkpoint)
+            prefix, with_biases = saved_model(source.configs, source.tensors, origin)
+            dtypes = match(source.tensors, with_biases, prefix, checkpoint)
+            plain = _without_biases(with_biases, lambda name: source.read(prefix + name), drop_router_bias)
             _write(directory, plain, dtypes, cast, None, origin, lambda name: source.read(prefix + name))
     print(f"exported to {output}")
 
@@ -162,6 +168,22 @@ def _export_merged(
         return beside.merge(weight, Region.whole(tuple(weight.shape)), a, b, dtypes[name])
 
     _write(directory, plain, dtypes, cast, tokenizer, origin, read)
+
+
+def _without_biases(model: PreTrainedModel, read: Callable[[str], Tensor], drop: bool) -> PreTrainedModel:
+    """The model on meta as its family has it, without biases of routers that training has added (`BiasUpdates`)."""
+    plain = meta_model(model.config, adapter.model_class(model))
+    plain.generation_config = model.generation_config
+    added = adapter.selection_biases(plain, model.state_dict())
+    largest = max((read(name).abs().max().item() for name in added), default=0.0)
+    if largest > 0 and not drop:
+        raise CheckpointError(
+            f"BiasUpdates has balanced the {len(added)} routers of this {type(model).__name__} by biases of up to "
+            f"{largest:.2g} on their logits, for which the hub's layout has no place. Without them tokens go to other "
+            "experts: with --drop_router_bias they are left out; compare `lightning-ep perplexity` of the checkpoint "
+            "with that of the export."
+        )
+    return plain
 
 
 def _write(

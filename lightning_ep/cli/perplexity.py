@@ -119,7 +119,7 @@ def mean_loss(found: Opened, documents: Sequence[str], length: int) -> tuple[flo
         ids_BS, targets_BS = _tensors(mine[step] if step < len(mine) else batches[-1], found.device)
         if step >= len(mine):
             targets_BS = torch.full_like(targets_BS, IGNORE)
-        loss, _, _ = summed_loss(found.model, targets_BS, {"input_ids": ids_BS})
+        loss, _ = summed_loss(found.model, targets_BS, {"input_ids": ids_BS})
         sums += torch.stack([loss.double(), (targets_BS != IGNORE).sum().double()])
     dist.all_reduce(sums)
     # Ranks of `tp` have counted the same tokens, as often in both sums.

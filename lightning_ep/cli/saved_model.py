@@ -19,6 +19,7 @@ from lightning_ep.hub.companions import GENERATION_CONFIG, TOKENIZER_FILES, read
 from lightning_ep.hub.errors import CheckpointError
 from lightning_ep.hub.meta_models import meta_model, small_files
 from lightning_ep.hub.problems import Problems
+from lightning_ep.routing.biases import give_saved_biases
 
 
 @contextmanager
@@ -50,13 +51,14 @@ def origin_of(checkpoint: Path, model: NamedBase | None, weights_only: bool) -> 
 
 
 def saved_model(
-    configs: Mapping[str, dict[str, Any]], tensors: Iterable[str], origin: Path | None
+    configs: Mapping[str, dict[str, Any]], tensors: Mapping[str, Saved], origin: Path | None
 ) -> tuple[str, PreTrainedModel]:
     """What is in front of the model's names in a checkpoint, and the model on meta, in fp32.
 
     Args:
         configs: Of every transformers model in the checkpoint, by its name there.
-        tensors: The names in the checkpoint.
+        tensors: Shape and dtype by name in the checkpoint; with biases of routers that the model's family has no place
+            for the model has one.
         origin: Directory with the model's generation config, and its config if there are no others (`origin_of`).
 
     Raises:
@@ -77,7 +79,9 @@ def saved_model(
         name = _name_in(tensors, model)
     if origin is not None and (origin / GENERATION_CONFIG).exists():
         model.generation_config = GenerationConfig.from_pretrained(origin)
-    return f"{name}." if name else "", model
+    prefix = f"{name}." if name else ""
+    give_saved_biases(model, tensors, prefix)
+    return prefix, model
 
 
 def _name_in(tensors: Iterable[str], model: PreTrainedModel) -> str:

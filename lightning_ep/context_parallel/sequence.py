@@ -43,6 +43,7 @@ class SequencePiece:
         attention_mask: ``[B, length]``, if the batch had one.
         documents: What the host knows of the two.
         bounds: ``documents.bounds`` on the device.
+        counted: Bool ``[B, L]``, which tokens of the piece are no padding; None where nothing says that some are.
         masks: Masks that a layer has built, for the layers after it.
     """
 
@@ -53,6 +54,7 @@ class SequencePiece:
     attention_mask: Tensor | None
     documents: Documents
     bounds: Tensor | None
+    counted: Tensor | None = None
     masks: dict[Any, Any] = field(default_factory=dict)
 
     def sum_over_ranks(self, values: Tensor) -> Tensor:
@@ -115,16 +117,17 @@ def shard_sequence(
     pieces = {key: x.narrow(1, start, length).contiguous() for key, x in pieces.items()}
     if positions is None:
         pieces["position_ids"] = torch.arange(start, start + length, device=tokens.device)[None]
+    counted = None
     if mask is not None or padding > 0:
         # Models leave padding out of their balancing loss by it, attention does not see it. A piece of nothing but
         # padding would divide by zero.
         added = torch.arange(start, start + length, device=tokens.device) >= size
-        valid = pieces["attention_mask"].bool() if mask is not None else ~added.expand(rows, -1)
-        pieces["attention_mask"] = valid | ~valid.any()
+        counted = pieces["attention_mask"].bool() if mask is not None else ~added.expand(rows, -1)
+        pieces["attention_mask"] = counted | ~counted.any()
     if documents.by_positions:
         mask = None
     bounds = None if documents.bounds is None else to_device(documents.bounds, tokens.device)
-    piece = SequencePiece(peers, rows, peers.size * length, positions, mask, documents, bounds)
+    piece = SequencePiece(peers, rows, peers.size * length, positions, mask, documents, bounds, counted)
     return {**local, **pieces, KEY: piece}
 
 

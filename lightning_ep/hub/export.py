@@ -128,12 +128,20 @@ def _compare(sharded: ShardedTensors, plain: PreTrainedModel, problems: Problems
     name = type(plain).__name__
     for kind, one, other in (("unknown", found, built), ("missing", built, found)):
         problems.add(kind, *[key for key in one if key not in other and not adapter.not_saved(plain, key)])
-    if problems.found:
+    if added := adapter.selection_biases(plain, found):
+        problems.add(
+            "rule",
+            f"BiasUpdates balances routers of a {name} by biases ({next(iter(added))} and more) for which the hub's "
+            "layout has no place. Save checkpoints: `lightning-ep export --drop_router_bias` writes one without them. "
+            "Or balance by BalancingLoss.",
+        )
+    elif problems.found:
         problems.add(
             "rule",
             f"what is written is a {name} as its config describes it, and that one has other names: adapters and "
             f"replaced modules change them. {_SAVE_BY_HAND}",
         )
+    if problems.found:
         return
     shapes = [
         f"{key}: {list(tensor.shape)}, the config makes it {list(built[key].shape)}; change model.config with the model"

@@ -33,6 +33,8 @@ class ExpertContext:
         are_off: Whether a forward leaves the adapters out.
         masters: How these parameters are cast for the GEMMs.
         leave: As in `moe_forward`; set by the activation checkpointing of a layer.
+        route: Called with the ids of every call, ``[T, K]``, and returns those that it takes; set by whoever watches
+            what routers choose.
     """
 
     dispatcher: Dispatcher[Any]
@@ -42,6 +44,7 @@ class ExpertContext:
     are_off: Callable[[], bool] | None = None
     masters: MasterWeights = field(default_factory=MasterWeights)
     leave: Callable[[Tensor], Callable[[], Tensor] | None] | None = None
+    route: Callable[[Tensor], Tensor] | None = None
 
 
 def spread_over_ranks(module: nn.Module, context: ExpertContext) -> None:
@@ -80,6 +83,8 @@ def _experts_forward(module: nn.Module, hidden_TH: Tensor, ids_TK: Tensor, weigh
             # After their own backward (checkpointing without early stop) FSDP has gathered them again, and nobody would
             # let go of them: the next forward would run on weights from before the optimizer step.
             Variable._execution_engine.queue_callback(module.reshard)
+    if context.route is not None:
+        ids_TK = context.route(ids_TK)
     used = context.params
     if context.are_off is not None and context.are_off():
         used = used[: context.num_weights]

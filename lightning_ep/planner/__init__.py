@@ -18,7 +18,7 @@ from lightning_ep.planner.counts import (
     num_parameters,
     rows_sent,
 )
-from lightning_ep.planner.devices import Device, allocatable_gib, find_device
+from lightning_ep.planner.devices import Device, allocatable_gib, dense_peak, find_device
 from lightning_ep.planner.families import Model, find_model, model_of, read_widths
 from lightning_ep.planner.memory import memory_gib, peak_gib
 from lightning_ep.planner.step_time import host_ms, step_ms, tokens_per_second
@@ -35,6 +35,7 @@ __all__ = [
     "attention_adapters",
     "expert_adapters",
     "expert_parameters",
+    "dense_peak",
     "find_device",
     "find_model",
     "flops_per_token",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 # GiB that an estimate of allocations leaves to CUDA's context, NCCL's buffers and the allocator's fragments: 3 to 4 GiB
@@ -50,6 +51,19 @@ OF_NETWORK = 0.8
 def find_device(name: str) -> Device | None:
     """The device with such a name, as ``NVIDIA H200``; None for one that is not known here."""
     return next((device for device in GPUS.values() if device.name in name), None)
+
+
+def dense_peak(name: str) -> float | None:
+    """Peak in dense bf16, FLOP/s, of the card that the driver calls so; None if it is none of those in `GPUS`.
+
+    H100 and H200 have slower cards of the same name (PCIe, NVL), and others have parts of one (MIG); A100 has one peak,
+    whatever its memory and its bus.
+    """
+    words = set(re.split(r"[ -]", name.upper()))
+    card = next((card for card in GPUS if card in words), None)
+    if card is None or words & {"MIG", "NVL"} or ("PCIE" in words and card != "A100"):
+        return None
+    return GPUS[card].flops
 
 
 def allocatable_gib(device: Device, cap_gib: float | None = None) -> float:

@@ -8,6 +8,8 @@ follow a mean all the same, so a loss that is
   the whole window when that ends (`at_step`);
 - a sum whose terms are known before its backward becomes a mean there and then (`mean_of_sum`), without a pass over
   the gradients.
+
+Losses of routers, of which the ranks' parts sum to the whole, are added behind that (`with_router_losses`).
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from lightning.pytorch import LightningModule
 from torch import Tensor
 
 from lightning_ep.layout import ParallelLayout
+from lightning_ep.routing.steer import Steering
 
 
 @runtime_checkable
@@ -50,6 +53,34 @@ def into_backward(loss: Tensor, module: LightningModule, layout: ParallelLayout,
         accumulated: ``accumulate_grad_batches``.
     """
     return loss / layout.loss_world_size if denominator_of(module) is None else loss * accumulated
+
+
+def with_router_losses(loss: Tensor, module: LightningModule, steerings: list[Steering], accumulated: int) -> Tensor:
+    """A loss that enters backward, with this rank's part of the losses of routers; every rank must call it.
+
+    In a window of sums they count as often as the terms of the micro-batch, so that its last division makes a mean of
+    both; ``module`` says how many it has (``batch_terms``).
+    """
+    for steering in steerings:
+        if denominator_of(module) is None:
+            part = steering.losses(1.0, loss.device, mean=True)
+            part = None if part is None else part / accumulated
+        else:
+            part = steering.losses(_terms_of_batch(module, steering), loss.device, mean=False)
+        if part is not None:
+            loss = loss + part.to(loss.dtype)
+    return loss
+
+
+def _terms_of_batch(module: LightningModule, steering: Steering) -> Tensor | float:
+    terms = getattr(module, "batch_terms", None)
+    if terms is None and steering.has_losses:
+        raise ValueError(
+            f"{type(module).__name__} sums losses over a window (`gradient_denominator`), in which those of routers "
+            "count by the terms of a micro-batch: let `training_step` keep this rank's number of them, a 0-dim tensor, "
+            "as `self.batch_terms`."
+        )
+    return 0.0 if terms is None else terms
 
 
 def at_step(module: LightningModule) -> Tensor | None:

@@ -23,8 +23,9 @@ from lightning_ep import transformers_adapter as adapter
 from lightning_ep.fsdp.accumulation import reduce_kept_gradients
 from lightning_ep.fsdp.passes import break_off_if_it_raises
 from lightning_ep.hub.beneath import is_adapted
+from lightning_ep.routing.steer import Steering, steerings
 from lightning_ep.trainer.clipping import clip_grad_norm_, clip_grad_value_, clip_in_step_, scale_gradients
-from lightning_ep.trainer.loss_scale import at_step, into_backward
+from lightning_ep.trainer.loss_scale import at_step, into_backward, with_router_losses
 from lightning_ep.trainer.nonfinite import NonfiniteGuard
 
 
@@ -71,6 +72,7 @@ class ShardedPrecision(Precision):
             )
         self.precision = precision
         self.guard = NonfiniteGuard(0)
+        self._steerings: list[Steering] = []
         self.param_dtype = torch.bfloat16 if precision == "bf16-true" else torch.float32
 
     @property
@@ -84,6 +86,7 @@ class ShardedPrecision(Precision):
         """Remembers on the models of a module that they were sharded with this precision."""
         for model in adapter.pretrained_models(module).values():
             adapter.remember(model, _ShardedWith(self.precision))
+        self._steerings = steerings(module)
 
     def check_sharded(self, module: nn.Module) -> None:
         """Raises ValueError if a module was sharded with another precision, which cannot be changed any more."""
@@ -95,6 +98,9 @@ class ShardedPrecision(Precision):
                     f"this Trainer has precision={self.precision!r}. Pass the same, or build the module anew (a "
                     "checkpoint loads with any)."
                 )
+        self._steerings = steerings(module)
+        for steering in self._steerings:
+            steering.begin()
 
     @override
     def convert_module(self, module: nn.Module) -> nn.Module:
@@ -131,6 +137,7 @@ class ShardedPrecision(Precision):
         trainer = model.trainer
         layout = trainer.strategy.layout  # type: ignore[attr-defined]
         tensor = into_backward(tensor, model, layout, trainer.accumulate_grad_batches)
+        tensor = with_router_losses(tensor, model, self._steerings, trainer.accumulate_grad_batches)
         with break_off_if_it_raises(model):
             super().backward(tensor, model, optimizer, *args, **kwargs)
 
@@ -141,6 +148,9 @@ class ShardedPrecision(Precision):
             reduce_kept_gradients(model)
         if (factor := at_step(model)) is not None:
             scale_gradients(self.main_params(optimizer), factor)  # type: ignore[arg-type]
+        for steering in self._steerings:
+            for name, value in steering.step(model.device).items():
+                model.log(f"train/{name}", value)
         super()._after_closure(model, optimizer)
 
     @override

@@ -1,8 +1,8 @@
 """All that touches names of transformers that are not its public API.
 
 One file for each question: where things are in a model (`structure`), who runs experts (`experts_interface`) and
-attention (`attention_interface`), which tokens are one document (`packing`) and how attention is told
-(`document_bounds`), how random weights are drawn
+attention (`attention_interface`), how routers score and what can be added to them (`routers`), which tokens are one
+document (`packing`) and how attention is told (`document_bounds`), how random weights are drawn
 (`initialization`), what is fp32 in a bf16 model (`dtypes`), how weights come in and leave (`conversion`), what is
 remembered of a model (`record`), and how conversations are written for it (`chat_templates`). Everyone else uses them
 through this package, which imports nothing of ours but `ops` and `distributed`.
@@ -54,17 +54,28 @@ from lightning_ep.transformers_adapter.packing import (
     ReadOnHost,
     bounds_of,
     described,
+    document_lengths,
     keep_documents_apart,
     note_packing,
     packing_of,
 )
 from lightning_ep.transformers_adapter.record import recall, remember
+from lightning_ep.transformers_adapter.routers import (
+    add_selection_bias,
+    correction_bias,
+    leave_out_balancing_loss,
+    own_balancing_loss,
+    router_scoring,
+    selection_biases,
+    why_no_selection_bias,
+)
 from lightning_ep.transformers_adapter.structure import (
     attention_modules,
     decoder_layers,
     experts_modules,
     keep_recording,
     model_class,
+    moe_blocks,
     optional_parts,
     pretrained_models,
     refuse_own_checkpointing,
@@ -76,6 +87,14 @@ from lightning_ep.transformers_adapter.structure import (
 
 __all__ = [
     "Blueprint",
+    "add_selection_bias",
+    "correction_bias",
+    "leave_out_balancing_loss",
+    "own_balancing_loss",
+    "moe_blocks",
+    "router_scoring",
+    "selection_biases",
+    "why_no_selection_bias",
     "Conversion",
     "FUSED_PARAMETERS",
     "allow_resizing_on_meta",
@@ -93,6 +112,7 @@ __all__ = [
     "config_with_attention",
     "decoder_layers",
     "described",
+    "document_lengths",
     "experts_modules",
     "export_conversions",
     "follows_model",

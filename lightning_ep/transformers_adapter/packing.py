@@ -144,6 +144,12 @@ def note_packing(batch: Any, packing: Packing) -> None:
     _PACKING.note(batch, packing)
 
 
+def document_lengths(batch: Any) -> list[int] | None:
+    """Tokens of each document in a batch, as the host has read it or can without waiting; None if none are packed."""
+    found = _PACKING.of(*described(batch)) or packing_of(batch)
+    return None if found is None or found.bounds is None else found.bounds.diff().tolist()
+
+
 def _readable(position_ids: Any, attention_mask: Any) -> bool:
     """Whether these are the positions of several tokens, with no mask or one that says of each whether it counts."""
     if not isinstance(position_ids, Tensor) or position_ids.ndim != 2 or position_ids.shape[1] < 2:

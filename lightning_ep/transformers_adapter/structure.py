@@ -121,6 +121,23 @@ def _gates(model: PreTrainedModel, found: set[nn.Module]) -> Iterator[nn.Module]
                     yield child
 
 
+def moe_blocks(model: PreTrainedModel) -> dict[str, tuple[nn.Module, nn.Module | None, nn.Module]]:
+    """Every experts module of a model by its name, with its router, if it has one, and the module around both.
+
+    The outputs of all families' routers are logits, ``[T, E]`` or with more dimensions in front, then routing weights
+    and ids.
+    """
+    known, found = routers([model]), {}
+    for name, experts in experts_modules(model).items():
+        around, router = name, None
+        while around and router is None:
+            around = around.rpartition(".")[0]
+            router = next((child for child in model.get_submodule(around).modules() if child in known), None)
+        block = model.get_submodule(around if router is not None else name.rpartition(".")[0])
+        found[name] = experts, router, block
+    return found
+
+
 def refuse_own_checkpointing(model: PreTrainedModel, reason: str) -> None:
     """Makes turning on the activation checkpointing of transformers a ValueError."""
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from torch import Tensor
+from torch.utils.data import DataLoader
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from lightning_ep.callbacks import GenerateSamples, Throughput
@@ -272,7 +273,7 @@ def test_throughput_counts_distinct_tokens_of_all_data_ranks_per_second(monkeypa
     # four processes, of which two pairs share their batches
     trainer: Any = SimpleNamespace(strategy=SimpleNamespace(data_rank=0, data_world_size=2), world_size=4)
     callback = Throughput(window=2)
-    callback.on_train_start(trainer, None)  # type: ignore[arg-type]
+    callback.on_train_start(trainer, Logged(values={}, device=torch.device("cpu")))  # type: ignore[arg-type]
     assert drive(callback, clock, trainer, 100, wait=50, compute=1)["tokens/s"] == (200, True)
     # the wait for data between two steps counts
     values = drive(callback, clock, trainer, 100, wait=1, compute=2)
@@ -284,6 +285,7 @@ def test_throughput_counts_distinct_tokens_of_all_data_ranks_per_second(monkeypa
     callback.on_train_batch_end(trainer, module, None, {}, 0)
     assert module.values == {}
     assert values["tokens/s/device"] == (pytest.approx(400 / 4 / 4), False)
+    assert values["data/wait"] == (pytest.approx(1 / 4), False), "of the first step nothing is known"
     # validation and checkpoints do not
     for interruption in (
         lambda: callback.on_validation_start(trainer, None),  # type: ignore[arg-type]
@@ -299,3 +301,56 @@ def test_throughput_is_logged_by_a_trainer(data: TextDataModule, tmp_path: Path)
     assert trainer.progress_bar_metrics["tokens/s"] > 0
     assert trainer.callback_metrics["tokens/s/device"] == trainer.callback_metrics["tokens/s"]
     assert "memory/peak_gib" not in trainer.callback_metrics
+    assert 0 < trainer.callback_metrics["data/wait"] < 1
+    assert "mfu" not in trainer.callback_metrics
+
+
+class Rows(LightningDataModule):
+    """Windows of 16 tokens, each of one document or of two."""
+
+    def __init__(self, first: int) -> None:
+        super().__init__()
+        positions = torch.cat([torch.arange(first), torch.arange(16 - first)])
+        self.row = {"input_ids": torch.arange(16), "labels": torch.arange(16), "position_ids": positions}
+
+    def train_dataloader(self) -> Any:
+        return DataLoader([self.row] * 8, batch_size=2)
+
+
+@pytest.mark.parametrize("documents", [[16], [5, 11]])
+def test_mfu_counts_attention_inside_of_documents_and_experts_that_are_used(
+    documents: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lightning_ep.callbacks.throughput._peak", lambda device: 1e9)
+    trainer = fit(Module(), Rows(documents[0]), Throughput(), precision="bf16-mixed", limit_val_batches=0, max_steps=2)
+    pairs = sum(length * (length + 1) / 2 for length in documents)  # of a token and one that it sees
+    # hidden size 16, 2 heads of 8 and one for keys and values, router of 4 experts of width 8, of which 2; head of 300
+    matrices = 16 * 16 + 2 * 16 * 8 + 16 * 16 + 4 * 16 + 2 * 3 * 16 * 8 + 16 * 300
+    per_window = 3 * (2 * matrices * 16 + 2 * 2 * 16 * pairs)
+    rate = trainer.callback_metrics["tokens/s/device"].item() / 16
+    assert trainer.callback_metrics["mfu"].item() == pytest.approx(rate * per_window / 1e9, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("change", "settings", "reason"),
+    [
+        (lambda module: None, {}, r"those of bf16, and precision is 32-true"),
+        (
+            lambda module: module.model.lm_head.requires_grad_(False),
+            {"precision": "bf16-mixed"},
+            r"% of the parameters",
+        ),
+        (lambda module: vars(module.model.config).update(to_dict=dict), {"precision": "bf16-mixed"}, "is not planned"),
+    ],
+    ids=["fp32", "frozen", "unknown family"],
+)
+def test_why_there_is_no_mfu_is_said(
+    change: Any, settings: dict[str, Any], reason: str, monkeypatch: pytest.MonkeyPatch, caplog: Any
+) -> None:
+    monkeypatch.setattr("lightning_ep.callbacks.throughput._peak", lambda device: 1e9)
+    module = Module()
+    change(module)
+    with caplog.at_level("INFO"):
+        trainer = fit(module, Rows(16), Throughput(), limit_val_batches=0, max_steps=1, **settings)
+    assert re.search(f"Throughput logs no mfu: .*{reason}", caplog.text)
+    assert "mfu" not in trainer.callback_metrics

@@ -48,7 +48,7 @@ class _Pair:
         """Forward and backward, on the same tokens on every rank."""
         ids = batches(1, 2, seed=seed)[0]["input_ids"].to(next(iter(model.parameters())).device)
         if fused:
-            loss, _, _ = summed_loss(model, shifted(ids), {"input_ids": ids})
+            loss, _ = summed_loss(model, shifted(ids), {"input_ids": ids})
         else:
             logits = model(input_ids=ids, use_cache=False).logits.float()
             loss = nn.functional.cross_entropy(logits.flatten(0, 1), shifted(ids).flatten(), reduction="sum")

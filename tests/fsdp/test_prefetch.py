@@ -61,7 +61,7 @@ def _events(ep: int, layers_together: int, head_alone: bool = False) -> list[lis
 
     phases = []
     for _ in range(2):
-        loss, _, _ = summed_loss(model, targets, inputs)
+        loss, _ = summed_loss(model, targets, inputs)
         phases.append(take())
         loss.backward()
         phases.append(take())

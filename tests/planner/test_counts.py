@@ -9,7 +9,15 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers.models.qwen3_moe import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
-from lightning_ep.planner import QWEN3_30B_A3B, Case, flops_per_token, num_parameters, read_widths, rows_sent
+from lightning_ep.planner import (
+    QWEN3_30B_A3B,
+    Case,
+    dense_peak,
+    flops_per_token,
+    num_parameters,
+    read_widths,
+    rows_sent,
+)
 
 TINY = Qwen3MoeConfig(
     vocab_size=128,
@@ -110,3 +118,24 @@ def test_ranks_that_share_sequences_count_their_tokens_once() -> None:
 def test_cases_that_do_not_exist_are_refused(settings: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Case(QWEN3_30B_A3B, 48, **{"batch": 4, "sequence": 4096, "ranks": 8, **settings})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("name", "peak"),
+    [
+        ("NVIDIA A100-SXM4-40GB", 312e12),
+        ("NVIDIA A100 80GB PCIe", 312e12),
+        ("NVIDIA A100-PCIE-40GB", 312e12),
+        ("NVIDIA H100 80GB HBM3", 989e12),
+        ("NVIDIA H200", 989e12),
+        ("NVIDIA B200", 2250e12),
+        ("NVIDIA H100 PCIe", None),
+        ("NVIDIA H100 NVL", None),
+        ("NVIDIA H200 NVL", None),
+        ("NVIDIA GH200 480GB", None),
+        ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None),
+        ("NVIDIA GeForce RTX 4090", None),
+    ],
+)
+def test_the_dense_peak_is_that_of_the_very_card(name: str, peak: float | None) -> None:
+    assert dense_peak(name) == peak

@@ -177,26 +177,6 @@ def a_subclass_of_causal_lm_that_adds_to_the_sums_of_a_window(root: Path) -> Non
 
 
 @row()
-def the_balancing_loss_of_routers_counts_batches_by_their_targets(root: Path) -> None:
-    weight = 0.5
-
-    class Balanced(_CausalLM):
-        def configure_model(self) -> None:
-            if self.model is None:
-                self.model = tiny_model(**SMALL, output_router_logits=True, router_aux_loss_coef=weight)
-
-    def loss(model: Any, _: nn.Linear, all: list[Batch]) -> Tensor:
-        balancing = [model(input_ids=b["input_ids"], output_router_logits=True).aux_loss for b in all]
-        terms = [_sum(model, b) + weight * aux * _tokens(b) for b, aux in zip(all, balancing, strict=True)]
-        return sum(terms) / sum(map(_tokens, all))  # type: ignore[return-value]
-
-    data = batches(12, 2, padded=True)
-    for window in (1, 2):
-        _fit(root, module := Balanced(), data, accumulate_grad_batches=window)
-        _same(module, _loop(data, window, loss))
-
-
-@row()
 def a_value_head_in_some_batches_of_a_window(root: Path) -> None:
     """As with DDP that looks for unused parameters."""
     data = batches(12, 2)

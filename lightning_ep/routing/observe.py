@@ -1,0 +1,212 @@
+"""What routers choose while a model runs: the one place that looks at them.
+
+A MoE layer is seen where its experts are called, with the ids of the experts that each token goes to, in all families
+alike and outside of compiled code; under recompute that call runs once. Where somebody asks for router logits, the
+router of the layer keeps its own until then. What is watched costs the device a kernel or two per layer and call, and
+the host waits for nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from lightning_ep import transformers_adapter as adapter
+from lightning_ep.moe.experts import expert_context, is_parallel_experts
+from lightning_ep.ops.autograd import in_backward
+from lightning_ep.routing.tokens import Tokens, note_tokens, tokens_of
+
+
+@dataclass(frozen=True, eq=False)
+class MoELayer:
+    """A layer of experts behind a router.
+
+    Attributes:
+        index: Its number among the MoE layers of the module, in their order.
+        name: Of its experts, in the module that was asked; adapters around them are left out.
+        experts: What is called with the ids of experts.
+        router: What gives the logits.
+        block: What is around both.
+        num_experts: Experts over all ranks.
+    """
+
+    index: int
+    name: str
+    experts: nn.Module
+    router: nn.Module | None
+    block: nn.Module
+    num_experts: int
+
+
+@dataclass(frozen=True, eq=False)
+class Routing:
+    """What one call of a MoE layer chose for this rank's tokens; under ``tp`` and ``cp`` ranks hold different ones.
+
+    Attributes:
+        layer: The layer.
+        ids_TK: int64 ``[T, K]``, the experts of each token.
+        logits_TE: ``[T, E]`` in the router's dtype, with their graph; None where nobody asked for them.
+        tokens: What is known of the tokens; the same object in all layers of a pass through the model.
+        training: Whether there will be a backward: gradients are enabled, and the layer is in train mode.
+    """
+
+    layer: MoELayer
+    ids_TK: Tensor
+    logits_TE: Tensor | None
+    tokens: Tokens
+    training: bool
+
+    @property
+    def counted_T(self) -> Tensor | None:
+        """Bool ``[T]``, which tokens are no padding; None where all are."""
+        return self.tokens.counted(self.ids_TK.shape[0])
+
+    def count_into(self, counts_E: Tensor) -> None:
+        """Adds to int64 ``[E]`` (or more) how many tokens that are no padding go to each expert; each goes to ``K``."""
+        ones = self.tokens.ones(self.ids_TK)
+        counts_E.scatter_add_(0, self.ids_TK.flatten(), ones)
+
+
+Watcher = Callable[[Routing], None]
+Choice = Callable[[MoELayer, Tensor], Tensor]
+"""Gives the ids ``[T, K]`` that are taken in place of those of a layer's router."""
+
+
+@dataclass(frozen=True, eq=False)
+class _Entry:
+    """A watcher of a layer, by the number and name that the layer has for it."""
+
+    watcher: Watcher
+    layer: MoELayer
+    logits: bool
+
+
+@dataclass(eq=False)
+class _Watched:
+    """What is remembered of experts that somebody watches."""
+
+    model: PreTrainedModel
+    watchers: list[_Entry]
+    choice: Callable[[Tensor], Tensor] | None = None
+    logits: Tensor | None = None
+
+    @torch.compiler.disable
+    def route(self, ids_TK: Tensor) -> Tensor:
+        """Tells the watchers of a call, and returns the ids that it takes."""
+        logits, self.logits = self.logits, None
+        if self.choice is not None:
+            ids_TK = self.choice(ids_TK)
+        if in_backward():
+            return ids_TK  # recompute that is not ours runs experts again
+        logits_TE = None if logits is None else logits.flatten(0, -2)
+        for entry in list(self.watchers):
+            training = torch.is_grad_enabled() and entry.layer.experts.training
+            entry.watcher(Routing(entry.layer, ids_TK, logits_TE, tokens_of(self.model), training))
+        return ids_TK
+
+
+class Observation:
+    """Calls a function with the `Routing` of every call of every MoE layer, until it is removed.
+
+    Attributes:
+        layers: The layers that it watches.
+
+    Args:
+        module: A transformers MoE, or a module that contains some. A model that is to be sharded is watched after
+            that, and best before it is compiled, at its first call.
+        watcher: The function. It runs in forward of training, evaluation and generation (`Routing.training`), and must
+            not wait for the device.
+        logits: Whether it needs the router logits. A compiled layer then runs its router uncompiled.
+    """
+
+    def __init__(self, module: nn.Module, watcher: Watcher, logits: bool = False) -> None:
+        self.layers = moe_layers(module)
+        self._entries: dict[MoELayer, tuple[_Watched, _Entry]] = {}
+        for model in adapter.pretrained_models(module).values():
+            inside = set(model.modules())
+            for layer in self.layers:
+                if layer.experts in inside:
+                    entry, watched = _Entry(watcher, layer, logits), _watched(layer.experts, model)
+                    watched.watchers.append(entry)
+                    self._entries[layer] = watched, entry
+                    if logits:
+                        _keep_logits(layer, watched)
+
+    def remove(self) -> None:
+        """Stops calling it; a second time does nothing."""
+        for watched, entry in self._entries.values():
+            watched.watchers.remove(entry)
+        self._entries.clear()
+
+
+def moe_layers(module: nn.Module) -> list[MoELayer]:
+    """The MoE layers of all transformers models inside ``module``, in the order in which they hold them."""
+    found: list[MoELayer] = []
+    for prefix, model in adapter.pretrained_models(module).items():
+        for name, (experts, router, block) in adapter.moe_blocks(model).items():
+            spread = is_parallel_experts(experts)
+            number = expert_context(experts).dispatcher.num_experts if spread else _number_of(experts)
+            full = f"{prefix}.{name}" if prefix else name
+            found.append(MoELayer(len(found), full, experts, router, block, number))
+    return found
+
+
+def _number_of(experts: nn.Module) -> int:
+    return next(param.shape[0] for param in experts.parameters() if param.ndim == 3)
+
+
+def choose(module: nn.Module, choice: Choice | None) -> None:
+    """Has ``choice`` say who is chosen in all MoE layers inside ``module``, in place of routers; None ends that.
+
+    What watches routers sees these choices. Weights stay the routers'.
+    """
+    for model in adapter.pretrained_models(module).values():
+        for layer in moe_layers(model):
+            _watched(layer.experts, model).choice = None if choice is None else partial(choice, layer)
+
+
+def _watched(experts: nn.Module, model: PreTrainedModel) -> _Watched:
+    """Has calls of a layer's experts noted, once and for good: what nobody watches costs a call of an empty list."""
+    if (found := adapter.recall(experts, _Watched)) is not None:
+        return found
+    note_tokens(model)
+    watched = _Watched(model, [])
+    adapter.remember(experts, watched)
+    if is_parallel_experts(experts):
+        expert_context(experts).route = watched.route
+    else:
+        # As transformers' experts are called, in all families: hidden states, ids, weights.
+        experts.register_forward_pre_hook(lambda _, args: (args[0], watched.route(args[1]), *args[2:]))
+    return watched
+
+
+@dataclass(frozen=True)
+class _KeepsLogits:
+    """What is remembered of a router: it keeps its logits for the layer's watchers."""
+
+    watched: _Watched
+
+
+def _keep_logits(layer: MoELayer, watched: _Watched) -> None:
+    router = layer.router
+    if router is None:
+        raise ValueError(f"{layer.name} has no router module beside it, so that its logits cannot be seen.")
+    if adapter.recall(router, _KeepsLogits) is not None:
+        return
+    adapter.remember(router, _KeepsLogits(watched))
+    forward = router.forward
+
+    def keeping(*args: Any, **kwargs: Any) -> Any:
+        output = forward(*args, **kwargs)
+        if any(entry.logits for entry in watched.watchers):
+            watched.logits = output[0]
+        return output
+
+    # Not a hook: torch.compile cannot be kept out of one without giving up the code around the call.
+    router.forward = torch.compiler.disable(keeping)

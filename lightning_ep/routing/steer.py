@@ -1,0 +1,239 @@
+"""Steers the routers of a model while it trains: what each pass adds up, each backward gets, and each step changes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from lightning_utilities.core.rank_zero import rank_zero_info
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from lightning_ep import transformers_adapter as adapter
+from lightning_ep.routing.biases import bias_of, give_biases, update_biases
+from lightning_ep.routing.choices import choice_of
+from lightning_ep.routing.losses import balance_of_all_layers, balance_per_layer, sums_of_layer
+from lightning_ep.routing.observe import Observation, Routing, choose, moe_layers
+from lightning_ep.routing.router_rules import (
+    BalancingLoss,
+    BiasUpdates,
+    RouterRule,
+    RouterZLoss,
+    _ModelsOwnLoss,
+    check_rules,
+)
+from lightning_ep.routing.tally import sum_over_ranks
+
+_LOSSES = (BalancingLoss, RouterZLoss, _ModelsOwnLoss)
+_NAMES = {BalancingLoss: "router_balance", RouterZLoss: "router_z", _ModelsOwnLoss: "router_aux"}
+
+
+def steer_routers(module: nn.Module, rules: RouterRule | Iterable[RouterRule] | None = None) -> None:
+    """Steers the routers of the transformers MoEs in ``module`` by rules, in place of those of an earlier call.
+
+    A LightningModule needs no call: it has the rules as an attribute ``router_rules``. Losses are then added where the
+    loss of ``training_step`` enters backward, with the weight of its mean, and logged; without a Trainer add
+    `router_losses` to yours. Where a model's config asks for transformers' own balancing loss
+    (``output_router_logits``), this is taken over the global micro-batch, and left out of what the model returns.
+
+    Args:
+        module: A model, or a module around some, not sharded yet.
+        rules: The rules.
+
+    Raises:
+        TypeError: If something is no rule.
+        ValueError: If rules contradict each other, or a family has no place for one.
+    """
+    found = check_rules(rules)
+    models = [model for model in adapter.pretrained_models(module).values() if moe_layers(model)]
+    if not models:
+        raise ValueError(
+            f"{type(module).__name__} has no experts, so that there is nothing to steer for {list(found)}."
+        )
+    for model in models:
+        own = adapter.own_balancing_loss(model)
+        steering = Steering(model, found if own is None else (*found, _ModelsOwnLoss(own)))
+        if (before := adapter.recall(model, Steering)) is not None:
+            before.end()
+        elif own is not None:
+            adapter.leave_out_balancing_loss(model)
+        adapter.remember(model, steering)
+
+
+def freeze_routers(module: nn.Module) -> None:
+    """Leaves the weights of all routers in ``module`` as they are: no optimizer trains them; before it is sharded."""
+    for model in adapter.pretrained_models(module).values():
+        for layer in moe_layers(model):
+            if layer.router is not None:
+                layer.router.requires_grad_(False)
+
+
+class Steering:
+    """What is remembered of a model whose routers are steered.
+
+    Args:
+        model: The model, sharded or not yet.
+        rules: As `check_rules` gives them.
+    """
+
+    def __init__(self, model: PreTrainedModel, rules: tuple[RouterRule, ...]) -> None:
+        self._layers = layers = moe_layers(model)
+        self._losses = [rule for rule in rules if isinstance(rule, _LOSSES)]
+        self._biases = next((rule for rule in rules if isinstance(rule, BiasUpdates)), None)
+        self._choice = next((choice for rule in rules if (choice := choice_of(rule)) is not None), None)
+        self._scoring = {}
+        for layer in layers if self._losses else ():
+            scoring = None if layer.router is None else adapter.router_scoring(layer.router)
+            if scoring is None or (scoring == "probabilities" and any(isinstance(r, RouterZLoss) for r in rules)):
+                raise ValueError(
+                    f"{self._losses} cannot be had in {layer.name}: it is not known how its router "
+                    f"({type(layer.router).__name__}) makes scores of logits. Use BiasUpdates, or no rule."
+                )
+            self._scoring[layer.index] = scoring
+        if self._biases is not None:
+            if adapter.peft_configs(model):
+                raise ValueError(
+                    f"{self._biases!r} changes the model beneath its adapters, which are saved without it. Train the "
+                    "whole model, or leave the rule out."
+                )
+            give_biases(layers)
+        self._model = model
+        self._top_k = [1] * len(layers)
+        self._sizes_2L: Tensor | None = None
+        self._num_experts = [layer.num_experts for layer in layers]
+        self._observation: Observation | None = None
+        self._sums: dict[int, Tensor] = {}  # of a micro-batch, by layer
+        self._counts_LE: Tensor | None = None  # the same
+        self._window_LE: Tensor | None = None  # counts since the last step
+        self._values: Tensor | None = None  # of the losses, each micro-batch with its weight, and the weights
+        rank_zero_info(f"Routers of {type(model).__name__}: {', '.join(map(repr, rules)) or 'no rules'}.")
+
+    @property
+    def has_losses(self) -> bool:
+        """Whether there is anything to be added to a loss."""
+        return bool(self._losses)
+
+    def begin(self) -> None:
+        """Begins to look at the routers of the model, which is sharded by now."""
+        if self._observation is None and (self._losses or self._biases is not None):
+            self._observation = Observation(self._model, self._see, logits=bool(self._losses))
+        if self._biases is not None:
+            for layer in self._layers:
+                bias_of(layer)
+        if self._choice is not None:
+            choose(self._model, self._choice)
+
+    def end(self) -> None:
+        """Leaves the routers alone."""
+        if self._observation is not None:
+            self._observation.remove()
+        if self._choice is not None:
+            choose(self._model, None)
+
+    def _see(self, routing: Routing) -> None:
+        if not routing.training:
+            return
+        index, ids_TK = routing.layer.index, routing.ids_TK
+        if self._counts_LE is None:
+            shape = len(self._num_experts), max(self._num_experts)
+            self._counts_LE = torch.zeros(shape, dtype=torch.int64, device=ids_TK.device)
+        routing.count_into(self._counts_LE[index])
+        self._top_k[index] = ids_TK.shape[1]
+        if self._losses:
+            assert routing.logits_TE is not None
+            sums_S = sums_of_layer(routing.logits_TE, routing.counted_T, self._scoring[index])
+            self._sums[index] = sums_S + self._sums[index] if index in self._sums else sums_S
+
+    def losses(self, weight: Tensor | float, device: torch.device, mean: bool) -> Tensor | None:
+        """This rank's part of the losses of the forwards since the last call; every rank must call it.
+
+        Args:
+            weight: Of the micro-batch, in what is logged; where it is no mean, this rank's terms of a sum.
+            device: Where tensors are.
+            mean: Whether the loss beside it is a mean, of which every micro-batch counts as much.
+
+        Returns:
+            0-dim: the sum over ranks is that of losses times coefficients, times the terms of all ranks unless
+            ``mean``. None without losses.
+        """
+        counts_LE, self._counts_LE = self._counts_LE, None
+        sums, self._sums = self._sums, {}
+        if self._biases is not None and counts_LE is not None:
+            self._window_LE = counts_LE if self._window_LE is None else self._window_LE + counts_LE
+        if not self._losses:
+            return None
+        num_layers, width = len(self._num_experts), max(self._num_experts)
+        none_S = torch.zeros(width + 1, device=device)
+        if counts_LE is None:
+            counts_LE = torch.zeros(num_layers, width, dtype=torch.int64, device=device)
+        rows = [_widened(sums[index], width) if index in sums else none_S for index in range(num_layers)]
+        mine_LS = torch.stack(rows).double()
+        terms = torch.as_tensor(weight, dtype=torch.float64, device=device)
+        packed = torch.cat([counts_LE.double().flatten(), mine_LS.detach().flatten(), terms[None]])
+        counts, sums_of_all, terms_of_all = sum_over_ranks(packed).split([counts_LE.numel(), mine_LS.numel(), 1])
+        weight_of_all = torch.ones_like(terms) if mean else terms_of_all[0]
+        all_LS = sums_of_all.view(num_layers, width + 1)
+        values = self._evaluate(counts.view(num_layers, width), all_LS)
+        noted = torch.cat([values * weight_of_all, weight_of_all[None]])
+        self._values = noted if self._values is None else self._values + noted
+        parts = self._evaluate(counts.view(num_layers, width), mine_LS)
+        total = sum(rule.coefficient * part for rule, part in zip(self._losses, parts.unbind(), strict=True))
+        return total * weight_of_all
+
+    def _evaluate(self, counts_LE: Tensor, sums_LS: Tensor) -> Tensor:
+        """The losses, by rule, from counts of all ranks and sums of all or one."""
+        if self._sizes_2L is None:
+            self._sizes_2L = torch.tensor([self._top_k, self._num_experts], device=counts_LE.device)
+        top_k_L, experts_L = self._sizes_2L
+        tokens_L = (counts_LE.sum(1) / top_k_L).clamp(min=1)
+        sums_LE, squares_L = sums_LS[:, :-1], sums_LS[:, -1]
+        found = []
+        for rule in self._losses:
+            if isinstance(rule, BalancingLoss):
+                found.append(balance_per_layer(counts_LE, sums_LE, tokens_L, experts_L).mean())
+            elif isinstance(rule, RouterZLoss):
+                found.append((squares_L / tokens_L).mean())
+            else:
+                found.append(balance_of_all_layers(counts_LE, sums_LE, tokens_L, max(self._num_experts)))
+        return torch.stack(found)
+
+    def step(self, device: torch.device) -> dict[str, Tensor]:
+        """Ends an optimizer step: updates biases, and returns what is to be logged; every rank must call it."""
+        logged: dict[str, Tensor] = {}
+        noted, self._values = self._values, None
+        if noted is not None:
+            means = (noted[:-1] / noted[-1].clamp(min=1e-300)).float()
+            logged = {_NAMES[type(rule)]: mean for rule, mean in zip(self._losses, means, strict=True)}
+        if self._biases is not None:
+            window_LE, self._window_LE = self._window_LE, None
+            if window_LE is None:
+                window_LE = torch.zeros(len(self._layers), max(self._num_experts), dtype=torch.int64, device=device)
+            logged["router_bias"] = update_biases(self._layers, sum_over_ranks(window_LE), self._biases.rate)
+        return logged
+
+
+def _widened(sums_S: Tensor, width: int) -> Tensor:
+    """``[E + 1]`` of a layer as ``[width + 1]``, with zeros for the experts that it has less than others."""
+    return torch.cat([sums_S[:-1], sums_S.new_zeros(width + 1 - len(sums_S)), sums_S[-1:]])
+
+
+def steerings(module: nn.Module) -> list[Steering]:
+    """Those of the models inside ``module``."""
+    found: list[Any] = [adapter.recall(model, Steering) for model in adapter.pretrained_models(module).values()]
+    return [steering for steering in found if steering is not None]
+
+
+def router_losses(module: nn.Module, device: torch.device) -> Tensor:
+    """For loops without a Trainer: this rank's part of the losses of the forwards since the last call, 0-dim.
+
+    Add it to the loss before backward, times the number of ranks if that is divided by them. Call
+    ``step_routers(module, device)`` once per optimizer step. Every rank must call both.
+    """
+    parts = [s.losses(1.0, device, mean=True) for s in steerings(module)]
+    return sum((part for part in parts if part is not None), torch.zeros((), device=device))
+
+
+def step_routers(module: nn.Module, device: torch.device) -> dict[str, Tensor]:
+    """Ends an optimizer step of routers, once per step on every rank: updates biases, returns values to be logged."""
+    return {name: value for steering in steerings(module) for name, value in steering.step(device).items()}

@@ -1,0 +1,94 @@
+"""What is seen of routers is what they choose on one process, once, of tokens that are no padding, on every layout."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from lightning_ep import ParallelLayout, parallelize
+from lightning_ep.context_parallel import shard_sequence
+from lightning_ep.routing import Observation, Routing, RoutingCounts, sum_over_ranks
+from tests.ranks import assert_ranks_agree, device
+from tests.reference import batches, relative_error, tiny_model
+
+NUM_EXPERTS, TOP_K = 8, 4
+
+
+def _padded(data_ranks: int) -> list[dict[str, Tensor]]:
+    """Two batches for every data rank, padded on the right, each differently."""
+    data = batches(2 * data_ranks, 2, 11)
+    for index, batch in enumerate(data):
+        lengths = torch.tensor([[3 + index], [11 - index]])
+        batch["attention_mask"] = (torch.arange(11)[None] < lengths).long()
+    return data
+
+
+def _reference(data: list[dict[str, Tensor]]) -> tuple[Tensor, Tensor]:
+    """Counts ``[L, E]`` and sums of router logits ``[L, E]``, from transformers' own outputs on one process."""
+    model = tiny_model()
+    counts_LE = torch.zeros(2, NUM_EXPERTS, dtype=torch.int64)
+    logits_LE = torch.zeros(2, NUM_EXPERTS)
+    for batch in data:
+        counted_T = batch["attention_mask"].bool().flatten()
+        output = model(**batch, output_router_logits=True, use_cache=False)
+        for layer, logits_TE in enumerate(output.router_logits):
+            counts_LE[layer] += logits_TE[counted_T].topk(TOP_K).indices.flatten().bincount(minlength=NUM_EXPERTS)
+            logits_LE[layer] += logits_TE[counted_T].sum(0).detach()
+    return counts_LE, logits_LE
+
+
+def _seen(sizes: dict[str, int], options: dict[str, Any]) -> list[str]:
+    rank, world = dist.get_rank(), dist.get_world_size()
+    layout = ParallelLayout.resolve(sizes["ep"], "auto", world, world, 1, sizes.get("tp", 1), sizes.get("cp", 1))
+    data = _padded(layout.data_world_size)
+    counts_LE, logits_LE = _reference(data)
+    model = tiny_model()
+    meshes = parallelize(model, layout, device(), **options)
+    counts, evaluated = RoutingCounts(model), RoutingCounts(model, training=False)
+    sums_LE = torch.zeros(2, NUM_EXPERTS, device=device())
+
+    def add_logits(routing: Routing) -> None:
+        counted_T = routing.counted_T
+        assert routing.logits_TE is not None
+        rows_TE = routing.logits_TE.detach()
+        sums_LE[routing.layer.index] += (rows_TE if counted_T is None else rows_TE * counted_T[:, None]).sum(0)
+
+    observation = Observation(model, add_logits, logits=True)
+    for batch in data[2 * layout.data_rank(rank) :][:2]:
+        inputs = shard_sequence({key: value.to(device()) for key, value in batch.items()}, meshes.cp)
+        model(**inputs).loss.backward()
+    observation.remove()
+    with torch.no_grad():
+        model(**inputs)
+    wrong = []
+    if not torch.equal(found := sum_over_ranks(counts.take()).cpu(), counts_LE):
+        wrong.append(f"counts {found.tolist()} in place of {counts_LE.tolist()}")
+    if not (error := relative_error(sum_over_ranks(sums_LE), logits_LE)) <= 1e-5:
+        wrong.append(f"logits: {error:.1e}")
+    if not 0 < (passed := int(sum_over_ranks(evaluated.take()).sum())) < counts_LE.sum():
+        wrong.append(f"{passed} choices in the pass without a backward")
+    return wrong
+
+
+LAYOUTS: dict[str, tuple[int, dict[str, int], dict[str, Any]]] = {
+    "fsdp": (2, {"ep": 1}, {}),
+    "ep": (2, {"ep": 2}, {}),
+    "selective": (2, {"ep": 2}, {"activation_checkpointing": "selective"}),
+    "full": (2, {"ep": 2}, {"activation_checkpointing": "full"}),
+    "tp": (2, {"ep": 2, "tp": 2}, {}),
+    "cp": (2, {"ep": 2, "cp": 2}, {"activation_checkpointing": "full"}),
+    "tp and cp": (4, {"ep": 4, "tp": 2, "cp": 2}, {}),
+    "compiled": (2, {"ep": 2}, {"compile": True}),
+    "compiled, full": (2, {"ep": 2}, {"compile": True, "activation_checkpointing": "full"}),
+}
+_SLOW = ("compiled", "compiled, full", "tp and cp")
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n in _SLOW else n for n in LAYOUTS])
+def test_every_choice_is_seen_once_and_padding_is_not(name: str) -> None:
+    world, sizes, options = LAYOUTS[name]
+    assert_ranks_agree(world, _seen, sizes, options)
