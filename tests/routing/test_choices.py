@@ -94,6 +94,6 @@ def test_rules_come_from_yaml() -> None:
     ]
     init_args = {"model": {"model_type": "qwen3_moe", "num_hidden_layers": 1}, "pretrained": False, "router": rules}
     config = parser.parse_object({"model": {"class_path": "lightning_ep.CausalLM", "init_args": init_args}})
-    assert parser.instantiate_classes(config).model.router_rules == (BalancingLoss(0.5), BiasUpdates(1e-3))
+    assert parser.instantiate(config).model.router_rules == (BalancingLoss(0.5), BiasUpdates(1e-3))
     with pytest.raises(ValueError, match=r"BalancingLoss\(coefficient=0.0\) must be positive"):
         BalancingLoss(0.0)
