@@ -36,7 +36,7 @@ from lightning_ep.transformers_adapter.conversion import (
 from lightning_ep.transformers_adapter.document_bounds import is_told_documents, use_bounds_of_documents, why_not_bounds
 from lightning_ep.transformers_adapter.dtypes import cast_constants, fp32_parameters
 from lightning_ep.transformers_adapter.experts_interface import (
-    FUSED_PARAMETERS,
+    fused_form,
     local_experts_function,
     why_not_fused,
 )
@@ -77,7 +77,6 @@ from lightning_ep.transformers_adapter.structure import (
 __all__ = [
     "Blueprint",
     "Conversion",
-    "FUSED_PARAMETERS",
     "allow_resizing_on_meta",
     "Packing",
     "ReadOnHost",
@@ -97,6 +96,7 @@ __all__ = [
     "export_conversions",
     "follows_model",
     "fp32_parameters",
+    "fused_form",
     "hub_transforms",
     "is_flash_attention",
     "is_told_documents",

@@ -301,7 +301,7 @@ def _out_of_memory(mode: str, part: str) -> str:
         if part == "attention":
             model.model.layers[-1].self_attn.register_forward_pre_hook(fail)
         else:
-            patch.setattr(fused_experts, "swiglu_backward", fail)
+            patch.setattr(fused_experts, "activate_backward", fail)
         with pytest.raises(torch.OutOfMemoryError) as error:
             loss.backward()
     return str(error.value)
