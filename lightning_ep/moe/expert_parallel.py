@@ -19,7 +19,8 @@ from lightning_ep.layout import ParallelLayout
 from lightning_ep.moe.adapted import AdaptedExperts, experts_in
 from lightning_ep.moe.dispatch import AllToAllDispatcher, Dispatcher, LocalDispatcher
 from lightning_ep.moe.experts import ExpertContext, spread_over_ranks
-from lightning_ep.ops.fused_experts import ExpertForm, FusedExperts
+from lightning_ep.ops.expert_form import ExpertForm
+from lightning_ep.ops.fused_experts import FusedExperts
 from lightning_ep.ops.local_experts import LocalExperts
 from lightning_ep.ops.registered_experts import RegisteredExperts
 

@@ -3,38 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from typing_extensions import override
 
-from lightning_ep.ops.activation import Activation, ExpertBias, activate, activate_backward
+from lightning_ep.ops.activation import activate, activate_backward
+from lightning_ep.ops.expert_form import ExpertBias, ExpertForm
 from lightning_ep.ops.grouped_mm import grouped_sum
 from lightning_ep.ops.local_experts import LocalExperts
 from lightning_ep.ops.low_rank import Adapter, ExpertWeight, LowRank, WeightGradients, split
 from lightning_ep.ops.permute import ExpertOrder, expert_order, gather_sum
-
-
-@dataclass(frozen=True)
-class ExpertForm:
-    """What tells the experts of one family from those of another; the default is Mixtral's, and most others'.
-
-    Attributes:
-        activation: What is between the two projections.
-        is_transposed: Weights are ``[E, in, out]`` instead of ``[E, out, in]``.
-        has_bias: Each projection has a bias, ``[E, out]``.
-    """
-
-    activation: Activation = field(default_factory=Activation)
-    is_transposed: bool = False
-    has_bias: bool = False
-
-    @property
-    def num_params(self) -> int:
-        """The weights up and down, and behind them their biases."""
-        return 4 if self.has_bias else 2
 
 
 class _Weights(NamedTuple):

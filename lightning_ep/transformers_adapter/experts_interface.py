@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from lightning_ep.ops.activation import Activation, activate_twin
-from lightning_ep.ops.fused_experts import ExpertForm
+from lightning_ep.ops.activation import activate_twin
+from lightning_ep.ops.expert_form import Activation, ExpertForm
 from lightning_ep.ops.registered_experts import ExpertsFunction
 
 _LARGEST = 30.0  # of what gates are tried on, unless they are clamped beyond it

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lightning_ep.ops import activation, cross_entropy, grouped_mm, permute, routing
-from lightning_ep.ops.activation import Activation, ExpertBias
+from lightning_ep.ops.expert_form import Activation, ExpertBias
 from tests.reference import relative_error
 
 ON_GPU = os.environ.get("LIGHTNING_EP_TEST_DEVICE") == "cuda"

@@ -9,8 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_ep.ops.activation import Activation, ExpertBias, activate_backward_twin, activate_twin
+from lightning_ep.ops.activation import activate_backward_twin, activate_twin
 from lightning_ep.ops.cross_entropy import cross_entropy_twin_, softmax_gradient_twin_, softmax_statistics_twin
+from lightning_ep.ops.expert_form import Activation, ExpertBias
 from lightning_ep.ops.norm import sum_of_squares_twin
 from lightning_ep.ops.permute import gather_sum_twin
 from tests.reference import relative_error

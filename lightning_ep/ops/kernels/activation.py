@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lightning_ep.ops.activation import CUBIC, TWICE_ROOT, Activation, ExpertBias
+from lightning_ep.ops.expert_form import CUBIC, TWICE_ROOT, Activation, ExpertBias
 from lightning_ep.ops.kernels.slots import slot_offset, with_unit_stride
 
 _TILE = 2048  # elements of one half per program and step
