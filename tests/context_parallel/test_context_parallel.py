@@ -30,6 +30,7 @@ from lightning_ep.context_parallel import (
 from lightning_ep.context_parallel.exchange import kv_repeats
 from lightning_ep.parallelize import is_parallelized
 from tests.documents import PACKED, PADDED, SHAPES, documents_error, kernel_on_cpu
+from tests.hub.every_family import tiny_config_of
 from tests.parity import SeededCausalLM, assert_trains_like_one_process
 from tests.rank_process import on_cuda
 from tests.ranks import assert_ranks_agree, device, run_ranks
@@ -143,6 +144,31 @@ def test_attention_is_that_of_one_process(world: int, attention: str) -> None:
 @pytest.mark.parametrize(("family", "attention"), [("mixtral", "sdpa"), ("gpt_oss", "eager"), ("deepseek_v3", "sdpa")])
 def test_windows_sinks_and_latent_attention(family: str, attention: str) -> None:
     assert_ranks_agree(2, _compare, _family, (family, attention), ["odd", "packed", "left"], 2e-6)
+
+
+HYBRIDS = ["qwen3_next", "qwen3_5_moe_text", "lfm2_moe", "kimi_linear", "bailing_hybrid", "jamba", "granitemoehybrid"]
+
+
+def _hybrid(family: str) -> PreTrainedModel:
+    """Of layers with and without softmax attention."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(tiny_config_of(family), attn_implementation="sdpa")
+    model.set_experts_implementation("eager")
+    for param in model.parameters():
+        if param.ndim > 1:
+            torch.nn.init.normal_(param, std=0.1)
+    mixers = adapter.whole_sequence_mixers(model)
+    assert mixers
+    return model
+
+
+def _compare_hybrid(family: str, kinds: list[str], **options: Any) -> list[str]:
+    return _compare(_hybrid, (family,), kinds, 2e-6, **options)
+
+
+@pytest.mark.parametrize("family", HYBRIDS)
+def test_linear_attention_and_convolutions_run_on_whole_sequences(family: str) -> None:
+    assert_ranks_agree(2, _compare_hybrid, family, ["plain", "odd", "right", "left"])
 
 
 def _compare_otherwise() -> list[str]:
