@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import inspect
 import sys
+import textwrap
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from copy import copy
@@ -145,7 +147,8 @@ def why_not_context_parallel(model: PreTrainedModel) -> str | None:
     Exact attention over pieces needs every exchange between tokens to be that of `why_not_causal`, or one of
     `whole_sequence_mixers`, and every other computation to need nothing but a token and its position.
     """
-    if (reason := _why_not_causal(model, _SOFTMAX | _GATHERED, whole_sequence_mixers(model).values())) is not None:
+    mixers = whole_sequence_mixers(model).values()
+    if (reason := _why_not_causal(model, _SOFTMAX | (_GATHERED if mixers else set()), mixers)) is not None:
         return reason
     if model.loss_type not in (None, "ForCausalLM"):
         return f"its loss ({model.loss_type}) is not one of next tokens"
@@ -168,16 +171,28 @@ def whole_sequence_mixers(model: PreTrainedModel) -> dict[str, nn.Module]:
 
     They are told hidden states and padding and nothing of positions, so that whole sequences are all that they need.
     """
-    layers = decoder_layers(model)
     names = {module: name for name, module in model.named_modules()}
-    parts = [child for layer in layers for child in layer.children() if _is_whole_sequence_mixer(child)]
-    return {names[part]: part for part in parts}
+    found = [part for layer in decoder_layers(model) for part in _whole_sequence_mixers(layer)]
+    return {names[part]: part for part in found}
 
 
-def _is_whole_sequence_mixer(part: nn.Module) -> bool:
-    takes = inspect.signature(type(part).forward).parameters.keys()
-    told = {"hidden_states", "attention_mask"} <= takes and not {"position_ids", "position_embeddings"} & takes
-    return told and any(isinstance(module, nn.Conv1d) for module in part.modules()) and not attention_sources(part)
+def _whole_sequence_mixers(layer: nn.Module) -> Iterator[nn.Module]:
+    for name, part in layer.named_children():
+        if not any(isinstance(module, nn.Conv1d) for module in part.modules()) or attention_sources(part):
+            continue
+        takes = inspect.signature(type(part).forward).parameters.keys()
+        told = {"hidden_states", "attention_mask"} <= takes and not {"position_ids", "position_embeddings"} & takes
+        if told and _passes_all_on(type(layer), name):  # type: ignore[arg-type]  # hashable
+            yield part
+
+
+@cache
+def _passes_all_on(layer: Any, name: str) -> bool:
+    """Whether a layer calls its part of this name with all other arguments that it gets."""
+    source = textwrap.dedent(forward_source(layer))
+    calls = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)]
+    calls = [call for call in calls if ast.unparse(call.func) == f"self.{name}"]
+    return bool(calls) and all(any(keyword.arg is None for keyword in call.keywords) for call in calls)
 
 
 def _why_not_causal(model: PreTrainedModel, types: set[str], gathered: Iterable[nn.Module] = ()) -> str | None:
