@@ -24,6 +24,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor.parallel import parallelize_module
 from torch.profiler import ProfilerActivity, profile
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.models.gpt_oss.configuration_gpt_oss import GptOssConfig
+from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
 from benchmarks.cells import SIZES, model_config
@@ -35,6 +37,15 @@ from benchmarks.workload import max_over_mean
 from lightning_ep import ExpertParallel
 from lightning_ep.ops.cross_entropy import linear_cross_entropy
 from lightning_ep.ops.packed_attention import attend_documents, documents_mask
+
+GPT_OSS = {  # experts with biases, interleaved and clamped; measured as a layer alone
+    "gpt-oss-20b": {
+        "hidden_size": 2880, "num_experts": 32, "num_experts_per_tok": 4, "moe_intermediate_size": 2880,
+        "num_attention_heads": 64, "num_key_value_heads": 8, "head_dim": 64, "vocab_size": 201_088,
+    },
+    "gpt-oss-tiny": SIZES["tiny"],
+}  # fmt: skip
+WIDTHS = {**SIZES, **GPT_OSS}
 
 Function = Callable[..., Any]
 Inputs = list[tuple[Tensor, ...]]
@@ -52,7 +63,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.layers", description=__doc__)
     parser.add_argument("layer", choices=["moe", "attention", "loss"])
     parser.add_argument("--tokens", type=int, default=16_384)
-    parser.add_argument("--sizes", default="qwen3-30b-a3b", choices=sorted(SIZES))
+    parser.add_argument("--sizes", default="qwen3-30b-a3b", choices=sorted(WIDTHS))
     parser.add_argument("--repeats", type=int, default=30)
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
     parser.add_argument("--json", type=Path, help="default: runs/benchmarks/LAYER.json")
@@ -126,33 +137,40 @@ def measure_moe(sizes: str, tokens: int, device: torch.device, repeats: int) -> 
     peer = "grouped_mm" if device.type == "cuda" else "eager"
     bodies = {
         "lightning_ep, ep=1": forward_backward(our_experts(sizes, device)),
+        f"lightning_ep, ep=1, transformers' {peer}": forward_backward(our_experts(sizes, device, peer)),
         f"transformers, {peer}": forward_backward(transformers_experts(sizes, device, peer)),
     }
     rows = []
     for router in ("balanced", "skewed"):
         inputs = [moe_inputs(sizes, tokens, router, seed, device) for seed in range(3)]
-        counts = torch.bincount(inputs[0][1].reshape(-1), minlength=SIZES[sizes]["num_experts"])
+        counts = torch.bincount(inputs[0][1].reshape(-1), minlength=WIDTHS[sizes]["num_experts"])
         label = f"{router}, {max_over_mean([counts]):.2f}"
         rows += [{"name": name, "router": label, **timed(body, inputs, repeats)} for name, body in bodies.items()]
     floor, operands = _gemms(sizes, tokens, device)
     return [*rows, {"name": "the six grouped GEMMs alone", "router": "even", **timed(floor, operands, repeats)}]
 
 
-def our_experts(sizes: str, device: torch.device) -> nn.Module:
+def our_experts(sizes: str, device: torch.device, implementation: str = "fused") -> nn.Module:
     """An experts module whose forward is the package's whole body, as the plan sets it up on an EP group of one."""
     if not dist.is_initialized():
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo", rank=0, world_size=1)
     mesh = init_device_mesh(device.type, (1,), mesh_dim_names=("ep",))
-    return parallelize_module(transformers_experts(sizes, device, "eager"), mesh, ExpertParallel())
+    style = ExpertParallel(experts_implementation=implementation)
+    return parallelize_module(transformers_experts(sizes, device, "eager"), mesh, style)
 
 
 def transformers_experts(sizes: str, device: torch.device, implementation: str) -> nn.Module:
     """transformers' own experts module with random weights."""
-    config = model_config(sizes, layers=1)
+    if sizes in GPT_OSS:
+        widths = {**GPT_OSS[sizes], "intermediate_size": GPT_OSS[sizes]["moe_intermediate_size"]}
+        widths["num_local_experts"] = widths.pop("num_experts")
+        config: Any = GptOssConfig(**widths)  # type: ignore[arg-type]
+    else:
+        config = model_config(sizes, layers=1)
     config._experts_implementation = implementation
     with torch.device("meta"):
-        experts = Qwen3MoeExperts(config).to(_dtype(device))
+        experts = (GptOssExperts if sizes in GPT_OSS else Qwen3MoeExperts)(config).to(_dtype(device))
     experts.to_empty(device=device)
     generator = torch.Generator(device).manual_seed(0)
     with torch.no_grad():
@@ -173,7 +191,7 @@ def forward_backward(experts: nn.Module) -> Function:
 
 def moe_inputs(sizes: str, tokens: int, router: str, seed: int, device: torch.device) -> tuple[Tensor, ...]:
     """Hidden states ``[T, H]``, ids and weights ``[T, K]``, and the gradient of the output ``[T, H]``."""
-    widths, dtype = SIZES[sizes], _dtype(device)
+    widths, dtype = WIDTHS[sizes], _dtype(device)
     generator = torch.Generator().manual_seed(seed)
     logits_TE = _LOGIT_STD * torch.randn(tokens, widths["num_experts"], generator=generator)
     if router == "skewed":
@@ -192,7 +210,7 @@ def _gemms(sizes: str, tokens: int, device: torch.device) -> tuple[Function, Inp
 
     Nothing that an MoE layer needs can be faster than these, unless it uses a better grouped GEMM.
     """
-    widths, dtype = SIZES[sizes], _dtype(device)
+    widths, dtype = WIDTHS[sizes], _dtype(device)
     width, inner, experts = widths["hidden_size"], widths["moe_intermediate_size"], widths["num_experts"]
     rows = tokens * widths["num_experts_per_tok"] // experts * experts
     ends_E = torch.arange(1, experts + 1, dtype=torch.int32, device=device) * (rows // experts)
@@ -221,7 +239,7 @@ def _gemms(sizes: str, tokens: int, device: torch.device) -> tuple[Function, Inp
 
 def measure_attention(sizes: str, tokens: int, device: torch.device, repeats: int) -> list[dict[str, Any]]:
     """Windows of documents of about 600 tokens: one row per way to keep them apart, and without doing so."""
-    widths, length = SIZES[sizes], min(_WINDOW, tokens)
+    widths, length = WIDTHS[sizes], min(_WINDOW, tokens)
     heads, kv_heads = widths["num_attention_heads"], widths["num_key_value_heads"]
     generator = torch.Generator(device).manual_seed(0)
 
@@ -254,7 +272,7 @@ def _sdpa(mask: Tensor | None, query: Tensor, key: Tensor, value: Tensor, _: Ten
 
 def measure_loss(sizes: str, tokens: int, device: torch.device, repeats: int) -> list[dict[str, Any]]:
     """One row per implementation that is installed."""
-    hidden, vocab, dtype = SIZES[sizes]["hidden_size"], SIZES[sizes]["vocab_size"], _dtype(device)
+    hidden, vocab, dtype = WIDTHS[sizes]["hidden_size"], WIDTHS[sizes]["vocab_size"], _dtype(device)
     generator = torch.Generator(device).manual_seed(0)
 
     def random(*shape: int) -> Tensor:

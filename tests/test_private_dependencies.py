@@ -147,7 +147,6 @@ PRIVATE = [
     "transformers:PreTrainedModel._no_split_modules",
     "transformers:PreTrainedModel._set_gradient_checkpointing",
     "transformers:PreTrainedModel._supports_attention_backend",
-    "transformers.integrations.moe:_default_apply_gate",
     "transformers.models.qwen3_moe.modeling_qwen3_moe:Qwen3MoeExperts._apply_gate",
 ]
 
@@ -202,7 +201,6 @@ UNDOCUMENTED = [
     "transformers:PreTrainedModel.prepare_distribute_model",  # benchmarks
     "transformers:PreTrainedModel.set_experts_implementation",
     "transformers:Qwen3MoeConfig.base_model_ep_plan",
-    "transformers.activations:SiLUActivation",
     "transformers:PreTrainedModel.all_tied_weights_keys",
     "transformers.conversion_mapping:get_checkpoint_conversion_mapping",
     "transformers.conversion_mapping:get_model_conversion_mapping",

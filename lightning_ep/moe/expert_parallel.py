@@ -19,6 +19,7 @@ from lightning_ep.layout import ParallelLayout
 from lightning_ep.moe.adapted import AdaptedExperts, experts_in
 from lightning_ep.moe.dispatch import AllToAllDispatcher, Dispatcher, LocalDispatcher
 from lightning_ep.moe.experts import ExpertContext, spread_over_ranks
+from lightning_ep.ops.expert_form import ExpertForm
 from lightning_ep.ops.fused_experts import FusedExperts
 from lightning_ep.ops.local_experts import LocalExperts
 from lightning_ep.ops.registered_experts import RegisteredExperts
@@ -84,8 +85,7 @@ class ExpertParallel(ParallelStyle):
         num_experts: int = inside.num_experts  # type: ignore[assignment]
         dispatcher = self._build_dispatcher(num_experts, device_mesh.get_group())
         num_local = dispatcher.num_local_experts
-        fused = self._is_fused(inside)
-        names = adapter.FUSED_PARAMETERS if fused else tuple(name for name, _ in inside.named_parameters(recurse=False))
+        form, names = self._form(inside)
         factors = [] if adapted is None else adapted.holders
         adapters = [] if adapted is None else adapted.adapters(names)
         params = tuple((inside, name) for name in names) + tuple((holder, "weight") for holder in factors)
@@ -93,8 +93,8 @@ class ExpertParallel(ParallelStyle):
             _keep_local(holder, name, device_mesh, num_local)
         inside.num_experts = num_local  # type: ignore[assignment]
         experts: LocalExperts
-        if fused:
-            experts = FusedExperts(num_local, adapters)
+        if form is not None:
+            experts = FusedExperts(num_local, adapters, form)
         else:
             function = adapter.local_experts_function(inside, self.experts_implementation)
             experts = RegisteredExperts(inside, function, names, adapters, factors)
@@ -102,13 +102,15 @@ class ExpertParallel(ParallelStyle):
         spread_over_ranks(module, ExpertContext(dispatcher, experts, params, len(names), are_off))
         return module
 
-    def _is_fused(self, module: nn.Module) -> bool:
-        if self.experts_implementation != "auto":
-            return self.experts_implementation == "fused"
-        reason = adapter.why_not_fused(module)
+    def _form(self, module: nn.Module) -> tuple[ExpertForm | None, tuple[str, ...]]:
+        """What the fused experts must know, None where others run; and the parameters, in the order of calls."""
+        fused = self.experts_implementation in ("auto", "fused")
+        reason = adapter.why_not_fused(module) if fused else None
         if reason is not None:
             _say_once(f"{type(module).__name__} runs transformers' kernels instead of the fused experts: {reason}.")
-        return reason is None
+        if fused and reason is None:
+            return adapter.fused_form(module)
+        return None, tuple(name for name, _ in module.named_parameters(recurse=False))
 
     def _build_dispatcher(self, num_experts: int, group: dist.ProcessGroup) -> Dispatcher[Any]:
         if group.size() == 1:

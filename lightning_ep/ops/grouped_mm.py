@@ -51,6 +51,18 @@ def grouped_outer(x_PA: Tensor, y_PB: Tensor, offsets_E: Tensor, dtype: torch.dt
     return out_EAB.to(dtype)
 
 
+def grouped_sum(x_PA: Tensor, offsets_E: Tensor, dtype: torch.dtype) -> Tensor:
+    """Each expert's sum of its rows, zero without rows: ``[E, A]``.
+
+    Args:
+        x_PA: Rows in expert order.
+        offsets_E: int32 ``[E]``, where each expert's rows end; the last one is ``P``.
+        dtype: Of the result.
+    """
+    ones_P8 = x_PA.new_ones(x_PA.shape[0], 8)  # as many columns as grouped GEMMs take at least
+    return grouped_outer(ones_P8, x_PA, offsets_E, dtype)[:, 0].contiguous()
+
+
 def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
     # From bf16 to fp32 `x.to` reaches half of an H200's bandwidth, and these are whole layers of gradients.
     out = torch.empty_like(x, dtype=dtype)

@@ -136,6 +136,7 @@ class WeightGradients(NamedTuple):
         offsets_E: Tensor,
         dtype: torch.dtype | None,
         factors: tuple[int, torch.dtype | None, torch.dtype | None] | None,
+        is_transposed: bool = False,
     ) -> list[Tensor | None]:
         """Those of the weight ``[E, B, A]`` and, if it has ``factors``, of A ``[E, R, A]`` and B ``[E, B, R]``.
 
@@ -144,8 +145,10 @@ class WeightGradients(NamedTuple):
             offsets_E: Where each expert's rows end.
             dtype: Of the weight's gradient; None where it is not wanted, like that of the others.
             factors: Their rank, without what was added for alignment, and the dtypes of their gradients.
+            is_transposed: The weight's is ``[E, A, B]`` instead.
         """
-        found = [None if dtype is None else grouped_outer(self.grad_PB, x_PA, offsets_E, dtype)]
+        left, right = (x_PA, self.grad_PB) if is_transposed else (self.grad_PB, x_PA)
+        found = [None if dtype is None else grouped_outer(left, right, offsets_E, dtype)]
         if factors is None:
             return found
         rank, of_a, of_b = factors

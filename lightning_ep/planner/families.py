@@ -38,9 +38,9 @@ class Family:
         attention_bias: What ``attention_bias`` gives biases to.
         sinks: Whether heads have sinks.
         gated_attention: Whether queries come with a gate.
-        fused: Whether experts take the fused path; others run transformers' kernels, whose time is not known here.
         tp: Whether its plan splits attention (`lightning_ep.tensor_parallel`).
-        cp: Whether its sequences can be split (`lightning_ep.context_parallel`).
+        cp: Whether its sequences can be split (`lightning_ep.context_parallel`) at a cost that is known here: that of
+            layers that run on whole sequences is not.
     """
 
     qk_norm: str = "none"
@@ -48,7 +48,6 @@ class Family:
     attention_bias: tuple[str, ...] = ("qkv", "output")
     sinks: bool = False
     gated_attention: bool = False
-    fused: bool = True
     tp: bool = True
     cp: bool = True
 
@@ -60,7 +59,7 @@ FAMILIES = {
     "qwen3_next": Family(qk_norm="head", gated_attention=True, tp=False, cp=False),
     "mixtral": Family(attention_bias=()),
     "olmoe": Family(qk_norm="all"),
-    "gpt_oss": Family(biases=("router", "experts"), sinks=True, fused=False, tp=False),
+    "gpt_oss": Family(biases=("router", "experts"), sinks=True, tp=False),
     "glm4_moe": Family(qk_norm="config", attention_bias=("qkv",)),
     "deepseek_v2": Family(attention_bias=()),
     "deepseek_v3": Family(attention_bias=(), tp=False),

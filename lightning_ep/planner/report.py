@@ -89,7 +89,6 @@ def unmeasured(request: Request, chosen: Estimate) -> str:
         "replicate": case.replicate > 1,
         "cp > 2": case.cp > 2,
         "linear attention": request.model.widths.linear is not None,
-        "kernels of experts that are not fused": not request.model.family.fused,
         "LoRA beyond 2 GPUs": case.lora_rank > 0 and case.ranks > 2,
     }
     missing = ", ".join(name for name, is_so in named.items() if is_so)

@@ -9,13 +9,16 @@ through this package, which imports nothing of ours but `ops` and `distributed`.
 """
 
 from lightning_ep.transformers_adapter.attention_interface import (
+    CONTEXT_PARALLEL,
     attention_function,
     attention_heads,
     attention_implementation,
     causal_mask,
     config_with_attention,
+    is_context_parallel,
     is_flash_attention,
     select_attention,
+    whole_sequence_mixers,
     why_not_context_parallel,
     without_packing,
 )
@@ -36,7 +39,7 @@ from lightning_ep.transformers_adapter.conversion import (
 from lightning_ep.transformers_adapter.document_bounds import is_told_documents, use_bounds_of_documents, why_not_bounds
 from lightning_ep.transformers_adapter.dtypes import cast_constants, fp32_parameters
 from lightning_ep.transformers_adapter.experts_interface import (
-    FUSED_PARAMETERS,
+    fused_form,
     local_experts_function,
     why_not_fused,
 )
@@ -95,8 +98,8 @@ __all__ = [
     "router_scoring",
     "selection_biases",
     "why_no_selection_bias",
+    "CONTEXT_PARALLEL",
     "Conversion",
-    "FUSED_PARAMETERS",
     "allow_resizing_on_meta",
     "Packing",
     "ReadOnHost",
@@ -117,7 +120,9 @@ __all__ = [
     "export_conversions",
     "follows_model",
     "fp32_parameters",
+    "fused_form",
     "hub_transforms",
+    "is_context_parallel",
     "is_flash_attention",
     "is_told_documents",
     "keep_documents_apart",
@@ -151,6 +156,7 @@ __all__ = [
     "unknown_keys",
     "use_bounds_of_documents",
     "why_not_bounds",
+    "whole_sequence_mixers",
     "why_not_context_parallel",
     "why_not_fused",
     "without_packing",

@@ -2,35 +2,95 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Any
+
 import torch
 from torch import Tensor, nn
-from transformers.activations import SiLUActivation
-from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, _default_apply_gate
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
+from lightning_ep.ops.activation import activate_twin
+from lightning_ep.ops.expert_form import Activation, ExpertForm
 from lightning_ep.ops.registered_experts import ExpertsFunction
 
-FUSED_PARAMETERS = ("gate_up_proj", "down_proj")
+_LARGEST = 30.0  # of what gates are tried on, unless they are clamped beyond it
 
 
 def why_not_fused(module: nn.Module) -> str | None:
-    """What keeps an experts module from `FusedExperts`, by the flags that its class declares; None if nothing does."""
-    declared = {
-        "has_gate": (True, "its experts have no gate"),
-        "has_bias": (False, "its experts have biases"),
-        "is_transposed": (False, "its weights are stored transposed"),
-        "is_concatenated": (True, "its gate and up projections are interleaved"),
-        "has_post_expert_norm": (False, "its experts end with a norm"),
-    }
-    for flag, (served, reason) in declared.items():
-        if getattr(module, flag, None) is not served:
-            return reason
-    if {name for name, _ in module.named_parameters()} != set(FUSED_PARAMETERS):
-        return f"its parameters are not {' and '.join(FUSED_PARAMETERS)}"
-    if type(module)._apply_gate is not _default_apply_gate:  # type: ignore[attr-defined]
-        return "it has a gate function of its own"
-    if not isinstance(module.act_fn, nn.SiLU | SiLUActivation):
-        return f"its activation is {type(module.act_fn).__name__}, not SiLU"
-    return None
+    """What keeps an experts module from `FusedExperts`; None if nothing does."""
+    form = _form(module)
+    return form if isinstance(form, str) else None
+
+
+def fused_form(module: nn.Module) -> tuple[ExpertForm, tuple[str, ...]]:
+    """What `FusedExperts` must know of an experts module that nothing keeps from them, and its parameters in order."""
+    form = _form(module)
+    assert isinstance(form, ExpertForm), form
+    return form, _names(form.activation.gated, form.has_bias)
+
+
+def _names(gated: bool, biased: bool) -> tuple[str, ...]:
+    weights = ("gate_up_proj" if gated else "up_proj", "down_proj")
+    return (*weights, *(f"{name}_bias" for name in weights if biased))
+
+
+def _form(module: nn.Module) -> ExpertForm | str:
+    """The form, by the flags that a class declares and by what its activation computes; else what no flag says."""
+    flags = ("has_gate", "has_bias", "is_transposed", "is_concatenated", "has_post_expert_norm")
+    declared = {flag: getattr(module, flag, None) for flag in flags}
+    if None in declared.values():
+        return "its class declares no flags of transformers' experts interface"
+    if declared["has_post_expert_norm"]:
+        return "its experts end with a norm"
+    gated, biased = bool(declared["has_gate"]), bool(declared["has_bias"])
+    names = _names(gated, biased)
+    if {name for name, _ in module.named_parameters()} != set(names):
+        return f"its parameters are not {', '.join(names[:-1])} and {names[-1]}"
+    interleaved = gated and not declared["is_concatenated"]
+    found = next((how for how in _activations(module, gated, interleaved) if _computes(module, how)), None)
+    if found is None:
+        return f"its activation is {_activation_name(module)}, which has no fused kernel"
+    return ExpertForm(found, bool(declared["is_transposed"]), biased)
+
+
+def _activations(module: nn.Module, gated: bool, interleaved: bool) -> Iterator[Activation]:
+    """What the activation may be, with the numbers that a module holds, the simplest first."""
+    alphas = [1.0, *_numbers(module, "alpha", "swiglu_alpha")]
+    limits = [None, *_numbers(module, "limit", "swiglu_limit")]
+    for limit in limits if gated else limits[:1]:
+        for offset in (0.0, 1.0) if gated else (0.0,):
+            for alpha in alphas:
+                yield Activation("silu", gated, interleaved, alpha, limit, offset)
+            yield Activation("gelu_tanh", gated, interleaved, limit=limit, up_offset=offset)
+            yield Activation("relu2", gated, interleaved, limit=limit, up_offset=offset)
+
+
+def _numbers(module: nn.Module, *names: str) -> list[float]:
+    values = (getattr(module, name, None) for name in names)
+    return [float(value) for value in values if isinstance(value, int | float)]
+
+
+@torch.no_grad()
+def _computes(module: nn.Module, how: Activation) -> bool:
+    """Whether the module's activation gives what ``how`` says, tried on numbers on both sides of every clamp."""
+    if any(isinstance(child, nn.Module) and any(True for _ in child.parameters()) for child in module.children()):
+        return False  # of its own, maybe on meta
+    function: Any = module._apply_gate if how.gated else module.act_fn
+    largest = max(_LARGEST, 2 * (how.limit or 0.0))
+    points = [torch.linspace(-end, end, 25, dtype=torch.float64, device="cpu") for end in (largest, 2.0, 0.1)]
+    gate, up = (part.flatten() for part in torch.meshgrid(torch.cat(points), torch.cat(points), indexing="ij"))
+    h_1F = torch.stack([gate, up], 1).flatten() if how.interleaved else torch.cat([gate, up])
+    plain = torch.ones(1, 1, device="cpu"), torch.zeros(1, dtype=torch.int32, device="cpu")
+    expected = activate_twin(h_1F.unsqueeze(0), *plain, how)
+    # Some compute in fp32 whatever they are given.
+    return torch.allclose(function(h_1F.unsqueeze(0)).double(), expected, rtol=1e-5, atol=1e-5)
+
+
+def _activation_name(module: nn.Module) -> str:
+    function = getattr(module, "act_fn", None)
+    if function is None:
+        return f"that of {type(module).__name__}"
+    return getattr(function, "__name__", type(function).__name__)
 
 
 def local_experts_function(module: nn.Module, name: str) -> ExpertsFunction:

@@ -16,10 +16,11 @@ from benchmarks import layers, records
 CPU = torch.device("cpu")
 
 
-def test_moe_layer_measures_the_same_maths_as_transformers() -> None:
-    ours = layers.forward_backward(layers.our_experts("tiny", CPU))
-    theirs = layers.forward_backward(layers.transformers_experts("tiny", CPU, "eager"))
-    inputs = layers.moe_inputs("tiny", 24, "skewed", 0, CPU)
+@pytest.mark.parametrize("sizes", ["tiny", "gpt-oss-tiny"])
+def test_moe_layer_measures_the_same_maths_as_transformers(sizes: str) -> None:
+    ours = layers.forward_backward(layers.our_experts(sizes, CPU))
+    theirs = layers.forward_backward(layers.transformers_experts(sizes, CPU, "eager"))
+    inputs = layers.moe_inputs(sizes, 24, "skewed", 0, CPU)
     for mine, reference in zip(ours(*inputs), theirs(*inputs), strict=True):
         mine = getattr(mine, "to_local", lambda value=mine: value)()
         torch.testing.assert_close(mine, reference, rtol=1e-5, atol=1e-7)
@@ -30,7 +31,7 @@ def test_moe_layer_is_measured_with_two_routers(tmp_path: Path, capsys: pytest.C
     options = ["--sizes", "tiny", "--tokens", "24", "--repeats", "2", "--device", "cpu", "--json", str(path)]
     layers.main(["moe", *options])
     record = json.loads(path.read_text())
-    assert [row["router"].split(",")[0] for row in record["rows"]] == ["balanced"] * 2 + ["skewed"] * 2 + ["even"]
+    assert [row["router"].split(",")[0] for row in record["rows"]] == ["balanced"] * 3 + ["skewed"] * 3 + ["even"]
     assert all(row["ms"] > 0 for row in record["rows"])
     assert "| the six grouped GEMMs alone | even |" in capsys.readouterr().out
     assert f"commit {record['commit']}" in path.with_suffix(".md").read_text()

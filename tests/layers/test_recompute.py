@@ -39,9 +39,10 @@ MODELS: dict[str, dict[str, Any]] = {
         "q_lora_rank": None, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8,
         "num_key_value_heads": 4,
     },
-    "gpt_oss": FAMILIES["gpt_oss"],  # experts that transformers runs
+    "gpt_oss": FAMILIES["gpt_oss"],  # experts with biases
+    "olmoe": {"num_experts": 8, "hidden_act": "gelu"},  # experts that transformers runs
 }  # fmt: skip
-MOE_LAYERS = {"qwen3_moe": 2, "qwen2_moe": 2, "deepseek_v3": 1, "gpt_oss": 2}
+MOE_LAYERS = {"qwen3_moe": 2, "qwen2_moe": 2, "deepseek_v3": 1, "gpt_oss": 2, "olmoe": 2}
 BF16 = MixedPrecisionPolicy(torch.bfloat16, torch.float32)
 Change = Callable[[PreTrainedModel], object]
 
@@ -125,7 +126,7 @@ def _compare(ep: int) -> list[str]:
             grads, (forward, backward) = _train(family, ep, mode)
             expected = expected or grads
             wrong += [f"{family}, {mode}: gradient of {name}" for name in _different(grads, expected)]
-            full, fused = mode == "full", family != "gpt_oss"
+            full, fused = mode == "full", family != "olmoe"
             travels, runs = layers * (ep > 1), layers * fused
             # Counts, rows with their ids and weights, and outputs travel; the up and the down projection run.
             calls = Counts(gate=layers, experts=layers, self_attn=2, exchanges=3 * travels, gemms=2 * runs)
@@ -301,7 +302,7 @@ def _out_of_memory(mode: str, part: str) -> str:
         if part == "attention":
             model.model.layers[-1].self_attn.register_forward_pre_hook(fail)
         else:
-            patch.setattr(fused_experts, "swiglu_backward", fail)
+            patch.setattr(fused_experts, "activate_backward", fail)
         with pytest.raises(torch.OutOfMemoryError) as error:
             loss.backward()
     return str(error.value)
@@ -381,7 +382,7 @@ def test_full_keeps_inputs_and_routing_until_backward_and_nothing_after(family: 
 
 
 def _leaks() -> dict[str, list[Any]]:
-    return {mode: _held("gpt_oss", mode, 1)[1] for mode in MODES}
+    return {mode: _held("olmoe", mode, 1)[1] for mode in MODES}
 
 
 def test_graphs_of_experts_that_transformers_runs_are_freed_too() -> None:

@@ -20,9 +20,11 @@ from lightning_ep.fsdp.groups import shard_experts, sum_gradients, unmanaged_exp
 from lightning_ep.moe.dispatch import LocalDispatcher
 from lightning_ep.moe.expert_parallel import ExpertParallel
 from lightning_ep.moe.function import moe_forward
+from lightning_ep.ops.expert_form import Activation, ExpertForm
 from lightning_ep.ops.fused_experts import FusedExperts
 from lightning_ep.parallelize import check
-from lightning_ep.transformers_adapter import experts_modules, why_not_fused
+from lightning_ep.transformers_adapter import experts_modules, fused_form, local_experts_function, why_not_fused
+from tests.hub.every_family import auto_class_of, tiny_config_of
 from tests.ranks import assert_ranks_agree, device, run_ranks
 from tests.reference import batches, family_model, relative_error
 from tests.tiny import quiet
@@ -38,31 +40,87 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "olmoe": {"num_experts": 8},
     "gpt_oss": {"num_local_experts": 8, "sliding_window": 8},
 }
-REASONS = {"gpt_oss": "its experts have biases"}
 
 
 def _model(family: str) -> PreTrainedModel:
     return family_model(family, {**SIZES, **FAMILIES[family]})
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_the_fused_path_is_chosen_by_declared_flags(family: str) -> None:
-    reasons = {why_not_fused(module) for module in experts_modules(_model(family)).values()}
-    assert reasons == {REASONS.get(family)}
+# By family: what its experts have that Mixtral's have not.
+FORMS: dict[str, ExpertForm] = {
+    "mixtral": ExpertForm(),
+    "beam": ExpertForm(),  # whose gate function computes in fp32, as ours does
+    "lfm2_moe": ExpertForm(),
+    "aria_text": ExpertForm(is_transposed=True),
+    "gpt_oss": ExpertForm(Activation(interleaved=True, alpha=1.702, limit=7.0, up_offset=1.0), True, True),
+    "openai_privacy_filter": ExpertForm(Activation(alpha=1.702, limit=7.0, up_offset=1.0), True, True),
+    "minimax_m3_vl_text": ExpertForm(Activation(alpha=1.702, limit=7.0, up_offset=1.0)),
+    "deepseek_v4": ExpertForm(Activation(limit=10.0)),
+    "glm5_next_text": ExpertForm(Activation(limit=10.0)),
+    "hy_v4": ExpertForm(Activation(limit=10.0)),
+    "gemma4_text": ExpertForm(Activation("gelu_tanh")),
+    "nemotron_h": ExpertForm(Activation("relu2", gated=False)),
+}
+REASONS = {
+    "inkling2_text": "its activation is Inkling2SoftcappedSwiGLU, which has no fused kernel",
+    "muse_spark_text": "its experts end with a norm",
+    "step3p7": "its class declares no flags of transformers' experts interface",
+}
+
+
+def _one_experts_module(family: str) -> nn.Module:
+    config = tiny_config_of(family)
+    with torch.device("meta"):
+        model = auto_class_of(config).from_config(config)
+    return next(iter(experts_modules(model).values()))
+
+
+@pytest.mark.parametrize("family", FORMS)
+def test_fused_experts_equal_those_of_the_family(family: str) -> None:
+    """Output and every gradient, with projections on both sides of the clamps."""
+    torch.manual_seed(0)
+    module = _one_experts_module(family).to_empty(device="cpu").double()
+    form, names = fused_form(module)
+    assert form == FORMS[family]
+    for param in module.parameters():
+        nn.init.normal_(param)
+    num_experts, params = module.num_experts, [module.get_parameter(name) for name in names]
+    hidden_size = params[0].shape[1 if form.is_transposed else 2]
+    ids = torch.stack([torch.randperm(num_experts)[:2] for _ in range(12)])
+    hidden, weights, grad = torch.randn(12, hidden_size), torch.rand(12, 2), torch.randn(12, hidden_size)
+    leaves = [t.double().requires_grad_() for t in (hidden, weights)]
+    eager = local_experts_function(module, "eager")(module, leaves[0], ids, leaves[1])
+    expected = [eager, *torch.autograd.grad(eager, [*leaves, *params], grad.double())]
+    out = moe_forward(
+        LocalDispatcher(num_experts), FusedExperts(num_experts, (), form), leaves[0], ids, leaves[1], params
+    )
+    found = [out, *torch.autograd.grad(out, [*leaves, *params], grad.double())]
+    # Some families compute in fp32 whatever they are given.
+    assert max(relative_error(a, b) for a, b in zip(found, expected, strict=True)) < 1e-6
+
+
+@pytest.mark.parametrize("family", REASONS)
+def test_what_is_not_fused_says_why(family: str) -> None:
+    assert why_not_fused(_one_experts_module(family)) == REASONS[family]
 
 
 def test_fused_by_name_is_refused_before_anything_is_sharded() -> None:
-    model = _model("gpt_oss")
-    style = next(iter(expert_plan(model, experts_implementation="fused").values()))
-    assert isinstance(style, ExpertParallel)
-    with pytest.raises(ValueError, match=r"experts_implementation='fused' cannot serve .*biases.* Use 'auto'"):
-        style.validate(next(iter(experts_modules(model).values())), 2)
+    module = _one_experts_module("inkling2_text")
+    with pytest.raises(ValueError, match=r"experts_implementation='fused' cannot serve .*Softcapped.* Use 'auto'"):
+        ExpertParallel(experts_implementation="fused").validate(module, 2)
 
 
-def test_other_activations_and_gates_are_not_fused() -> None:
-    module = next(iter(experts_modules(_model("qwen3_moe")).values()))
-    module.act_fn = nn.GELU()
-    assert why_not_fused(module) == "its activation is GELU, not SiLU"
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss", "nemotron_h"])
+def test_what_an_activation_computes_is_asked_and_not_its_name(family: str) -> None:
+    module = _one_experts_module(family)
+    if family == "gpt_oss":
+        module.limit = 3.0  # type: ignore[assignment]
+        assert fused_form(module)[0].activation.limit == 3.0
+        module._apply_gate = lambda h: 1.01 * type(module)._apply_gate(module, h)  # type: ignore[attr-defined]
+        assert why_not_fused(module) == "its activation is that of GptOssExperts, which has no fused kernel"
+    else:
+        module.act_fn = nn.GELU()
+        assert why_not_fused(module) == "its activation is GELU, which has no fused kernel"
 
 
 def _gradients(family: str, ep: int) -> list[str]:
@@ -141,7 +199,7 @@ def _kernels_by_name(family: str, ep: int) -> list[str]:
     sum(expected(**batch).loss for batch in data).backward()
     batch = {key: value.to(device()) for key, value in data[rank].items()}
     wrong = []
-    for name in ("auto", "eager", "batched_mm", "grouped_mm", *(["fused"] if family not in REASONS else [])):
+    for name in ("auto", "eager", "batched_mm", "grouped_mm", "fused"):
         for by_hand in (False, True):
             model = _model(family)
             for module in experts_modules(model).values():

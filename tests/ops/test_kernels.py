@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lightning_ep.ops import activation, cross_entropy, grouped_mm, permute, routing
+from lightning_ep.ops.expert_form import Activation, ExpertBias
 from tests.reference import relative_error
 
 ON_GPU = os.environ.get("LIGHTNING_EP_TEST_DEVICE") == "cuda"
@@ -82,29 +83,64 @@ def test_permute_and_gather_sum(tokens: int, top_k: int, experts: int, hidden: i
     assert torch.equal(found, expected) if EXACT or dtype == torch.float32 else relative_error(found, expected) < 8e-3
 
 
+# What some family has: SwiGLU, DeepSeek-V4's, Gemma 4's, gpt-oss's (with and without its biases), Nemotron-H's.
+ACTIVATIONS = [
+    (Activation(), False),
+    (Activation(limit=2.0), False),
+    (Activation("gelu_tanh"), False),
+    (Activation(interleaved=True), False),
+    (Activation(interleaved=True, alpha=1.702, limit=2.0, up_offset=1.0), True),
+    (Activation("relu2", gated=False), False),
+    (Activation("relu2", gated=False), True),
+]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("width", [16, 72, 768, 1536])
+@pytest.mark.parametrize("width", [16, 72, 768, 1536, *([2880] if ON_GPU else [])])
 @pytest.mark.parametrize(("tokens", "top_k", "experts"), [(37, 3, 5), (SOME, 6, 6)])
-def test_swiglu(tokens: int, top_k: int, experts: int, width: int, dtype: torch.dtype) -> None:
+def test_activations(tokens: int, top_k: int, experts: int, width: int, dtype: torch.dtype) -> None:
+    _compare_activations(Activation(), False, tokens, top_k, experts, width, dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("width", [72, 2880] if ON_GPU else [72, 192])
+@pytest.mark.parametrize(("how", "biased"), ACTIVATIONS[1:])
+def test_activations_of_other_families(how: Activation, biased: bool, width: int, dtype: torch.dtype) -> None:
+    _compare_activations(how, biased, 37, 3, 5, width, dtype)
+
+
+def _compare_activations(
+    how: Activation, biased: bool, tokens: int, top_k: int, experts: int, width: int, dtype: torch.dtype
+) -> None:
+    """Both directions against float64, no worse than the twin."""
     from lightning_ep.ops.kernels import activation as kernel
 
-    ids = _ids(tokens, top_k, experts, 0.3)
+    ids = torch.full((tokens, top_k + 3), -7, device=DEVICE)  # beside other numbers, as rows bring them
+    ids[:, :top_k] = _ids(tokens, top_k, experts, 0.3)
+    ids = ids[:, :top_k]
     pairs = int((ids < experts).sum())
     slots = permute.expert_order_twin(ids, experts, pairs).slot_P
-    h = torch.randn(pairs, 2 * width, device=DEVICE).mul_(3).to(dtype)
+    projected = 2 * width if how.gated else width
+    h = torch.randn(pairs, projected, device=DEVICE).mul_(3).to(dtype)
     grad = torch.randn(pairs, width, device=DEVICE).to(dtype)
     weights = torch.rand(tokens, top_k + 1, device=DEVICE)[:, :top_k]  # with gaps between its rows
+    bias = ExpertBias(torch.randn(experts, projected, device=DEVICE).to(dtype), ids) if biased else None
+    doubled = ExpertBias(bias.bias_EF.double(), ids) if bias is not None else None
     tolerance = 1e-6 if dtype == torch.float32 else 1e-4 if EXACT else 8e-3
-    exact = activation.swiglu_twin(h.double(), weights.double(), slots)
-    rounded = relative_error(activation.swiglu_twin(h, weights, slots), exact)
-    assert relative_error(kernel.swiglu(h, weights, slots), exact) <= rounded * 1.01 + tolerance
-    found = kernel.swiglu_backward(grad, h, weights, slots)
-    expected = activation.swiglu_backward_twin(grad, h, weights, slots)
-    exact = activation.swiglu_backward_twin(grad.double(), h.double(), weights.double(), slots)
+    inputs = (h, weights, slots, how, bias)
+    in_double = (h.double(), weights.double(), slots, how, doubled)
+    exact = activation.activate_twin(*in_double)
+    assert exact.norm() > 0
+    rounded = relative_error(activation.activate_twin(*inputs), exact)
+    _poison(pairs, width, dtype=dtype)
+    assert relative_error(kernel.activate(*inputs), exact) <= rounded * 1.01 + tolerance
+    found = kernel.activate_backward(grad, *inputs)
+    expected = activation.activate_backward_twin(grad, *inputs)
+    exact_ones = activation.activate_backward_twin(grad.double(), *in_double)
     for index in range(3):
         assert found[index].dtype == expected[index].dtype
-        limit = relative_error(expected[index], exact[index]) * 1.01 + tolerance
-        assert relative_error(found[index], exact[index]) <= limit
+        limit = relative_error(expected[index], exact_ones[index]) * 1.01 + tolerance
+        assert relative_error(found[index], exact_ones[index]) <= limit
 
 
 @pytest.mark.parametrize("scanned", [True, False])

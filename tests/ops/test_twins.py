@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_ep.ops.activation import swiglu_backward_twin, swiglu_twin
+from lightning_ep.ops.activation import activate_backward_twin, activate_twin
 from lightning_ep.ops.cross_entropy import cross_entropy_twin_, softmax_gradient_twin_, softmax_statistics_twin
+from lightning_ep.ops.expert_form import Activation, ExpertBias
 from lightning_ep.ops.norm import sum_of_squares_twin
 from lightning_ep.ops.permute import gather_sum_twin
 from tests.reference import relative_error
@@ -27,16 +32,36 @@ def test_rows_in_bf16_are_summed_in_fp32() -> None:
     assert gather_sum_twin(rows, places, torch.float32).tolist() == [[258.0], [257.0]]
 
 
-def test_activations_in_bf16_are_rounded_once() -> None:
+# What some family has, by its names: SwiGLU, DeepSeek-V4's, Gemma 4's, gpt-oss's, Nemotron-H's.
+ACTIVATIONS: dict[str, tuple[Activation, bool, Callable[[Tensor, Tensor], Tensor]]] = {
+    "swiglu": (Activation(), False, lambda gate, up: F.silu(gate) * up),
+    "clamped": (Activation(limit=1.0), False, lambda gate, up: F.silu(gate.clamp(max=1.0)) * up.clamp(-1.0, 1.0)),
+    "geglu": (Activation("gelu_tanh"), False, lambda gate, up: F.gelu(gate, approximate="tanh") * up),
+    "gpt_oss": (
+        Activation(interleaved=True, alpha=1.702, limit=1.0, up_offset=1.0),
+        True,
+        lambda gate, up: (c := gate.clamp(max=1.0)) * torch.sigmoid(1.702 * c) * (up.clamp(-1.0, 1.0) + 1),
+    ),
+    "relu2": (Activation("relu2", gated=False), True, lambda x, _: F.relu(x).square()),
+}
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_activations_in_bf16_are_rounded_once(name: str) -> None:
+    how, biased, function = ACTIVATIONS[name]
     generator = torch.Generator().manual_seed(0)
-    h_PF, grad_PI = (torch.randn(64, width, generator=generator).bfloat16() for width in (32, 16))
+    widths = (32 if how.gated else 16, 16)
+    h_PF, grad_PI = (torch.randn(64, width, generator=generator).bfloat16() for width in widths)
     weights_NK, slot_P = torch.rand(40, 2, generator=generator), torch.randperm(80, generator=generator)[:64].int()
+    ids_NK, bias_EF = torch.randint(0, 3, (40, 2), generator=generator), torch.randn(3, widths[0], generator=generator)
+    bias = ExpertBias(bias_EF.bfloat16(), ids_NK) if biased else None
     h, weights = h_PF.double().requires_grad_(), weights_NK.double().requires_grad_()
-    gate, up = h.chunk(2, dim=1)
-    out = gate * torch.sigmoid(gate) * up * weights.flatten()[slot_P.long()].unsqueeze(1)
+    shifted = h if bias is None else h + bias.bias_EF.double()[ids_NK.flatten()[slot_P.long()]]
+    gate, up = (shifted[:, ::2], shifted[:, 1::2]) if how.interleaved else (shifted[:, :16], shifted[:, -16:])
+    out = function(gate, up) * weights.flatten()[slot_P.long()].unsqueeze(1)
     out.backward(grad_PI.double())
-    assert _rounded_once(swiglu_twin(h_PF, weights_NK, slot_P), out.detach())
-    grad_h, again, grad_weights = swiglu_backward_twin(grad_PI, h_PF, weights_NK, slot_P)
+    assert _rounded_once(activate_twin(h_PF, weights_NK, slot_P, how, bias), out.detach())
+    grad_h, again, grad_weights = activate_backward_twin(grad_PI, h_PF, weights_NK, slot_P, how, bias)
     assert _rounded_once(again, out.detach())
     assert h.grad is not None
     assert weights.grad is not None

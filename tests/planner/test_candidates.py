@@ -45,14 +45,14 @@ def test_what_is_refused_of_a_family_is_what_the_package_refuses(name: str) -> N
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind_of_model, **config))
         layout = ParallelLayout(2, 1, 2, **{kind: 2})
-        if ours:
+        if ours or (kind == "cp" and adapter.whole_sequence_mixers(model)):
             check(model, layout, expert_plan(model))
         else:
             with pytest.raises(ValueError, match=kind):
                 check(model, layout, expert_plan(model))
-    fused = [adapter.why_not_fused(module) is None for module in adapter.experts_modules(model).values()]
-    assert fused
-    assert all(one == family.fused for one in fused)
+    experts = adapter.experts_modules(model).values()
+    assert experts
+    assert all(adapter.why_not_fused(module) is None for module in experts), "times are those of fused experts"
 
 
 def test_a_step_has_its_tokens_and_fits_into_memory() -> None:
