@@ -18,7 +18,7 @@ from transformers import (
 # Wherever a config has an attribute of that name.
 _SIZES: dict[str, int] = {
     "vocab_size": 128, "vocab_size_per_layer_input": 128, "hidden_size": 32, "d_model": 32, "embed_dim": 32,
-    "out_hidden_size": 32, "projection_dim": 32, "output_dim": 32, "hidden_size_per_layer_input": 8,
+    "out_hidden_size": 32, "downsample_hidden_size": 16, "projection_dim": 32, "output_dim": 32, "hidden_size_per_layer_input": 8,
     "intermediate_size": 48, "encoder_ffn_dim": 32, "moe_intermediate_size": 16, "shared_intermediate_size": 16,
     "shared_expert_intermediate_size": 16, "moe_latent_size": 16, "num_hidden_layers": 4, "num_layers": 2, "depth": 2,
     "encoder_layers": 2, "num_attention_heads": 4, "num_heads": 4, "encoder_attention_heads": 4,
@@ -127,14 +127,15 @@ def tiny_config_of(model_type: str) -> PreTrainedConfig:
         sizes = {name: _SIZES[name] for name in ("hidden_size", "image_size", "patch_size", "projection_dim")}
         vision = CLIPVisionConfig(num_hidden_layers=2, num_attention_heads=4, intermediate_size=48, **sizes)
         return LlavaConfig(text_config=tiny_config_of("mixtral"), vision_config=vision)
-    return _shrunk(CONFIG_MAPPING[model_type]())
+    return shrunk(CONFIG_MAPPING[model_type]())
 
 
-def _shrunk(config: PreTrainedConfig) -> PreTrainedConfig:
+def shrunk(config: PreTrainedConfig) -> PreTrainedConfig:
+    """A configuration like this one with few and small layers."""
     arguments: dict[str, Any] = {}
     for name, value in vars(config).items():
         if isinstance(value, PreTrainedConfig):
-            arguments[name] = _shrunk(value)
+            arguments[name] = shrunk(value)
         elif name in _SIZES and isinstance(value, int):
             arguments[name] = _SIZES[name]
     return type(config)(**{**arguments, **_MORE.get(config.model_type, {})})
