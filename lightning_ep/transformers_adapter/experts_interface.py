@@ -36,10 +36,10 @@ def _names(gated: bool, biased: bool) -> tuple[str, ...]:
 
 def _form(module: nn.Module) -> ExpertForm | str:
     """The form, by the flags that a class declares and by what its activation computes; else what no flag says."""
+    if not _picks_its_implementation(module):
+        return "its class is not declared with `use_experts_implementation`"
     flags = ("has_gate", "has_bias", "is_transposed", "is_concatenated", "has_post_expert_norm")
-    declared = {flag: getattr(module, flag, None) for flag in flags}
-    if None in declared.values():
-        return "its class declares no flags of transformers' experts interface"
+    declared = {flag: getattr(module, flag) for flag in flags}
     if declared["has_post_expert_norm"]:
         return "its experts end with a norm"
     gated, biased = bool(declared["has_gate"]), bool(declared["has_bias"])
@@ -111,11 +111,23 @@ def local_experts_function(module: nn.Module, name: str) -> ExpertsFunction:
         raise ValueError(
             f"experts_implementation={name!r} is not registered; choose 'auto', 'fused' or one of {names}."
         )
+    if name != "eager" and not _picks_its_implementation(module):
+        raise ValueError(
+            f"experts_implementation={name!r} cannot run {type(module).__name__}, whose class does not say how its "
+            "weights lie (`use_experts_implementation` of transformers). Use 'auto', which calls its own forward."
+        )
     return _registered(module, name)
 
 
+def _picks_its_implementation(module: nn.Module) -> bool:
+    """Whether the class of the experts has transformers' decorator, which lets a config pick who runs them."""
+    return hasattr(module, "is_concatenated") and hasattr(type(module).forward, "__wrapped__")
+
+
 def _registered(module: nn.Module, name: str) -> ExpertsFunction:
-    # The decorator that lets a model pick its implementation wraps the model's own (eager) forward.
+    if not _picks_its_implementation(module):
+        return type(module).forward
+    # The decorator wraps the model's own (eager) forward.
     eager: ExpertsFunction = type(module).forward.__wrapped__  # type: ignore[attr-defined]
     return ALL_EXPERTS_FUNCTIONS.get_interface(name, eager)
 
