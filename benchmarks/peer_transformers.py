@@ -45,7 +45,9 @@ def _build(cell: Cell, device: torch.device) -> Any:
     only the loading is replaced, by `fill_parameters`.
     """
     with torch.device("meta"):
-        model: Any = AutoModelForCausalLM.from_config(cell.config(), dtype=torch.float32)
+        model: Any = AutoModelForCausalLM.from_config(
+            cell.config(), dtype=torch.bfloat16 if cell.bf16_weights else torch.float32
+        )
     model.set_experts_implementation("grouped_mm" if device.type == "cuda" else "eager")  # its fast path on each
     with torch.device(device):  # its buffers are no weights: computed on the device, never cast
         model.model.rotary_emb = type(model.model.rotary_emb)(model.config)

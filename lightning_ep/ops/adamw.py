@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_ep.ops import kernels
+from lightning_ep.ops.rounding import Elements, random_bits_twin, round_stochastically_twin
 from lightning_ep.ops.scale import scale_
 
 
@@ -86,3 +88,53 @@ def adamw_twin_(updates: Sequence[Update], rule: Rule, factor: Tensor | None) ->
         amsgrad=False,
         maximize=False,
     )
+
+
+def adamw_rounded_(update: Update, rule: Rule, factor: Tensor | None, elements: Elements) -> None:
+    """The same in place for one parameter, computed in fp32, with what is stored in bf16 rounded stochastically.
+
+    Bit for bit a function of the numbers that come in, of ``elements`` and of the step: however a parameter is cut into
+    parts, and whatever device computes them, the parts are those of the whole.
+
+    Args:
+        update: The parameter and its moments are fp32 or bf16, each for itself.
+        rule: See `adamw_`.
+        factor: See `adamw_`.
+        elements: Which elements of the whole parameter these are, and the key of its random bits.
+    """
+    if update.param.numel() == 0:
+        return
+    # Of every size: were small parts left to the twin, a kernel's last bit would depend on the layout.
+    if kernels.runs_on(*update) and all(tensor.is_contiguous() for tensor in update):
+        from lightning_ep.ops.kernels import adamw as triton_adamw
+
+        triton_adamw.adamw_(*update, factor, *rule, elements)
+    else:
+        adamw_rounded_twin_(update, rule, factor, elements)
+
+
+def adamw_rounded_twin_(update: Update, rule: Rule, factor: Tensor | None, elements: Elements) -> None:
+    """Defines `adamw_rounded_`."""
+    param, grad, exp_avg, exp_avg_sq, step = update
+    # Kernels get numbers of the host in fp32, and count steps in fp64.
+    lr, (beta1, beta2) = rule.lr, rule.betas
+    count = step.double()
+    logs = [_fp32(math.log(beta)) if beta > 0 else -math.inf for beta in rule.betas]
+    step_size = (_fp32(lr) / (1.0 - torch.exp(count * logs[0]))).float()
+    correction = torch.sqrt(1.0 - torch.exp(count * logs[1])).float()
+    g = grad.float()
+    if factor is not None:
+        g = g * factor.float()
+    m = exp_avg.float() * beta1 + g * (1 - beta1)
+    v = exp_avg_sq.float() * beta2 + g * g * (1 - beta2)
+    p = param.float()
+    p = p - p * (lr * rule.weight_decay)
+    p = p - step_size * (m / (v.sqrt() / correction + rule.eps))
+    bits = random_bits_twin(elements, param.numel(), step).view(param.shape)
+    for target, exact, shift in ((param, p, 0), (exp_avg, m, 16), (exp_avg_sq, v, 32)):
+        in_bf16 = target.dtype == torch.bfloat16
+        target.copy_(round_stochastically_twin(exact, bits >> shift) if in_bf16 else exact)
+
+
+def _fp32(number: float) -> float:
+    return torch.tensor(number, dtype=torch.float32).item()

@@ -1,4 +1,4 @@
-"""One step of AdamW in one pass over a tensor. Twin: `ops.adamw.adamw_twin_`."""
+"""One step of AdamW in one pass over a tensor. Twins: `ops.adamw.adamw_twin_`, `ops.adamw.adamw_rounded_twin_`."""
 
 from __future__ import annotations
 
@@ -9,20 +9,25 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lightning_ep.ops.kernels.rounding import random_bits, round_stochastically
+from lightning_ep.ops.rounding import Elements
+
 _BLOCK = 4096
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["key", "start", "width", "stride"])
 def _adamw_kernel(
     param, grad, exp_avg, exp_avg_sq, step, factor,
     lr, decay, log_beta1, log_beta2, beta1, beta2, rest1, rest2, eps, num_elements,
-    HAS_FACTOR: tl.constexpr, BLOCK: tl.constexpr,
+    key, start, width, stride,
+    HAS_FACTOR: tl.constexpr, ROUNDS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     # In fp64, as `count` makes it: 1 - 0.999 ** step loses four digits in fp32.
     count = tl.load(step).to(tl.float64)
     step_size = (lr / (1.0 - tl.exp(count * log_beta1))).to(tl.float32)
     correction = tl.sqrt(1.0 - tl.exp(count * log_beta2)).to(tl.float32)
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    first = tl.program_id(0).to(tl.int64) * BLOCK
+    at = first + tl.arange(0, BLOCK)
     mask = at < num_elements
     g = tl.load(grad + at, mask=mask).to(tl.float32)
     if HAS_FACTOR:
@@ -32,23 +37,44 @@ def _adamw_kernel(
     p = tl.load(param + at, mask=mask).to(tl.float32)
     p -= decay * p  # not times 1 - decay: next to one, fp32 has no digits left for a decay of 1e-6
     p -= step_size * tl.div_rn(m, tl.div_rn(tl.sqrt_rn(v), correction) + eps)
-    tl.store(param + at, p.to(param.dtype.element_ty), mask=mask)
-    tl.store(exp_avg + at, m.to(exp_avg.dtype.element_ty), mask=mask)
-    tl.store(exp_avg_sq + at, v.to(exp_avg_sq.dtype.element_ty), mask=mask)
+    if ROUNDS:
+        whole = start.to(tl.int64) + at
+        if ROWS:  # one division of 64 bits for all of a block, and one of the width's bits for each element
+            row = first // width
+            column = (first - row * width).to(width.dtype) + tl.arange(0, BLOCK)
+            whole = start.to(tl.int64) + (row + column // width) * stride + column % width
+        bits = random_bits(key, count.to(tl.int64), whole)
+        tl.store(param + at, _rounded(p, bits, param.dtype.element_ty), mask=mask)
+        tl.store(exp_avg + at, _rounded(m, bits >> 16, exp_avg.dtype.element_ty), mask=mask)
+        tl.store(exp_avg_sq + at, _rounded(v, bits >> 32, exp_avg_sq.dtype.element_ty), mask=mask)
+    else:
+        tl.store(param + at, p.to(param.dtype.element_ty), mask=mask)
+        tl.store(exp_avg + at, m.to(exp_avg.dtype.element_ty), mask=mask)
+        tl.store(exp_avg_sq + at, v.to(exp_avg_sq.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _rounded(x, bits, dtype: tl.constexpr):
+    if dtype == tl.bfloat16:
+        return round_stochastically(x, bits)
+    else:
+        return x.to(dtype)
 
 
 def adamw_(
     param: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, step: Tensor, factor: Tensor | None,
-    lr: float, betas: tuple[float, float], eps: float, weight_decay: float,
+    lr: float, betas: tuple[float, float], eps: float, weight_decay: float, rounds: Elements | None = None,
 ) -> None:  # fmt: skip
-    """See `lightning_ep.ops.adamw.adamw_`; for one parameter with contiguous tensors."""
+    """See `lightning_ep.ops.adamw.adamw_` and `adamw_rounded_`; for one parameter with contiguous tensors."""
     logs = [math.log(beta) if beta > 0 else -math.inf for beta in betas]
     beta1, beta2 = betas
     num_elements = param.numel()
+    elements = rounds or Elements(0, 0, num_elements, 0)
     _adamw_kernel[(triton.cdiv(num_elements, _BLOCK),)](
         param, grad, exp_avg, exp_avg_sq, step, step if factor is None else factor,
         lr, lr * weight_decay, *logs, beta1, beta2, 1 - beta1, 1 - beta2, eps, num_elements,
-        factor is not None, _BLOCK,
-        num_warps=8,
+        *elements, factor is not None, rounds is not None, elements.width < num_elements, _BLOCK,
+        # Without fused multiplications every operation rounds as the twin's, so that CPUs and GPUs agree.
+        num_warps=8, enable_fp_fusion=rounds is None,
     )  # fmt: skip
     torch.autograd.graph.increment_version(param)
