@@ -68,7 +68,8 @@ class AdamW(torch.optim.AdamW):
             self._rounding = Streams()
         for group in self.param_groups:
             _refuse_other_rules(group)
-            group.setdefault("stochastic_rounding", False)  # where torch's AdamW wrote the state
+            # Where torch's AdamW wrote the state.
+            group.setdefault("stochastic_rounding", self.defaults.get("stochastic_rounding", False))
             group["fused"] = True  # also if torch's other implementations wrote the state
             for param in group["params"]:
                 if (step := self.state.get(param, {}).get("step")) is not None:

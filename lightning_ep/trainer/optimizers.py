@@ -29,12 +29,12 @@ def prepare_optimizers(optimizers: list[Optimizer], module: LightningModule, see
     """
     refuse_optimizers(optimizers)
     for optimizer in optimizers:
-        params = [param for group in optimizer.param_groups for param in group["params"] if param.requires_grad]
-        in_bf16 = any(param.dtype == torch.bfloat16 for param in params)
+        params = [param for group in optimizer.param_groups for param in group["params"]]
+        in_bf16 = [param for param in params if param.dtype == torch.bfloat16]
         if isinstance(optimizer, AdamW) and optimizer.rounds:
-            _refuse(module.trainer, in_bf16)
+            _refuse(module.trainer, bool(in_bf16))
             optimizer.name_parameters({clean(name): param for name, param in module.named_parameters()}, seed())
-        elif in_bf16:
+        elif any(param.requires_grad for param in in_bf16):
             rank_zero_warn(
                 f"{type(optimizer).__name__} rounds bf16 weights to the nearest: an update below 1/512 of a weight, "
                 "which most are at learning rates of fine-tuning, changes nothing. Pass "
@@ -46,7 +46,7 @@ def prepare_optimizers(optimizers: list[Optimizer], module: LightningModule, see
 def _refuse(trainer: Trainer, in_bf16: bool) -> None:
     if not in_bf16:
         raise ValueError(
-            "AdamW(stochastic_rounding=True) rounds what is bf16, and of the parameters that it trains none is "
+            "AdamW(stochastic_rounding=True) rounds what is bf16, and of the parameters that it has none is "
             f"(precision={trainer.precision!r}). Pass precision='bf16-true', or leave stochastic_rounding out: fp32 "
             "weights need no rounding."
         )
