@@ -55,8 +55,8 @@ from lightning_ep.trainer.loaders import prepare_loader
 from lightning_ep.trainer.lost_hooks import check_hooks_before_sharding, check_hooks_on_shards
 from lightning_ep.trainer.memory_advice import add_memory_advice
 from lightning_ep.trainer.nonfinite import NonfiniteGuard
-from lightning_ep.trainer.optimizers import prepare_optimizers
 from lightning_ep.trainer.precision import ShardedPrecision
+from lightning_ep.trainer.ready_optimizers import prepare_optimizers
 from lightning_ep.trainer.refusals import refuse_idle_implementation, refuse_other_processes, refuse_unsupported
 from lightning_ep.trainer.schedules import tell_total_steps
 from lightning_ep.trainer.signals import AgreeOnSignals, Interrupted

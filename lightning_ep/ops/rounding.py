@@ -7,10 +7,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# SplitMix64 (Steele, Lea and Flood, "Fast splittable pseudorandom number generators", 2014): its n-th number is a
-# bijection of seed + n * GOLDEN, so that any of them costs two multiplications, without those before it.
+# A step of a parameter gets 64 bits from SplitMix64 (Steele, Lea and Flood, "Fast splittable pseudorandom number
+# generators", 2014), whose n-th number is a bijection of seed + n * GOLDEN.
 GOLDEN = 0x9E3779B97F4A7C15
 MIX_1, MIX_2 = 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
+# An element gets 32 bits from a hash of its index that these 64 are the key of: Wellons' triple32 (hash-prospector), a
+# bijection found by search for the least bias. The kernel is bound by such operations: with SplitMix64 for each element
+# it took twice the time of rounding to the nearest (H200). Hashes of two rounds are not enough: their numbers at indices
+# 2,048 apart are far from independent.
+HASH_1, HASH_2, HASH_3 = 0xED5AD4BB, 0xAC4C1B51, 0x31848BAB
+SPREAD = 0x9E3779B1  # odd, with bits all over: makes the third of an element's numbers of 16 bits from both others
 
 
 class Elements(NamedTuple):
@@ -31,8 +37,11 @@ class Elements(NamedTuple):
     stride: int
 
 
-def random_bits_twin(elements: Elements, count: int, step: Tensor) -> Tensor:
-    """64 random bits for each of the ``count`` elements of a part, int64 ``[count]``.
+def random_bits_twin(elements: Elements, count: int, step: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Three numbers of 16 random bits for each of the ``count`` elements of a part, int64 ``[count]`` each.
+
+    Any two of an element's are independent, the three together are not (they come from 32 bits). Elements of a tensor
+    that are 2 ** 32 apart have the same.
 
     Args:
         elements: Which elements.
@@ -42,21 +51,27 @@ def random_bits_twin(elements: Elements, count: int, step: Tensor) -> Tensor:
     stream = _mix(elements.key + step.long() * _signed(GOLDEN))
     at = torch.arange(count, device=step.device)
     at = elements.start + at // elements.width * elements.stride + at % elements.width
-    return _mix(stream + at * _signed(GOLDEN))
+    x = (at + stream) & _32_BITS
+    x = ((x ^ (x >> 17)) * HASH_1) & _32_BITS
+    x = ((x ^ (x >> 11) ^ ((stream >> 32) & _32_BITS)) * HASH_2) & _32_BITS
+    x = ((x ^ (x >> 15)) * HASH_3) & _32_BITS
+    x = x ^ (x >> 14)
+    return x & 0xFFFF, x >> 16, ((x * SPREAD) & _32_BITS) >> 16
 
 
 def round_stochastically_twin(x: Tensor, bits: Tensor) -> Tensor:
     """``x``, fp32, as one of its two neighbours in bf16, the nearer the likelier, so that the mean is ``x``.
 
     The lower 16 bits of an fp32 number are how far it is from the bf16 number below (in magnitude) to the one above, in
-    65,536ths. Adding 16 random bits carries with exactly that probability. NaN stays NaN.
+    65,536ths. Adding 16 random bits carries with exactly that probability. NaN stays NaN with bits of zero; others
+    may carry into its sign.
 
     Args:
         x: fp32, any shape.
-        bits: int64 of the same shape, of which the lowest 16 bits are taken.
+        bits: int64 of the same shape, from 0 to 65,535.
     """
-    rounded = (x.view(torch.int32) + (bits & 0xFFFF).int()) & ~0xFFFF
-    return torch.where(x.isnan(), x, rounded.view(torch.float32)).bfloat16()
+    rounded = (x.view(torch.int32) + bits.int()) & ~0xFFFF
+    return rounded.view(torch.float32).bfloat16()
 
 
 def _mix(x: Tensor) -> Tensor:
@@ -67,6 +82,9 @@ def _mix(x: Tensor) -> Tensor:
 
 def _shifted(x: Tensor, by: int) -> Tensor:
     return (x >> by) & ((1 << (64 - by)) - 1)  # torch's shift copies the sign
+
+
+_32_BITS = 0xFFFFFFFF
 
 
 def _signed(number: int) -> int:

@@ -12,7 +12,7 @@ from typing_extensions import override
 
 from lightning_ep.distributed.shards import local_tensor
 from lightning_ep.ops.adamw import Rule, Update, adamw_, adamw_rounded_
-from lightning_ep.trainer.rounding import Streams, in_rows
+from lightning_ep.trainer.random_bits import Streams, in_rows
 
 
 class AdamW(torch.optim.AdamW):
