@@ -13,8 +13,8 @@ GOLDEN = 0x9E3779B97F4A7C15
 MIX_1, MIX_2 = 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
 # An element gets 32 bits from a hash of its index that these 64 are the key of: Wellons' triple32 (hash-prospector), a
 # bijection found by search for the least bias. The kernel is bound by such operations: with SplitMix64 for each element
-# it took twice the time of rounding to the nearest (H200). Hashes of two rounds are not enough: their numbers at indices
-# 2,048 apart are far from independent.
+# it took twice the time of rounding to the nearest (H200). Hashes of two rounds are not enough: numbers whose indices
+# are 2,048 apart are far from independent.
 HASH_1, HASH_2, HASH_3 = 0xED5AD4BB, 0xAC4C1B51, 0x31848BAB
 SPREAD = 0x9E3779B1  # odd, with bits all over: makes the third of an element's numbers of 16 bits from both others
 
