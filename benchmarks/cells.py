@@ -45,7 +45,7 @@ RANDOM, CHATS, BOUNDARIES = "random", "chats", "boundaries"
 
 @dataclass(frozen=True)
 class Cell:
-    """Everything that identifies a measurement: bf16 compute with fp32 masters, AdamW, clipping at norm 1.
+    """Everything that identifies a measurement: bf16 compute, AdamW, clipping at norm 1.
 
     Attributes:
         trainer: One of `TRAINERS`: who shards, then what is recomputed (`SELECTIVE`, ours only, or `FULL`) and
@@ -60,6 +60,8 @@ class Cell:
         memory_cap_gib: Limit of torch's allocator per GPU, or None.
         lora: Adapters of a rank over frozen bf16 weights, in place of all parameters: ``"attention,16"``, or (with
             experts) ``"all,8"``; of ours and of `PEFT` only.
+        bf16_weights: Weights, gradients and moments in bf16, which ours rounds stochastically and peers to the
+            nearest; else fp32 masters.
         device: ``cuda`` or ``cpu``.
         data: What sequences are: one document of random tokens each, packed chats, or random tokens in place of those.
         balanced: Whether every expert gets equally many tokens, whatever its router says.
@@ -77,6 +79,7 @@ class Cell:
     warmup: int = 5
     memory_cap_gib: float | None = None
     lora: str | None = None
+    bf16_weights: bool = False
     device: str = "cuda"
     data: str = RANDOM
     balanced: bool = False
@@ -140,6 +143,7 @@ class Cell:
         """What it computes per GPU, in short: ``4x4096``, and what differs from the default."""
         more = [*([self.data] if self.data != RANDOM else []), *(["balanced"] if self.balanced else [])]
         more += [] if self.memory_cap_gib is None else [f"{self.memory_cap_gib:g} GiB"]
+        more += ["bf16 weights"] if self.bf16_weights else []
         more += [] if self.lora is None else [f"LoRA {self.lora.replace(',', ' r=')}"]
         return ", ".join([f"{self.batch}x{self.sequence}", *more])
 

@@ -61,7 +61,8 @@ def estimates(cell: Cell, device_name: str) -> dict[str, float]:
         return {}
     shape = (_widths(cell), cell.layers, cell.batch, cell.sequence, cell.ranks)
     try:
-        case = planner.Case(*shape, ep, cp, recompute=cell.recompute, compile=cell.compile)
+        precision = "bf16-true" if cell.bf16_weights else "bf16-mixed"
+        case = planner.Case(*shape, ep, cp, precision, recompute=cell.recompute, compile=cell.compile)
     except ValueError:
         return {}  # a layout that does not exist: its run says so
     limit = planner.allocatable_gib(device, cell.memory_cap_gib)

@@ -97,10 +97,13 @@ def run(cell: Cell, meter: Meter) -> None:
     settings: dict[str, Any] = {**cell.layout, "activation_checkpointing": cell.recompute, "compile": cell.compile}
     trainer = Trainer(
         strategy=_FastStart(**settings), accelerator="cuda" if cuda else "cpu", devices=cell.ranks,
-        precision="bf16-mixed", gradient_clip_val=1.0, max_steps=meter.num_steps, callbacks=[_Steps(meter)],
+        precision="bf16-true" if cell.bf16_weights else "bf16-mixed", gradient_clip_val=1.0,
+        max_steps=meter.num_steps, callbacks=[_Steps(meter)],
         use_distributed_sampler=False, logger=False, enable_checkpointing=False, enable_progress_bar=False,
         enable_model_summary=False,
     )  # fmt: skip
-    module = _Module(cell, meter, optimizer=functools.partial(AdamW, lr=1e-5), **_adapter(cell), **_balanced(cell))
+    rounding: dict[str, Any] = {"stochastic_rounding": True} if cell.bf16_weights else {}  # which older commits do not have
+    optimizer = functools.partial(AdamW, lr=1e-5, **rounding)
+    module = _Module(cell, meter, optimizer=optimizer, **_adapter(cell), **_balanced(cell))
     data: Any = list(batches(cell, meter.num_steps))
     trainer.fit(module, DataLoader(data, batch_size=None, pin_memory=cuda))

@@ -55,7 +55,7 @@ def _build(cell: Cell, device: torch.device) -> Any:
     if cell.base == PEFT and cell.ranks > 1:
         raise ValueError(f"{cell.trainer} runs on one GPU, and the cell has {cell.ranks}.")
     with torch.device("meta"):
-        dtype = torch.bfloat16 if cell.base == PEFT else torch.float32
+        dtype = torch.bfloat16 if cell.base == PEFT or cell.bf16_weights else torch.float32
         model: Any = AutoModelForCausalLM.from_config(cell.config(), dtype=dtype)
         model.set_experts_implementation("grouped_mm" if device.type == "cuda" else "eager")  # its fast path on each
         if cell.lora is not None:

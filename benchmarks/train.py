@@ -85,7 +85,7 @@ def _line(record: dict[str, Any]) -> str:
 def _cells(options: argparse.Namespace) -> list[Cell]:
     ranks = num_ranks(options)
     trainers = options.trainers or default_trainers(ranks, peers=not options.against)
-    names = ("sizes", "layers", "steps", "warmup", "memory_cap_gib", "lora", "device", "balanced")
+    names = ("sizes", "layers", "steps", "warmup", "memory_cap_gib", "lora", "bf16_weights", "device", "balanced")
     settings = {name: getattr(options, name) for name in names}
     kinds = itertools.product(map(parse_shape, options.tokens), options.data, trainers)
     return [Cell(trainer, *shape, ranks, data=data, **settings) for shape, data, trainer in kinds]
@@ -107,6 +107,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="WHERE,RANK",
         help="train adapters over frozen bf16 weights: attention,16 or (with experts) all,8",
     )
+    add("--bf16-weights", action="store_true", help="no fp32 masters: all in bf16, which ours rounds stochastically")
     add("--timeout", type=float, default=240.0, help="seconds per cell")
     add("--against", type=Path, metavar="DIR", help=f"another commit's tree, which takes turns with this: {OURS}N only")
     add_run_options(parser, layers=12, records="train.jsonl")

@@ -56,7 +56,8 @@ from lightning_ep.trainer.lost_hooks import check_hooks_before_sharding, check_h
 from lightning_ep.trainer.memory_advice import add_memory_advice
 from lightning_ep.trainer.nonfinite import NonfiniteGuard
 from lightning_ep.trainer.precision import ShardedPrecision
-from lightning_ep.trainer.refusals import refuse_optimizers, refuse_other_processes, refuse_unsupported
+from lightning_ep.trainer.ready_optimizers import prepare_optimizers
+from lightning_ep.trainer.refusals import refuse_other_processes, refuse_unsupported
 from lightning_ep.trainer.schedules import tell_total_steps
 from lightning_ep.trainer.signals import AgreeOnSignals, Interrupted
 from lightning_ep.trainer.start_table import say_start
@@ -317,7 +318,7 @@ class ExpertParallelStrategy(ModelParallelStrategy):
         if trainer.state.fn == TrainerFn.FITTING:
             forget_gradients(module)
             self.setup_optimizers(trainer)
-            refuse_optimizers(self.optimizers)
+            prepare_optimizers(self.optimizers, module, self._common_seed)
             self._masters = own_master_weights(module, self.root_device)
         self.setup_precision_plugin()
         if trainer.state.fn == TrainerFn.FITTING:

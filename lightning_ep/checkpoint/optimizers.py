@@ -17,7 +17,8 @@ from lightning_ep.hub.errors import CheckpointError
 
 _WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.")
 _SHOWN = 8
-_HOW_TO_COMPUTE = ("foreach", "fused", "capturable", "differentiable")  # of this run: not what is computed
+# Of this run: not what is computed, but how.
+_HOW_TO_COMPUTE = ("foreach", "fused", "capturable", "differentiable", "stochastic_rounding")
 CLASSES = "classes"
 _OPTIMIZERS, _SCHEDULERS = "optimizers", "lr_schedulers"
 

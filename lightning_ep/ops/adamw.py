@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import struct
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -9,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lightning_ep.ops import kernels
+from lightning_ep.ops.rounding import Elements, random_bits_twin, round_stochastically_twin
 from lightning_ep.ops.scale import scale_
 
 
@@ -30,6 +33,20 @@ class Update(NamedTuple):
     step: Tensor
 
 
+class Numbers(NamedTuple):
+    """Those of `Rule` that an update is computed with, each rounded to fp32, as they reach a GPU."""
+
+    lr: float
+    decay: float
+    log_beta1: float
+    log_beta2: float
+    beta1: float
+    beta2: float
+    rest1: float
+    rest2: float
+    eps: float
+
+
 class Rule(NamedTuple):
     """The numbers of AdamW, as `torch.optim.AdamW` names them."""
 
@@ -37,6 +54,13 @@ class Rule(NamedTuple):
     betas: tuple[float, float]
     eps: float
     weight_decay: float
+
+    def numbers(self) -> Numbers:
+        """What kernels are given."""
+        (beta1, beta2), lr = self.betas, self.lr
+        logs = [math.log(beta) if beta > 0 else -math.inf for beta in self.betas]
+        exact = (lr, lr * self.weight_decay, *logs, beta1, beta2, 1 - beta1, 1 - beta2, self.eps)
+        return Numbers(*struct.unpack("9f", struct.pack("9f", *exact)))
 
 
 def adamw_(updates: Sequence[Update], rule: Rule, factor: Tensor | None) -> None:
@@ -55,7 +79,7 @@ def adamw_(updates: Sequence[Update], rule: Rule, factor: Tensor | None) -> None
         if kernels.runs_on_large(*update):
             from lightning_ep.ops.kernels import adamw as triton_adamw
 
-            triton_adamw.adamw_(*update, factor, *rule)
+            triton_adamw.adamw_(*update, factor, rule)
         else:
             rest.append(update)
     by_kind: dict[tuple[torch.device, torch.dtype], list[Update]] = {}  # torch's kernel takes one dtype at a time
@@ -86,3 +110,50 @@ def adamw_twin_(updates: Sequence[Update], rule: Rule, factor: Tensor | None) ->
         amsgrad=False,
         maximize=False,
     )
+
+
+def adamw_rounded_(update: Update, rule: Rule, factor: Tensor | None, elements: Elements) -> None:
+    """The same in place for one parameter, computed in fp32, with what is stored in bf16 rounded stochastically.
+
+    Bit for bit a function of the numbers that come in, of ``elements`` and of the step: however a parameter is cut into
+    parts, and whatever device computes them, the parts are those of the whole.
+
+    Args:
+        update: The parameter and its moments are fp32 or bf16, each for itself.
+        rule: See `adamw_`.
+        factor: See `adamw_`.
+        elements: Which elements of the whole parameter these are, and the key of its random bits.
+    """
+    if update.param.numel() == 0:
+        return
+    # Of every size: were small parts left to the twin, a kernel's last bit would depend on the layout.
+    if kernels.runs_on(*update) and all(tensor.is_contiguous() for tensor in update):
+        from lightning_ep.ops.kernels import adamw as triton_adamw
+
+        triton_adamw.adamw_(*update, factor, rule, elements)
+    else:
+        adamw_rounded_twin_(update, rule, factor, elements)
+
+
+def adamw_rounded_twin_(update: Update, rule: Rule, factor: Tensor | None, elements: Elements) -> None:
+    """Defines `adamw_rounded_`."""
+    param, grad, exp_avg, exp_avg_sq, step = update
+    numbers = rule.numbers()
+    count = step.double()
+    step_size = (numbers.lr / (1.0 - torch.exp(count * numbers.log_beta1))).float()
+    correction = torch.sqrt(1.0 - torch.exp(count * numbers.log_beta2)).float()
+    g = grad.float()
+    if factor is not None:
+        g = g * factor.float()
+    m = exp_avg.float() * numbers.beta1 + g * numbers.rest1
+    v = exp_avg_sq.float() * numbers.beta2 + g * g * numbers.rest2
+    p = param.float()
+    p = p - p * numbers.decay
+    # One division, where torch has two: the kernel is bound by its arithmetic.
+    p = p - step_size * (m / (v.sqrt() * (1.0 / correction) + numbers.eps))
+    random_numbers = random_bits_twin(elements, param.numel(), step)
+    for target, exact, bits in zip((param, exp_avg, exp_avg_sq), (p, m, v), random_numbers, strict=True):
+        if target.dtype == torch.bfloat16:
+            bits = bits.view(param.shape).masked_fill(p.isnan(), 0)  # NaN, of moments too, must not carry
+            exact = round_stochastically_twin(exact, bits)
+        target.copy_(exact)

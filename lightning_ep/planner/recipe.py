@@ -44,7 +44,7 @@ model:
     pretrained: {pretrained}{adapter}
     optimizer:
       class_path: lightning_ep.AdamW
-      init_args: {{lr: {rate_of_learning}, betas: [0.9, 0.95], weight_decay: 0.1}}
+      init_args: {{lr: {rate_of_learning}, betas: [0.9, 0.95], weight_decay: 0.1{rounding}}}
     lr_scheduler:
       class_path: lightning_ep.Schedule
       init_args: {{shape: cosine, warmup: 0.05, end: 0.1}}
@@ -81,6 +81,7 @@ def write_recipe(file: Path, request: Request, chosen: Estimate, tokens: float) 
         precision=case.precision, accumulate=case.accumulate, tokens_per_step=case.tokens_per_step,
         steps=max(1, round(tokens / case.tokens_per_step)), sequence=case.sequence, batch=case.batch,
         adapter=f"\n    adapter: {{r: {case.lora_rank}}}" if case.lora_rank else "",
+        rounding=", stochastic_rounding: true" if case.precision == "bf16-true" else "",
         rate_of_learning="1.0e-4" if case.lora_rank else "1.0e-5",  # ten times, as `CausalLM` has it
         model=json.dumps(model.config if is_file else model.name), pretrained="false" if is_file else "true",
     )  # fmt: skip

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -11,7 +11,8 @@ from torch.optim.optimizer import ParamsT
 from typing_extensions import override
 
 from lightning_ep.distributed.shards import local_tensor
-from lightning_ep.ops.adamw import Rule, Update, adamw_
+from lightning_ep.ops.adamw import Rule, Update, adamw_, adamw_rounded_
+from lightning_ep.trainer.random_bits import Streams, in_rows
 
 
 class AdamW(torch.optim.AdamW):
@@ -22,12 +23,20 @@ class AdamW(torch.optim.AdamW):
     the gradients of experts may come in the dtype of their GEMMs, without a pass that widens them. Both need
     `ExpertParallelStrategy`; elsewhere, and on CPUs, this is torch's optimizer.
 
+    With ``stochastic_rounding`` bf16 weights can be trained without fp32 copies: 8 bytes per parameter, with gradients
+    and moments. Rounded to the nearest, an update below 1/512 of a weight changes nothing, and a second moment never
+    decays at 0.999. Rounded up or down at random, the nearer the likelier, both are right in the mean (Gupta et al.,
+    2015). The random bits are a function of seed, step, parameter and element, so that copies of a weight stay equal,
+    and runs on other layouts, or resumed on them, take the same steps from the same gradients.
+
     Args:
         params: Parameters or parameter groups, DTensors or not.
         lr: Learning rate.
         betas: Decay of the two moments.
         eps: Added to the denominator.
         weight_decay: Decoupled weight decay.
+        stochastic_rounding: Round weights and moments that are bf16 so; what is fp32 stays as it is. For
+            ``precision="bf16-true"``, where `ExpertParallelStrategy` refuses to accumulate gradients with it.
 
     Raises:
         ValueError: If a parameter group or a loaded state is of AMSGrad or maximises, which this optimizer does not.
@@ -40,10 +49,15 @@ class AdamW(torch.optim.AdamW):
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 1e-2,
+        stochastic_rounding: bool = False,
     ) -> None:
         # A list, so that Lightning's wrapper of this optimizer, which is an AdamW without attributes, shares it.
         self._factors: list[Tensor] = []
+        self._rounding = Streams()
         super().__init__(params, lr, betas, eps, weight_decay, fused=True)
+        for group in self.param_groups:
+            group.setdefault("stochastic_rounding", stochastic_rounding)
+        self.defaults["stochastic_rounding"] = stochastic_rounding
         self._step_supports_amp_scaling = False  # torch's fused step divides by a GradScaler's scale, this one does not
 
     @override
@@ -51,8 +65,11 @@ class AdamW(torch.optim.AdamW):
         super().__setstate__(state)
         if not hasattr(self, "_factors"):  # a copy; a state that is loaded leaves gradients as they are
             self._factors = []
+            self._rounding = Streams()
         for group in self.param_groups:
             _refuse_other_rules(group)
+            # Where torch's AdamW wrote the state.
+            group.setdefault("stochastic_rounding", self.defaults.get("stochastic_rounding", False))
             group["fused"] = True  # also if torch's other implementations wrote the state
             for param in group["params"]:
                 if (step := self.state.get(param, {}).get("step")) is not None:
@@ -62,6 +79,23 @@ class AdamW(torch.optim.AdamW):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         _refuse_other_rules(param_group)
         super().add_param_group(param_group)
+
+    @property
+    def rounds(self) -> bool:
+        """Whether any group of parameters is rounded stochastically."""
+        return any(group["stochastic_rounding"] for group in self.param_groups)
+
+    def name_parameters(self, names: Mapping[str, Tensor], seed: int) -> None:
+        """Says what random bits of rounding are keyed by, for parameters that have no state yet.
+
+        `ExpertParallelStrategy` calls it. Without it the seed is 0, and the names are those that the groups have
+        (``AdamW(model.named_parameters())``), else the parameters' positions.
+
+        Args:
+            names: Parameters by name, which must be the same on every rank and layout; also some that join later.
+            seed: The same on every rank.
+        """
+        self._rounding.name(names, seed)
 
     def multiply_gradients(self, factor: Tensor) -> None:
         """Multiplies the gradients of the next step, as it reads them.
@@ -97,9 +131,21 @@ class AdamW(torch.optim.AdamW):
             torch._foreach_add_(steps, 1)
             local = ([local_tensor(t) for t in tensors] for tensors in (params, grads, exp_avgs, exp_avg_sqs, steps))
             rule = Rule(float(group["lr"]), group["betas"], group["eps"], group["weight_decay"])
-            adamw_([Update(*tensors) for tensors in zip(*local, strict=True)], rule, factor)
+            updates = dict(zip(params, (Update(*tensors) for tensors in zip(*local, strict=True)), strict=True))
+            if group["stochastic_rounding"]:
+                for param in [param for param in params if param.dtype == torch.bfloat16]:
+                    self._step_rounded(param, updates.pop(param), rule, factor)
+            adamw_(list(updates.values()), rule, factor)
             torch.autograd.graph.increment_version(params)
         return loss
+
+    def _step_rounded(self, param: Tensor, update: Update, rule: Rule, factor: Tensor | None) -> None:
+        # Kept with the state: a run that is resumed has the bits of the one that began, whatever its seed.
+        key = self.state[param].get("rounding_key")
+        if key is None:
+            key = self.state[param]["rounding_key"] = self._rounding.key(param, self.param_groups)
+        for piece, elements in in_rows(update, self._rounding.region(param), tuple(param.shape), key):
+            adamw_rounded_(piece, rule, factor, elements)
 
 
 def _refuse_other_rules(group: dict[str, Any]) -> None:

@@ -229,6 +229,7 @@ def test_a_wheel_holds_them(wheel: Path, tmp_path: Path, empty: Path) -> None:
         ("qwen3_30b_a3b", 500, 3e-4, 0.0),
         ("continued_pretraining", 1000, 1e-5, 1e-6),
         ("qwen3_30b_a3b_sft", 1000, 1e-5, 1e-6),
+        ("qwen3_30b_a3b_sft_2gpu", 1000, 1e-5, 1e-6),
         ("qwen3_30b_a3b_lora", 600, 1e-4, 1e-5),  # ten times the rate of continued_pretraining
         ("qwen3_30b_a3b_dpo", 2000, 1e-5, 0.0),  # ten times trl's default for full fine-tuning
     ],

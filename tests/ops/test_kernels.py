@@ -321,7 +321,7 @@ def test_adamw(size: int, factor: float | None, grad_dtype: torch.dtype) -> None
         optimizer.step()
         update.step.add_(1)
         before, version = grad.clone(), param._version
-        kernel.adamw_(*update._replace(grad=grad), by, *rule)
+        kernel.adamw_(*update._replace(grad=grad), by, rule)
         assert torch.equal(grad, before)
         assert param._version > version
     assert relative_error(param, expected.detach()) < 1e-6
@@ -337,7 +337,7 @@ def test_adamw_of_a_small_decay() -> None:
     before, zeros, step = param.double(), torch.zeros_like(param), torch.ones((), device=DEVICE)
     update = Update(param, zeros, zeros.clone(), zeros.clone(), step)
     for _ in range(5):
-        kernel.adamw_(*update, None, *Rule(lr=1e-5, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.1))
+        kernel.adamw_(*update, None, Rule(lr=1e-5, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.1))
     assert (1 - param.double() / before).mean().item() == pytest.approx(5e-6, rel=3e-3)
 
 
@@ -349,10 +349,52 @@ def test_adamw_of_bf16_weights_and_moments() -> None:
     tensors = [torch.randn(5000, device=DEVICE).bfloat16() for _ in range(3)]
     found = Update(*tensors, tensors[0].abs(), torch.ones((), device=DEVICE))
     twin = Update(*(tensor.clone() for tensor in found))
-    kernel.adamw_(*found, None, *rule)
+    kernel.adamw_(*found, None, rule)
     adamw_twin_([twin], rule, None)
     for name, a, b in zip(found._fields, found, twin, strict=True):
         assert relative_error(a, b) < (4e-3 if EXACT else 8e-3), name  # the interpreter cuts bits off
+
+
+# (elements, where they are in the whole): all of it, a run of it, and rows shorter and longer than a block.
+_PARTS = [
+    (7, (5, 7, 7)),
+    (8197, (2**33, 8197, 1)),
+    (8200, (17, 1025, 3000)),
+    (12288, (2**40, 3, 7)),
+    (9000, (0, 6000, 2**31)),
+]
+
+
+@pytest.mark.parametrize("factor", [None, 0.37])
+@pytest.mark.parametrize("moments", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(("size", "part"), _PARTS)
+def test_adamw_rounds_stochastically_as_its_twin(
+    size: int, part: tuple[int, int, int], moments: torch.dtype, factor: float | None
+) -> None:
+    """Bit for bit, for three steps, with numbers that are not finite among them."""
+    from lightning_ep.ops.adamw import Rule, Update, adamw_rounded_twin_
+    from lightning_ep.ops.kernels import adamw as kernel
+    from lightning_ep.ops.rounding import Elements
+
+    rule = Rule(lr=0.01, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.1)
+    param = torch.randn(size, device=DEVICE).bfloat16()
+    mean, square = (torch.rand(size, device=DEVICE).to(moments) for _ in range(2))
+    found = Update(param, param, mean, square, torch.ones((), device=DEVICE))
+    twin = Update(*(tensor.clone() for tensor in found))
+    by = None if factor is None else torch.tensor(factor, device=DEVICE)
+    for key in (0, 3, 2**63 - 1):
+        grad = torch.randn(size, device=DEVICE).bfloat16()
+        grad[-1] = (1.0, float("inf"), float("nan"))[int(found.step) - 1]
+        kernel.adamw_(*found._replace(grad=grad), by, rule, Elements(key, *part))
+        adamw_rounded_twin_(twin._replace(grad=grad), rule, by, Elements(key, *part))
+        for name in ("param", "exp_avg", "exp_avg_sq"):
+            a, b = getattr(found, name), getattr(twin, name)
+            assert torch.equal(a.nan_to_num(7.0), b.nan_to_num(7.0)), name
+            assert torch.equal(a.isnan(), b.isnan()), name
+        found.step.add_(1)
+        twin.step.add_(1)
+    assert found.param[-1].isnan()
+    assert found.param[:-1].isfinite().all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

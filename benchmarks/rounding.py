@@ -1,0 +1,271 @@
+"""Loss curves of bf16 weights that are rounded stochastically, beside fp32 masters and bf16 rounded to the nearest.
+
+    python -m benchmarks.rounding curves --folder runs/rounding --sizes 4-layers --jobs 9
+    python -m benchmarks.rounding curves --folder runs/tiny --sizes tiny --device cpu  # 10 minutes on 2 cores
+    python -m benchmarks.rounding plot --folder runs/rounding --picture docs/rounding.svg
+
+A model is trained on the source code of the standard library with fp32 weights; then, from there, on the docstrings of
+installed packages at a learning rate of 1e-5, for less than an epoch, in every way with every seed (the order of the
+data, and the random bits). ``runs.jsonl`` in the folder gets a line per run: the training loss of each step and some
+validation losses, nats per token. Runs that it holds are not repeated.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import statistics
+import subprocess
+import sys
+import sysconfig
+from collections.abc import Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor
+from typing_extensions import override
+
+from benchmarks.records import machine, provenance, read
+from lightning_ep import AdamW, CausalLM, ExpertParallelStrategy, Schedule
+from lightning_ep.callbacks import HuggingFaceExport
+from lightning_ep.data import TextDataModule
+from lightning_ep.data.resumable_loader import ResumableLoader
+
+FP32, STOCHASTIC, NEAREST = "fp32 masters", "bf16, stochastic", "bf16, nearest"
+WAYS: dict[str, tuple[str, dict[str, Any]]] = {
+    FP32: ("bf16-mixed", {}),
+    STOCHASTIC: ("bf16-true", {"stochastic_rounding": True}),
+    NEAREST: ("bf16-true", {}),
+}
+LEARNING_RATE = 1e-5
+VALIDATIONS = 10  # in a run, and one before it
+SIZES: dict[str, dict[str, Any]] = {
+    "4-layers": {
+        "model": {
+            "vocab_size": 4096, "hidden_size": 512, "num_hidden_layers": 4, "num_attention_heads": 8,
+            "num_key_value_heads": 4, "head_dim": 64, "num_experts": 16, "num_experts_per_tok": 4,
+            "moe_intermediate_size": 256,
+        },
+        "sequence": 512, "batch": 16, "base_steps": 1000, "bytes": 60_000_000, "validation_batches": 8,
+    },
+    "tiny": {
+        "model": {
+            "vocab_size": 512, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+            "num_key_value_heads": 2, "head_dim": 16, "num_experts": 8, "num_experts_per_tok": 2,
+            "moe_intermediate_size": 64,
+        },
+        "sequence": 64, "batch": 8, "base_steps": 600, "bytes": 2_500_000, "validation_batches": 16,
+    },
+}  # fmt: skip
+# Whose docstrings are read, until there are enough of them.
+PACKAGES = (
+    "transformers",
+    "torch",
+    "numpy",
+    "scipy",
+    "pandas",
+    "matplotlib",
+    "sklearn",
+    "datasets",
+    "networkx",
+    "sympy",
+)
+_DOCSTRING = re.compile(r'"""(.{200,}?)"""', re.DOTALL)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Trains the base and what is missing of the runs, and prints how far they are from one another; or draws them."""
+    parser = argparse.ArgumentParser("python -m benchmarks.rounding", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("what", choices=["curves", "plot", "base", "one"], help="the last two are what `curves` starts")
+    parser.add_argument("--folder", type=Path, required=True)
+    parser.add_argument("--sizes", default="tiny", choices=sorted(SIZES))
+    parser.add_argument("--steps", type=int, default=500)
+    parser.add_argument("--base-steps", type=int, help="default: the size's")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=list(WAYS))
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, on the same device")
+    parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
+    parser.add_argument("--picture", type=Path, help="the SVG to draw")
+    options = parser.parse_args(arguments)
+    if options.what == "base":
+        return train_base(options)
+    if options.what == "one":
+        return one(options, options.ways[0], options.seeds[0])
+    if options.what == "curves":
+        curves(options)
+    runs = read(options.folder / "runs.jsonl")
+    print(summary(runs))
+    if options.picture:
+        from benchmarks.rounding_picture import picture
+
+        options.picture.write_text(picture(runs))
+
+
+def curves(options: argparse.Namespace) -> None:
+    """Trains what the folder does not hold; raises RuntimeError with the output of a run that failed."""
+    options.folder.mkdir(parents=True, exist_ok=True)
+    texts = write_docstrings(options.folder / "docstrings", SIZES[options.sizes]["bytes"])
+    print(f"{texts / 1e6:.1f} MB of docstrings", flush=True)
+    if not (options.folder / "base").is_dir():
+        print(_output(_start(options, "base")), flush=True)
+    _data(options, seed=0).prepare_data()  # once, before several runs look for it
+    path = options.folder / "runs.jsonl"
+    known = {(run["way"], run["seed"]) for run in read(path)}
+    missing = [(way, seed) for seed in options.seeds for way in options.ways if (way, seed) not in known]
+    while missing:
+        started, missing = missing[: options.jobs], missing[options.jobs :]
+        running = [_start(options, "one", "--ways", way, "--seeds", str(seed)) for way, seed in started]
+        for process in running:
+            line = _output(process)
+            with path.open("a") as file:
+                file.write(line + "\n")
+
+
+def _start(options: argparse.Namespace, *what: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "benchmarks.rounding", *what]
+    for name in ("folder", "sizes", "steps", "base_steps", "device"):
+        if (value := getattr(options, name)) is not None:
+            command += [f"--{name.replace('_', '-')}", str(value)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def _output(process: subprocess.Popen[str]) -> str:
+    """The last line that a process printed, once it has ended."""
+    output, _ = process.communicate()
+    if process.returncode:
+        raise RuntimeError(output)
+    return output.splitlines()[-1]
+
+
+def write_docstrings(folder: Path, most: int) -> int:
+    """Writes the longer docstrings of installed packages, a file for each module, up to so many bytes; returns them."""
+    root, size = Path(sysconfig.get_paths()["purelib"]), 0
+    if folder.is_dir():
+        return sum(file.stat().st_size for file in folder.iterdir())
+    folder.mkdir()
+    for number, path in enumerate(path for name in PACKAGES for path in sorted((root / name).rglob("*.py"))):
+        text = "\n\n".join(_DOCSTRING.findall(path.read_text(encoding="utf-8", errors="ignore")))
+        if text and size < most:
+            (folder / f"{number:06d}.txt").write_text(text, encoding="utf-8")
+            size += len(text.encode())
+    return size
+
+
+class _Ordered(TextDataModule):
+    """Whose seed is of the order of the training windows alone: every run is validated on the same text."""
+
+    order = 0
+
+    @override
+    def train_dataloader(self) -> ResumableLoader:
+        loader = super().train_dataloader()
+        loader.batch_sampler.seed = self.order
+        return loader
+
+
+def _data(options: argparse.Namespace, seed: int) -> TextDataModule:
+    """The docstrings."""
+    size = SIZES[options.sizes]
+    data = _Ordered(
+        str(options.folder / "docstrings"), size["sequence"], size["batch"], tokenizer=str(options.folder / "base"),
+        cache_dir=str(options.folder / "cache"), validation_fraction=0.05,
+    )  # fmt: skip
+    data.order = seed
+    return data
+
+
+def _trainer(options: argparse.Namespace, precision: str, **settings: Any) -> L.Trainer:
+    defaults: dict[str, Any] = {"check_val_every_n_epoch": None, "num_sanity_val_steps": 0}
+    return L.Trainer(
+        strategy=ExpertParallelStrategy(ep=1), accelerator=options.device, devices=1, precision=precision,  # type: ignore[arg-type]
+        gradient_clip_val=1.0, logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False, use_distributed_sampler=False, **{**defaults, **settings},
+    )  # fmt: skip
+
+
+def train_base(options: argparse.Namespace) -> None:
+    """Trains on source code and exports weights and tokenizer to ``base``."""
+    size = SIZES[options.sizes]
+    config = {"model_type": "qwen3_moe", "norm_topk_prob": True, "tie_word_embeddings": True, **size["model"]}
+    L.seed_everything(0)
+    optimizer = partial(AdamW, lr=2e-3, betas=(0.9, 0.95), weight_decay=0.1)
+    module = CausalLM(
+        config, pretrained=False, optimizer=optimizer, lr_scheduler=partial(Schedule, warmup=0.05, end=0.1)
+    )
+    export = HuggingFaceExport(str(options.folder / "base"))
+    data = TextDataModule(
+        "stdlib", size["sequence"], size["batch"], vocab_size=size["model"]["vocab_size"],
+        cache_dir=str(options.folder / "cache"),
+    )  # fmt: skip
+    steps = options.base_steps or size["base_steps"]
+    trainer = _trainer(options, "bf16-mixed", max_steps=steps, limit_val_batches=0, callbacks=[export])
+    trainer.fit(module, datamodule=data)
+    print(f"base: {trainer.callback_metrics['train/loss']:.3f} after {steps} steps", flush=True)
+
+
+class _Losses(L.Callback):
+    """What is logged, without waiting for it in each step."""
+
+    def __init__(self) -> None:
+        self.train: list[Tensor] = []
+        self.validation: list[tuple[int, float]] = []
+
+    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+        self.train.append(trainer.callback_metrics["train/loss"].clone())
+
+    def on_validation_end(self, trainer: L.Trainer, *_: Any) -> None:
+        self.validation.append((trainer.global_step, float(trainer.callback_metrics["val/loss"])))
+
+
+def one(options: argparse.Namespace, way: str, seed: int) -> None:
+    """Trains in one way with one seed and prints its record."""
+    precision, flags = WAYS[way]
+    L.seed_everything(seed)
+    optimizer = partial(AdamW, lr=LEARNING_RATE, weight_decay=0.1, **flags)
+    module = CausalLM(str(options.folder / "base"), optimizer=optimizer)
+    losses = _Losses()
+    trainer = _trainer(
+        options, precision, max_steps=options.steps, callbacks=[losses],
+        val_check_interval=options.steps // VALIDATIONS,
+        limit_val_batches=SIZES[options.sizes]["validation_batches"],
+    )  # fmt: skip
+    data = _data(options, seed)
+    trainer.validate(module, datamodule=data, verbose=False)
+    losses.validation = [(0, float(trainer.callback_metrics["val/loss"]))]
+    trainer.fit(module, datamodule=data)
+    assert options.steps <= trainer.num_training_batches, "less than an epoch: no text comes twice"
+    record = {
+        "way": way, "seed": seed, "sizes": options.sizes,
+        "train": [round(loss, 5) for loss in torch.stack(losses.train).tolist()],
+        "validation": [(step, round(loss, 5)) for step, loss in losses.validation],
+    }  # fmt: skip
+    print(json.dumps({**record, **provenance(), "machine": machine(torch.device(options.device))}))
+
+
+def by_way(runs: Sequence[dict[str, Any]]) -> Iterator[tuple[str, list[dict[str, Any]]]]:
+    """The ways that there are, each with its runs in order of seeds."""
+    for way in WAYS:
+        if found := sorted((run for run in runs if run["way"] == way), key=lambda run: run["seed"]):
+            yield way, found
+
+
+def summary(runs: Sequence[dict[str, Any]]) -> str:
+    """Last validation losses; what each way learnt of what fp32 learnt; and its distance from fp32, seed by seed."""
+    ends = {way: {run["seed"]: run["validation"][-1][1] for run in found} for way, found in by_way(runs)}
+    lines = ["| weights | validation loss | learnt of fp32's | paired difference from fp32 |", "|---|---|---|---|"]
+    before = runs[0]["validation"][0][1]
+    for way, end in ends.items():
+        learnt = (before - statistics.fmean(end.values())) / (before - statistics.fmean(ends[FP32].values()))
+        pairs = ", ".join(f"{end[seed] - ends[FP32][seed]:+.5f}" for seed in end)
+        spread = f" (std {statistics.stdev(end.values()):.5f})" if len(end) > 1 else ""
+        lines.append(f"| {way} | {statistics.fmean(end.values()):.5f}{spread} | {learnt:.3f} | {pairs} |")
+    return "\n".join([f"before: {before:.5f}", *lines])
+
+
+if __name__ == "__main__":
+    main()
