@@ -102,7 +102,8 @@ def run(cell: Cell, meter: Meter) -> None:
         use_distributed_sampler=False, logger=False, enable_checkpointing=False, enable_progress_bar=False,
         enable_model_summary=False,
     )  # fmt: skip
-    rounding: dict[str, Any] = {"stochastic_rounding": True} if cell.bf16_weights else {}  # which older commits do not have
+    # Older commits do not have it.
+    rounding: dict[str, Any] = {"stochastic_rounding": True} if cell.bf16_weights else {}
     optimizer = functools.partial(AdamW, lr=1e-5, **rounding)
     module = _Module(cell, meter, optimizer=optimizer, **_adapter(cell), **_balanced(cell))
     data: Any = list(batches(cell, meter.num_steps))

@@ -47,8 +47,8 @@ MUTATIONS = (
     Mutation(
         "gradient_of_experts_scaled",
         "ops/fused_experts.py",
-        "return grad_up_EFH, grad_down_EHI",
-        "return grad_up_EFH, grad_down_EHI * 1.001",
+        "return grad_up, grad_down, *biases",
+        "return grad_up, None if grad_down is None else grad_down * 1.001, *biases",
         _MOE,
     ),
     Mutation(
