@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import dis
 import functools
+import gc
 import inspect
 import os
+import signal
+from collections import Counter
 from collections.abc import Callable, Iterator
 from types import CodeType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
-import torch
-import torch.distributed as dist
-from lightning.fabric.utilities.rank_zero import rank_zero_only
 
-from tests import ranks
-from tests.rows import RowFailures
+if TYPE_CHECKING:  # imported where they are used: pytest-xdist's controller, which runs no test, does without torch
+    from tests.rows import RowFailures
 
 pytest_plugins = ["tests.record"]
 
@@ -40,17 +40,6 @@ _HOST = {
     *("trainer.test_steering", "trainer.test_user_loaders", "trainer.test_watched_gradients"),
 }
 """Folders and modules whose ranks show on GPUs what they show on CPUs: files, loaders, decisions, messages."""
-_LONG = (
-    *("test_layouts", "hub.test_load", "test_gpu", "test_parity", "trainer.test_runs"),
-    *("trainer.test_builtin_callbacks", "tensor_parallel.test_tensor_parallel"),
-    *("context_parallel.test_context_parallel", "test_wrapped_models", "layers.test_recompute"),
-    *("layers.test_compilation", "checkpoint.test_resharding", "moe.test_families"),
-    *("checkpoint.test_faults", "fsdp.test_fp32_in_bf16", "checkpoint.test_resume", "hub.test_export"),
-    *("distributed.test_failures", "fsdp.test_interrupted", "checkpoint.test_resumed_loaders"),
-    *("trainer.test_ctrl_c", "trainer.test_user_loaders", "layers.test_recompute_trainer"),
-    *("checkpoint.test_resumed_programs",),
-)
-"""What runs first, so that no worker of pytest-xdist is left with it at the end."""
 _ON_CUDA = os.environ.get("LIGHTNING_EP_TEST_DEVICE") == "cuda"
 
 
@@ -63,20 +52,23 @@ def _reaches(item: pytest.Item, names: set[str]) -> bool:
     fixtures = [
         definition.func for definitions in item._fixtureinfo.name2fixturedefs.values() for definition in definitions
     ]
+    return any(_names_reached(function) & names for function in (item.function, *fixtures))
+
+
+@functools.cache
+def _names_reached(function: Callable[..., Any]) -> frozenset[str]:
+    """Names of other scopes that a function uses, itself or through functions of ``tests``."""
+    reached: set[str] = set()
     seen: set[Callable[..., Any]] = set()
-    return any(_names_one(function, names, seen) for function in (item.function, *fixtures))
-
-
-def _names_one(function: Callable[..., Any], names: set[str], seen: set[Callable[..., Any]]) -> bool:
-    function = inspect.unwrap(function)
-    if not inspect.isfunction(function) or function in seen:
-        return False
-    seen.add(function)
-    used = _names(function.__code__)
-    if used & names:
-        return True
-    called = [function.__globals__.get(name) for name in used]
-    return any(_names_one(f, names, seen) for f in called if str(getattr(f, "__module__", "")).startswith("tests."))
+    waiting = [function]
+    while waiting:
+        function = inspect.unwrap(waiting.pop())
+        if inspect.isfunction(function) and function not in seen:
+            seen.add(function)
+            reached |= (used := _names(function.__code__))
+            called = (function.__globals__.get(name) for name in used)
+            waiting += [f for f in called if str(getattr(f, "__module__", "")).startswith("tests.")]
+    return frozenset(reached)
 
 
 @functools.cache
@@ -110,6 +102,23 @@ def _is_left_out(item: pytest.Item, config: pytest.Config) -> bool:
     return item.get_closest_marker("gpu") is not None
 
 
+def pytest_configure() -> None:
+    # A shell that starts pytest in the background has it ignore Ctrl-C, and with it all that tests start.
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Iterator[None]:
+    """Of what imports make, next to nothing can be collected: they do without, and no test looks at it again."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.freeze()
+        gc.enable()
+
+
 @pytest.hookimpl(tryfirst=True)  # before `-m` selects
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     for item in items:
@@ -119,11 +128,15 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if left_out:
         config.hook.pytest_deselected(items=left_out)
         items[:] = [item for item in items if item not in left_out]
-    items.sort(key=lambda item: _LONG.index(_module(item)) if _module(item) in _LONG else 99)
+    long: Counter[str] = Counter()
     for item in items:
         marked = any(map(item.get_closest_marker, ("slow", "gpu", "fault_injection")))
-        if not marked and not _reaches(item, _PROCESSES):
+        if marked or _reaches(item, _PROCESSES):
+            long[_module(item)] += 1
+        else:
             item.add_marker("quick")
+    # Modules with most tests in processes of their own come first, so that no worker of pytest-xdist is left with one.
+    items.sort(key=lambda item: -long[_module(item)])
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
@@ -131,12 +144,18 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     if not session.config.option.collectonly and any(
         item.get_closest_marker("quick") is None for item in session.items
     ):
+        from tests import ranks
+
         ranks.start_fork_server()
 
 
 @pytest.fixture(autouse=True)
 def _isolated() -> Iterator[None]:
     """Undoes what Lightning and the Trainer leave in the process."""
+    import torch
+    import torch.distributed as dist
+    from lightning.fabric.utilities.rank_zero import rank_zero_only
+
     environment, rank = dict(os.environ), rank_zero_only.rank
     torch.set_num_threads(1)
     torch.manual_seed(0)
@@ -151,12 +170,16 @@ def _isolated() -> Iterator[None]:
 @pytest.fixture(autouse=True, scope="module")
 def _ranks_of_the_module() -> Iterator[None]:
     yield
+    from tests import ranks
+
     ranks.dismiss_ranks()
 
 
 @pytest.fixture(scope="module")
 def row_failures(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> RowFailures:
     """Runs those rows of the module that were asked for (see tests/rows.py)."""
+    from tests.rows import RowFailures
+
     items = (item for item in request.session.items if item.module is request.module and hasattr(item, "callspec"))
     wanted = {_row(item) for item in items}
     names = [name for name in request.module.row if name in wanted]

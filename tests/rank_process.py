@@ -57,7 +57,6 @@ def main(pipe: multiprocessing.connection.Connection, rank: int) -> None:
     multiprocessing.set_start_method("fork", force=True)
     faulthandler.enable(all_threads=True)
     faulthandler.register(STACK_SIGNAL, all_threads=True)
-    gc.freeze()  # what the imports have made is not looked at again after every call
     with contextlib.suppress(EOFError):
         alone = False
         while not alone:

@@ -23,7 +23,6 @@ from __future__ import annotations
 import atexit
 import contextlib
 import functools
-import importlib
 import json
 import multiprocessing
 import multiprocessing.connection
@@ -49,15 +48,6 @@ from tests.rank_process import on_cuda
 from tests.shared_gpus import SharedGPUs
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-_PRELOAD = [
-    "lightning.pytorch",
-    "pytest",
-    "tests.ranks",
-    "torch.distributed.checkpoint",
-    "torch.distributed.fsdp",
-    "torch.distributed.tensor.parallel",
-    "transformers.models.qwen3_moe.modeling_qwen3_moe",
-]
 _OUTPUT_LINES = 200
 
 
@@ -159,12 +149,7 @@ atexit.register(dismiss_ranks)  # before multiprocessing, which would wait for t
 def start_fork_server() -> multiprocessing.context.ForkServerContext:
     """Starts the server, without waiting for its imports."""
     context = multiprocessing.get_context("forkserver")
-    preload = list(_PRELOAD)
-    # The server would die of an error in it; the ranks that import it report one better.
-    with contextlib.suppress(Exception):
-        importlib.import_module("lightning_ep")
-        preload.append("lightning_ep")
-    context.set_forkserver_preload(preload)
+    context.set_forkserver_preload(["tests.preloaded", "tests.ranks"])
     path = os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH")]))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", path)
