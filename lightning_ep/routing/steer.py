@@ -141,7 +141,7 @@ class Steering:
         routing.count_into(self._counts_LE[index])
         if self._top_k[index] != ids_TK.shape[1]:
             self._top_k[index], self._sizes_2L = ids_TK.shape[1], None
-        if self._losses:
+        if self._losses and len(ids_TK):  # experts may be entered without tokens, and without their router
             assert routing.logits_TE is not None
             sums_S = sums_of_layer(routing.logits_TE, routing.counted_T, self._scoring[index])
             self._sums[index] = sums_S + self._sums[index] if index in self._sums else sums_S

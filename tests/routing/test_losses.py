@@ -25,6 +25,7 @@ from tests.tiny import quiet
 
 NUM_EXPERTS, TOP_K = 8, 4
 BALANCE, Z, OWN = 0.5, 0.05, 0.7
+_MARKS = (pytest.mark.slow, pytest.mark.timeout(360))
 RULES = [BalancingLoss(BALANCE), RouterZLoss(Z)]
 
 
@@ -138,9 +139,9 @@ def _run(root: Path, layout: dict[str, Any], cases: list[tuple[bool, int]]) -> l
         (2, {"ep": 1, "activation_checkpointing": "selective"}, [(False, 1)]),
         (2, {"ep": 2, "tp": 2}, [(False, 2), (True, 1)]),
         (2, {"ep": 2, "cp": 2}, [(False, 2), (True, 1)]),
-        pytest.param(4, {"ep": 4}, [(False, 2)], marks=pytest.mark.slow),
-        pytest.param(4, {"ep": 4, "tp": 2, "cp": 2}, [(False, 2)], marks=pytest.mark.slow),
-        pytest.param(2, {"ep": 2, "compile": True}, [(False, 1)], marks=pytest.mark.slow),
+        pytest.param(4, {"ep": 4}, [(False, 2)], marks=_MARKS),
+        pytest.param(4, {"ep": 4, "tp": 2, "cp": 2}, [(False, 2)], marks=_MARKS),
+        pytest.param(2, {"ep": 2, "compile": True}, [(False, 1)], marks=_MARKS),
     ],
 )
 def test_a_step_follows_the_losses_of_the_global_micro_batches(

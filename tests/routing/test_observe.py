@@ -85,10 +85,11 @@ LAYOUTS: dict[str, tuple[int, dict[str, int], dict[str, Any]]] = {
     "compiled": (2, {"ep": 2}, {"compile": True}),
     "compiled, full": (2, {"ep": 2}, {"compile": True, "activation_checkpointing": "full"}),
 }
+_MARKS = (pytest.mark.slow, pytest.mark.timeout(360))
 _SLOW = ("compiled", "compiled, full", "tp and cp")
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n in _SLOW else n for n in LAYOUTS])
+@pytest.mark.parametrize("name", [pytest.param(n, marks=_MARKS) if n in _SLOW else n for n in LAYOUTS])
 def test_every_choice_is_seen_once_and_padding_is_not(name: str) -> None:
     world, sizes, options = LAYOUTS[name]
     assert_ranks_agree(world, _seen, sizes, options, timeout=300)
