@@ -59,6 +59,8 @@ commands:
 In a recipe:
   strategy   lightning_ep.ExpertParallelStrategy (the default)
   model      lightning_ep.CausalLM, lightning_ep.DPO, or a LightningModule of your own
+             Its routers are steered by BalancingLoss, RouterZLoss and BiasUpdates
+             of lightning_ep.routing.
   optimizer  lightning_ep.AdamW, or any of torch's
   data       lightning_ep.data.ChatDataModule teaches what the assistant says in chats.
              lightning_ep.data.PromptCompletionDataModule teaches completions, and

@@ -86,7 +86,7 @@ class SkewedRouting(RouterRule):
         self.exponent, self.seed = exponent, seed
 
 
-class _ModelsOwnLoss(RouterRule):
+class ModelsOwnLoss(RouterRule):
     """transformers' balancing loss, where ``output_router_logits`` asks for it, over the global micro-batch.
 
     Unlike `BalancingLoss` it takes shares and probabilities over all layers together.

@@ -18,15 +18,15 @@ from lightning_ep.routing.observe import Observation, Routing, choose, moe_layer
 from lightning_ep.routing.router_rules import (
     BalancingLoss,
     BiasUpdates,
+    ModelsOwnLoss,
     RouterRule,
     RouterZLoss,
-    _ModelsOwnLoss,
     check_rules,
 )
 from lightning_ep.routing.tally import sum_over_ranks
 
-_LOSSES = (BalancingLoss, RouterZLoss, _ModelsOwnLoss)
-_NAMES = {BalancingLoss: "router_balance", RouterZLoss: "router_z", _ModelsOwnLoss: "router_aux"}
+_LOSSES = (BalancingLoss, RouterZLoss, ModelsOwnLoss)
+_NAMES = {BalancingLoss: "router_balance", RouterZLoss: "router_z", ModelsOwnLoss: "router_aux"}
 
 
 def steer_routers(module: nn.Module, rules: RouterRule | Iterable[RouterRule] | None = None) -> None:
@@ -53,7 +53,7 @@ def steer_routers(module: nn.Module, rules: RouterRule | Iterable[RouterRule] | 
         )
     for model in models:
         own = adapter.own_balancing_loss(model)
-        steering = Steering(model, found if own is None else (*found, _ModelsOwnLoss(own)))
+        steering = Steering(model, found if own is None else (*found, ModelsOwnLoss(own)))
         if (before := adapter.recall(model, Steering)) is not None:
             before.end()
         elif own is not None:
@@ -139,8 +139,9 @@ class Steering:
             shape = len(self._num_experts), max(self._num_experts)
             self._counts_LE = torch.zeros(shape, dtype=torch.int64, device=ids_TK.device)
         routing.count_into(self._counts_LE[index])
-        self._top_k[index] = ids_TK.shape[1]
-        if self._losses:
+        if self._top_k[index] != ids_TK.shape[1]:
+            self._top_k[index], self._sizes_2L = ids_TK.shape[1], None
+        if self._losses and len(ids_TK):  # experts may be entered without tokens, and without their router
             assert routing.logits_TE is not None
             sums_S = sums_of_layer(routing.logits_TE, routing.counted_T, self._scoring[index])
             self._sums[index] = sums_S + self._sums[index] if index in self._sums else sums_S
@@ -178,7 +179,8 @@ class Steering:
         noted = torch.cat([values * weight_of_all, weight_of_all[None]])
         self._values = noted if self._values is None else self._values + noted
         parts = self._evaluate(counts.view(num_layers, width), mine_LS)
-        total = sum(rule.coefficient * part for rule, part in zip(self._losses, parts.unbind(), strict=True))
+        coefficients = [rule.coefficient for rule in self._losses]
+        total = torch.stack([c * part for c, part in zip(coefficients, parts.unbind(), strict=True)]).sum()
         return total * weight_of_all
 
     def _evaluate(self, counts_LE: Tensor, sums_LS: Tensor) -> Tensor:
@@ -227,11 +229,14 @@ def steerings(module: nn.Module) -> list[Steering]:
 def router_losses(module: nn.Module, device: torch.device) -> Tensor:
     """For loops without a Trainer: this rank's part of the losses of the forwards since the last call, 0-dim.
 
-    Add it to the loss before backward, times the number of ranks if that is divided by them. Call
-    ``step_routers(module, device)`` once per optimizer step. Every rank must call both.
+    Gradients are sums over ranks: add it to the loss behind the division by these. Call `step_routers` once per
+    optimizer step. Every rank must call both.
     """
-    parts = [s.losses(1.0, device, mean=True) for s in steerings(module)]
-    return sum((part for part in parts if part is not None), torch.zeros((), device=device))
+    total = torch.zeros((), device=device)
+    for steering in steerings(module):
+        if (part := steering.losses(1.0, device, mean=True)) is not None:
+            total = total + part
+    return total
 
 
 def step_routers(module: nn.Module, device: torch.device) -> dict[str, Tensor]:

@@ -7,12 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+from jsonargparse import ArgumentParser
 from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
 from lightning_ep import CausalLM, ExpertParallelStrategy
-from lightning_ep.routing import ForcedBalance, RoutingCounts, SkewedRouting
+from lightning_ep.routing import BalancingLoss, BiasUpdates, ForcedBalance, RoutingCounts, SkewedRouting
 from lightning_ep.routing.choices import choice_of
 from lightning_ep.routing.observe import choose, moe_layers
 from lightning_ep.routing.router_rules import RouterRule
@@ -82,3 +83,17 @@ def test_experts_on_ranks_get_the_choices_that_are_counted(mode: str, tmp_path: 
 def test_rules_that_contradict_each_other_are_refused(router: Any, error: type[Exception], what: str) -> None:
     with pytest.raises(error, match=what):
         CausalLM(tiny_config(), pretrained=False, router=router)
+
+
+def test_rules_come_from_yaml() -> None:
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("--model", type=CausalLM)
+    rules = [
+        {"class_path": "lightning_ep.routing.BalancingLoss", "init_args": {"coefficient": 0.5}},
+        {"class_path": "lightning_ep.routing.BiasUpdates"},
+    ]
+    init_args = {"model": {"model_type": "qwen3_moe", "num_hidden_layers": 1}, "pretrained": False, "router": rules}
+    config = parser.parse_object({"model": {"class_path": "lightning_ep.CausalLM", "init_args": init_args}})
+    assert parser.instantiate(config).model.router_rules == (BalancingLoss(0.5), BiasUpdates(1e-3))
+    with pytest.raises(ValueError, match=r"BalancingLoss\(coefficient=0.0\) must be positive"):
+        BalancingLoss(0.0)

@@ -9,16 +9,17 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from lightning_ep import CausalLM, ExpertParallelStrategy
+from lightning_ep import CausalLM, ExpertParallelStrategy, ParallelLayout, parallelize
 from lightning_ep import transformers_adapter as adapter
-from lightning_ep.routing import BalancingLoss, RouterZLoss, moe_layers, steer_routers
+from lightning_ep.routing import BalancingLoss, RouterZLoss, moe_layers, router_losses, steer_routers, step_routers
 from lightning_ep.routing.losses import sums_of_layer
 from tests.hub.every_family import auto_class_of, tiny_config_of
-from tests.ranks import assert_ranks_agree
+from tests.ranks import assert_ranks_agree, device
 from tests.reference import batches, relative_error, tiny_model
 from tests.tiny import quiet
 
@@ -148,12 +149,40 @@ def test_a_step_follows_the_losses_of_the_global_micro_batches(
     assert_ranks_agree(world, _run, tmp_path, layout, cases, init_process_group=False, timeout=300)
 
 
+def _own_loop() -> list[str]:
+    """As `_OwnModule`, without a Trainer."""
+    rank, world = dist.get_rank(), dist.get_world_size()
+    data = batches(world, 2, 11)
+    for batch in data:
+        batch["attention_mask"] = torch.ones_like(batch["input_ids"])
+    values, expected = _one_process([data], weigh=False)
+    model = tiny_model(output_router_logits=True, router_aux_loss_coef=OWN)
+    steer_routers(model, RULES)
+    parallelize(model, ParallelLayout.resolve(2, "auto", world, world), device())
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    loss = model(**{key: value.to(device()) for key, value in data[rank].items()}).loss / world
+    (loss + router_losses(model, device()).float()).backward()
+    logged = step_routers(model, device())
+    optimizer.step()
+    wrong = [f"{logged} and not {values}"] if [*logged.values()] != pytest.approx(values, rel=1e-5) else []
+    before = dict(tiny_model().named_parameters())
+    for (name, param), wanted in zip(model.named_parameters(), expected.parameters(), strict=True):
+        moved = param.full_tensor().double().cpu() - before[name]
+        if not relative_error(moved, wanted - before[name]) <= 2e-4:
+            wrong.append(name)
+    return wrong
+
+
+def test_a_loop_of_ones_own_follows_them_too() -> None:
+    assert_ranks_agree(2, _own_loop)
+
+
 @pytest.mark.parametrize("scoring", ["softmax", "sigmoid", "probabilities"])
 def test_sums_of_a_layer_keep_its_logits_alone_and_are_those_of_autograd(scoring: Any) -> None:
     kept: list[Tensor] = []
     logits_TE = torch.rand(6, 8, dtype=torch.float64, requires_grad=True)
     counted_T = torch.tensor([True, True, False, True, False, True])
-    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):  # type: ignore[func-returns-value]
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: (kept.append(x), x)[1], lambda x: x):
         sums_S = sums_of_layer(logits_TE, counted_T, scoring)
     assert [x.data_ptr() for x in kept] == [logits_TE.data_ptr()]
     rows_TE = logits_TE[counted_T]

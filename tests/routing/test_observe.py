@@ -91,4 +91,4 @@ _SLOW = ("compiled", "compiled, full", "tp and cp")
 @pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n in _SLOW else n for n in LAYOUTS])
 def test_every_choice_is_seen_once_and_padding_is_not(name: str) -> None:
     world, sizes, options = LAYOUTS[name]
-    assert_ranks_agree(world, _seen, sizes, options)
+    assert_ranks_agree(world, _seen, sizes, options, timeout=300)
