@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.profilers import Profiler
 from lightning.pytorch.utilities import rank_zero_info
 from typing_extensions import override
 
@@ -18,13 +19,45 @@ from lightning_ep import transformers_adapter as adapter
 from lightning_ep.data.resumable_loader import data_ranks
 
 _FROZEN = 0.01  # of the parameters: routers are fewer
+_ASKED = "train_dataloader_next"  # the end of what Lightning's training loop calls it
 
 
 class _Step(NamedTuple):
     tokens: int  # of this rank's batch
     flops: float  # of these
     seconds: float
-    waited: float  # seconds of these until the batch had come
+    waited: float  # seconds of these in which the loader was asked for the batch
+
+
+class _TimesLoader(Profiler):
+    """Stands in for a Trainer's profiler, which is told when the loader is asked for a batch and when it has come."""
+
+    def __init__(self, profiler: Profiler) -> None:
+        super().__init__()
+        self.profiler = profiler
+        self._seconds = 0.0
+        self._since = 0.0
+
+    @override
+    def start(self, action_name: str) -> None:
+        self.profiler.start(action_name)
+        if action_name.endswith(_ASKED):
+            self._since = time.perf_counter()
+
+    @override
+    def stop(self, action_name: str) -> None:
+        if action_name.endswith(_ASKED):
+            self._seconds += time.perf_counter() - self._since
+        self.profiler.stop(action_name)
+
+    def take(self) -> float:
+        """Seconds since the last call."""
+        seconds, self._seconds = self._seconds, 0.0
+        return seconds
+
+    @override
+    def summary(self) -> str:
+        return self.profiler.summary()
 
 
 class Throughput(Callback):
@@ -36,7 +69,7 @@ class Throughput(Callback):
     - ``mfu``, on GPUs whose peak is known, in bf16: the FLOPs of the model (causal attention inside of documents,
       experts that a token goes to, backward as twice the forward; recompute does not count) as a share of the dense
       peak. Where there is none, a line says why.
-    - ``data/wait``: share of the time in which the host waited for a batch. What GPUs lose by it is at most that.
+    - ``data/wait``: share of the time in which the host waited for the loader. What GPUs lose by it is at most that.
     - ``memory/peak_gib``, on GPUs: this process's largest allocation so far, in GiB.
 
     Time includes waiting for data, and leaves out validation and the writing of checkpoints. All data ranks are taken
@@ -50,7 +83,7 @@ class Throughput(Callback):
         self.window = window
         self._steps: deque[_Step] = deque(maxlen=window)
         self._since: float | None = None
-        self._began = 0.0
+        self._loader: _TimesLoader | None = None
         self._peak: float | None = None
         self._flops: Callable[[int], float] = _no_flops
 
@@ -59,6 +92,8 @@ class Throughput(Callback):
         self._steps.clear()
         self._since = None
         self._peak, self._flops = None, _no_flops
+        self._loader = _TimesLoader(trainer.profiler)  # type: ignore[attr-defined]
+        trainer.profiler = self._loader  # type: ignore[attr-defined]
         try:
             self._peak = _peak(pl_module.device)
             if self._peak is not None:
@@ -66,6 +101,12 @@ class Throughput(Callback):
         except ValueError as error:
             self._peak = None
             rank_zero_info(f"Throughput logs no mfu: {error}")
+
+    @override
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if self._loader is not None:
+            trainer.profiler = self._loader.profiler  # type: ignore[attr-defined]
+            self._loader = None
 
     @override
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -77,10 +118,10 @@ class Throughput(Callback):
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        self._began = time.perf_counter()
         # A step lasts from the end of the one before, unless something else came between.
         if self._since is None:
-            self._since = self._began
+            self._since = time.perf_counter()
+            self._loader_seconds()
 
     @override
     def on_train_batch_end(
@@ -91,11 +132,14 @@ class Throughput(Callback):
             return  # a checkpoint was saved since the step began, by a callback before this one
         tokens = batch["input_ids"].numel()
         flops = tokens * self._flops_of(batch) if self._peak is not None else 0.0
-        self._steps.append(_Step(tokens, flops, now - self._since, self._began - self._since))
+        self._steps.append(_Step(tokens, flops, now - self._since, self._loader_seconds()))
         self._since = now
         for name, number in self._numbers(trainer, pl_module.device).items():
             # On the CPU: of a number Lightning would make a tensor on the GPU, for which the host waits.
             pl_module.log(name, torch.tensor(number), prog_bar=name == "tokens/s")
+
+    def _loader_seconds(self) -> float:
+        return 0.0 if self._loader is None else self._loader.take()
 
     def _numbers(self, trainer: Trainer, device: torch.device) -> dict[str, float]:
         _, data_world_size = data_ranks(trainer)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import re
 import traceback
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from lightning.pytorch.cli import LightningArgumentParser
 from typing_extensions import override
@@ -25,6 +25,11 @@ _EXPECTED = re.compile(r"Expected an? (?:<class '([\w.]+)'>|typing\.Literal\[(.*
 
 class OneLineParser(LightningArgumentParser):
     """Ends with one line, where jsonargparse shows all options and every type that a value might have had."""
+
+    @override
+    def format_help(self, *args: Any, **kwargs: Any) -> str:
+        # How jsonargparse writes a list; here its items are words of their own (`cli.main`).
+        return super().format_help(*args, **kwargs).replace("[ITEM,...]", "names ... ")
 
     @override
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:

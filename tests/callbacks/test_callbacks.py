@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,9 +12,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.profilers import PassThroughProfiler
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, default_collate
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from lightning_ep.callbacks import GenerateSamples, Throughput
@@ -260,7 +262,9 @@ class Logged(SimpleNamespace):
 def drive(callback: Throughput, clock: Clock, trainer: Any, tokens: int, wait: float, compute: float) -> dict[str, Any]:
     module: Any = Logged(values={}, device=torch.device("cpu"))
     batch = {"input_ids": torch.zeros(1, tokens)}
+    trainer.profiler.start("[_TrainingEpochLoop].train_dataloader_next")
     clock.now += wait
+    trainer.profiler.stop("[_TrainingEpochLoop].train_dataloader_next")
     callback.on_train_batch_start(trainer, module, batch, 0)
     clock.now += compute
     callback.on_train_batch_end(trainer, module, None, batch, 0)
@@ -272,6 +276,7 @@ def test_throughput_counts_distinct_tokens_of_all_data_ranks_per_second(monkeypa
     monkeypatch.setattr("lightning_ep.callbacks.throughput.time", clock)
     # four processes, of which two pairs share their batches
     trainer: Any = SimpleNamespace(strategy=SimpleNamespace(data_rank=0, data_world_size=2), world_size=4)
+    trainer.profiler = profiler = PassThroughProfiler()
     callback = Throughput(window=2)
     callback.on_train_start(trainer, Logged(values={}, device=torch.device("cpu")))  # type: ignore[arg-type]
     assert drive(callback, clock, trainer, 100, wait=50, compute=1)["tokens/s"] == (200, True)
@@ -294,6 +299,9 @@ def test_throughput_counts_distinct_tokens_of_all_data_ranks_per_second(monkeypa
         interruption()
         values = drive(callback, clock, trainer, 100, wait=1000, compute=3)
     assert values["tokens/s"][0] == pytest.approx(400 / 6)  # the last two steps
+    assert values["data/wait"][0] == 0, "what comes after an interruption does not count"
+    callback.teardown(trainer, None, "fit")  # type: ignore[arg-type]
+    assert trainer.profiler is profiler
 
 
 def test_throughput_is_logged_by_a_trainer(data: TextDataModule, tmp_path: Path) -> None:
@@ -302,6 +310,7 @@ def test_throughput_is_logged_by_a_trainer(data: TextDataModule, tmp_path: Path)
     assert trainer.callback_metrics["tokens/s/device"] == trainer.callback_metrics["tokens/s"]
     assert "memory/peak_gib" not in trainer.callback_metrics
     assert 0 < trainer.callback_metrics["data/wait"] < 1
+    assert type(trainer.profiler) is PassThroughProfiler
     assert "mfu" not in trainer.callback_metrics
 
 
@@ -354,3 +363,24 @@ def test_why_there_is_no_mfu_is_said(
         trainer = fit(module, Rows(16), Throughput(), limit_val_batches=0, max_steps=1, **settings)
     assert re.search(f"Throughput logs no mfu: .*{reason}", caplog.text)
     assert "mfu" not in trainer.callback_metrics
+
+
+class Slow(Rows):
+    """A loader that takes its time."""
+
+    def train_dataloader(self) -> Any:
+        return DataLoader(
+            [self.row] * 8, batch_size=2, collate_fn=lambda rows: time.sleep(0.2) or default_collate(rows)
+        )
+
+
+def test_data_wait_is_the_loaders_time_and_not_that_of_other_callbacks() -> None:
+    class Sleeps(Callback):
+        def on_train_batch_end(self, *args: Any) -> None:
+            time.sleep(0.2)
+
+    trainer = fit(Module(), Slow(16), Throughput(), Sleeps(), limit_val_batches=0, max_steps=4)
+    # three of four steps begin with it: of the first one it is not in the time
+    seconds = 4 * 32 / trainer.callback_metrics["tokens/s"].item()
+    assert trainer.callback_metrics["data/wait"].item() == pytest.approx(3 * 0.2 / seconds, rel=0.2)
+    assert seconds > 3 * 0.4

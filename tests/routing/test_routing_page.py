@@ -19,7 +19,7 @@ def test_the_blocks_of_the_page_run_as_printed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    loop, picture = re.findall(r"```python\n(.*?)```", PAGE, re.S)
+    loop, picture = re.findall(r"```python\n(.*?)```", PAGE, re.S)[:2]
     exec(loop, {"model": tiny_model(), "batches": batches(2, 2)})
     printed = capsys.readouterr().out
     assert "tensor(1.," in printed, "one process waits for nobody"
@@ -30,7 +30,7 @@ def test_the_blocks_of_the_page_run_as_printed(
     assert re.search(r"layer 8 expert 23 \(\d+\.\d\)", title)
     assert "layer 4: 58 of 64 experts" in title
     assert (tmp_path / "routing.png").stat().st_size > 10_000
-    (recipe,) = re.findall(r"```yaml\n(.*?)```", PAGE, re.S)
+    recipe = re.findall(r"```yaml\n(.*?)```", PAGE, re.S)[0]
     for entry in yaml.safe_load(recipe)["trainer"]["callbacks"]:
         getattr(callbacks, entry["class_path"].removeprefix("lightning_ep.callbacks."))()
 
