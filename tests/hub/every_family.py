@@ -61,7 +61,10 @@ _MORE: dict[str, dict[str, Any]] = {
     "gemma4_text": {**_ROUTED, "enable_moe_block": True},
     "glm4_moe_lite": _HEADS,
     "glm4v_moe_text": {"rope_parameters": {**_MROPE["rope_parameters"], "partial_rotary_factor": 1.0}},
-    "glm5_next_text": {**_HEADS, "index_topk": 16, "qk_rope_head_dim": 0, "qk_head_dim": 8},
+    "glm5_next_text": {
+        **_HEADS, "linear_num_heads": 2, "linear_head_dim": 8, "index_topk": 16, "qk_rope_head_dim": 0, "qk_head_dim": 8
+    },
+    "glm_moe_dsa": _HEADS,
     "granitemoehybrid": {"layer_types": ["mamba", "attention"] * 2},
     "hunyuan_v1_moe": {"head_dim": 8, "moe_topk": 2},
     "inkling2_vision": {
@@ -84,6 +87,7 @@ _MORE: dict[str, dict[str, Any]] = {
         "ngram_vocab_size_base": 50, "heads_per_ngram": 2, "output_gate_type": "sigmoid",
         "layer_types": ["linear_attention", "linear_attention", "linear_attention", "indexed_attention"],
     },
+    "phimoe": {"router_jitter_noise": 0.0, "input_jitter_noise": 0.0},  # else other numbers on other ranks
     "qwen3_omni_moe_talker_text": {"shared_expert_intermediate_size": 16},
     "step3p5": {"sliding_window": 8},
     "unlimited_ocr_text": _HEADS,
