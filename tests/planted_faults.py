@@ -143,6 +143,20 @@ MUTATIONS = (
         "weight_decay=1.001 * rule.weight_decay,",
         "ops/test_adamw.py::test_goes_on_from_the_other_state[True-plain]",
     ),
+    Mutation(
+        "rounding_numbers_elements_of_the_shard",
+        "trainer/random_bits.py",
+        "start += sum(first * stride for",
+        "start += sum(0 * first * stride for",
+        "trainer/test_rounding.py::test_parts_are_those_of_the_whole_however_it_is_cut",
+    ),
+    Mutation(
+        "second_moments_rounded_to_the_nearest",
+        "ops/adamw.py",
+        "if target.dtype == torch.bfloat16:",
+        "if target.dtype == torch.bfloat16 and target is not exp_avg_sq:",
+        "ops/test_rounding.py::test_second_moments_in_bf16_decay_only_if_rounded_stochastically",
+    ),
     # ------------------------------------------------------------------------------------------------ ranks
     Mutation(
         "tokens_sent_to_the_next_rank",

@@ -172,8 +172,11 @@ def _batches(request: Request, layout: ParallelLayout) -> Iterator[tuple[int, in
     if sequences % groups:
         return
     for batch in _divisors(sequences // groups):
+        accumulate = sequences // groups // batch
+        if accumulate > 1 and request.precision == "bf16-true":
+            continue  # AdamW(stochastic_rounding=True), without which bf16 weights do not learn, is refused with it
         if batch == 1 or batch * each <= _ENOUGH_TOKENS:
-            yield batch, sequences // groups // batch
+            yield batch, accumulate
 
 
 def fitting(request: Request, among: Iterable[ParallelLayout] | None = None) -> list[Estimate]:
