@@ -14,10 +14,10 @@ from torch.utils.data import DataLoader
 from typing_extensions import override
 
 import lightning_ep
-from benchmarks.cells import Cell
+from benchmarks.cells import LEFT_OUT, Cell
 from benchmarks.measure import Meter
 from benchmarks.records import ROOT
-from benchmarks.workload import Popularity, balance, batches, fill_parameters
+from benchmarks.workload import Popularity, balance, batches, fill_parameters, leave_out_exchanges
 from lightning_ep import AdamW, CausalLM, ExpertParallelStrategy
 
 
@@ -54,7 +54,8 @@ class _Steps(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        self._meter.step_ended(lambda: trainer.callback_metrics["train/loss"])
+        if (batch_idx + 1) % trainer.accumulate_grad_batches == 0:
+            self._meter.step_ended(lambda: trainer.callback_metrics["train/loss"])
 
 
 def _adapter(cell: Cell) -> dict[str, Any]:
@@ -71,13 +72,16 @@ def run(cell: Cell, meter: Meter) -> None:
     if found != expected:
         raise RuntimeError(f"lightning_ep is that of {found}, not of {expected}.")
     cuda = meter.device.type == "cuda"
+    if cell.exchange == LEFT_OUT:
+        leave_out_exchanges()
     settings: dict[str, Any] = {**cell.layout, "activation_checkpointing": cell.recompute, "compile": cell.compile}
     trainer = Trainer(
         strategy=_FastStart(**settings), accelerator="cuda" if cuda else "cpu", devices=cell.ranks,
         precision="bf16-mixed", gradient_clip_val=1.0, max_steps=meter.num_steps, callbacks=[_Steps(meter)],
+        accumulate_grad_batches=cell.accumulate,
         use_distributed_sampler=False, logger=False, enable_checkpointing=False, enable_progress_bar=False,
         enable_model_summary=False,
     )  # fmt: skip
     module = _Module(cell, meter, optimizer=functools.partial(AdamW, lr=1e-5), **_adapter(cell))
-    data: Any = list(batches(cell, meter.num_steps))
+    data: Any = list(batches(cell, meter.num_steps * cell.accumulate))
     trainer.fit(module, DataLoader(data, batch_size=None, pin_memory=cuda))

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from benchmarks.cells import CHATS, RANDOM, SIZES, Cell
@@ -77,6 +78,30 @@ def balance(model: Any) -> None:
 
     for layer in model.model.layers:
         layer.mlp.gate.register_forward_hook(choose)
+
+
+def leave_out_exchanges() -> None:
+    """Replaces the all-to-all of this process: every rank receives what it sends, counts and rows, without a copy."""
+
+    def stay(output: Tensor, input: Tensor, *splits: Any, group: Any = None, async_op: bool = False) -> _Over | None:
+        if not async_op:
+            output.copy_(input)  # the counts, which are a view
+            return None
+        assert output.shape == input.shape, f"{tuple(input.shape)} rows are sent, {tuple(output.shape)} received"
+        output.set_(input)  # type: ignore[call-overload]
+        return _Over()
+
+    dist.all_to_all_single = stay  # type: ignore[assignment]
+
+
+class _Over:
+    """Work that was over when it began."""
+
+    def wait(self) -> bool:
+        return True
+
+    def is_completed(self) -> bool:
+        return True
 
 
 @torch.no_grad()

@@ -80,7 +80,7 @@ def test_chats_and_what_stands_in_their_place_have_the_same_boundaries() -> None
     assert not chats["input_ids"].equal(random["input_ids"])
     learnt = random["labels"] != -100
     assert random["labels"][learnt].equal(random["input_ids"][learnt])
-    with pytest.raises(ValueError, match="knows random tokens and its own routing"):
+    with pytest.raises(ValueError, match="knows random tokens"):
         Cell("transformers/fsdp2", 2, 256, 2, data="chats")
 
 
@@ -94,6 +94,17 @@ def test_balanced_routers_choose_every_expert_equally_often() -> None:
     assert ids_TK.flatten().bincount().tolist() == [16] * 8
     assert all(len(set(row)) == 4 and {e // 4 for e in row} == {0, 1} for row in ids_TK.tolist())
     assert popularity.read() == 1
+
+
+def test_what_a_cell_changes_of_a_step_is_in_its_shape() -> None:
+    assert (
+        Cell("lightning_ep/ep=2", 4, 16, 2, accumulate=8, exchange="none").shape == "4x16, 8 micro-batches, no exchange"
+    )
+    assert Cell("lightning_ep/ep=2", 4, 16, 2, accumulate=8).tokens == 8 * 4 * 16
+    with pytest.raises(ValueError, match="one micro-batch per step"):
+        Cell("transformers/fsdp2", 4, 16, 2, accumulate=8)
+    with pytest.raises(ValueError, match="parts of sequences"):
+        Cell("lightning_ep/ep=2,cp=2", 4, 16, 2, exchange="none")
 
 
 def test_trees_take_turns_and_peers_have_none() -> None:
