@@ -41,6 +41,7 @@ SIZES: dict[str, dict[str, int]] = {  # as transformers names them
     },
 }  # fmt: skip
 RANDOM, CHATS, BOUNDARIES = "random", "chats", "boundaries"
+COLLECTIVE, LEFT_OUT = "collective", "none"
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,9 @@ class Cell:
         device: ``cuda`` or ``cpu``.
         data: What sequences are: one document of random tokens each, packed chats, or random tokens in place of those.
         balanced: Whether every expert gets equally many tokens, whatever its router says.
+        accumulate: Micro-batches of ``batch`` sequences per step.
+        exchange: How rows travel between the ranks of experts: by the all-to-all, or not at all: every rank takes its
+            own rows for those of others, so that all but the all-to-all is left.
         tree: Folder of another commit, whose ``lightning_ep`` runs in place of this one's.
         turn: Which of several runs of the same cell, where two trees take turns.
     """
@@ -83,6 +87,8 @@ class Cell:
     device: str = "cuda"
     data: str = RANDOM
     balanced: bool = False
+    accumulate: int = 1
+    exchange: str = COLLECTIVE
     tree: str | None = None
     turn: int = 0
 
@@ -91,8 +97,16 @@ class Cell:
             raise ValueError(f"trainer={self.trainer!r} does not exist; choose one of {TRAINERS}.")
         if self.warmup < 1 or self.steps < 1:
             raise ValueError(f"warmup={self.warmup} and steps={self.steps} must both be at least 1.")
-        if (self.data != RANDOM or self.balanced) and not self.ours:
-            raise ValueError(f"{self.trainer} knows random tokens and its own routing: {OURS}N alone has others here.")
+        changed = self.data != RANDOM or self.balanced or self.accumulate > 1 or self.exchange != COLLECTIVE
+        if changed and not self.ours:
+            raise ValueError(
+                f"{self.trainer} knows random tokens, its own routing and exchanges, and one micro-batch per step: "
+                f"{OURS}N alone has others here."
+            )
+        if self.accumulate < 1:
+            raise ValueError(f"accumulate={self.accumulate} must be at least 1.")
+        if self.exchange == LEFT_OUT and self.layout.get("cp", 1) > 1:
+            raise ValueError(f"{self.trainer} exchanges parts of sequences too: only those of tokens can be left out.")
         if self.lora is not None and not re.fullmatch(r"(attention|all),[1-9]\d*", self.lora):
             raise ValueError(f"lora={self.lora!r} is neither attention,RANK nor all,RANK.")
         if not self.ours and (self.base == PEFT) != (self.lora is not None):
@@ -136,12 +150,14 @@ class Cell:
     @property
     def tokens(self) -> int:
         """Distinct tokens per rank and step."""
-        return self.batch * self.sequence // self.sharing
+        return self.accumulate * self.batch * self.sequence // self.sharing
 
     @property
     def shape(self) -> str:
         """What it computes per GPU, in short: ``4x4096``, and what differs from the default."""
         more = [*([self.data] if self.data != RANDOM else []), *(["balanced"] if self.balanced else [])]
+        more += [] if self.accumulate == 1 else [f"{self.accumulate} micro-batches"]
+        more += ["no exchange"] if self.exchange == LEFT_OUT else []
         more += [] if self.memory_cap_gib is None else [f"{self.memory_cap_gib:g} GiB"]
         more += ["bf16 weights"] if self.bf16_weights else []
         more += [] if self.lora is None else [f"LoRA {self.lora.replace(',', ' r=')}"]

@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.cells import RANDOM, Cell
+from benchmarks.cells import COLLECTIVE, RANDOM, Cell
 from benchmarks.measure import merge
 from benchmarks.records import ROOT, provenance
 from lightning_ep import planner
@@ -57,7 +57,8 @@ def estimates(cell: Cell, device_name: str) -> dict[str, float]:
     """What goes into a cell's record before it runs; nothing where `lightning_ep.planner` knows nothing of it."""
     device = planner.find_device(device_name)
     ep, cp, tp = (cell.layout.get(name, 1) for name in ("ep", "cp", "tp"))
-    if device is None or not cell.ours or tp > 1 or cell.data != RANDOM or cell.lora is not None:
+    other = cell.data != RANDOM or cell.lora is not None or cell.accumulate > 1 or cell.exchange != COLLECTIVE
+    if device is None or not cell.ours or tp > 1 or other:
         return {}
     shape = (_widths(cell), cell.layers, cell.batch, cell.sequence, cell.ranks)
     try:

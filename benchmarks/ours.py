@@ -16,10 +16,10 @@ from torch.utils.data import DataLoader
 from typing_extensions import override
 
 import lightning_ep
-from benchmarks.cells import Cell
+from benchmarks.cells import LEFT_OUT, Cell
 from benchmarks.measure import Meter
 from benchmarks.records import ROOT
-from benchmarks.workload import Popularity, batches, fill_parameters, max_over_mean
+from benchmarks.workload import Popularity, batches, fill_parameters, leave_out_exchanges, max_over_mean
 from lightning_ep import AdamW, CausalLM, ExpertParallelStrategy
 
 
@@ -53,7 +53,8 @@ class _Steps(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        self._meter.step_ended(lambda: trainer.callback_metrics["train/loss"])
+        if (batch_idx + 1) % trainer.accumulate_grad_batches == 0:
+            self._meter.step_ended(lambda: trainer.callback_metrics["train/loss"])
 
 
 def _adapter(cell: Cell) -> dict[str, Any]:
@@ -94,11 +95,13 @@ def run(cell: Cell, meter: Meter) -> None:
     if found != expected:
         raise RuntimeError(f"lightning_ep is that of {found}, not of {expected}.")
     cuda = meter.device.type == "cuda"
+    if cell.exchange == LEFT_OUT:
+        leave_out_exchanges()
     settings: dict[str, Any] = {**cell.layout, "activation_checkpointing": cell.recompute, "compile": cell.compile}
     trainer = Trainer(
         strategy=_FastStart(**settings), accelerator="cuda" if cuda else "cpu", devices=cell.ranks,
         precision="bf16-true" if cell.bf16_weights else "bf16-mixed", gradient_clip_val=1.0,
-        max_steps=meter.num_steps, callbacks=[_Steps(meter)],
+        max_steps=meter.num_steps, callbacks=[_Steps(meter)], accumulate_grad_batches=cell.accumulate,
         use_distributed_sampler=False, logger=False, enable_checkpointing=False, enable_progress_bar=False,
         enable_model_summary=False,
     )  # fmt: skip
@@ -106,5 +109,5 @@ def run(cell: Cell, meter: Meter) -> None:
     rounding: dict[str, Any] = {"stochastic_rounding": True} if cell.bf16_weights else {}
     optimizer = functools.partial(AdamW, lr=1e-5, **rounding)
     module = _Module(cell, meter, optimizer=optimizer, **_adapter(cell), **_balanced(cell))
-    data: Any = list(batches(cell, meter.num_steps))
+    data: Any = list(batches(cell, meter.num_steps * cell.accumulate))
     trainer.fit(module, DataLoader(data, batch_size=None, pin_memory=cuda))

@@ -12,7 +12,19 @@ from typing import Any
 
 import torch
 
-from benchmarks.cells import BOUNDARIES, CHATS, OURS, RANDOM, SIZES, TRAINERS, Cell, default_trainers, parse_shape
+from benchmarks.cells import (
+    BOUNDARIES,
+    CHATS,
+    COLLECTIVE,
+    LEFT_OUT,
+    OURS,
+    RANDOM,
+    SIZES,
+    TRAINERS,
+    Cell,
+    default_trainers,
+    parse_shape,
+)
 from benchmarks.launch import device_name, run_cell
 from benchmarks.records import append, find
 from benchmarks.tables import comparison, table
@@ -85,10 +97,21 @@ def _line(record: dict[str, Any]) -> str:
 def _cells(options: argparse.Namespace) -> list[Cell]:
     ranks = num_ranks(options)
     trainers = options.trainers or default_trainers(ranks, peers=not options.against)
-    names = ("sizes", "layers", "steps", "warmup", "memory_cap_gib", "lora", "bf16_weights", "device", "balanced")
+    names = (
+        "sizes",
+        "layers",
+        "steps",
+        "warmup",
+        "memory_cap_gib",
+        "lora",
+        "bf16_weights",
+        "device",
+        "balanced",
+        "accumulate",
+    )
     settings = {name: getattr(options, name) for name in names}
-    kinds = itertools.product(map(parse_shape, options.tokens), options.data, trainers)
-    return [Cell(trainer, *shape, ranks, data=data, **settings) for shape, data, trainer in kinds]
+    kinds = itertools.product(map(parse_shape, options.tokens), options.data, trainers, options.exchange)
+    return [Cell(trainer, *shape, ranks, data=data, exchange=how, **settings) for shape, data, trainer, how in kinds]
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -99,6 +122,9 @@ def _parser() -> argparse.ArgumentParser:
     add("--data", nargs="+", default=[RANDOM], choices=[RANDOM, CHATS, BOUNDARIES], help="tokens; packed chats; random "
         f"tokens in place of those of the chats: {OURS}N only")  # fmt: skip
     add("--balanced", action="store_true", help=f"as many tokens for every expert, whatever routers say: {OURS}N only")
+    add("--accumulate", type=int, default=1, metavar="N", help=f"micro-batches per step: {OURS}N only")
+    add("--exchange", nargs="+", default=[COLLECTIVE], choices=[COLLECTIVE, LEFT_OUT], help="how rows go to "
+        f"experts and back; {LEFT_OUT} leaves out the all-to-all alone, to see what it adds: {OURS}N only")  # fmt: skip
     add("--steps", type=int, default=30)
     add("--warmup", type=int, default=5)
     add("--memory-cap-gib", type=float, metavar="GIB", help="limit of torch's allocator per GPU: a smaller card")

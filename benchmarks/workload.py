@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from benchmarks.cells import CHATS, RANDOM, SIZES, Cell
@@ -63,6 +64,30 @@ def _chats(cell: Cell, count: int, seed: int) -> list[dict[str, Tensor]]:
         data.prepare_data()
         data.setup()
         return list(data.train_dataloader())
+
+
+def leave_out_exchanges() -> None:
+    """Replaces the all-to-all of this process: every rank receives what it sends, counts and rows, without a copy."""
+
+    def stay(output: Tensor, input: Tensor, *splits: Any, group: Any = None, async_op: bool = False) -> _Over | None:
+        if not async_op:
+            output.copy_(input)  # the counts, which are a view
+            return None
+        assert output.shape == input.shape, f"{tuple(input.shape)} rows are sent, {tuple(output.shape)} received"
+        output.set_(input)  # type: ignore[call-overload]
+        return _Over()
+
+    dist.all_to_all_single = stay  # type: ignore[assignment]
+
+
+class _Over:
+    """Work that was over when it began."""
+
+    def wait(self) -> bool:
+        return True
+
+    def is_completed(self) -> bool:
+        return True
 
 
 @torch.no_grad()

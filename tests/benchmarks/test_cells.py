@@ -82,13 +82,24 @@ def test_chats_and_what_stands_in_their_place_have_the_same_boundaries() -> None
     assert not chats["input_ids"].equal(random["input_ids"])
     learnt = random["labels"] != -100
     assert random["labels"][learnt].equal(random["input_ids"][learnt])
-    with pytest.raises(ValueError, match="knows random tokens and its own routing"):
+    with pytest.raises(ValueError, match="knows random tokens"):
         Cell("transformers/fsdp2", 2, 256, 2, data="chats")
 
 
 def test_balanced_routers_are_said_so() -> None:
     cell = Cell("lightning_ep/ep=2", 2, 16, 2, sizes="tiny", layers=1, balanced=True)
     assert cell.shape == "2x16, balanced"
+
+
+def test_what_a_cell_changes_of_a_step_is_in_its_shape() -> None:
+    assert (
+        Cell("lightning_ep/ep=2", 4, 16, 2, accumulate=8, exchange="none").shape == "4x16, 8 micro-batches, no exchange"
+    )
+    assert Cell("lightning_ep/ep=2", 4, 16, 2, accumulate=8).tokens == 8 * 4 * 16
+    with pytest.raises(ValueError, match="one micro-batch per step"):
+        Cell("transformers/fsdp2", 4, 16, 2, accumulate=8)
+    with pytest.raises(ValueError, match="parts of sequences"):
+        Cell("lightning_ep/ep=2,cp=2", 4, 16, 2, exchange="none")
 
 
 def test_trees_take_turns_and_peers_have_none() -> None:

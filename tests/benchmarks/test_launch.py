@@ -46,6 +46,14 @@ def test_a_cell_measures(trainer: str, ranks: int, tmp_path: Path) -> None:
     assert json.loads(json.dumps(record)) == record
 
 
+@pytest.mark.slow
+def test_a_step_of_micro_batches_without_exchanges_measures(tmp_path: Path) -> None:
+    record = run_cell(_tiny("lightning_ep/ep=2", accumulate=2, exchange="none"), 90, tmp_path)
+    assert record["status"] == "ok", record
+    assert record["tokens_per_second"] == pytest.approx(2 * 2 * 16 / record["step_ms"] * 1e3)
+    assert record["last_loss"] == pytest.approx(record["first_loss"], abs=0.2)
+
+
 def test_the_code_that_runs_is_that_of_the_tree(tmp_path: Path) -> None:
     package = tmp_path / "old" / "lightning_ep"
     package.mkdir(parents=True)

@@ -64,7 +64,7 @@ FORMS: dict[str, ExpertForm] = {
 REASONS = {
     "inkling2_text": "its activation is Inkling2SoftcappedSwiGLU, which has no fused kernel",
     "muse_spark_text": "its experts end with a norm",
-    "step3p7": "its class declares no flags of transformers' experts interface",
+    "step3p7": "its class is not declared with `use_experts_implementation`",
 }
 
 
