@@ -399,7 +399,8 @@ def main() -> None:
         for name, what in no.items():
             print(f"    {name}: {what[:400]}", flush=True)
     if arguments.page is not None:
-        arguments.page.write_text(page({family: rows[family] for family in FAMILIES if family in rows}))
+        rows = {family: {**rows[family], "path": path_of(family)} for family in FAMILIES if family in rows}
+        arguments.page.write_text(page(rows))
 
 
 if __name__ == "__main__":
