@@ -25,8 +25,8 @@ from lightning_ep.layers.recompute import ActivationCheckpointing
 from lightning_ep.layers.wrap import check_recompute, wrap_layers
 from lightning_ep.layout import Meshes, ParallelLayout
 from lightning_ep.moe.adapted import experts_in
-from lightning_ep.moe.expert_parallel import expert_plan
 from lightning_ep.moe.experts import is_parallel_experts
+from lightning_ep.moe.own_plan import OwnPlan, resolve_plan
 from lightning_ep.ops.packed_attention import has_kernel
 from lightning_ep.tensor_parallel import apply_tensor_plan, tensor_plan
 
@@ -36,7 +36,7 @@ def parallelize(
     layout: ParallelLayout,
     device: torch.device,
     *,
-    plan: Mapping[str, ParallelStyle] | None = None,
+    plan: OwnPlan | None = None,
     mp_policy: MixedPrecisionPolicy | None = None,
     seed: int = 0,
     compile: bool = False,
@@ -49,12 +49,13 @@ def parallelize(
     through `lightning_ep.shard_sequence`, with the ``cp`` mesh of what this returns.
 
     Args:
-        model: A transformers MoE, or a module that contains some. Weights that are on meta are streamed from the
-            checkpoint that `from_pretrained` was given, or initialised from ``seed``; weights in memory are those of
-            rank 0, everywhere.
+        model: A transformers MoE, or a module that contains some; with ``plan`` any other. Weights that are on meta are
+            streamed from the checkpoint that `from_pretrained` was given, or initialised from ``seed``; weights in
+            memory are those of rank 0, everywhere.
         layout: The layout of the initialised process group.
         device: This rank's device.
-        plan: Expert plan as `expert_plan` returns it (the default).
+        plan: Expert plan as `expert_plan` returns it (the default), or ``"experts"`` by the names of modules whose
+            parameters have the experts in front, or by patterns such as ``"model.layers.*.moe.experts"``.
         mp_policy: FSDP2 mixed precision.
         seed: Seed of the weights, the same on every rank.
         compile: Compile every decoder layer, except its experts.
@@ -69,9 +70,9 @@ def parallelize(
         CheckpointError: If the checkpoint of a model from `from_pretrained` does not fit it.
     """
     meshes = layout.build_meshes(device.type)
-    plan = plan or expert_plan(model)
+    styles = resolve_plan(model, plan)
     policy = mp_policy or MixedPrecisionPolicy()
-    shard(model, layout, meshes, device, plan, policy, compile, activation_checkpointing)
+    shard(model, layout, meshes, device, styles, policy, compile, activation_checkpointing)
     stream_pretrained(model, device)
     materialize(model, device, seed)
     return meshes
@@ -84,7 +85,7 @@ def is_parallelized(module: nn.Module) -> bool:
 
 def check_sharded(module: nn.Module, layout: ParallelLayout) -> None:
     """Raises ValueError if a model of the module was sharded for another layout, which cannot be changed any more."""
-    for name, model in adapter.pretrained_models(module).items():
+    for name, model in (adapter.pretrained_models(module) | adapter.planned_models(module)).items():
         found = adapter.recall(model, ParallelLayout)
         if found is not None and found != layout:
             raise ValueError(
@@ -142,6 +143,9 @@ def shard(
             adapter.use_bounds_of_documents(model)
         adapter.keep_documents_apart(model)
         adapter.remember(model, layout)
+    for plain in steps.plain:
+        steps.wrap_layers(plain, activation_checkpointing, compile)
+        adapter.remember(plain, layout)
     steps.shard_beside()
     steps.sum_gradients()
     save_over_ranks(module)
@@ -168,6 +172,7 @@ class Steps:
     ) -> None:
         self.module = module
         self.models = list(adapter.pretrained_models(module).values())
+        self.plain = list(adapter.planned_models(module).values())
         self.experts = {module.get_submodule(name): style for name, style in plan.items()}
         self._meshes, self._device, self._mp_policy = meshes, device, mp_policy
 
@@ -216,7 +221,7 @@ class Steps:
             )
         shard_experts(experts, self._meshes, self._mp_policy, self._device)
 
-    def wrap_layers(self, model: PreTrainedModel, mode: ActivationCheckpointing, compile: bool) -> None:
+    def wrap_layers(self, model: nn.Module, mode: ActivationCheckpointing, compile: bool) -> None:
         """Recompute and compilation: around experts that are spread, inside of FSDP's hooks."""
         _needs("wrap_layers", all(map(is_parallel_experts, self.experts)), "experts that are spread, to pass over them")
         _needs("wrap_layers", not _under_fsdp(model, but=self.experts), "layers that FSDP has not taken over")
@@ -231,9 +236,9 @@ class Steps:
         shard_dense(model, self._meshes, self._mp_policy, getattr(self.module, "calls_its_head", False))
 
     def shard_beside(self) -> None:
-        """What belongs to no model, a value head for example."""
+        """What belongs to no transformers model: a value head for example, or a model of plain PyTorch."""
         _needs("shard_beside", all(isinstance(m, FSDPModule) for m in self.models), "models that are under FSDP")
-        for child in _outside(self.module, self.models):
+        for child in [*self.plain, *_outside(self.module, [*self.models, *self.plain])]:
             shard_beside(child, self._meshes, self._mp_policy)
 
     def sum_gradients(self) -> None:
@@ -265,8 +270,8 @@ def check(
     note_adapted_experts(module, plan)
     for name, style in plan.items():
         experts = module.get_submodule(name)
-        num_experts = getattr(experts_in(experts), "num_experts", None)
-        if isinstance(num_experts, int):
+        num_experts = adapter.number_of_experts(experts_in(experts))
+        if num_experts is not None:
             layout.check_num_experts(num_experts, name)
         validate = getattr(style, "validate", None)
         if validate is not None:
@@ -276,7 +281,14 @@ def check(
     for model in models:
         if layout.cp > 1:
             context_parallel.check(model, layout)
-    _refuse_shared_parameters(module, [*models, *_outside(module, models)], plan)
+    plain = adapter.planned_models(module)
+    for name, other in plain.items() if layout.tp > 1 or layout.cp > 1 else ():
+        raise ValueError(
+            f"{name or 'the model'} ({type(other).__name__}) is no transformers model, whose attention and plans are "
+            f"known, so tp={layout.tp} and cp={layout.cp} cannot split it. Use tp=1 and cp=1."
+        )
+    roots = [*models, *plain.values()]
+    _refuse_shared_parameters(module, [*roots, *_outside(module, roots)], plan)
     return tensor_plans
 
 

@@ -42,8 +42,8 @@ from lightning_ep.hub.initialize import has_meta_tensors, materialize
 from lightning_ep.hub.load import stream_pretrained
 from lightning_ep.layers.recompute import ActivationCheckpointing, check_mode
 from lightning_ep.layout import Meshes, ParallelLayout
-from lightning_ep.moe.expert_parallel import expert_plan
 from lightning_ep.moe.master_weights import ModelMasterWeights
+from lightning_ep.moe.own_plan import check_plan, has_experts, resolve_plan
 from lightning_ep.parallelize import check_sharded, is_parallelized, shard
 from lightning_ep.trainer import grad_norm as grad_norm  # teaches it shards
 from lightning_ep.trainer.adamw import AdamW
@@ -56,12 +56,7 @@ from lightning_ep.trainer.lost_hooks import check_hooks_before_sharding, check_h
 from lightning_ep.trainer.memory_advice import add_memory_advice
 from lightning_ep.trainer.nonfinite import NonfiniteGuard
 from lightning_ep.trainer.precision import ShardedPrecision
-from lightning_ep.trainer.refusals import (
-    refuse_idle_implementation,
-    refuse_optimizers,
-    refuse_other_processes,
-    refuse_unsupported,
-)
+from lightning_ep.trainer.refusals import refuse_optimizers, refuse_other_processes, refuse_unsupported
 from lightning_ep.trainer.schedules import tell_total_steps
 from lightning_ep.trainer.signals import AgreeOnSignals, Interrupted
 from lightning_ep.trainer.steering import CheckMonitored
@@ -85,7 +80,8 @@ class ExpertParallelStrategy(ModelParallelStrategy):
         cp: Ranks that share every sequence: each computes with a piece of the tokens and, in attention, with all tokens
             of some heads. Must divide the attention heads and ``ep * fsdp``; the ranks get the same batch. `CausalLM`
             splits it; a module of yours passes `shard_sequence` of it to its model.
-        plan: Expert plan (module name to style), as `expert_plan` returns it. Default: the model's own.
+        plan: Expert plan: ``"experts"`` by the name of a module whose parameters have the experts in front, or by a
+            pattern such as ``"model.layers.*.moe.experts"``; or what `expert_plan` returns. Default: the model's own.
         experts_implementation: Kernel for the experts of one rank: ``"fused"`` (ours), ``"eager"`` or any name
             registered in transformers' ``ExpertsInterface``. ``"auto"``: the fused one where it can serve the experts.
             A name that the model's config has, or gets later, is not asked.
@@ -110,7 +106,7 @@ class ExpertParallelStrategy(ModelParallelStrategy):
         replicate: int = 1,
         tp: int = 1,
         cp: int = 1,
-        plan: dict[str, ParallelStyle] | None = None,
+        plan: dict[str, str | ParallelStyle] | None = None,
         experts_implementation: str = "auto",
         activation_checkpointing: ActivationCheckpointing = "none",
         compile: bool = False,
@@ -208,7 +204,7 @@ class ExpertParallelStrategy(ModelParallelStrategy):
         # The earliest place that knows the number of processes: before any of them is launched.
         assert self.cluster_environment is not None
         check_mode(self._activation_checkpointing)
-        refuse_idle_implementation(self._plan, self._experts_implementation)
+        check_plan(self._plan, self._experts_implementation)
         self._guard.check()
         expected = self.num_nodes * self.num_processes
         refuse_other_processes(self.cluster_environment, self.num_processes, self.num_nodes)
@@ -289,12 +285,12 @@ class ExpertParallelStrategy(ModelParallelStrategy):
             check_sharded(module, self.layout)
             self.precision_plugin.check_sharded(module)
             return
-        if not adapter.pretrained_models(module):
+        if not has_experts(module, self._plan):
             return  # the model comes later, at the latest in `setup`
+        plan = resolve_plan(module, self._plan, self._experts_implementation, self._progress, is_called=False)
         warn_if_large_in_memory(module, self.layout, self.num_processes)
         check_hooks_before_sharding(module)
         self.precision_plugin.convert_module(module)
-        plan = self._plan or expert_plan(module, self._experts_implementation, self._progress)
         warn_if_ep_crosses_nodes(module, self.layout, self.num_processes)
         policy = self.precision_plugin.mp_policy
         shard(
@@ -317,7 +313,7 @@ class ExpertParallelStrategy(ModelParallelStrategy):
         self.accelerator.setup(trainer)
         self._shard_model()
         if not is_parallelized(module):
-            expert_plan(module)  # raises: there is no transformers model
+            resolve_plan(module, self._plan)  # raises: there is no transformers model, nor what the plan names
         self._hooks_checked = False
         self._run.allocate(module)
         if has_meta_tensors(module):

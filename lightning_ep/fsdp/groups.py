@@ -186,9 +186,20 @@ def _holder(model: nn.Module, name: str) -> tuple[nn.Module, str]:
 
 
 def shard_beside(module: nn.Module, meshes: Meshes, mp_policy: MixedPrecisionPolicy) -> None:
-    """Shards a module that belongs to no transformers model (a value head): a group and a root of its own."""
-    fully_shard(module, mesh=meshes.all_shards, mp_policy=mp_policy, reshard_after_forward=True)
-    watch_root(module)
+    """Shards a module that belongs to no transformers model: a value head, or a model of plain PyTorch.
+
+    It is a root of its own; layers of a model around its experts are groups.
+    """
+    ignored = {param for experts in unmanaged_experts(module) for param in experts.parameters()}
+    shard = partial(fully_shard, mesh=meshes.all_shards, mp_policy=mp_policy, ignored_params=ignored)
+    layers = adapter.decoder_layers(module) if module in adapter.planned_models(module).values() else []
+    groups = group_layers(layers, ignored)
+    for group in groups:
+        shard(group)
+        watch_layers(group, mp_policy)
+    shard(module, reshard_after_forward=True)
+    watch_root(module, layers)
+    chain_prefetches(module, None, groups)
 
 
 def sum_gradients(module: nn.Module) -> None:

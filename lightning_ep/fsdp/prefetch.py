@@ -9,7 +9,10 @@ from torch.distributed.fsdp import FSDPModule
 
 
 def chain_prefetches(
-    model: nn.Module, embedding: nn.Module, layers: Iterable[Sequence[nn.Module]], parts: Sequence[nn.Module] = ()
+    model: nn.Module,
+    embedding: nn.Module | None,
+    layers: Iterable[Sequence[nn.Module]],
+    parts: Sequence[nn.Module] = (),
 ) -> None:
     """Has every group of parameters gather those of one step further on before it computes, in both directions.
 
@@ -20,7 +23,7 @@ def chain_prefetches(
     Args:
         model: The root. An output head that is a group of its own is gathered when it is called: gathered ahead, in a
             forward that does not come to it, it would wait with its old weights.
-        embedding: The input embedding.
+        embedding: The input embedding, if it is known.
         layers: The decoder layers in the order of forward, those together that FSDP gathers together; a layer that is
             alone may have groups inside, for its experts.
         parts: What is gathered in every forward, called or not: behind what computes first, which it would hold up.
@@ -28,11 +31,12 @@ def chain_prefetches(
     # Experts come after their layer's own parameters in forward, and in backward too: a layer's hook fires with the
     # gradient of its output.
     groups = [[group[0], *_inner_groups(group[0], parts)] for group in layers]
+    inputs = [] if embedding is None else [embedding]
     if parts:
-        first = [embedding, *(groups[0] if groups else [])]
+        first = [*inputs, *(groups[0] if groups else [])]
         assert isinstance(model, FSDPModule)
         model.set_modules_to_forward_prefetch([unit for unit in (*first, *parts) if isinstance(unit, FSDPModule)])
-    _chain([[embedding], *groups], FSDPModule.set_modules_to_forward_prefetch)
+    _chain([inputs, *groups], FSDPModule.set_modules_to_forward_prefetch)
     _chain([[model], *groups[::-1]], FSDPModule.set_modules_to_backward_prefetch)
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from torch import nn
-from transformers import PreTrainedModel
 
 from lightning_ep import transformers_adapter as adapter
 from lightning_ep.layers.compilation import compile_forward
@@ -23,7 +22,7 @@ def check_recompute(module: nn.Module, plan: Iterable[str], mode: ActivationChec
     """Raises ValueError if the mode does not exist or does not fit the model.
 
     Args:
-        module: A module that contains transformers models.
+        module: A module that contains models.
         plan: Names of the experts in it.
         mode: As in `parallelize`.
     """
@@ -33,8 +32,9 @@ def check_recompute(module: nn.Module, plan: Iterable[str], mode: ActivationChec
         raise ValueError(f"gradient_checkpointing_enable() was called on the model. {_NOT_TRANSFORMERS_OWN}")
     if mode == "none":
         return
-    layers = [layer for model in models for layer in adapter.decoder_layers(model)]
-    routers = adapter.routers(models)
+    planned = [*models, *adapter.planned_models(module).values()]
+    layers = [layer for model in planned for layer in adapter.decoder_layers(model)]
+    routers = adapter.routers(planned)
     routed = {child for layer in layers if routers & set(layer.modules()) for child in layer.modules()}
     for name in plan:
         if module.get_submodule(name) not in routed:
@@ -45,7 +45,7 @@ def check_recompute(module: nn.Module, plan: Iterable[str], mode: ActivationChec
             )
 
 
-def wrap_layers(model: PreTrainedModel, mode: ActivationCheckpointing, compile: bool) -> None:
+def wrap_layers(model: nn.Module, mode: ActivationCheckpointing, compile: bool) -> None:
     """Compiles and checkpoints decoder layers, one by one: one compilation serves all, FSDP's hooks stay outside.
 
     Args:

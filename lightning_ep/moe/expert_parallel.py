@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from functools import cache
 from typing import Any
 
@@ -57,15 +58,22 @@ class ExpertParallel(ParallelStyle):
                 f"{self.layer} is a {type(module).__name__} around the experts ({wrapped[0]}), and only experts "
                 "themselves can be split over ranks, or experts inside of PEFT's LoRA (`target_parameters`)."
             )
-        num_experts = getattr(experts, "num_experts", None)
-        if not isinstance(num_experts, int):
-            raise ValueError(f"{self.layer} ({type(experts).__name__}) does not say how many experts it has.")
+        kind = type(experts).__name__
+        num_experts = adapter.number_of_experts(experts)
+        if num_experts is None:
+            raise ValueError(
+                f"{self.layer} ({kind}) does not say how many experts it has: it has no `num_experts`, and its "
+                "parameters are of different lengths in front, or it has none. Experts that are modules one by one "
+                "(an nn.ModuleList) are to be stacked into parameters of shape [experts, ...]."
+            )
+        _check_forward(experts, self.layer)
         ParallelLayout(num_ranks, ep=num_ranks).check_num_experts(num_experts, self.layer)
         for name, param in experts.named_parameters():
             if "." in name or param.ndim < 2 or param.shape[0] != num_experts:
                 raise ValueError(
                     f"{self.layer}.{name} of shape {tuple(param.shape)} has no expert dimension of size {num_experts} "
-                    "in front, so it cannot be split over experts. Such a family is not supported yet."
+                    "in front, so it cannot be split over experts. Stack the weights of all experts into parameters of "
+                    "shape [experts, ...], held by a module whose forward takes hidden states, ids and weights."
                 )
         if self.experts_implementation == "fused":
             reason = adapter.why_not_fused(experts)
@@ -81,7 +89,8 @@ class ExpertParallel(ParallelStyle):
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
         self.validate(module, device_mesh.size())
         inside, adapted = experts_in(module), adapter.recall(module, AdaptedExperts)
-        num_experts: int = inside.num_experts  # type: ignore[assignment]
+        num_experts = adapter.number_of_experts(inside)
+        assert num_experts is not None
         dispatcher = self._build_dispatcher(num_experts, device_mesh.get_group())
         num_local = dispatcher.num_local_experts
         fused = self._is_fused(inside)
@@ -91,7 +100,7 @@ class ExpertParallel(ParallelStyle):
         params = tuple((inside, name) for name in names) + tuple((holder, "weight") for holder in factors)
         for holder, name in params:
             _keep_local(holder, name, device_mesh, num_local)
-        inside.num_experts = num_local  # type: ignore[assignment]
+        _say_number(inside, num_experts, num_local)
         experts: LocalExperts
         if fused:
             experts = FusedExperts(num_local, adapters)
@@ -125,6 +134,25 @@ def _keep_local(holder: nn.Module, name: str, mesh: DeviceMesh, num_local: int) 
     holder.register_parameter(name, nn.Parameter(shards, requires_grad=param.requires_grad))
 
 
+def _check_forward(experts: nn.Module, layer: str) -> None:
+    """Raises ValueError unless the forward may be called with hidden states, ids and weights."""
+    try:
+        inspect.signature(type(experts).forward).bind(experts, "hidden", "ids", "weights")
+    except TypeError as error:
+        raise ValueError(
+            f"{layer} ({type(experts).__name__}) cannot be called as experts are: forward(hidden [tokens, size], ids "
+            f"[tokens, top_k], weights [tokens, top_k]) -> [tokens, size]; {error}."
+        ) from None
+
+
+def _say_number(experts: nn.Module, all_of_them: int, local: int) -> None:
+    """Has the module's own forward count this rank's experts, under whatever name it has their number."""
+    for name, value in list(vars(experts).items()):
+        if name.endswith("experts") and isinstance(value, int) and value == all_of_them:
+            setattr(experts, name, local)
+    experts.num_experts = local  # type: ignore[assignment]
+
+
 @cache
 def _say_once(message: str) -> None:
     rank_zero_info(message)
@@ -152,7 +180,8 @@ def expert_plan(
     if not models:
         raise ValueError(
             f"{type(model).__name__} contains no transformers model, so there are no experts to parallelise. Assign "
-            "one to an attribute in `configure_model` (or in `__init__`)."
+            "one to an attribute in `configure_model` (or in `__init__`), or name the experts of a model of plain "
+            'PyTorch: plan={"model.layers.*.moe.experts": "experts"}.'
         )
     plan: dict[str, ParallelStyle] = {}
     for outer, pretrained in models.items():
@@ -161,7 +190,9 @@ def expert_plan(
             raise ValueError(
                 f"{type(pretrained).__name__} ({pretrained.config.model_type!r}) has no experts to parallelise: its "
                 "config declares no expert-parallel plan (`base_model_ep_plan`), or the plan matches none of its "
-                "modules. Use a mixture-of-experts model, or Lightning's FSDPStrategy for a dense one."
+                'modules. If it has experts whose parameters have them in front, name them: plan={"model.layers.*.'
+                'mlp.experts": "experts"} (see docs/experts.md). Or use a mixture-of-experts model that declares '
+                "them, or Lightning's FSDPStrategy for a dense one."
             )
         for name in experts:
             full_name = f"{outer}.{name}" if outer else name

@@ -22,7 +22,7 @@ def apply_tensor_plan(model: nn.Module, plan: Mapping[str, ParallelStyle], mesh:
     """
     for name, style in plan.items():
         parallelize_module(model.get_submodule(name), mesh, style)
-    experts = {id(inner) for outer in adapter.experts_modules(model).values() for inner in outer.modules()}  # type: ignore[arg-type]
+    experts = {id(inner) for outer in adapter.experts_modules(model).values() for inner in outer.modules()}
     for module in model.modules():
         if id(module) not in experts:
             replicate(module, mesh)

@@ -85,15 +85,6 @@ def refuse_other_processes(environment: ClusterEnvironment, per_node: int, num_n
         )
 
 
-def refuse_idle_implementation(plan: object | None, experts_implementation: str) -> None:
-    """Raises ValueError for kernels that are named beside a plan, whose styles name their own."""
-    if plan is not None and experts_implementation != "auto":
-        raise ValueError(
-            f"experts_implementation={experts_implementation!r} beside a plan would change nothing: the styles of the "
-            f"plan say which kernels run. Pass it to them: `expert_plan(model, {experts_implementation!r})`."
-        )
-
-
 def _refuse_lonely_node(per_node: int, num_nodes: int) -> None:
     variables = ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK")
     missing = [name for name in variables if name not in os.environ]

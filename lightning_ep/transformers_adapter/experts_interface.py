@@ -14,6 +14,8 @@ FUSED_PARAMETERS = ("gate_up_proj", "down_proj")
 
 def why_not_fused(module: nn.Module) -> str | None:
     """What keeps an experts module from `FusedExperts`, by the flags that its class declares; None if nothing does."""
+    if not _picks_its_implementation(module):
+        return "its class is not declared with `use_experts_implementation`"
     declared = {
         "has_gate": (True, "its experts have no gate"),
         "has_bias": (False, "its experts have biases"),
@@ -51,11 +53,23 @@ def local_experts_function(module: nn.Module, name: str) -> ExpertsFunction:
         raise ValueError(
             f"experts_implementation={name!r} is not registered; choose 'auto', 'fused' or one of {names}."
         )
+    if name != "eager" and not _picks_its_implementation(module):
+        raise ValueError(
+            f"experts_implementation={name!r} cannot run {type(module).__name__}, whose class does not say how its "
+            "weights lie (`use_experts_implementation` of transformers). Use 'auto', which calls its own forward."
+        )
     return _registered(module, name)
 
 
+def _picks_its_implementation(module: nn.Module) -> bool:
+    """Whether the class of the experts has transformers' decorator, which lets a config pick who runs them."""
+    return hasattr(module, "is_concatenated") and hasattr(type(module).forward, "__wrapped__")
+
+
 def _registered(module: nn.Module, name: str) -> ExpertsFunction:
-    # The decorator that lets a model pick its implementation wraps the model's own (eager) forward.
+    if not _picks_its_implementation(module):
+        return type(module).forward
+    # The decorator wraps the model's own (eager) forward.
     eager: ExpertsFunction = type(module).forward.__wrapped__  # type: ignore[attr-defined]
     return ALL_EXPERTS_FUNCTIONS.get_interface(name, eager)
 

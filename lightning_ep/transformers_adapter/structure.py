@@ -5,11 +5,14 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
+
+from lightning_ep.transformers_adapter.record import recall, remember
 
 _DISPATCHED_EXPERTS = "ep_dispatch_experts"
 _OF_SEQUENCES = {"position_embeddings", "position_ids", "attention_mask", "cache_params"}
@@ -25,8 +28,30 @@ def pretrained_models(module: nn.Module) -> dict[str, PreTrainedModel]:
     return found
 
 
-def experts_modules(model: PreTrainedModel) -> dict[str, nn.Module]:
-    """The experts modules that the model's own expert-parallel plan names, by their name inside ``model``."""
+@dataclass(frozen=True)
+class _Planned:
+    """What is remembered of a model: the names of its experts modules, as its user gave them."""
+
+    names: tuple[str, ...]
+
+
+def plan_experts(model: nn.Module, names: Iterable[str]) -> None:
+    """Has the modules ``names`` inside of ``model`` be its experts, in place of those that it declares."""
+    remember(model, _Planned(tuple(names)))
+
+
+def planned_models(module: nn.Module) -> dict[str, nn.Module]:
+    """The models of plain PyTorch inside ``module`` (itself included) of which `plan_experts` was told, by name."""
+    planned = {name: child for name, child in module.named_modules() if recall(child, _Planned) is not None}
+    return {name: child for name, child in planned.items() if not isinstance(child, PreTrainedModel)}
+
+
+def experts_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """The experts modules of a model, by their name inside it: as its user planned, or else as it declares."""
+    planned = recall(model, _Planned)
+    if planned is not None:
+        return {name: model.get_submodule(name) for name in planned.names}
+    assert isinstance(model, PreTrainedModel)
     patterns = [name for name, style in (model.ep_plan or {}).items() if style == _DISPATCHED_EXPERTS]
     matches = [_matcher(pattern) for pattern in patterns]
     return {name: child for name, child in model.named_modules() if any(match(name) for match in matches)}
@@ -55,10 +80,32 @@ def model_class(model: PreTrainedModel) -> type[PreTrainedModel]:
     )
 
 
-def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
-    """The repeated blocks that the model declares must not be split; the unit of FSDP."""
+def decoder_layers(model: nn.Module) -> list[nn.Module]:
+    """The repeated blocks that the model declares must not be split; the unit of FSDP.
+
+    Of plain PyTorch they are what the outermost lists of modules around experts hold.
+    """
+    if not isinstance(model, PreTrainedModel):
+        lists = dict.fromkeys(found for name in experts_modules(model) if (found := _outermost_list(model, name)))
+        experts = set(experts_modules(model).values())
+        return [layer for found in lists for layer in found.children() if layer not in experts]
     names = set(model._no_split_modules or ())
     return [child for child in model.modules() if type(child).__name__ in names]
+
+
+def _outermost_list(model: nn.Module, name: str) -> nn.Module | None:
+    parts = name.split(".")
+    around = (model.get_submodule(".".join(parts[:length])) for length in range(1, len(parts)))
+    return next((outer for outer in around if isinstance(outer, nn.ModuleList | nn.ModuleDict | nn.Sequential)), None)
+
+
+def number_of_experts(experts: nn.Module) -> int | None:
+    """How many experts a module says that it has, or how long its parameters are in front; None if they differ."""
+    said = getattr(experts, "num_experts", None)
+    if isinstance(said, int):
+        return said
+    sizes = {param.shape[0] if param.ndim else 0 for param in experts.parameters(recurse=False)}
+    return sizes.pop() if len(sizes) == 1 else None
 
 
 def optional_parts(model: PreTrainedModel) -> list[nn.Module]:
@@ -94,7 +141,7 @@ def attention_modules(model: PreTrainedModel) -> dict[str, nn.Module]:
     }
 
 
-def routers(models: Iterable[PreTrainedModel]) -> set[nn.Module]:
+def routers(models: Iterable[nn.Module]) -> set[nn.Module]:
     """The routers of ``models``: what they declare to give router logits, if it has no experts.
 
     Where a family declares none for some experts (those of another kind of router, or of a tower), it is what stands
@@ -110,7 +157,7 @@ def routers(models: Iterable[PreTrainedModel]) -> set[nn.Module]:
     return found | {gate for model in models for gate in _gates(model, found)}
 
 
-def _gates(model: PreTrainedModel, found: set[nn.Module]) -> Iterator[nn.Module]:
+def _gates(model: nn.Module, found: set[nn.Module]) -> Iterator[nn.Module]:
     for name, experts in experts_modules(model).items():
         block = model.get_submodule(name.rpartition(".")[0])
         if found.isdisjoint(block.modules()):
@@ -121,7 +168,7 @@ def _gates(model: PreTrainedModel, found: set[nn.Module]) -> Iterator[nn.Module]
                     yield child
 
 
-def refuse_own_checkpointing(model: PreTrainedModel, reason: str) -> None:
+def refuse_own_checkpointing(model: nn.Module, reason: str) -> None:
     """Makes turning on the activation checkpointing of transformers a ValueError."""
 
     # transformers reads the names of its parameters.

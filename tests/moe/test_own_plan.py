@@ -1,0 +1,204 @@
+"""Experts that no model declares: plans of one's own for plain PyTorch and for families of transformers."""
+
+from __future__ import annotations
+
+import copy
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from lightning_ep import ExpertParallelStrategy, ParallelLayout, expert_plan, parallelize
+from lightning_ep.moe.experts import is_parallel_experts
+from lightning_ep.moe.own_plan import resolve_plan
+from lightning_ep.parallelize import check
+from tests.ranks import assert_ranks_agree, device
+from tests.reference import VOCAB, relative_error, tiny_model
+from tests.tiny import quiet
+
+PAGE = Path(__file__).parents[2] / "docs" / "experts.md"
+PLAN: dict[str, Any] = {"model.layers.*.moe.experts": "experts"}
+
+
+def _page() -> dict[str, Any]:
+    """What the code of the page defines."""
+    (code,) = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
+    names: dict[str, Any] = {"__name__": "page"}
+    exec(code, names)
+    return names
+
+
+def _decoder() -> nn.Module:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model: nn.Module = _page()["Decoder"]()
+        return model
+
+
+def _ids(seed: int) -> Tensor:
+    return torch.randint(0, VOCAB, (2, 12), generator=torch.Generator().manual_seed(seed))
+
+
+def _loss(model: nn.Module, ids: Tensor) -> Tensor:
+    return F.cross_entropy(model(ids[:, :-1]).flatten(0, 1), ids[:, 1:].flatten())
+
+
+def _differences(found: nn.Module, expected: nn.Module, gradients: bool) -> list[str]:
+    wrong = []
+    for (name, param), reference in zip(found.named_parameters(), expected.parameters(), strict=True):
+        one, other = (param.grad, reference.grad) if gradients else (param.detach(), reference.detach())
+        if not (error := relative_error(one.full_tensor(), other)) <= 1e-5:  # type: ignore[union-attr, arg-type]
+            wrong.append(f"{name}: {error:.1e}")
+    return wrong
+
+
+def _fits(root: Path) -> list[str]:
+    rank, world, page = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), _page()
+    plain = _decoder()
+    optimizer = torch.optim.SGD(plain.parameters(), lr=0.1)
+    for step in range(3):
+        optimizer.zero_grad()
+        sum(_loss(plain, _ids(world * step + other)) / world for other in range(world)).backward()  # type: ignore[union-attr]
+        optimizer.step()
+    module = page["Module"]()
+    module.model = _decoder()
+    data = DataLoader([_ids(world * step + rank) for step in range(3)], batch_size=None)
+    trainer = quiet(root, strategy=page["strategy"], max_steps=3, use_distributed_sampler=False)
+    trainer.fit(module, data)
+    trainer.save_checkpoint(root / "saved")
+    wrong = _differences(module.model, plain, gradients=False)
+    spread = [layer.moe.experts for layer in module.model.layers]
+    if not all(map(is_parallel_experts, spread)) or spread[0].up.to_local().shape[0] != 4:
+        wrong.append("experts are not spread")
+    again = page["Module"]()
+    strategy = ExpertParallelStrategy(plan=PLAN)
+    quiet(root, strategy=strategy, max_steps=3).fit(again, data, ckpt_path=root / "saved", weights_only=False)
+    return [*wrong, *(f"resumed: {found}" for found in _differences(again.model, plain, gradients=False))]
+
+
+def test_the_plain_model_of_the_page_trains_and_resumes_like_one_process(tmp_path: Path) -> None:
+    assert_ranks_agree(2, _fits, tmp_path, init_process_group=False)
+
+
+def _gradients(ep: int, mode: Any, compile: bool) -> list[str]:
+    rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    plain, sharded = _decoder(), _decoder()
+    sum(_loss(plain, _ids(other)) for other in range(world)).backward()  # type: ignore[union-attr]
+    layout = ParallelLayout.resolve(ep, "auto", world, world)
+    plan: dict[str, Any] = {"layers.*.moe.experts": "experts"}
+    parallelize(sharded, layout, device(), plan=plan, activation_checkpointing=mode, compile=compile)
+    _loss(sharded, _ids(rank).to(device())).backward()
+    return _differences(sharded, plain, gradients=True)
+
+
+@pytest.mark.parametrize(
+    ("world", "ep", "mode", "compile"),
+    [
+        (2, 1, "full", False),
+        pytest.param(2, 2, "selective", True, marks=pytest.mark.slow),
+        pytest.param(4, 2, "none", False, marks=pytest.mark.slow),
+    ],
+)
+def test_gradients_of_plain_models_equal_one_process(world: int, ep: int, mode: str, compile: bool) -> None:
+    assert_ranks_agree(world, _gradients, ep, mode, compile)
+
+
+def test_a_pattern_that_matches_nothing_is_refused_with_what_is_near() -> None:
+    with pytest.raises(ValueError, match=r"'model.layer.\*.moe.experts' matches no .*mean layers.\*.moe.experts"):
+        resolve_plan(_decoder(), {"model.layer.*.moe.experts": "experts"})
+    with pytest.raises(ValueError, match=r"may have experts in front: layers.\*.moe.experts\."):
+        resolve_plan(_decoder(), {"transformer.h": "experts"})
+
+
+def test_a_strategy_says_so_once_the_model_is_there(tmp_path: Path) -> None:
+    module = _page()["Module"]()
+    trainer = quiet(tmp_path, strategy=ExpertParallelStrategy(plan={"layers.*.moe": "experts"}), max_steps=1)
+    with pytest.raises(ValueError, match=r"'layers.\*.moe' matches no module of Module .*model.layers.\*.moe"):
+        trainer.fit(module, DataLoader([_ids(0)], batch_size=None))
+
+
+def test_other_styles_and_kernels_beside_styles_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"the plan has 'expert' for 'a.b', and a style is 'experts'"):
+        quiet(tmp_path, strategy=ExpertParallelStrategy(plan={"a.b": "expert"}))
+
+
+class _Swapped(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(8, 4, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x
+
+
+class _OneByOne(nn.Module):
+    def __init__(self, experts: nn.Module) -> None:
+        super().__init__()
+        self.experts = experts
+
+
+@pytest.mark.parametrize(
+    ("experts", "what"),
+    [
+        (nn.ModuleList(nn.Linear(4, 4) for _ in range(8)), "Experts that are modules one by one"),
+        (_Swapped(), r"cannot be called as experts are: forward\(hidden \[tokens, size\], ids"),
+    ],
+)
+def test_what_cannot_be_spread_is_refused_with_what_to_do(experts: nn.Module, what: str) -> None:
+    model = _OneByOne(experts)
+    with pytest.raises(ValueError, match=what):
+        check(model, ParallelLayout(2, ep=2), resolve_plan(model, {"experts": "experts"}))
+
+
+def test_experts_without_a_module_around_them_are_refused() -> None:
+    module = L.LightningModule()
+    module.experts = _Swapped()
+    with pytest.raises(ValueError, match="are in no module that is called in forward"):
+        resolve_plan(module, {"experts": "experts"}, is_called=False)
+
+
+def test_tensor_parallelism_of_plain_models_is_refused() -> None:
+    model = _decoder()
+    with pytest.raises(ValueError, match=r"the model \(Decoder\) is no transformers model.* Use tp=1 and cp=1"):
+        check(model, ParallelLayout(2, ep=2, tp=2), resolve_plan(model, {"layers.*.moe.experts": "experts"}))
+
+
+def test_a_family_without_a_plan_names_this_way() -> None:
+    config = AutoConfig.for_model("llama4_text", num_hidden_layers=1, hidden_size=32, vocab_size=64)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    with pytest.raises(ValueError, match=r"Llama4ForCausalLM .* name them: plan=\{\"model.layers.\*.mlp.experts\""):
+        expert_plan(model)
+    with pytest.raises(ValueError, match=r"Llama4TextExperts\) cannot be called as experts are"):
+        check(model, ParallelLayout(2, ep=2), resolve_plan(model, {"model.layers.*.feed_forward.experts": "experts"}))
+
+
+def _undeclared() -> list[str]:
+    rank = torch.distributed.get_rank()
+    plain, sharded = tiny_model(), tiny_model()
+    for model in (plain, sharded):
+        model.config.base_model_ep_plan = model._ep_plan = None
+    sum(plain(input_ids=_ids(other), labels=_ids(other)).loss for other in range(2)).backward()
+    layout = ParallelLayout.resolve(2, 1, 2, 2)
+    plan: Any = {"layers.*.mlp.experts": "experts", "model.layers.*.mlp.experts": "experts"}
+    try:
+        parallelize(copy.deepcopy(sharded), layout, device(), plan=plan)
+        return ["the first pattern matches nothing, and was accepted"]
+    except ValueError:
+        del plan["layers.*.mlp.experts"]
+    parallelize(sharded, layout, device(), plan=plan, activation_checkpointing="full")
+    ids = _ids(rank).to(device())
+    sharded(input_ids=ids, labels=ids).loss.backward()
+    return _differences(sharded, plain, gradients=True)
+
+
+def test_a_transformers_model_that_declares_nothing_trains_by_a_plan() -> None:
+    assert_ranks_agree(2, _undeclared)
