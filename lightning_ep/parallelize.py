@@ -85,7 +85,7 @@ def is_parallelized(module: nn.Module) -> bool:
 
 def check_sharded(module: nn.Module, layout: ParallelLayout) -> None:
     """Raises ValueError if a model of the module was sharded for another layout, which cannot be changed any more."""
-    for name, model in (adapter.pretrained_models(module) | adapter.planned_models(module)).items():
+    for name, model in (adapter.called_models(module) | adapter.planned_models(module)).items():
         found = adapter.recall(model, ParallelLayout)
         if found is not None and found != layout:
             raise ValueError(
@@ -171,7 +171,7 @@ class Steps:
         mp_policy: MixedPrecisionPolicy,
     ) -> None:
         self.module = module
-        self.models = list(adapter.pretrained_models(module).values())
+        self.models = list(adapter.called_models(module).values())
         self.plain = list(adapter.planned_models(module).values())
         self.experts = {module.get_submodule(name): style for name, style in plan.items()}
         self._meshes, self._device, self._mp_policy = meshes, device, mp_policy
@@ -276,7 +276,7 @@ def check(
         validate = getattr(style, "validate", None)
         if validate is not None:
             validate(experts, layout.ep)
-    models = adapter.pretrained_models(module).values()
+    models = adapter.called_models(module).values()
     tensor_plans = {model: tensor_plan(model, layout) for model in models} if layout.tp > 1 else {}
     for model in models:
         if layout.cp > 1:

@@ -52,7 +52,7 @@ def multimodal_model(family: str, std: float = 0.1) -> PreTrainedModel:
     config: Any = tiny_config_of(family)
     if family == "aria":
         config.projector_patch_to_query_dict = {4: 2}
-    _give_small_ids(config)
+    give_small_ids(config)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = auto_class_of(config).from_config(config, attn_implementation="eager")
@@ -60,11 +60,14 @@ def multimodal_model(family: str, std: float = 0.1) -> PreTrainedModel:
             for name, param in model.named_parameters():
                 if "norm" not in name:
                     param.normal_(std=std)
+            for name, table in model.named_buffers():
+                if name.endswith("tid2eid"):  # experts of hash routers, by token
+                    table.copy_(torch.arange(table.numel()).view_as(table) % 4)
     model.set_experts_implementation("eager")
     return model
 
 
-def _give_small_ids(config: PreTrainedConfig) -> None:
+def give_small_ids(config: PreTrainedConfig) -> None:
     """Ids of placeholders that the small vocabulary has."""
     vocabulary = config.get_text_config().vocab_size
     large = [name for name, value in vars(config).items() if "token" in name and isinstance(value, int)]

@@ -210,13 +210,25 @@ def _check_version() -> None:
 
 
 def _attention(model: PreTrainedModel) -> list[str]:
-    """The linear layers of attention: the ends of their names where these say which, else whole names."""
+    """The linear layers of attention: the ends of their names where these say which, else whole names.
+
+    Without those of a kind that PEFT does not know (DeepSeek-V4's, of groups), gates by the name that experts' had
+    before they were fused, for which PEFT takes them (AFMoE's), and what Mamba's kernels take the weight of.
+    """
     inside = [f"{name}." for name in adapter.attention_modules(model)]
-    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    known = [name for name, m in model.named_modules() if isinstance(m, nn.Linear) and _is_plain(m)]
+    left_out = {
+        f"{name}.out_proj" for name, m in model.named_modules() if hasattr(m, "in_proj") and hasattr(m, "conv1d")
+    }
+    linear = [name for name in known if name.rpartition(".")[2] != "gate_proj" and name not in left_out]
     wanted = {name for name in linear if any(name.startswith(prefix) for prefix in inside)}
     ends = {name.rpartition(".")[2] for name in wanted}
     others = [name for name, _ in model.named_modules() if name not in wanted and name.rpartition(".")[2] in ends]
     return sorted(wanted if others else ends)
+
+
+def _is_plain(module: nn.Module) -> bool:
+    return type(module).forward is nn.Linear.forward
 
 
 def _experts(model: PreTrainedModel) -> list[str]:

@@ -76,7 +76,7 @@ class _Walk:
 
     def __init__(self, root: nn.Module) -> None:
         self.found: dict[nn.Module, Holder] = {}
-        models = [*adapter.pretrained_models(root).values(), *adapter.planned_models(root).values()]
+        models = [*adapter.called_models(root).values(), *adapter.planned_models(root).values()]
         outermost = {experts for model in models for experts in adapter.experts_modules(model).values()}
         self._experts = {module for experts in outermost for module in _by_expert(experts)}
         self._shadows = _shadows(root)

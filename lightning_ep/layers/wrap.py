@@ -27,7 +27,7 @@ def check_recompute(module: nn.Module, plan: Iterable[str], mode: ActivationChec
         mode: As in `parallelize`.
     """
     check_mode(mode)
-    models = adapter.pretrained_models(module).values()
+    models = adapter.called_models(module).values()
     if any(model.is_activation_checkpointing for model in models):
         raise ValueError(f"gradient_checkpointing_enable() was called on the model. {_NOT_TRANSFORMERS_OWN}")
     if mode == "none":

@@ -176,7 +176,7 @@ def expert_plan(
     Raises:
         ValueError: If there is no transformers model, or one of them has no experts that its plan names.
     """
-    models = adapter.pretrained_models(model)
+    models = adapter.called_models(model)
     if not models:
         raise ValueError(
             f"{type(model).__name__} contains no transformers model, so there are no experts to parallelise. Assign "

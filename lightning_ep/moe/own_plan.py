@@ -114,8 +114,9 @@ def _model_around(module: nn.Module, name: str, is_called: bool) -> str:
     parts = name.split(".")
     around = [".".join(parts[:length]) for length in range(len(parts))]
     modules: dict[str, Any] = {outer: module.get_submodule(outer) for outer in around}
-    for outer, child in modules.items():
-        if isinstance(child, PreTrainedModel):
+    called = adapter.called_models(module)
+    for outer in modules:
+        if outer in called:
             return outer
     for outer, child in modules.items():
         holds_model = any(isinstance(inner, PreTrainedModel) for inner in child.modules())

@@ -82,12 +82,12 @@ class ShardedPrecision(Precision):
 
     def note_sharded(self, module: nn.Module) -> None:
         """Remembers on the models of a module that they were sharded with this precision."""
-        for model in (adapter.pretrained_models(module) | adapter.planned_models(module)).values():
+        for model in (adapter.called_models(module) | adapter.planned_models(module)).values():
             adapter.remember(model, _ShardedWith(self.precision))
 
     def check_sharded(self, module: nn.Module) -> None:
         """Raises ValueError if a module was sharded with another precision, which cannot be changed any more."""
-        for model in (adapter.pretrained_models(module) | adapter.planned_models(module)).values():
+        for model in (adapter.called_models(module) | adapter.planned_models(module)).values():
             found = adapter.recall(model, _ShardedWith)
             if found is not None and found.precision != self.precision:
                 raise ValueError(

@@ -61,6 +61,7 @@ from lightning_ep.transformers_adapter.packing import (
 from lightning_ep.transformers_adapter.record import recall, remember
 from lightning_ep.transformers_adapter.structure import (
     attention_modules,
+    called_models,
     decoder_layers,
     experts_modules,
     keep_recording,
@@ -91,6 +92,7 @@ __all__ = [
     "attention_modules",
     "blueprint",
     "bounds_of",
+    "called_models",
     "cast_constants",
     "causal_mask",
     "config_with_attention",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -28,10 +29,14 @@ from lightning_ep.transformers_adapter.structure import decoder_layers
 
 
 def attention_heads(model: PreTrainedModel) -> tuple[int, int]:
-    """Numbers of query heads and of key/value heads."""
+    """Numbers of query heads and of key/value heads; where layers differ, what divides those of all."""
     config = model.config.get_text_config()
-    heads: int = config.num_attention_heads
-    return heads, getattr(config, "num_key_value_heads", None) or heads
+    layers: list[Any] = [config]
+    if config.is_heterogeneous:
+        layers = [config.per_layer_config[index] for index in range(config.num_hidden_layers)]
+    heads = [layer.num_attention_heads for layer in layers]
+    kv_heads = [getattr(layer, "num_key_value_heads", None) or layer.num_attention_heads for layer in layers]
+    return math.gcd(*heads), math.gcd(*kv_heads)
 
 
 def attention_implementation(model: PreTrainedModel) -> str:

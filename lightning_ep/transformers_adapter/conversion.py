@@ -23,6 +23,8 @@ from transformers.core_model_loading import (
     rename_source_key,
 )
 
+from lightning_ep.transformers_adapter.structure import called_models
+
 
 @dataclass(frozen=True, eq=False)
 class Blueprint:
@@ -58,9 +60,9 @@ class Blueprint:
 def blueprint(model: PreTrainedModel) -> Blueprint:
     """The blueprint of a model as its class builds it; ask before anything is renamed, replaced or sharded."""
     state = model.state_dict(keep_vars=True)
-    vocabulary = {
-        id(p) for m in (model.get_input_embeddings(), model.get_output_embeddings()) if m for p in m.parameters()
-    }
+    parts = called_models(model).values()
+    ends = [end for part in parts for end in (part.get_input_embeddings(), part.get_output_embeddings())]
+    vocabulary = {id(param) for end in ends if end for param in end.parameters()}
     unexpected = set(model._keys_to_ignore_on_load_unexpected or ())
     # Buffers that older checkpoints contain; transformers passes over them for every family.
     unexpected |= {r"rotary_emb\.inv_freq", r"(^|\.)position_ids$"}

@@ -28,6 +28,25 @@ def pretrained_models(module: nn.Module) -> dict[str, PreTrainedModel]:
     return found
 
 
+def called_models(module: nn.Module) -> dict[str, PreTrainedModel]:
+    """The transformers models inside ``module`` that are called in forward, by name: the outermost.
+
+    Of one without a forward (Qwen3-Omni whole, whose users call its thinker) they are those with experts inside.
+    """
+    found: dict[str, PreTrainedModel] = {}
+    for outer, model in pretrained_models(module).items():
+        inner = {}
+        if type(model).forward is nn.Module.forward:
+            inside = {
+                f"{key}.{name}" if name else key: m
+                for key, c in model.named_children()
+                for name, m in pretrained_models(c).items()
+            }
+            inner = {f"{outer}.{name}" if outer else name: m for name, m in inside.items() if experts_modules(m)}
+        found |= inner or {outer: model}
+    return found
+
+
 @dataclass(frozen=True)
 class _Planned:
     """What is remembered of a model: the names of its experts modules, as its user gave them."""

@@ -10,11 +10,12 @@ import pytest
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from lightning_ep import CausalLM, LoRA, add_adapter, from_config, from_pretrained, parallelize
 from lightning_ep.hub.errors import CheckpointError
+from tests.hub.every_family import tiny_config_of
 from tests.hub_files import full_state, layout, write_checkpoint
 from tests.parity import as_peft, lora_like_peft
 from tests.ranks import assert_ranks_agree, device
@@ -211,3 +212,17 @@ def test_what_adapts_like_peft_says_the_same() -> None:
     theirs = adapted_by_peft(tiny_model(), "both").peft_config["default"]
     assert set(ours.target_modules) == set(theirs.target_modules)
     assert set(ours.target_parameters) == set(theirs.target_parameters)
+
+
+@pytest.mark.parametrize(
+    ("family", "left_out"), [("afmoe", "gate_proj"), ("deepseek_v4", "o_a_proj"), ("nemotron_h", "out_proj")]
+)
+def test_the_default_leaves_out_what_peft_cannot_adapt_in_attention(family: str, left_out: str) -> None:
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(tiny_config_of(family))
+    linear = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    assert any(name.endswith(f".{left_out}") for name in linear), "the model has none"
+    add_adapter(model, LoRA(r=2, experts=False))
+    adapted = {name.rpartition(".")[2] for name, module in model.named_modules() if hasattr(module, "lora_A")}
+    assert adapted
+    assert left_out not in adapted

@@ -76,12 +76,13 @@ def _trains_like_one_process(
     replicate: int = 1,
     bf16: bool = False,
     lr: float = 0.05,
+    compile: bool = False,
 ) -> list[str]:
     rank, world = dist.get_rank(), dist.get_world_size()
     plain, sharded = CHANGES[change](multimodal_model(family)), CHANGES[change](multimodal_model(family))
     sizes = ParallelLayout.resolve(2, "auto", world, world, replicate)
     policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if bf16 else None
-    parallelize(sharded, sizes, device(), activation_checkpointing=mode, mp_policy=policy)
+    parallelize(sharded, sizes, device(), activation_checkpointing=mode, mp_policy=policy, compile=compile)
     optimizers = [torch.optim.SGD(model.parameters(), lr=lr, weight_decay=0.1) for model in (plain, sharded)]
     makes = multimodal_model(family)
     wrong: list[str] = []
@@ -146,6 +147,13 @@ def test_in_bf16_with_gradients_kept_in_fp32() -> None:
 @pytest.mark.parametrize("change", CHANGES)
 def test_recomputed(change: str, mode: str) -> None:
     assert_ranks_agree(2, _trains_like_one_process, "qwen3_vl_moe", TURNS, change, mode)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["none", "full"])
+def test_compiled_towers(mode: str) -> None:
+    arguments = ("qwen3_vl_moe", TURNS[:3], "nothing", mode, 1, False, 0.05, True)
+    assert_ranks_agree(2, _trains_like_one_process, *arguments, timeout=300)
 
 
 @pytest.mark.slow

@@ -18,7 +18,8 @@ from transformers import (
 # Wherever a config has an attribute of that name.
 _SIZES: dict[str, int] = {
     "vocab_size": 128, "vocab_size_per_layer_input": 128, "hidden_size": 32, "d_model": 32, "embed_dim": 32,
-    "out_hidden_size": 32, "projection_dim": 32, "output_dim": 32, "hidden_size_per_layer_input": 8,
+    "out_hidden_size": 32, "downsample_hidden_size": 16, "projection_dim": 32, "output_dim": 32,
+    "hidden_size_per_layer_input": 8,
     "intermediate_size": 48, "encoder_ffn_dim": 32, "moe_intermediate_size": 16, "shared_intermediate_size": 16,
     "shared_expert_intermediate_size": 16, "moe_latent_size": 16, "num_hidden_layers": 4, "num_layers": 2, "depth": 2,
     "encoder_layers": 2, "num_attention_heads": 4, "num_heads": 4, "encoder_attention_heads": 4,
@@ -34,23 +35,36 @@ _SIZES: dict[str, int] = {
     "patch_size": 14, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
 }  # fmt: skip
 _HEADS = {"num_key_value_heads": 4}
+_MROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}}
 _ROUTED = {"num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 16}
 # What a family needs beside, or in place of these.
 _MORE: dict[str, dict[str, Any]] = {
+    "axk1": _HEADS,
+    "axk2": _HEADS,
+    "bailing_hybrid": {"num_experts_per_tok": 2, "n_group": 1, "topk_group": 1},
     "deepseek_ocr2_text": {
         **_HEADS, "num_experts_per_tok": 2, "mlp_layer_types": ["dense", "sparse", "sparse", "sparse"]
     },
-    "deepseek_v2": _HEADS,
+    "deepseek_v2": {**_HEADS, "num_experts_per_tok": 2},
+    "deepseek_v3": _HEADS,
+    "deepseek_v32": _HEADS,
     "diffusion_gemma_text": _ROUTED,
     "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
-    "dots3_note_text": _HEADS,
+    "dots3_note_text": {
+        **_HEADS, "swa_num_attention_heads": 4, "swa_num_key_value_heads": 4, "swa_q_lora_rank": 16,
+        "swa_kv_lora_rank": 16, "swa_head_dim": 16, "swa_qk_nope_head_dim": 8, "swa_v_head_dim": 8,
+    },
     "ernie4_5_moe": {"moe_num_experts": 4, "moe_k": 2},
     "ernie4_5_vl_moe_text": {
-        "moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": [16, 16],
-        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]},
+        "moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": [16, 16], **_MROPE
     },
     "gemma4_text": {**_ROUTED, "enable_moe_block": True},
-    "glm5_next_text": {**_HEADS, "index_topk": 16, "qk_rope_head_dim": 0, "qk_head_dim": 8},
+    "glm4_moe_lite": _HEADS,
+    "glm4v_moe_text": {"rope_parameters": {**_MROPE["rope_parameters"], "partial_rotary_factor": 1.0}},
+    "glm5_next_text": {
+        **_HEADS, "linear_num_heads": 2, "linear_head_dim": 8, "index_topk": 16, "qk_rope_head_dim": 0, "qk_head_dim": 8
+    },
+    "glm_moe_dsa": _HEADS,
     "granitemoehybrid": {"layer_types": ["mamba", "attention"] * 2},
     "hunyuan_v1_moe": {"head_dim": 8, "moe_topk": 2},
     "inkling2_vision": {
@@ -58,6 +72,13 @@ _MORE: dict[str, dict[str, Any]] = {
     },
     "kimi_linear": {"num_experts_per_token": 2, "linear_head_dim": 8, "linear_num_heads": 4},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
+    "mistral4": {
+        **_HEADS, "rope_parameters": {
+            "rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 1.0, "llama_4_scaling_beta": 0.1,
+            "original_max_position_embeddings": 64,
+        },
+    },
+    "mistral_large4_text": _HEADS,
     "muse_spark_audio": {"hidden_sizes": (8, 8, 16, 16), "depths": (1, 1, 1, 1)},
     "muse_spark_text": {"moe_hidden_size": 32},
     "qwen4_exp_text": {
@@ -66,6 +87,10 @@ _MORE: dict[str, dict[str, Any]] = {
         "ngram_vocab_size_base": 50, "heads_per_ngram": 2, "output_gate_type": "sigmoid",
         "layer_types": ["linear_attention", "linear_attention", "linear_attention", "indexed_attention"],
     },
+    "phimoe": {"router_jitter_noise": 0.0, "input_jitter_noise": 0.0},  # else other numbers on other ranks
+    "qwen3_omni_moe_talker_text": {"shared_expert_intermediate_size": 16},
+    "step3p5": {"sliding_window": 8},
+    "unlimited_ocr_text": _HEADS,
     "zaya": {"num_experts_per_tok": 1, "router_hidden_size": 16},
 }  # fmt: skip
 FAMILIES = [
@@ -107,14 +132,15 @@ def tiny_config_of(model_type: str) -> PreTrainedConfig:
         sizes = {name: _SIZES[name] for name in ("hidden_size", "image_size", "patch_size", "projection_dim")}
         vision = CLIPVisionConfig(num_hidden_layers=2, num_attention_heads=4, intermediate_size=48, **sizes)
         return LlavaConfig(text_config=tiny_config_of("mixtral"), vision_config=vision)
-    return _shrunk(CONFIG_MAPPING[model_type]())
+    return shrunk(CONFIG_MAPPING[model_type]())
 
 
-def _shrunk(config: PreTrainedConfig) -> PreTrainedConfig:
+def shrunk(config: PreTrainedConfig) -> PreTrainedConfig:
+    """A configuration like this one with few and small layers."""
     arguments: dict[str, Any] = {}
     for name, value in vars(config).items():
         if isinstance(value, PreTrainedConfig):
-            arguments[name] = _shrunk(value)
+            arguments[name] = shrunk(value)
         elif name in _SIZES and isinstance(value, int):
             arguments[name] = _SIZES[name]
     return type(config)(**{**arguments, **_MORE.get(config.model_type, {})})

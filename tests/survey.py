@@ -1,0 +1,407 @@
+"""What works with which family: every stage of its life on two ranks, against one process. Writes docs/models.md.
+
+python -m tests.survey                      # all families, about half an hour on two cores; writes the page
+python -m tests.survey mixtral gpt_oss      # prints these rows
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import inspect
+import json
+import re
+import tempfile
+import time
+from collections.abc import Callable
+from copy import deepcopy
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import MixedPrecisionPolicy
+from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
+from transformers.utils import logging
+
+from lightning_ep import LoRA, ParallelLayout, add_adapter, from_pretrained, parallelize, shard_sequence
+from lightning_ep import transformers_adapter as adapter
+from lightning_ep.hub.export import export_sharded
+from lightning_ep.hub.initialize import materialize
+from tests.hub.every_family import FAMILIES, auto_class_of, tiny_config_of
+from tests.multimodal import IMAGES, image_batch, multimodal_model, text_batch
+from tests.parity import as_peft
+from tests.ranks import RankFailure, device, run_ranks
+from tests.reference import grad_or_zero, relative_error
+
+Inputs = dict[str, Any]
+_TOLERANCE = 2e-5  # of fp32; linear attention makes more of a rounding than softmax does
+
+
+def _batch(family: str, model: nn.Module, seed: int) -> Inputs:
+    batch, known = text_batch(seed), inspect.signature(model.forward).parameters
+    return {key: value for key, value in batch.items() if key in known} | (
+        {"use_cache": False} if "use_cache" in known or "kwargs" in known else {}
+    )
+
+
+def _loss(model: nn.Module, batch: Inputs) -> Tensor:
+    output = model(**batch)
+    loss = getattr(output, "loss", None)
+    if loss is not None:
+        return loss
+    hidden = output[0]  # of a norm: of one length, but not of one direction
+    return (hidden * torch.linspace(-1, 1, hidden.shape[-1], device=hidden.device)).square().mean()
+
+
+def _here(batch: Inputs) -> Inputs:
+    return {key: value.to(device()) if isinstance(value, Tensor) else value for key, value in batch.items()}
+
+
+def _backward(model: nn.Module, batch: Inputs) -> Tensor:
+    loss = _loss(model, batch)
+    loss.backward()
+    return loss.detach()
+
+
+@functools.lru_cache(maxsize=4)  # the stages of a family, one after the other
+def _reference(family: str, seeds: tuple[int, ...]) -> tuple[float, dict[str, Tensor]]:
+    """Loss and gradients of one process over several batches."""
+    model = multimodal_model(family)
+    total = sum(_backward(model, _batch(family, model, seed)).item() for seed in seeds)
+    return total, {name: grad_or_zero(param) for name, param in model.named_parameters()}
+
+
+def _compare(model: nn.Module, wanted: dict[str, Tensor]) -> str:
+    """The gradient that differs most, if any does."""
+    errors = {}
+    for name, param in model.named_parameters():
+        if param.requires_grad:
+            grad = param.grad if param.grad is not None else torch.zeros_like(param)
+            whole = as_peft(name, grad.full_tensor().cpu() if isinstance(grad, DTensor) else grad.cpu())
+            # Where the true gradient is all but zero (a key bias shifts every score alike) only noise is left.
+            if not (whole - wanted[name]).norm() <= 1e-6:
+                errors[name] = relative_error(whole, wanted[name])
+    worst = max(errors, key=lambda name: errors[name], default="")
+    return f"the gradient of {worst} is off by {errors[worst]:.1e}" if worst and errors[worst] > _TOLERANCE else ""
+
+
+def _trains(family: str, change: Callable[[Any], Any] = lambda model: model, **options: Any) -> str:
+    rank, model = dist.get_rank(), change(multimodal_model(family))
+    if change is not _unchanged:
+        expected = change(multimodal_model(family))
+        losses = sum(_backward(expected, _batch(family, expected, seed)).item() for seed in range(2))
+        wanted = {name: grad_or_zero(param) for name, param in expected.named_parameters()}
+    else:
+        losses, wanted = _reference(family, (0, 1))
+    parallelize(model, ParallelLayout.resolve(2, 1, 2, 2), device(), **options)
+    loss = _backward(model, _here(_batch(family, model, rank)))
+    dist.all_reduce(loss)
+    off = abs(loss.item() - losses) / abs(losses)
+    return f"the loss is off by {off:.1e}" if off > _TOLERANCE else _compare(model, wanted)
+
+
+def _unchanged(model: Any) -> Any:
+    return model
+
+
+def gradients(family: str, folder: Path) -> str:
+    return _trains(family, _unchanged)
+
+
+def recompute(family: str, folder: Path) -> str:
+    return _trains(family, _unchanged, activation_checkpointing="full")
+
+
+def bf16(family: str, folder: Path) -> str:
+    losses, wanted = _reference(family, (0, 1))
+    model = multimodal_model(family)
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    parallelize(model, ParallelLayout.resolve(2, 1, 2, 2), device(), mp_policy=policy)
+    loss = _backward(model, _here(_batch(family, model, dist.get_rank())))
+    dist.all_reduce(loss)
+    found = {n: p.grad.full_tensor().cpu() for n, p in model.named_parameters() if p.grad is not None}
+    alike, off = _cosine(found, wanted), abs(loss.item() - losses) / abs(losses)
+    if off < 0.1 and alike > 0.8:  # near-ties in routers send tokens elsewhere
+        return ""
+    narrow = multimodal_model(family).bfloat16()
+    for seed in range(2):
+        _backward(narrow, _batch(family, narrow, seed))
+    theirs = _cosine({name: param.grad for name, param in narrow.named_parameters() if param.grad is not None}, wanted)
+    if off < 0.1 and alike > theirs - 0.15:  # as far as Gemma 4's are from batch to batch, theirs and ours
+        return ""
+    return f"the loss is off by {off:.1e}, the gradient's cosine is {alike:.2f}, of transformers in bf16 {theirs:.2f}"
+
+
+def _cosine(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> float:
+    one, other = (torch.cat([grads[name].flatten().double() for name in found]) for grads in (found, wanted))
+    return torch.nn.functional.cosine_similarity(one, other, dim=0).item()
+
+
+def tp(family: str, folder: Path) -> str:
+    loss, wanted = _reference(family, (0,))
+    model = multimodal_model(family)
+    layout = ParallelLayout.resolve(2, 1, 2, 2, tp=2)
+    parallelize(model, layout, device())
+    found = _loss(model, _here(_batch(family, model, 0)))
+    (found / layout.loss_world_size).backward()
+    off = abs(found.item() - loss) / abs(loss)
+    return f"the loss is off by {off:.1e}" if off > _TOLERANCE else _compare(model, wanted)
+
+
+def cp(family: str, folder: Path) -> str:
+    wanted_loss, wanted = _reference(family, (0,))
+    model = multimodal_model(family)
+    layout = ParallelLayout.resolve(2, 1, 2, 2, cp=2)
+    meshes = parallelize(model, layout, device())
+    batch = _here(_batch(family, model, 0))
+    loss = _loss(model, shard_sequence(batch, meshes.cp)) / layout.loss_world_size
+    loss.backward()
+    loss = loss.detach()
+    dist.all_reduce(loss)
+    off = abs(loss.item() - wanted_loss) / abs(wanted_loss)
+    return f"the loss is off by {off:.1e}" if off > _TOLERANCE else _compare(model, wanted)
+
+
+def _tensors(model: nn.Module) -> dict[str, Tensor]:
+    state = model.state_dict()
+    return {n: (v.full_tensor() if isinstance(v, DTensor) else v).detach().cpu() for n, v in state.items()}
+
+
+def _same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> str:
+    if found.keys() != expected.keys():
+        return f"{sorted(found.keys() ^ expected.keys())[:2]} are on one side only"
+    wrong = [name for name, value in found.items() if not torch.equal(value, expected[name])]
+    return f"{wrong[0]} and {len(wrong) - 1} others differ" if wrong else ""
+
+
+def export(family: str, folder: Path) -> str:
+    model = multimodal_model(family)
+    parallelize(model, ParallelLayout.resolve(2, 1, 2, 2), device())
+    export_sharded(model, folder / "exported")
+    auto_class: Any = auto_class_of(model.config)
+    again = auto_class.from_pretrained(folder / "exported", dtype=torch.float32)
+    return _same(_tensors(again), _tensors(multimodal_model(family)))
+
+
+def load(family: str, folder: Path) -> str:
+    plain = multimodal_model(family)
+    if dist.get_rank() == 0:
+        plain.save_pretrained(folder / "saved")
+    dist.barrier()
+    auto_class: Any = auto_class_of(plain.config)
+    expected = auto_class.from_pretrained(folder / "saved", dtype=torch.float32)
+    model = from_pretrained(folder / "saved", auto_class, dtype=torch.float32)
+    parallelize(model, ParallelLayout.resolve(2, 1, 2, 2), device())
+    return _same(_tensors(model), _tensors(expected))
+
+
+def scratch(family: str, folder: Path) -> str:
+    config = tiny_config_of(family)
+    one, sharded = _on_meta(config), _on_meta(config)
+    materialize(one, torch.device("cpu"), seed=7)
+    parallelize(sharded, ParallelLayout.resolve(2, 1, 2, 2), device(), seed=7)
+    return _same(_tensors(sharded), _tensors(one))
+
+
+def _on_meta(config: Any) -> PreTrainedModel:
+    with torch.device("meta"):
+        model: PreTrainedModel = auto_class_of(config).from_config(deepcopy(config))
+    adapter.note_own_modules(model)
+    return model
+
+
+def lora(family: str, folder: Path) -> str:
+    def adapted(model: Any) -> Any:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            return add_adapter(model, LoRA(r=3, lora_alpha=5, init_lora_weights=False, experts=True))
+
+    return _trains(family, adapted)
+
+
+def image(family: str, folder: Path) -> str:
+    rank, plain, model = dist.get_rank(), multimodal_model(family), multimodal_model(family)
+    parallelize(model, ParallelLayout.resolve(2, 1, 2, 2), device())
+    more = {"use_cache": False}
+    batches = [{**image_batch(family, plain, 0), **more}, {**text_batch(1), **more}]
+    for batch in batches:
+        _backward(plain, batch)
+    _backward(model, _here(batches[rank]))
+    for (name, param), expected in zip(model.named_parameters(), plain.parameters(), strict=True):
+        if (param.grad is None) != (expected.grad is None) and not _is_idle(name, expected):
+            return f"{name} has {'no' if param.grad is None else 'a'} gradient"
+    return _compare(model, {name: grad_or_zero(param) for name, param in plain.named_parameters()})
+
+
+def _is_idle(name: str, param: Tensor) -> bool:
+    """Whether these may be experts that no token came to: zeros here, None there."""
+    return ".experts." in name and param.grad is None
+
+
+STAGES: dict[str, Callable[[str, Path], str]] = {
+    stage.__name__: stage for stage in (gradients, recompute, bf16, tp, cp, export, load, scratch, lora, image)
+}
+
+
+def _run(family: str, names: list[str], folder: Path) -> None:
+    """Runs stages of a family, and notes of each what is wrong."""
+    logging.set_verbosity_error()
+    torch.backends.cudnn.allow_tf32 = False  # of convolutions over patches, on GPUs
+    rank = dist.get_rank()
+    store = dist.distributed_c10d._get_default_store()
+    for name in names:
+        began = time.perf_counter()
+        try:
+            found = STAGES[name](family, folder)
+        except Exception as error:
+            found = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        (folder / f"{name}.{rank}").write_text(found)
+        print(f"{family} {name}: {time.perf_counter() - began:.1f} s {found}", flush=True)
+        store.set(f"{folder.name}-{name}-{rank}", "")
+        store.wait([f"{folder.name}-{name}-{1 - rank}"], timedelta(seconds=20))
+
+
+def survey(family: str, stages: list[str] | None = None, timeout: float = 90.0) -> dict[str, str]:
+    """What is wrong by stage, empty where nothing is; without ``image`` for a family that has none here."""
+    left = [name for name in stages or STAGES if name != "image" or family in IMAGES]
+    found: dict[str, str] = {}
+    with tempfile.TemporaryDirectory() as root:
+        while left:
+            folder = Path(tempfile.mkdtemp(dir=root))
+            try:
+                run_ranks(2, _run, family, left, folder, timeout=timeout)
+            except RankFailure as failure:
+                hung = str(failure).splitlines()[0]
+            for name in list(left):
+                notes = [folder / f"{name}.{rank}" for rank in range(2)]
+                ended = [note.read_text() for note in notes if note.exists()]
+                if len(ended) == 2 and (ended[0] == ended[1] or not all(ended)):
+                    found[name] = ended[0] or ended[1]
+                elif ended:
+                    found[name] = f"on one rank: {max(ended)}"
+                else:
+                    break
+                left.remove(name)
+            else:
+                continue
+            if not any((folder / f"{name}.0").exists() for name in found):
+                found[left.pop(0)] = hung
+    return found
+
+
+def path_of(family: str) -> str:
+    """Which kernels run the experts of a family: ours, or transformers' and why."""
+    with torch.device("meta"):
+        config = tiny_config_of(family)
+        model = auto_class_of(config).from_config(config)
+    reasons = {adapter.why_not_fused(module) for module in adapter.experts_modules(model).values()}
+    return "fused" if reasons == {None} else ", ".join(sorted(str(reason or "fused") for reason in reasons))
+
+
+# What of transformers a "no" comes from, by words of the message.
+_UPSTREAM = {
+    "no expert dimension": "`MuseSparkExperts` holds a norm that all its experts share (modeling_muse_spark.py)",
+    "are one parameter": "`_tied_weights_keys` ties the experts of encoder and decoder (modeling_diffusion_gemma.py)",
+    "layer_scalar is on the meta": "only the constructor of `DiffusionGemmaEncoderTextLayer` sets this buffer",
+    "belongs to no experts": "the tied experts, again",
+    "no tensor-parallel plan": "`base_model_tp_plan` of the family's configuration is empty, or names no attention",
+    "does not cover": "`base_model_tp_plan` leaves it out: a tower, or linear attention",
+    "has the style": "a style of transformers/integrations/tensor_parallel.py that `tensor_parallel/styles.py` lacks",
+    "no row-wise layer": "the tower's plan in `base_model_tp_plan`",
+    "is known": "the mixer's `forward` takes neither",
+    "decoder layers in several places": "`_no_split_modules` names layers of towers",
+    "subclass of nn.Embedding": "the embedding scales what it gives, in a class of the family's own",
+    "inputs are no tokens": "the forward puts features in the places of tokens of the whole sequence",
+    "layers of the types": "`layer_types` of the configuration; only masks of softmax attention are known",
+    "attention interface": "the mixer calls no `ALL_ATTENTION_FUNCTIONS` (modeling file of the family)",
+    "is not causal": "`is_causal = False` in the attention of the family",
+}
+
+
+def _why(message: str) -> str:
+    """The rule in a refusal, without what it says of one model and what to do instead, and where it comes from."""
+    rule = re.sub(r"^\w+: ([ct]p=2 (does not fit|cannot serve) \S+ \(\S+\): )?", "", message)
+    rule = re.split(r" Expert parallelism needs no such plan| Use cp=1|, of modules that|, so that? |\. ", rule)[0]
+    rule = re.sub(r"(?<![\w.'])(model|layers|encoder|decoder)(\.\w+)+", "a module", rule).rstrip(".")
+    reference = next((what for words, what in _UPSTREAM.items() if words in message), "not known")
+    return f"{rule}: {reference}"
+
+
+def page(rows: dict[str, dict[str, Any]]) -> str:
+    """docs/models.md of what `survey` has found."""
+    stages = list(STAGES)
+    lines = [_HEAD, f"| model type | {' | '.join(stages)} | experts |", f"|---|{'---|' * (len(stages) + 1)}"]
+    whys: dict[str, dict[str, list[str]]] = {}
+    paths: dict[str, list[str]] = {}
+    for family, row in rows.items():
+        found = row["found"]
+        cells = ["" if stage not in found else "no" if found[stage] else "yes" for stage in stages]
+        lines.append(f"| `{family}` | {' | '.join(cells)} | {'fused' if row['path'] == 'fused' else 'transformers'} |")
+        for stage in (stage for stage in stages if found.get(stage)):
+            whys.setdefault(_why(found[stage]), {}).setdefault(family, []).append(stage)
+        if row["path"] != "fused":
+            paths.setdefault(row["path"], []).append(f"`{family}`")
+    lines += ["", "## Why not", ""]
+    for why, families in whys.items():
+        concerned = ", ".join(stage for stage in stages if any(stage in found for found in families.values()))
+        lines.append(f"- **{concerned}**: {why}. {', '.join(f'`{family}`' for family in families)}.")
+    lines += ["", "## Why transformers' kernels", ""]
+    lines += [f"- {why}: {', '.join(families)}." for why, families in sorted(paths.items())]
+    return "\n".join(lines) + "\n"
+
+
+_HEAD = """# Which models work
+
+Every model type with an expert-parallel plan that transformers 5.23 can build from a tiny configuration of its own class, on two
+ranks (gloo, `ep=2`), against one process. Written by `python -m tests.survey --page docs/models.md`, which trains, saves and loads them;
+`tests/test_every_family.py` compares these rows with what is so today (ten families, the others with `-m slow`).
+
+| | yes means |
+|---|---|
+| gradients | loss and every gradient equal those of one process, in fp32 to 2e-5 |
+| recompute | the same with `activation_checkpointing="full"` |
+| bf16 | in bf16-mixed the loss is within a tenth, and the gradient points the same way (cosine above 0.8, or at most 0.15 below that of transformers in bf16): near-ties in routers send tokens elsewhere |
+| tp, cp | the same as the first with `tp=2`, with `cp=2` |
+| export | transformers reads what was exported, bit for bit |
+| load | what is streamed from a checkpoint is what transformers loads, bit for bit |
+| scratch | random weights do not depend on the layout (that they follow the family's rules: `tests/hub/test_family_weights.py`) |
+| lora | gradients of adapters on attention and experts equal PEFT's |
+| image | gradients where one rank's batch has an image and the other's has none; empty for text models, and where no picture was made |
+
+A family with experts that is not here declares no plan: a [plan of one's own](experts.md#a-model-whose-experts-nobody-has-declared).
+"""  # noqa: E501
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("families", nargs="*", default=FAMILIES)
+    parser.add_argument("--stages", nargs="*", help="only these")
+    parser.add_argument("--record", type=Path, default=Path("runs/survey.jsonl"), help="goes on with what it lacks")
+    parser.add_argument("--page", type=Path, help="is written from the record")
+    arguments = parser.parse_args()
+    arguments.record.parent.mkdir(parents=True, exist_ok=True)
+    lines = arguments.record.read_text().splitlines() if arguments.record.exists() else []
+    rows = {row["family"]: row for row in map(json.loads, lines)}
+    for family in arguments.families:
+        if family in rows and arguments.page is not None:
+            continue
+        began, found = time.perf_counter(), survey(family, arguments.stages)
+        rows[family] = {"family": family, "path": path_of(family), "found": found}
+        with arguments.record.open("a") as record:
+            record.write(json.dumps(rows[family]) + "\n")
+        no = {name: what for name, what in found.items() if what}
+        seconds = time.perf_counter() - began
+        print(f"{family}: {len(found) - len(no)} of {len(found)} ({seconds:.0f} s, {rows[family]['path']})", flush=True)
+        for name, what in no.items():
+            print(f"    {name}: {what[:400]}", flush=True)
+    if arguments.page is not None:
+        rows = {family: {**rows[family], "path": path_of(family)} for family in FAMILIES if family in rows}
+        arguments.page.write_text(page(rows))
+
+
+if __name__ == "__main__":
+    main()
