@@ -12,17 +12,10 @@ from transformers import PreTrainedModel
 
 from lightning_ep import transformers_adapter as adapter
 from lightning_ep.context_parallel.exchange import gather_tokens, kv_repeats, scatter_tokens
-from lightning_ep.context_parallel.sequence import KEY, SequencePiece
+from lightning_ep.context_parallel.mixers import gather_around_mixers
+from lightning_ep.context_parallel.sequence import KEY, NO_PIECE, SequencePiece
 from lightning_ep.layout import ParallelLayout
 from lightning_ep.ops.packed_attention import attend_documents, kernel_serves
-
-_PREFIX = "context_parallel_"
-_NO_PIECE = (
-    "The sequences of this model are split over the ranks of cp, but it was called without saying which piece this "
-    "rank holds: each would attend to itself only. Pass all that `self.trainer.strategy.shard_sequence(batch)` returns "
-    "to the model, as in `self.model(**self.trainer.strategy.shard_sequence(batch))`. To run whole sequences on every "
-    "rank, as `generate` does, use `with lightning_ep.whole_sequences(model):`."
-)
 
 
 def check(model: PreTrainedModel, layout: ParallelLayout) -> None:
@@ -36,10 +29,14 @@ def check(model: PreTrainedModel, layout: ParallelLayout) -> None:
 
 
 def use_context_parallel_attention(model: PreTrainedModel) -> None:
-    """From now on attention expects a `SequencePiece` and runs the implementation that the model had inside."""
+    """From now on attention expects a `SequencePiece` and runs the implementation that the model had inside.
+
+    What else mixes tokens gets all of them: see `gather_around_mixers`.
+    """
     inner = adapter.attention_implementation(model)
-    if not inner.startswith(_PREFIX):
-        adapter.select_attention(model, _PREFIX + inner, _attention(inner))
+    if not inner.startswith(adapter.CONTEXT_PARALLEL):
+        adapter.select_attention(model, adapter.CONTEXT_PARALLEL + inner, _attention(inner))
+        gather_around_mixers(model)
 
 
 @contextmanager
@@ -52,9 +49,9 @@ def whole_sequences(module: nn.Module) -> Iterator[None]:
         module: A transformers model, or a module that contains some.
     """
     names = {m: adapter.attention_implementation(m) for m in adapter.pretrained_models(module).values()}
-    names = {model: name for model, name in names.items() if name.startswith(_PREFIX)}
+    names = {model: name for model, name in names.items() if name.startswith(adapter.CONTEXT_PARALLEL)}
     for model, name in names.items():
-        adapter.select_attention(model, name.removeprefix(_PREFIX))
+        adapter.select_attention(model, name.removeprefix(adapter.CONTEXT_PARALLEL))
     try:
         yield
     finally:
@@ -76,7 +73,7 @@ def _attention(inner: str) -> Callable[..., tuple[Tensor, None]]:
     ) -> tuple[Tensor, None]:
         piece = kwargs.pop(KEY, None)
         if not isinstance(piece, SequencePiece):
-            raise RuntimeError(_NO_PIECE)
+            raise RuntimeError(NO_PIECE)
         _refuse_local_facts(module, query, attention_mask, piece, kwargs)
         kwargs.pop("position_ids", None)  # this rank's; the piece has them all
         layer = f"attention {getattr(module, 'layer_idx', '')}".rstrip()

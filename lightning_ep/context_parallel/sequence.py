@@ -22,6 +22,12 @@ from lightning_ep.transformers_adapter import described
 KEY = "sequence"
 """The argument with which a `SequencePiece` travels through a transformers model to its attention."""
 
+NO_PIECE = (
+    "The sequences of this model are split over the ranks of cp, but it was called without saying which piece this "
+    "rank holds: each would attend to itself only. Pass all that `self.trainer.strategy.shard_sequence(batch)` returns "
+    "to the model, as in `self.model(**self.trainer.strategy.shard_sequence(batch))`. To run whole sequences on every "
+    "rank, as `generate` does, use `with lightning_ep.whole_sequences(model):`."
+)
 _TOKENS = ("input_ids", "inputs_embeds")
 _PRECOMPUTED = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
 _LABELS = ("labels", "shift_labels")  # padded with IGNORE

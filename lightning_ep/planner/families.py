@@ -39,7 +39,8 @@ class Family:
         sinks: Whether heads have sinks.
         gated_attention: Whether queries come with a gate.
         tp: Whether its plan splits attention (`lightning_ep.tensor_parallel`).
-        cp: Whether its sequences can be split (`lightning_ep.context_parallel`).
+        cp: Whether its sequences can be split (`lightning_ep.context_parallel`) at a cost that is known here: that of
+            layers that run on whole sequences is not.
     """
 
     qk_norm: str = "none"

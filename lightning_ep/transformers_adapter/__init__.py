@@ -9,13 +9,16 @@ through this package, which imports nothing of ours but `ops` and `distributed`.
 """
 
 from lightning_ep.transformers_adapter.attention_interface import (
+    CONTEXT_PARALLEL,
     attention_function,
     attention_heads,
     attention_implementation,
     causal_mask,
     config_with_attention,
+    is_context_parallel,
     is_flash_attention,
     select_attention,
+    whole_sequence_mixers,
     why_not_context_parallel,
     without_packing,
 )
@@ -76,6 +79,7 @@ from lightning_ep.transformers_adapter.structure import (
 
 __all__ = [
     "Blueprint",
+    "CONTEXT_PARALLEL",
     "Conversion",
     "allow_resizing_on_meta",
     "Packing",
@@ -98,6 +102,7 @@ __all__ = [
     "fp32_parameters",
     "fused_form",
     "hub_transforms",
+    "is_context_parallel",
     "is_flash_attention",
     "is_told_documents",
     "keep_documents_apart",
@@ -131,6 +136,7 @@ __all__ = [
     "unknown_keys",
     "use_bounds_of_documents",
     "why_not_bounds",
+    "whole_sequence_mixers",
     "why_not_context_parallel",
     "why_not_fused",
     "without_packing",

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import inspect
 import sys
-from collections.abc import Callable, Iterator
+import textwrap
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from copy import copy
 from functools import cache
@@ -26,6 +28,12 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from lightning_ep.transformers_adapter.structure import decoder_layers
 
+CONTEXT_PARALLEL = "context_parallel_"
+"""Before the name of the attention implementation inside, where sequences are split."""
+
+_SOFTMAX = {"full_attention", "sliding_attention"}  # of a config's `layer_types`
+_GATHERED = {"linear_attention", "conv"}
+
 
 def attention_heads(model: PreTrainedModel) -> tuple[int, int]:
     """Numbers of query heads and of key/value heads."""
@@ -37,6 +45,11 @@ def attention_heads(model: PreTrainedModel) -> tuple[int, int]:
 def attention_implementation(model: PreTrainedModel) -> str:
     """The name of the attention implementation that the model uses."""
     return model.config._attn_implementation or "eager"
+
+
+def is_context_parallel(model: PreTrainedModel) -> bool:
+    """Whether the model's sequences are split, and not whole for the moment."""
+    return attention_implementation(model).startswith(CONTEXT_PARALLEL)
 
 
 def select_attention(
@@ -131,10 +144,11 @@ def without_packing() -> Iterator[None]:
 def why_not_context_parallel(model: PreTrainedModel) -> str | None:
     """What keeps a model's sequences from being split over ranks, None if nothing does.
 
-    Exact attention over pieces needs every exchange between tokens to be that of `why_not_causal`, and every other
-    computation to need nothing but a token and its position.
+    Exact attention over pieces needs every exchange between tokens to be that of `why_not_causal`, or one of
+    `whole_sequence_mixers`, and every other computation to need nothing but a token and its position.
     """
-    if (reason := why_not_causal(model)) is not None:
+    mixers = whole_sequence_mixers(model).values()
+    if (reason := _why_not_causal(model, _SOFTMAX | (_GATHERED if mixers else set()), mixers)) is not None:
         return reason
     if model.loss_type not in (None, "ForCausalLM"):
         return f"its loss ({model.loss_type}) is not one of next tokens"
@@ -149,30 +163,66 @@ def why_not_causal(model: PreTrainedModel) -> str | None:
     None if nothing does: every exchange between tokens is softmax attention over the tokens before, or a window of
     them, and documents or padding are all that a mask could add.
     """
+    return _why_not_causal(model, _SOFTMAX)
+
+
+def whole_sequence_mixers(model: PreTrainedModel) -> dict[str, nn.Module]:
+    """Parts of layers that mix tokens by a convolution, with or without a linear attention behind it, by name.
+
+    They are told hidden states and padding and nothing of positions, so that whole sequences are all that they need.
+    """
+    names = {module: name for name, module in model.named_modules()}
+    found = [part for layer in decoder_layers(model) for part in _whole_sequence_mixers(layer)]
+    return {names[part]: part for part in found}
+
+
+def _whole_sequence_mixers(layer: nn.Module) -> Iterator[nn.Module]:
+    for name, part in layer.named_children():
+        if not any(isinstance(module, nn.Conv1d) for module in part.modules()) or attention_sources(part):
+            continue
+        takes = inspect.signature(type(part).forward).parameters.keys()
+        told = {"hidden_states", "attention_mask"} <= takes and not {"position_ids", "position_embeddings"} & takes
+        if told and _passes_all_on(type(layer), name):  # type: ignore[arg-type]  # hashable
+            yield part
+
+
+@cache
+def _passes_all_on(layer: Any, name: str) -> bool:
+    """Whether a layer calls its part of this name with all other arguments that it gets."""
+    source = textwrap.dedent(forward_source(layer))
+    calls = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)]
+    calls = [call for call in calls if ast.unparse(call.func) == f"self.{name}"]
+    return bool(calls) and all(any(keyword.arg is None for keyword in call.keywords) for call in calls)
+
+
+def _why_not_causal(model: PreTrainedModel, types: set[str], gathered: Iterable[nn.Module] = ()) -> str | None:
+    """As `why_not_causal`, with layers of these types, but for what the modules of ``gathered`` do."""
     config = model.config
-    types = set(getattr(config, "layer_types", None) or ())
-    other_types = types - {"full_attention", "sliding_attention"}
+    other_types = set(getattr(config, "layer_types", None) or ()) - types
     if config.get_text_config() is not config:
         return "it has parts other than a language model, whose inputs are no tokens"
-    if not model._supports_attention_backend:
+    if not (gathered or model._supports_attention_backend):  # a flag that no hybrid sets; layers are read below
         return "its attention does not go through transformers' attention interface"
     if other_types:
         return (
             f"it has layers of the types {sorted(other_types)}, and only softmax attention over all keys can be split"
+            + (", or linear attention behind a convolution" if types >= _GATHERED else "")
         )
     if not getattr(config, "is_causal", True):
         return "its attention is not causal"
     if (name := attention_implementation(model)) not in ALL_MASK_ATTENTION_FUNCTIONS:
         return f"it is not known which masks its attention implementation {name!r} takes"
-    sliding = bool(getattr(config, "sliding_window", None)) or "sliding_attention" in types
-    return next((reason for layer in decoder_layers(model) if (reason := _why_not_split(layer, sliding))), None)
+    has_windows = "sliding_attention" in (getattr(config, "layer_types", None) or ())
+    sliding = bool(getattr(config, "sliding_window", None)) or has_windows
+    inside = {module for mixer in gathered for module in mixer.modules()}
+    return next((reason for layer in decoder_layers(model) if (reason := _why_not_split(layer, sliding, inside))), None)
 
 
-def _why_not_split(layer: nn.Module, sliding: bool) -> str | None:
-    name, modules = type(layer).__name__, list(layer.modules())
+def _why_not_split(layer: nn.Module, sliding: bool, gathered: set[nn.Module]) -> str | None:
+    name, modules = type(layer).__name__, [module for module in layer.modules() if module not in gathered]
     attention = attention_sources(layer)
     others = [type(m).__name__ for m in modules if isinstance(m, nn.Conv1d) or "Indexer" in type(m).__name__]
-    if not attention:
+    if not attention and len(modules) == len(list(layer.modules())):
         return f"its {name} has no attention that goes through transformers' attention interface"
     if others:
         return f"its {name} lets tokens see each other outside of attention ({others[0]})"

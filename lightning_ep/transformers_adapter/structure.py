@@ -56,9 +56,14 @@ def model_class(model: PreTrainedModel) -> type[PreTrainedModel]:
 
 
 def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
-    """The repeated blocks that the model declares must not be split; the unit of FSDP."""
+    """The repeated blocks that the model declares must not be split; the unit of FSDP, sharded or not."""
     names = set(model._no_split_modules or ())
-    return [child for child in model.modules() if type(child).__name__ in names]
+    return [child for child in model.modules() if _own_class(child).__name__ in names]
+
+
+def _own_class(module: nn.Module) -> type:
+    """A module's class as it was before FSDP2 replaced it by one derived from it."""
+    return next(cls for cls in type(module).__mro__ if not issubclass(cls, FSDPModule))
 
 
 def optional_parts(model: PreTrainedModel) -> list[nn.Module]:

@@ -30,6 +30,7 @@ from lightning_ep.context_parallel import (
 from lightning_ep.context_parallel.exchange import kv_repeats
 from lightning_ep.parallelize import is_parallelized
 from tests.documents import PACKED, PADDED, SHAPES, documents_error, kernel_on_cpu
+from tests.hub.every_family import tiny_config_of
 from tests.parity import SeededCausalLM, assert_trains_like_one_process
 from tests.rank_process import on_cuda
 from tests.ranks import assert_ranks_agree, device, run_ranks
@@ -143,6 +144,55 @@ def test_attention_is_that_of_one_process(world: int, attention: str) -> None:
 @pytest.mark.parametrize(("family", "attention"), [("mixtral", "sdpa"), ("gpt_oss", "eager"), ("deepseek_v3", "sdpa")])
 def test_windows_sinks_and_latent_attention(family: str, attention: str) -> None:
     assert_ranks_agree(2, _compare, _family, (family, attention), ["odd", "packed", "left"], 2e-6)
+
+
+HYBRIDS = ["qwen3_next", "qwen3_5_moe_text", "lfm2_moe", "kimi_linear", "bailing_hybrid", "granitemoehybrid"]
+
+
+def _hybrid(family: str) -> PreTrainedModel:
+    """Two layers, the second of them with softmax attention."""
+    torch.manual_seed(0)
+    config = tiny_config_of(family)
+    config.num_hidden_layers = 2
+    config.layer_types = ["conv" if family == "lfm2_moe" else "linear_attention", "full_attention"]
+    config.n_group, config.num_experts_per_tok, config.num_dense_layers = 1, 2, 0
+    config.num_key_value_heads = config.num_attention_heads
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
+    model.set_experts_implementation("eager")
+    for param in model.parameters():
+        if param.ndim > 1:
+            torch.nn.init.normal_(param, std=0.1)
+    mixers = adapter.whole_sequence_mixers(model)
+    assert len(mixers) == 1
+    return model
+
+
+@pytest.mark.parametrize(
+    "family", [HYBRIDS[0], *(pytest.param(family, marks=pytest.mark.slow) for family in HYBRIDS[1:])]
+)
+def test_linear_attention_and_convolutions_run_on_whole_sequences(family: str) -> None:
+    assert_ranks_agree(2, _compare, _hybrid, (family,), ["odd", "right", "left"], 2e-6)
+
+
+def _hybrid_otherwise() -> list[str]:
+    """Replayed layers, packed documents, and whole sequences on every rank, as for `generate`."""
+    wrong = _compare(_hybrid, ("qwen3_next",), ["odd", "left"], 2e-6, activation_checkpointing="full")
+    world = dist.get_world_size()
+    model, expected = _hybrid("qwen3_next"), _hybrid("qwen3_next")
+    meshes = parallelize(model, ParallelLayout.resolve(world, "auto", world, world, cp=world), device())
+    piece = shard_sequence({key: value.to(device()) for key, value in _batch("packed").items()}, meshes.cp)
+    with pytest.raises(ValueError, match=r"restart inside a row.*model\.layers\.0\.linear_attn passes on a state"):
+        model(**piece)
+    ids = _batch("plain")["input_ids"]
+    with whole_sequences(model), torch.no_grad():
+        found = model(input_ids=ids.to(device())).logits
+    if not relative_error(found, expected(input_ids=ids).logits) < 1e-5:
+        wrong.append("whole sequences")
+    return wrong
+
+
+def test_layers_that_pass_on_a_state_are_replayed_and_refuse_packed_documents() -> None:
+    assert_ranks_agree(2, _hybrid_otherwise)
 
 
 def _compare_otherwise() -> list[str]:
@@ -331,7 +381,7 @@ def test_calls_that_would_attend_within_pieces_raise() -> None:
     ("family", "overrides", "message"),
     [
         ("qwen3_moe", {"num_attention_heads": 6}, r"tp=1 times cp=4 is 4, .* the 6 attention heads .*use tp=1, cp=2"),
-        ("qwen3_next", {}, r"cp=4 cannot serve Qwen3NextForCausalLM \('qwen3_next'\): .*attention interface"),
+        ("jamba", {}, r"cp=4 cannot serve JambaForCausalLM \('jamba'\): .*attention interface"),
         ("minimax", {}, r"layers of the types \['linear_attention'\]"),
         ("deepseek_v32", FAMILIES["deepseek_v3"], "types|Indexer"),
         ("qwen2_moe", {"use_sliding_window": True, "max_window_layers": 0}, "sliding window of which it does not tell"),
