@@ -250,7 +250,9 @@ def _enter(
             without_documents = _changed(forward.names, args, kwargs, {"use_cache": False})
         if (asked is False or without_documents is not None) and not by_bounds:
             return without_documents
-    told = bounds and (forward.recurrent is None or forward.reads_bounds)
+    # Convolutions before such a layer's state read `seq_idx` alone.
+    by_layers = forward.reads_bounds and call.get("seq_idx") is not None
+    told = bounds and (forward.recurrent is None or by_layers)
     if torch.compiler.is_compiling() or (told and flash):
         return without_documents
     found = _PACKING.of(positions, mask) or Packing.of(positions, mask)

@@ -197,6 +197,8 @@ def test_documents_that_cannot_be_kept_apart_are_refused() -> None:
     adapter.keep_documents_apart(linear)
     with pytest.raises(ValueError, match=r"has layers of the types .*linear_attention.* a row of its own"):
         linear(**batch)
+    with pytest.raises(ValueError, match=r"has layers of the types .*linear_attention.* a row of its own"):
+        linear(**batch, **_bounds())  # its states would be apart by them, and its convolutions not
     lightning = family_model(
         "minimax", {**SIZES, "num_local_experts": 4}
     )  # does not read the bounds, as the other does
