@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel
@@ -21,21 +21,31 @@ from lightning_ep.hub.meta_models import config_of, from_config, from_pretrained
 from lightning_ep.hub.source import source_directory
 
 
+class NamedBase(NamedTuple):
+    """A base, as an adapter, a checkpoint or a user names it.
+
+    Attributes:
+        model: Hub id or path.
+        revision: That on the hub, if one is named.
+    """
+
+    model: str
+    revision: str | None = None
+
+
 @dataclass(frozen=True)
 class SavedAdapter:
     """An adapter in files.
 
     Attributes:
         model: The model that has it, whose base is on meta.
-        base: Hub id or path of the base; None if that was drawn.
-        revision: That on the hub.
+        base: The base; None if that was drawn.
         read: Gives what is saved of the model's tensors by name, whole and on the CPU; None of others.
         fingerprint: Of the base's tensors, where it is known.
     """
 
     model: PreTrainedModel
-    base: str | None
-    revision: str | None
+    base: NamedBase | None
     read: Callable[[str], Tensor | None]
     fingerprint: str | None = None
 
@@ -50,18 +60,18 @@ class SavedAdapter:
                 "the adapter is of random weights, which are in no file. Merge it in the run that trains it, by the "
                 "callback HuggingFaceExport with merge=True."
             )
-        model = from_pretrained(self.base, revision=self.revision)
+        model = from_pretrained(self.base.model, revision=self.base.revision)
         directory = source_directory(model)
         assert directory is not None
         if self.fingerprint is not None and fingerprint(directory) != self.fingerprint:
             raise CheckpointError(
-                f"the adapter was trained on other weights than those of {self.base}: another revision, or another "
-                "model. Name the base that it was trained on with --model."
+                f"the adapter was trained on other weights than those of {self.base.model}: another revision, or "
+                "another model. Name the base that it was trained on with --model."
             )
         return model
 
 
-def adapter_of_run(saved: SavedWeights, base: str | None = None) -> SavedAdapter:
+def adapter_of_run(saved: SavedWeights, base: NamedBase | None = None) -> SavedAdapter:
     """The adapter in a checkpoint that holds no base.
 
     Args:
@@ -88,21 +98,20 @@ def adapter_of_run(saved: SavedWeights, base: str | None = None) -> SavedAdapter
         )
     return SavedAdapter(
         model,
-        base or described["model"],
-        described["revision"] if base is None else None,
+        base or base_of_run(described),
         lambda key: saved.read(prefix + key) if prefix + key in saved.tensors else None,
         described["fingerprint"] if described["model"] is not None else None,
     )
 
 
-def adapter_of_peft(path: str, base: str | None = None) -> SavedAdapter:
+def adapter_of_peft(path: str, base: NamedBase | None = None) -> SavedAdapter:
     """The adapter in a directory of PEFT, or on the hub; arguments and errors as those of `adapter_of_run`."""
-    config = read_config(directory := find_adapter(path))
-    base, revision = base or base_of_peft(directory), None if base is not None else config.revision
-    model = from_pretrained(base, revision=revision)
+    directory = find_adapter(path)
+    base = base or base_of_peft(directory)
+    model = from_pretrained(base.model, revision=base.revision)
     add_adapter(model, LoRA(pretrained=str(directory)))
     state = model.state_dict()
-    return SavedAdapter(model, base, revision, lambda key: None if state[key].is_meta else state[key])
+    return SavedAdapter(model, base, lambda key: None if state[key].is_meta else state[key])
 
 
 def is_adapter(path: Path) -> bool:
@@ -110,19 +119,24 @@ def is_adapter(path: Path) -> bool:
     return (path.expanduser() / "adapter_config.json").exists()
 
 
-def base_of_peft(directory: Path) -> str:
+def base_of_peft(directory: Path) -> NamedBase:
     """The base that an adapter of PEFT names.
 
     Raises:
         CheckpointError: If it names none.
     """
-    base = read_config(directory).base_model_name_or_path
-    if not base:
+    config = read_config(directory)
+    if not config.base_model_name_or_path:
         raise CheckpointError(f"{directory} does not say which model it is an adapter of: name that with --model.")
-    return base
+    return NamedBase(config.base_model_name_or_path, config.revision)
 
 
-def open_base(described: Mapping[str, Any], config: Mapping[str, Any], base: str | None) -> PreTrainedModel:
+def base_of_run(described: Mapping[str, Any]) -> NamedBase | None:
+    """The base that a checkpoint describes; None if that was drawn."""
+    return None if described["model"] is None else NamedBase(described["model"], described["revision"])
+
+
+def open_base(described: Mapping[str, Any], config: Mapping[str, Any], base: NamedBase | None) -> PreTrainedModel:
     """The model that a checkpoint has an adapter of, on meta. Every rank must call it.
 
     Args:
@@ -130,9 +144,11 @@ def open_base(described: Mapping[str, Any], config: Mapping[str, Any], base: str
         config: Its configuration.
         base: The base, where it is not where the checkpoint says.
     """
-    if described["model"] is None:
+    named = base_of_run(described)
+    if named is None:
         return from_config(config_of(config))
-    return from_pretrained(base or described["model"], revision=described["revision"] if base is None else None)
+    base = base or named
+    return from_pretrained(base.model, revision=base.revision)
 
 
 def put_in_again(model: PreTrainedModel, configs: Mapping[str, Mapping[str, Any]]) -> PreTrainedModel:

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel
 
 from lightning_ep import transformers_adapter as adapter
-from lightning_ep.adapters.saved import SavedAdapter, adapter_of_peft, adapter_of_run, is_adapter
+from lightning_ep.adapters.saved import NamedBase, SavedAdapter, adapter_of_peft, adapter_of_run, is_adapter
 from lightning_ep.checkpoint.saved_weights import SavedWeights
 from lightning_ep.cli.saved_model import match, origin_of, saved_model
 from lightning_ep.data.tokenizers import tokenizer_files
@@ -60,20 +60,21 @@ def export(
     """
     directory = HubDirectory(Path(output))
     cast = getattr(torch, dtype) if dtype is not None else None
+    given = NamedBase(model) if model is not None else None
     if merge and format != "peft":
         raise ValueError(f"--format {format} is for adapters, and --merge leaves none.")
     if is_adapter(Path(checkpoint)):
-        saved = adapter_of_peft(checkpoint, model)
+        saved = adapter_of_peft(checkpoint, given)
         own = AutoTokenizer.from_pretrained(checkpoint) if tokenizer_files(checkpoint) else None
         assert saved.base is not None
-        _export_saved(saved, directory, cast, format, merge, own, small_files(saved.base, saved.revision))
+        _export_saved(saved, directory, cast, format, merge, own, small_files(*saved.base))
         print(f"exported to {output}")
         return
     source = SavedWeights(Path(checkpoint), weights_only)
     if not source.bases and (merge or format != "peft"):
         raise ValueError(f"{checkpoint} holds a whole model and no adapter: leave --merge and --format out.")
-    of_run = adapter_of_run(source, model) if source.bases else None
-    with origin_of(Path(checkpoint), of_run.base if of_run is not None else model, weights_only) as origin:
+    of_run = adapter_of_run(source, given) if source.bases else None
+    with origin_of(Path(checkpoint), of_run.base if of_run is not None else given, weights_only) as origin:
         if of_run is not None:
             _export_saved(of_run, directory, cast, format, merge, None, origin)
         else:
@@ -118,7 +119,7 @@ def _export_adapter(
         state[name] = tensor if found is None else found
     directory.create()
     config: Any = next(iter(adapter.peft_configs(saved.model).values()))
-    config.base_model_name_or_path, config.revision = saved.base, saved.revision
+    config.base_model_name_or_path, config.revision = saved.base or (None, None)
     write_adapters(saved.model, state, directory, cast, tokenizer, origin, file_format)
 
 
@@ -138,7 +139,7 @@ def _export_merged(
     names = {name: place[id(tensor)] for name, tensor in below.tensors.items()}
     trained = {name: found for name, key in names.items() if (found := saved.read(key)) is not None}
     dtypes = {**weights.dtypes, **{name: tensor.dtype for name, tensor in trained.items()}}
-    problems = Problems(f"{saved.base} and its adapter cannot be merged:")
+    problems = Problems(f"{base.name_or_path} and its adapter cannot be merged:")
     problems.add("adapters", *below.problems)
     built, there = plain.state_dict(), base.state_dict()
     for name, tensor in built.items():

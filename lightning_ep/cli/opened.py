@@ -19,7 +19,7 @@ from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel
 
 from lightning_ep import transformers_adapter as adapter
 from lightning_ep.adapters import LoRA, add_adapter
-from lightning_ep.adapters.saved import base_of_peft, is_adapter, open_base, put_in_again
+from lightning_ep.adapters.saved import NamedBase, base_of_peft, base_of_run, is_adapter, open_base, put_in_again
 from lightning_ep.checkpoint.resume import Resume
 from lightning_ep.checkpoint.saved_weights import named_bases
 from lightning_ep.cli.saved_model import match, origin_of, saved_model
@@ -95,16 +95,18 @@ def opened(
         what = f"{checkpoint} cannot be opened"
         path = Path(checkpoint).expanduser()
         kind = ranks.on_first(what, lambda: _kind(path))
-        base = model or ranks.alone(what, lambda: _named_base(path, kind))
+        given = NamedBase(model) if model is not None else None
+        base = given or ranks.alone(what, lambda: _named_base(path, kind))
         cast = getattr(torch, dtype) if dtype is not None else None
         with ExitStack() as files:
             origin = ranks.alone(what, lambda: _origin(files, checkpoint, base, kind, weights_only))
-            tokenizer = ranks.alone(what, lambda: _tokenizer(origin, base or checkpoint, kind))
+            tokenizer = ranks.alone(what, lambda: _tokenizer(origin, base.model if base else checkpoint, kind))
             if kind == "run":
-                found = _of_run(path, model, origin, layout, device, ranks, cast, weights_only)
+                found = _of_run(path, given, origin, layout, device, ranks, cast, weights_only)
             else:
                 overrides: dict[str, Any] = {"dtype": dtype} if dtype is not None else {}
-                found = from_pretrained(checkpoint if kind == "model" else str(base), **overrides)
+                weights = NamedBase(checkpoint) if kind == "model" or base is None else base
+                found = from_pretrained(weights.model, revision=weights.revision, **overrides)
                 if kind == "adapter":
                     _adapt(found, lambda: add_adapter(found, LoRA(pretrained=str(path))))
                 _shard(found, layout, device)
@@ -152,21 +154,21 @@ def _kind(path: Path) -> Literal["model", "adapter", "run"]:
     return "model"
 
 
-def _named_base(path: Path, kind: str) -> str | None:
+def _named_base(path: Path, kind: str) -> NamedBase | None:
     """The model that an adapter says it is of."""
     if kind == "adapter":
         return base_of_peft(path)
     bases = named_bases(path) if kind == "run" else {}
-    return next((base["model"] for base in bases.values()), None)
+    return next(map(base_of_run, bases.values()), None)
 
 
-def _origin(files: ExitStack, checkpoint: str, base: str | None, kind: str, weights_only: bool) -> Path | None:
+def _origin(files: ExitStack, checkpoint: str, base: NamedBase | None, kind: str, weights_only: bool) -> Path | None:
     """Where the tokenizer is, and what else belongs to the model; what is made for it goes with ``files``."""
     if kind == "run":
         return files.enter_context(origin_of(Path(checkpoint).expanduser(), base, weights_only))
     # An adapter may have been trained with a template of its own.
     own = kind == "adapter" and tokenizer_files(checkpoint)
-    return small_files(checkpoint if own else base or checkpoint)
+    return small_files(checkpoint) if own or base is None else small_files(*base)
 
 
 def _tokenizer(origin: Path | None, name: str, kind: str) -> Any:
@@ -182,7 +184,7 @@ def _tokenizer(origin: Path | None, name: str, kind: str) -> Any:
 
 def _of_run(
     path: Path,
-    base: str | None,
+    base: NamedBase | None,
     origin: Path | None,
     layout: ParallelLayout,
     device: torch.device,
@@ -225,7 +227,7 @@ def _of_whole(
     return prefix, model
 
 
-def _of_adapters(saved: Resume, base: str | None, cast: torch.dtype | None) -> tuple[str, PreTrainedModel]:
+def _of_adapters(saved: Resume, base: NamedBase | None, cast: torch.dtype | None) -> tuple[str, PreTrainedModel]:
     """What is in front of the model's names in a checkpoint that holds adapters only, and the model on meta."""
     if len(saved.bases) != 1:
         raise CheckpointError(f"{saved.path} has adapters of {len(saved.bases)} models; one is needed.")

@@ -12,6 +12,7 @@ import torch
 from transformers import AutoConfig, GenerationConfig, PreTrainedModel
 
 from lightning_ep import transformers_adapter as adapter
+from lightning_ep.adapters.saved import NamedBase
 from lightning_ep.checkpoint.saved_weights import read_companions
 from lightning_ep.checkpoint.tensor_files import Saved
 from lightning_ep.hub.companions import GENERATION_CONFIG, TOKENIZER_FILES, read_files, write_files_to
@@ -21,7 +22,7 @@ from lightning_ep.hub.problems import Problems
 
 
 @contextmanager
-def origin_of(checkpoint: Path, model: str | None, weights_only: bool) -> Iterator[Path | None]:
+def origin_of(checkpoint: Path, model: NamedBase | None, weights_only: bool) -> Iterator[Path | None]:
     """A directory with what belongs to the model of a checkpoint and is no weights, until the block ends.
 
     The tokenizer of the run's data, with its chat template, and the generation config are in the checkpoint, and count
@@ -29,14 +30,14 @@ def origin_of(checkpoint: Path, model: str | None, weights_only: bool) -> Iterat
 
     Args:
         checkpoint: A checkpoint of a run.
-        model: Directory or hub id of the model that was trained, if it is named.
+        model: The model that was trained, if it is named.
         weights_only: Build no objects from the checkpoint but tensors and plain values.
 
     Raises:
         CheckpointError: If there is no such model.
     """
     saved = read_companions(checkpoint, weights_only)
-    named = small_files(model) if model is not None else None
+    named = small_files(*model) if model is not None else None
     if not saved:
         yield named
         return

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning.fabric.utilities.rank_zero import rank_zero_only
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from transformers.utils import logging as transformers_logging
 from typing_extensions import override
@@ -51,6 +51,32 @@ class SaveConfig(SaveConfigCallback, KnowsCommand):
             super().setup(trainer, pl_module, stage)
 
 
+class _Begun(Callback):
+    """Notes that a Trainer works on batches: what is wrong from then on is shown with the place that it came from."""
+
+    is_true = False
+
+    @override
+    def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.is_true = True
+
+    @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.is_true = True
+
+    @override
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.is_true = True
+
+    @override
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.is_true = True
+
+    @override
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.is_true = True
+
+
 class CLI(LightningCLI):
     """Lightning's commands, with errors of one line and a display of our own."""
 
@@ -63,7 +89,7 @@ class CLI(LightningCLI):
     def instantiate_classes(self) -> None:
         try:
             super().instantiate_classes()
-        except (ValueError, TypeError, OSError) as error:
+        except (ValueError, TypeError, OSError) as error:  # of every process alike
             if (cause := refusal(error)) is None:
                 raise
             fail(str(cause))
@@ -96,25 +122,37 @@ def run(args: list[str], prog: str, kind: type[CLI] = CLI) -> CLI:
         kind: What runs it.
     """
     leave_out_tips()
-    return kind(
-        args=args,
-        subclass_mode_model=True,
-        subclass_mode_data=True,
-        trainer_defaults={"strategy": {"class_path": "lightning_ep.ExpertParallelStrategy"}},
-        # The same seed on every rank, whatever starts the processes.
-        seed_everything_default=1,
-        parser_class=OneLineParser,
-        save_config_callback=SaveConfig,
-        save_config_kwargs={"overwrite": True},
-        # It would build the optimizer before the strategy has sharded the parameters.
-        auto_configure_optimizers=False,
-        parser_kwargs={
-            "prog": prog,
-            "version": lightning_ep.__version__,
-            "allow_abbrev": False,  # a misspelt option is an error, not another option
-            **{c: {"description": SENTENCES[c], "takes_output": c == "predict"} for c in TRAINER_COMMANDS},
-        },
-    )
+    begun = _Begun()
+    try:
+        return kind(
+            args=args,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            trainer_defaults={
+                "strategy": {"class_path": "lightning_ep.ExpertParallelStrategy"},
+                "callbacks": [begun],
+            },
+            # The same seed on every rank, whatever starts the processes.
+            seed_everything_default=1,
+            parser_class=OneLineParser,
+            save_config_callback=SaveConfig,
+            save_config_kwargs={"overwrite": True},
+            # It would build the optimizer before the strategy has sharded the parameters.
+            auto_configure_optimizers=False,
+            parser_kwargs={
+                "prog": prog,
+                "version": lightning_ep.__version__,
+                "allow_abbrev": False,  # a misspelt option is an error, not another option
+                **{c: {"description": SENTENCES[c], "takes_output": c == "predict"} for c in TRAINER_COMMANDS},
+            },
+        )
+    except (ValueError, TypeError, RuntimeError, OSError) as error:
+        if begun.is_true or (cause := refusal(error)) is None:
+            raise
+        if rank := rank_zero_only.rank:  # type: ignore[attr-defined]
+            print(f"error on rank {rank}: {cause}", file=sys.stderr)  # perhaps of this one alone
+            sys.exit(2)
+        fail(str(cause))
 
 
 def quiet_other_ranks() -> None:

@@ -323,6 +323,30 @@ def test_several_ranks_answer_with_an_adapter(tmp_path: Path) -> None:
     assert said == [f"{expected}\n", ""]
 
 
+def test_an_adapter_answers_over_the_revision_that_it_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    repository = tmp_path / "cache" / "models--owner--name"
+    for revision, theta in (("main", 10000.0), ("old", 10.0)):
+        rope = {"rope_type": "default", "rope_theta": theta}
+        write_talking(repository / "snapshots" / revision, rope_parameters=rope)
+        (repository / "refs").mkdir(exist_ok=True)
+        (repository / "refs" / revision).write_text(revision)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    old = repository / "snapshots" / "old"
+    adapted = adapted_by_peft(_model(old), "attention")
+    config: Any = adapted.peft_config["default"]
+    config.base_model_name_or_path, config.revision = "owner/name", "old"
+    adapted.save_pretrained(tmp_path / "peft")
+    cli.main(["export", str(tmp_path / "peft"), str(tmp_path / "merged"), "--merge"])
+    prompt = AutoTokenizer.from_pretrained(old)("zeta eta")["input_ids"]
+    expected = greedy(tmp_path / "merged", prompt, 12)
+    over_main = peft.PeftModel.from_pretrained(_model(repository / "snapshots" / "main"), tmp_path / "peft")
+    over_main.merge_and_unload().save_pretrained(tmp_path / "over main")
+    AutoTokenizer.from_pretrained(old).save_pretrained(tmp_path / "over main")
+    assert expected != greedy(tmp_path / "over main", prompt, 12)
+    assert _said_on_this_rank(tmp_path / "peft") == f"{expected}\n"
+
+
 def test_a_checkpoint_that_does_not_say_how_adapters_are_scaled_is_refused() -> None:
     shape = (torch.Size([3, 32]), torch.float32)
     tensors: Any = {"model.model.layers.0.self_attn.q_proj.lora_A.default.weight": shape}

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
 import shlex
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +19,7 @@ from torch.utils.data import DataLoader
 
 from lightning_ep import __version__, callbacks, cli, data
 from lightning_ep.cli import training
+from tests.ranks import run_ranks
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -203,6 +207,46 @@ def test_an_error_is_one_line_with_the_nearest_name(
     monkeypatch.setenv("LOCAL_RANK", "1")
     assert _exit_code(*arguments) == 2
     assert "error" not in capsys.readouterr().err
+
+
+class NoLabels(TinyData):
+    def train_dataloader(self) -> DataLoader[Any]:
+        return DataLoader([{"input_ids": torch.ones(4, dtype=torch.int64)}] * 4, batch_size=2)  # type: ignore[arg-type]
+
+    val_dataloader = train_dataloader
+
+
+def _said_by_rank(arguments: list[str]) -> tuple[int | str | None, list[str]]:
+    said = io.StringIO()
+    with contextlib.redirect_stderr(said), pytest.raises(SystemExit) as info:
+        cli.main(arguments)
+    return info.value.code, [line for line in said.getvalue().splitlines() if "error" in line]
+
+
+def test_what_a_run_refuses_before_its_first_batch_is_one_line_of_each_rank() -> None:
+    odd = ["--model.init_args.model.num_experts", "7", "--trainer.callbacks", "[]", "--trainer.logger", "false"]
+    arguments = ["fit", *QUICKSTART, *odd, "--data", "tests.cli.test_cli.TinyData"]
+    found = run_ranks(2, _said_by_rank, arguments, init_process_group=False)
+    assert [code for code, _ in found] == [2, 2]
+    (first,), (second,) = (lines for _, lines in found)
+    assert first.startswith("lightning-ep: error: ")
+    assert second.startswith("error on rank 1: ")
+    assert "7" in first
+
+
+def test_what_is_wrong_with_a_batch_is_shown_with_its_place() -> None:
+    one = [
+        "--trainer.devices",
+        "1",
+        "--trainer.strategy.ep",
+        "1",
+        "--trainer.callbacks",
+        "[]",
+        "--trainer.logger",
+        "false",
+    ]
+    with pytest.raises(ValueError, match="no labels"):
+        cli.main(["fit", *QUICKSTART, *one, "--data", "tests.cli.test_cli.NoLabels"])
 
 
 def test_help_comes_without_torch_and_names_what_a_recipe_may_hold() -> None:
