@@ -47,9 +47,23 @@ MUTATIONS = (
     Mutation(
         "gradient_of_experts_scaled",
         "ops/fused_experts.py",
-        "return grad_up_EFH, grad_down_EHI",
-        "return grad_up_EFH, grad_down_EHI * 1.001",
+        "return grad_up, grad_down, *biases",
+        "return grad_up, grad_down * 1.001, *biases",
         _MOE,
+    ),
+    Mutation(
+        "gradient_of_routing_weights_without_that_of_biases",
+        "ops/fused_experts.py",
+        "grad_weights_NK += self._of_slots(",
+        "self._of_slots(",
+        "moe/test_families.py::test_fused_experts_equal_those_of_the_family[gpt_oss]",
+    ),
+    Mutation(
+        "mixers_see_padding",
+        "context_parallel/mixers.py",
+        '{"attention_mask": piece.attention_mask}',
+        '{"attention_mask": None}',
+        "context_parallel/test_context_parallel.py::test_linear_attention_and_convolutions_run_on_whole_sequences[qwen3_next]",
     ),
     Mutation(
         "adapters_of_experts_scaled",
