@@ -79,7 +79,9 @@ def run(cell: Cell, meter: Meter) -> None:
         use_distributed_sampler=False, logger=False, enable_checkpointing=False, enable_progress_bar=False,
         enable_model_summary=False,
     )  # fmt: skip
-    rounding = {"stochastic_rounding": True} if cell.bf16_weights else {}  # which older commits do not have
+    rounding: dict[str, Any] = (
+        {"stochastic_rounding": True} if cell.bf16_weights else {}
+    )  # which older commits do not have
     module = _Module(cell, meter, optimizer=functools.partial(AdamW, lr=1e-5, **rounding), **_adapter(cell))
     data: Any = list(batches(cell, meter.num_steps))
     trainer.fit(module, DataLoader(data, batch_size=None, pin_memory=cuda))

@@ -20,7 +20,7 @@ def picture(runs: Sequence[dict[str, Any]]) -> str:
         if run["way"] != "fp32 masters"
     ]
     panels = [
-        _panel(0, "validation loss, nats per token", losses),  # type: ignore[arg-type]
+        _panel(0, "validation loss, nats per token", losses),
         _panel(1, "the same, minus that of fp32 masters with the same seed", apart),
     ]
     legend = [
