@@ -163,9 +163,11 @@ class _Ordered(TextDataModule):
 
     @override
     def train_dataloader(self) -> ResumableLoader:
-        loader = super().train_dataloader()
-        loader.batch_sampler.seed = self.order
-        return loader
+        self.seed, split = self.order, self.seed
+        try:
+            return super().train_dataloader()
+        finally:
+            self.seed = split
 
 
 def _data(options: argparse.Namespace, seed: int) -> TextDataModule:

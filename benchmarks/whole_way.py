@@ -104,20 +104,27 @@ class _Way:
         self.found["GB"] = _bytes(hub) / 1e9
         self.took("write")
         module = CausalLM(str(hub), optimizer=_optimizer)
-        steps = _Steps(lambda: (self.took("load"), self.delete(hub)), lambda: self.took("train"))
+
+        def loaded() -> None:
+            self.took("load")
+            self.delete(hub)
+
+        steps = _Steps(loaded, lambda: self.took("train"))
         trainer = self.trainer(self.options.steps, steps, HuggingFaceExport(str(export), "bfloat16"))
         trainer.fit(module, self.data(self.options.steps))
         self.took("export")
         self.found |= {"first_loss": steps.losses[0], "last_loss": steps.losses[-1], "step_s": steps.median_s}
         read: Any = AutoModelForCausalLM.from_pretrained(export, num_hidden_layers=1, dtype=torch.bfloat16)
         for name, param in read.named_parameters():
+            assert module.model is not None
             trained = module.model.get_parameter(name)
             assert torch.equal(whole(trained), param.detach()), f"{name} is not what was trained"
         self.took("read_by_transformers")
         self.delete(export)
 
     def write(self, path: Path, layers: int) -> None:
-        model: Any = from_config(model_config(self.options.sizes, layers)).to(torch.bfloat16)
+        model: Any = from_config(model_config(self.options.sizes, layers))
+        model.to(torch.bfloat16)
         layout = ParallelLayout.resolve(self.ranks, "auto", self.ranks, self.ranks)
         meshes = layout.build_meshes(self.device.type)
         shard(model, layout, meshes, self.device, expert_plan(model), MixedPrecisionPolicy())

@@ -79,7 +79,7 @@ def adamw_(updates: Sequence[Update], rule: Rule, factor: Tensor | None) -> None
         if kernels.runs_on_large(*update):
             from lightning_ep.ops.kernels import adamw as triton_adamw
 
-            triton_adamw.adamw_(*update, factor, rule)
+            triton_adamw.adamw_(*update, factor, rule.numbers())
         else:
             rest.append(update)
     by_kind: dict[tuple[torch.device, torch.dtype], list[Update]] = {}  # torch's kernel takes one dtype at a time
@@ -130,7 +130,7 @@ def adamw_rounded_(update: Update, rule: Rule, factor: Tensor | None, elements: 
     if kernels.runs_on(*update) and all(tensor.is_contiguous() for tensor in update):
         from lightning_ep.ops.kernels import adamw as triton_adamw
 
-        triton_adamw.adamw_(*update, factor, rule, elements)
+        triton_adamw.adamw_(*update, factor, rule.numbers(), elements)
     else:
         adamw_rounded_twin_(update, rule, factor, elements)
 

@@ -321,7 +321,7 @@ def test_adamw(size: int, factor: float | None, grad_dtype: torch.dtype) -> None
         optimizer.step()
         update.step.add_(1)
         before, version = grad.clone(), param._version
-        kernel.adamw_(*update._replace(grad=grad), by, rule)
+        kernel.adamw_(*update._replace(grad=grad), by, rule.numbers())
         assert torch.equal(grad, before)
         assert param._version > version
     assert relative_error(param, expected.detach()) < 1e-6
@@ -336,8 +336,9 @@ def test_adamw_of_a_small_decay() -> None:
     param = torch.rand(20_000, device=DEVICE) + 0.5
     before, zeros, step = param.double(), torch.zeros_like(param), torch.ones((), device=DEVICE)
     update = Update(param, zeros, zeros.clone(), zeros.clone(), step)
+    rule = Rule(lr=1e-5, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.1)
     for _ in range(5):
-        kernel.adamw_(*update, None, Rule(lr=1e-5, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.1))
+        kernel.adamw_(*update, None, rule.numbers())
     assert (1 - param.double() / before).mean().item() == pytest.approx(5e-6, rel=3e-3)
 
 
@@ -349,7 +350,7 @@ def test_adamw_of_bf16_weights_and_moments() -> None:
     tensors = [torch.randn(5000, device=DEVICE).bfloat16() for _ in range(3)]
     found = Update(*tensors, tensors[0].abs(), torch.ones((), device=DEVICE))
     twin = Update(*(tensor.clone() for tensor in found))
-    kernel.adamw_(*found, None, rule)
+    kernel.adamw_(*found, None, rule.numbers())
     adamw_twin_([twin], rule, None)
     for name, a, b in zip(found._fields, found, twin, strict=True):
         assert relative_error(a, b) < (4e-3 if EXACT else 8e-3), name  # the interpreter cuts bits off
@@ -385,7 +386,7 @@ def test_adamw_rounds_stochastically_as_its_twin(
     for key in (0, 3, 2**63 - 1):
         grad = torch.randn(size, device=DEVICE).bfloat16()
         grad[-1] = (1.0, float("inf"), float("nan"))[int(found.step) - 1]
-        kernel.adamw_(*found._replace(grad=grad), by, rule, Elements(key, *part))
+        kernel.adamw_(*found._replace(grad=grad), by, rule.numbers(), Elements(key, *part))
         adamw_rounded_twin_(twin._replace(grad=grad), rule, by, Elements(key, *part))
         for name in ("param", "exp_avg", "exp_avg_sq"):
             a, b = getattr(found, name), getattr(twin, name)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from lightning_ep.ops.adamw import Rule
 from lightning_ep.ops.kernels.rounding import random_bits, random_stream, round_stochastically, third
 from lightning_ep.ops.rounding import Elements
 
@@ -63,15 +64,15 @@ def _adamw_kernel(
 
 def adamw_(
     param: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, step: Tensor, factor: Tensor | None,
-    rule: Rule, rounds: Elements | None = None,
+    numbers: Sequence[float], rounds: Elements | None = None,
 ) -> None:  # fmt: skip
-    """See `lightning_ep.ops.adamw.adamw_` and `adamw_rounded_`; for one parameter with contiguous tensors."""
+    """See `lightning_ep.ops.adamw.adamw_` and `adamw_rounded_`; one parameter, contiguous, and `Rule.numbers()`."""
     num_elements = param.numel()
     elements = rounds or Elements(0, 0, num_elements, 0)
     tiles = 1 if rounds is None else _TILES
     _adamw_kernel[(triton.cdiv(num_elements, tiles * _BLOCK),)](
         param, grad, exp_avg, exp_avg_sq, step, step if factor is None else factor,
-        *rule.numbers(), num_elements,
+        *numbers, num_elements,
         *elements, factor is not None, rounds is not None, elements.width < num_elements, _BLOCK, tiles,
         # Without fused multiplications every operation rounds as the twin's, so that CPUs and GPUs agree.
         num_warps=8, enable_fp_fusion=rounds is None,
