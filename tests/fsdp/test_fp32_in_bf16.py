@@ -139,6 +139,8 @@ def _check(root: Path, family: str, wider: str = r"(?!)", **strategy: Any) -> No
             assert torch.equal(value, weights[name].detach().to(dtypes[name])), f"{name}, {precision}"
         assert abs(module.losses[0] - exact_loss) <= 3 * abs(loss - exact_loss) + 5e-3, precision
         for name, grad in exact.items():
+            if grad.norm() < 1e-7:
+                continue  # what cancels: hash routers of tiny models name one expert twice
             found, close = _error(module.gradients[name].float(), grad), _error(grads[name], grad)
             # Where bf16 alone is far off (a token that changed its experts) nothing can be said.
             assert close > 0.3 or found <= 3 * close + 0.05, f"{name}, {precision}: {found:.3f}, {close:.3f}"

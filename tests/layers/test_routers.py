@@ -57,7 +57,8 @@ def _recomputes(family: str, mode: Any) -> list[str]:
     for (name, param), expected in zip(sharded.named_parameters(), plain.parameters(), strict=True):
         if expected.grad is None or expected.grad.norm() < 1e-4:
             continue  # experts for images, and sums that all but cancel
-        if not (error := relative_error(param.grad.full_tensor(), expected.grad)) <= 1e-5:
+        tolerance = 5e-5 if ".hc_" in name else 1e-5  # these connections enlarge what any order of sums differs by
+        if not (error := relative_error(param.grad.full_tensor(), expected.grad)) <= tolerance:
             wrong.append(f"{name}: {error:.1e}")
     return wrong
 
