@@ -446,10 +446,13 @@ class ExpertParallelStrategy(ModelParallelStrategy):
 
     @override
     def reduce(self, tensor: Any, group: Any | None = None, reduce_op: ReduceOp | str | None = "mean") -> Any:
-        """As Lightning's, but the mean of whole numbers is not rounded.
+        """As Lightning's, but the mean of whole numbers is not rounded, and tensors may be on the CPU beside GPUs.
 
-        With ``self.log(..., sync_dist=True)`` Lightning divides by the mean of the ranks' samples, 7.5 for 8 and 7.
+        With ``self.log(..., sync_dist=True)`` Lightning divides by the mean of the ranks' samples, 7.5 for 8 and 7, and
+        leaves a value where it is, of which NCCL takes none that is on the CPU.
         """
+        if isinstance(tensor, Tensor) and tensor.device.type != self.root_device.type:
+            return self.reduce(tensor.to(self.root_device), group, reduce_op).to(tensor.device)
         means = reduce_op in ("mean", "avg", ReduceOp.AVG)
         if means and isinstance(tensor, Tensor) and not (tensor.is_floating_point() or tensor.is_complex()):
             tensor = tensor.to(torch.get_default_dtype())
