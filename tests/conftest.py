@@ -26,7 +26,6 @@ _DEVICES = {"run_ranks", "row_failures", "device", "accelerator", "DEVICE"}
 """What tests name that use a GPU with LIGHTNING_EP_TEST_DEVICE=cuda."""
 _HOST = {
     *(
-        "callbacks",
         "cli",
         "data",
         "planner",
@@ -40,6 +39,8 @@ _HOST = {
     *("trainer.test_steering", "trainer.test_user_loaders", "trainer.test_watched_gradients"),
 }
 """Folders and modules whose ranks show on GPUs what they show on CPUs: files, loaders, decisions, messages."""
+_NOT_OF_THE_HOST = {"data.test_validation_sources"}
+"""Modules in these folders that do more."""
 _ON_CUDA = os.environ.get("LIGHTNING_EP_TEST_DEVICE") == "cuda"
 
 
@@ -96,7 +97,8 @@ def _is_left_out(item: pytest.Item, config: pytest.Config) -> bool:
         return True
     if _ON_CUDA and item.get_closest_marker("gpu") is None:
         module = _module(item)
-        return module in _HOST or module.partition(".")[0] in _HOST or not _reaches(item, _DEVICES)
+        of_host = module not in _NOT_OF_THE_HOST and not _HOST.isdisjoint({module, module.partition(".")[0]})
+        return of_host or not _reaches(item, _DEVICES)
     if _ON_CUDA:
         return False
     return item.get_closest_marker("gpu") is not None
