@@ -71,8 +71,9 @@ def _facts(
         yield "parameters", _parameters(model)
     if shape is not None:
         groups, times = layout.data_world_size, trainer.accumulate_grad_batches
-        steps = f"{times} time{'s' * (times > 1)} per step: {math.prod(shape) * groups * times:,} tokens"
-        yield "batch", f"{shape[0]} x {shape[1]:,} tokens, {groups} of them at once, {steps}"
+        factors = f"{groups} data rank{'s' * (groups > 1)} x {times} micro-batch{'es' * (times > 1)}"
+        tokens = math.prod(shape) * groups * times
+        yield "batch", f"{shape[0]} x {shape[1]:,} tokens x {factors} = {tokens:,} tokens per step"
     yield "precision", f"{trainer.precision}: {_PRECISION[str(trainer.precision)]}"
     again = "nothing is recomputed" if mode == "none" else f"{mode} recompute"
     yield "layers", f"{again}, {'compiled' if compile else 'not compiled'}"

@@ -65,7 +65,7 @@ def test_a_run_says_once_what_it_does(tmp_path: Path, said: list[str]) -> None:
     idle = sum(p.numel() for name, p in model.named_parameters() if ".experts." in name) // 2
     assert rows["parameters"] == f"{total:,}, {total - idle:,} active: 2 of 4 experts; all are trained"
     assert rows["layout"] == "ep=1, fsdp=1, replicate=1, tp=1, cp=1 on 1 x CPU"
-    assert rows["batch"] == "2 x 8 tokens, 1 of them at once, 1 time per step: 16 tokens"
+    assert rows["batch"] == "2 x 8 tokens x 1 data rank x 1 micro-batch = 16 tokens per step"
     assert rows["precision"].startswith("bf16-mixed: weights in fp32")
     assert rows["layers"] == "selective recompute, not compiled"
     assert rows["experts"].startswith("fused kernels (in PyTorch, without a GPU), 4 of a layer on a rank")
