@@ -29,7 +29,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.utils.data import DataLoader
 
 from benchmarks.cells import SIZES, model_config
-from benchmarks.measure import synchronize
+from benchmarks.measure import join_processes, synchronize
 from benchmarks.records import machine, provenance
 from benchmarks.workload import fill_parameters
 from lightning_ep import CausalLM, ExpertParallelStrategy, ParallelLayout, expert_plan, from_config, from_pretrained
@@ -54,11 +54,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--saves", type=int, default=4, help="checkpoints of each kind, 2 or more")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args(arguments)
-    device = torch.device("cpu")
-    if options.device == "cuda":
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        torch.cuda.set_device(device)
-    dist.init_process_group(device_id=None if device.type == "cpu" else device)
+    device = join_processes(options.device)
     folder = options.directory / "benchmarks-disk"
     try:
         found = (weights if options.what == "weights" else checkpoints)(options, device, folder)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import itertools
 import math
+import os
 import statistics
 import time
 from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile, schedule
 
@@ -19,6 +21,15 @@ from benchmarks.workload import batches
 
 _HOST_STEPS = 3
 _PROFILED_STEPS = 2  # the first one warms the profiler up
+
+
+def join_processes(kind: str) -> torch.device:
+    """Joins the processes of torchrun and returns this one's device, ``"cuda"`` or ``"cpu"``."""
+    device = torch.device(kind, int(os.environ["LOCAL_RANK"])) if kind == "cuda" else torch.device(kind)
+    if kind == "cuda":
+        torch.cuda.set_device(device)
+    dist.init_process_group(device_id=device if kind == "cuda" else None)
+    return device
 
 
 class Meter:

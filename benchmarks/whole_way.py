@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import resource
 import shutil
 import time
@@ -29,7 +28,7 @@ from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM
 
 from benchmarks.cells import SIZES, model_config, parse_shape
-from benchmarks.measure import synchronize
+from benchmarks.measure import join_processes, synchronize
 from benchmarks.records import machine, provenance
 from benchmarks.workload import fill_parameters
 from lightning_ep import AdamW, CausalLM, ExpertParallelStrategy, ParallelLayout, expert_plan, from_config
@@ -52,11 +51,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     options = parser.parse_args(arguments)
-    device = torch.device("cpu")
-    if options.device == "cuda":
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        torch.cuda.set_device(device)
-    dist.init_process_group(device_id=None if device.type == "cpu" else device)
+    device = join_processes(options.device)
     folder = options.directory / "benchmarks-whole-way"
     found: dict[str, float] = {}
     try:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
-Scoring = Literal["softmax", "sigmoid", "probabilities"]
-"""How router logits become the scores of experts; ``"probabilities"``: a family's routers return these."""
+from lightning_ep.transformers_adapter import Scoring
 
 
 class _Sums(torch.autograd.Function):

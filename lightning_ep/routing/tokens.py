@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from lightning_ep import transformers_adapter as adapter
-from lightning_ep.context_parallel.sequence import KEY, SequencePiece
+from lightning_ep.context_parallel.sequence import KEY, SequencePiece, piece_of
 from lightning_ep.layout import ParallelLayout
 
 
@@ -104,15 +104,14 @@ def _filling(ids_BS: Tensor, positions_BS: Tensor, of_longer: bool) -> Tensor:
 def _share(counted_BS: Tensor | None, call: Mapping[str, Any], layout: ParallelLayout) -> Tensor | None:
     """Of whole sequences, those tokens that this rank has between attentions, as `split_sequence` gives them."""
     batch, length = _shape(call)
-    share = -(-length // layout.tp)
+    begin, share = piece_of(length, layout.tp, layout.place(dist.get_rank()).tp)
     padding = share * layout.tp - length
     if counted_BS is None:
         if padding == 0:
             return None
         device = next(value.device for value in call.values() if isinstance(value, Tensor))
         counted_BS = torch.ones(batch, length, dtype=torch.bool, device=device)
-    rank = dist.get_rank() % layout.tp
-    return F.pad(counted_BS, (0, padding)).narrow(1, rank * share, share)
+    return F.pad(counted_BS, (0, padding)).narrow(1, begin, share)
 
 
 def _shape(call: Mapping[str, Any]) -> tuple[int, int]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 from torch import Tensor, nn
 
@@ -82,7 +80,7 @@ class Watched:
         self._observation.remove()
 
 
-def entropy(logits_TE: Tensor, scoring: Literal["softmax", "sigmoid", "probabilities"]) -> Tensor:
+def entropy(logits_TE: Tensor, scoring: adapter.Scoring) -> Tensor:
     """Entropy of a router's probabilities in nats, fp32 ``[T]``; of sigmoids, their shares of the sum."""
     if scoring == "softmax":
         probabilities_TE = logits_TE.softmax(-1, dtype=torch.float32)

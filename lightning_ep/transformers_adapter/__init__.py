@@ -64,6 +64,7 @@ from lightning_ep.transformers_adapter.packing import (
 )
 from lightning_ep.transformers_adapter.record import recall, remember
 from lightning_ep.transformers_adapter.routers import (
+    Scoring,
     add_selection_bias,
     correction_bias,
     leave_out_balancing_loss,
@@ -100,6 +101,7 @@ __all__ = [
     "own_balancing_loss",
     "moe_blocks",
     "router_scoring",
+    "Scoring",
     "selection_biases",
     "why_no_selection_bias",
     "CONTEXT_PARALLEL",

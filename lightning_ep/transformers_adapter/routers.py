@@ -13,6 +13,9 @@ from transformers import PreTrainedModel
 
 from lightning_ep.transformers_adapter.structure import model_class, routers
 
+Scoring = Literal["softmax", "sigmoid", "probabilities"]
+"""How router logits become the scores of experts; ``"probabilities"``: a family's routers return these."""
+
 _BIASES = ("e_score_correction_bias", "expert_bias")
 """Names that families give to biases which decide who is chosen, and not with which weight."""
 
@@ -27,7 +30,7 @@ SOFTMAX_TOP_K: dict[str, bool | None] = {
 """Routers that take the K largest of a softmax, and whether they divide by the sum of these (None: as they say)."""
 
 
-def router_scoring(router: nn.Module) -> Literal["softmax", "sigmoid", "probabilities"] | None:
+def router_scoring(router: nn.Module) -> Scoring | None:
     """How the first of a router's outputs becomes scores, read in the source of its forward; None where that is else.
 
     A few families' routers return probabilities, or score by a function that their config names.
