@@ -56,9 +56,10 @@ def _parse(words: list[str]) -> None:
     elif program == "torchrun":
         from torch.distributed.run import get_args_parser
 
-        options, module = get_args_parser(), rest.index("-m")
-        options.parse_args(rest)
-        _module(rest[module + 1], rest[module + 2 :])
+        get_args_parser().parse_args(rest)
+        if "-m" in rest:
+            module = rest.index("-m")
+            _module(rest[module + 1], rest[module + 2 :])
     elif program in ("python", "python3") and rest[:1] == ["-m"]:
         _module(rest[1], rest[2:])
     elif program == "python":

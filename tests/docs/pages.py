@@ -2,6 +2,7 @@
 
 <!-- run: tests/cli/test_lora_page.py::test_name -->      that test runs it, or compares it with what is printed
 <!-- excerpt: lightning_ep/layout.py -->                  its lines are in that file
+<!-- printed: lightning_ep/layout.py -->                  a message of that file, with the numbers of some run
 <!-- read: it takes 8 GPUs -->                            not run, for that reason; options and imports exist
 """
 
@@ -21,7 +22,7 @@ _FENCE = re.compile(
     r"^(?P<indent> *)```(?P<language>[^`\n]*)\n(?P<text>.*?)^(?P=indent)```$",
     re.MULTILINE | re.DOTALL,
 )
-_COMMENT = re.compile(r"<!-- (run|excerpt|read): (.+) -->")
+_COMMENT = re.compile(r"<!-- (run|excerpt|printed|read): (.+) -->")
 _FILE = re.compile(r"`([\w-]+\.(?:yaml|jsonl|py))`")
 
 
@@ -34,7 +35,7 @@ class Block:
         line: The line of its fence.
         language: As the fence says; empty for drawings.
         text: What is in it.
-        how: ``run``, ``excerpt`` or ``read``; empty where no comment says.
+        how: ``run``, ``excerpt``, ``printed`` or ``read``; empty where no comment says.
         by: The test, the file or the reason.
         file: The file that it is, where the paragraph above names one.
     """

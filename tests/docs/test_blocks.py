@@ -18,19 +18,41 @@ import yaml
 
 import lightning_ep
 from lightning_ep import cli
-from lightning_ep_start import recipes
+from lightning_ep_start import COMMANDS, DATA_COMMANDS, TRAINER_COMMANDS, recipes
 from tests.docs.command_lines import why_not
 from tests.docs.pages import PAGES, ROOT, Block, block, blocks, commands
 from tests.ranks import run_ranks
 from tests.talking import write_talking
 from tests.tiny import TinyModule, loader, quiet
 
+NAMES = {*TRAINER_COMMANDS, *DATA_COMMANDS, *COMMANDS, "plan", "recipes"}
 LANGUAGES = {"bash", "json", "python", "text", "yaml"}
 EVERY = [block for page in PAGES for block in blocks(page)]
 
 
 def of(*languages: str) -> Any:
     return pytest.mark.parametrize("block", [b for b in EVERY if b.language in languages], ids=str)
+
+
+def messages(file: str) -> list[re.Pattern[str]]:
+    """The longer texts of a file, with anything in the place of values; texts that are added are one."""
+    found = []
+    for node in ast.walk(ast.parse((ROOT / file).read_text())):
+        if isinstance(node, ast.JoinedStr | ast.Constant | ast.BinOp):
+            pattern = _pattern(node)
+            if len(pattern.replace(".*", "")) > 50:
+                found.append(re.compile(pattern))
+    return found
+
+
+def _pattern(node: ast.expr) -> str:
+    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
+        return _pattern(node.left) + _pattern(node.right)
+    if isinstance(node, ast.JoinedStr):
+        return "".join(map(_pattern, node.values))
+    if isinstance(node, ast.Constant) and isinstance(node.value, str):
+        return re.sub(r"(\\ |\\\n)+", " *", re.escape(node.value))
+    return ".*"
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -40,7 +62,7 @@ def test_every_block_is_run_or_says_why_not(page: str) -> None:
             assert "lightning-ep" not in one.text or one.how, f"{one}: a drawing has no commands; name its test"
         elif one.how != "run":
             assert one.language in LANGUAGES, one
-            assert one.how in ("excerpt", "read"), f"{one}: a comment above says what runs it: see tests/docs/pages.py"
+            assert one.how in ("excerpt", "printed", "read"), f"{one}: who runs it? See tests/docs/pages.py"
             assert len(one.by) > 10, f"{one}: why is it not run?"
         if one.how == "run":
             file, _, name = one.by.partition("::")
@@ -48,6 +70,10 @@ def test_every_block_is_run_or_says_why_not(page: str) -> None:
             assert f"\ndef {name}(" in text, f"{one} names a test that is not there"
             reads = Path(page).name in text or name == "test_parts_of_recipes_train"
             assert reads, f"{one}: {file} does not read this page"
+        if one.how == "printed":
+            assert any(form.fullmatch(" ".join(one.text.split())) for form in messages(one.by)), (
+                f"{one}: not in {one.by}"
+            )
         if one.how == "excerpt":
             lines = {line.strip() for line in (ROOT / one.by).read_text().splitlines()}
             assert [line for line in one.text.splitlines() if line.strip() not in lines] == [], one
@@ -79,6 +105,17 @@ def test_commands_and_their_options_exist(block: Block, desk: Path, monkeypatch:
     assert found, block
     wrong = {line: reason for line in found if (reason := why_not(line))}
     assert not wrong, f"{block}: {wrong}"
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_commands_within_sentences_exist(page: str, desk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those without words in capitals, which stand for something; a bare name says that there is such a command."""
+    monkeypatch.chdir(desk)
+    for words in re.findall(r"`lightning-ep ([^`]+)`", (ROOT / page).read_text()):
+        name, *rest = words.split()
+        if rest and not re.search(r"\b[A-Z]{2,}\b|\.\.\.", words):
+            assert not why_not(f"lightning-ep {words}"), f"{page}: {words}"
+        assert name in (*NAMES, "COMMAND") or name.startswith("-"), f"{page}: {words}"
 
 
 @of("yaml")
