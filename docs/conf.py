@@ -7,6 +7,8 @@ python -m sphinx -b linkcheck -c docs . docs/_build/links      # links to others
 import sys
 from pathlib import Path
 
+from sphinx.application import Sphinx
+
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "docs" / "_ext")]
 
@@ -25,6 +27,7 @@ extensions = [
     "sphinx.ext.napoleon",
     "sphinx_copybutton",
 ]
+default_role = "py:obj"  # single backticks in docstrings are names
 root_doc = "docs/index"
 include_patterns = ["docs/**", "benchmarks/results/*.md", "CHANGELOG.md", "CONTRIBUTING.md"]
 exclude_patterns = [".*", "docs/_*", "runs", "exports", "tests", "lightning_ep", "lightning_logs"]
@@ -51,3 +54,12 @@ html_theme_options = {
     "dark_css_variables": {"color-brand-primary": "#c4a1e8", "color-brand-content": "#c4a1e8"},
 }
 copybutton_exclude = ".linenos, .gp"
+
+
+def setup(app: Sphinx) -> None:
+    """Leaves private classes out of what a class is said to be based on."""
+    app.connect("autodoc-process-bases", _hide_private_bases)
+
+
+def _hide_private_bases(app: Sphinx, name: str, obj: type, options: object, bases: list[type]) -> None:
+    bases[:] = [base for base in bases if not base.__name__.startswith("_")] or [object]

@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import io
 import shlex
+import sys
 from typing import Any
+from unittest import mock
 
 from docutils import nodes
 from docutils.parsers.rst import Directive
@@ -28,7 +30,7 @@ def printed(words: list[str]) -> str:
     from lightning_ep import cli
 
     out, code = io.StringIO(), 0
-    with contextlib.redirect_stdout(out):
+    with contextlib.redirect_stdout(out), mock.patch.object(sys, "argv", ["lightning-ep"]):
         try:
             cli.main(words)
         except SystemExit as end:

@@ -1,4 +1,4 @@
-"""Pictures and tables that programs make are those of today, and keys that users of others are told exist."""
+"""Pictures and tables that programs make are those of today; pages and keys that are named exist."""
 
 from __future__ import annotations
 
@@ -32,6 +32,16 @@ def test_what_is_bold_was_measured() -> None:
     records = "".join(path.read_text() for path in (ROOT / "benchmarks/results").glob("*.md"))
     for rate, gib in MEASURED.values():
         assert re.search(rf"\| {rate:,}\b.*\| {gib}\b", records)
+
+
+def test_pages_that_are_named_in_files_exist() -> None:
+    """In messages, comments, recipes and the README. (Links among pages are looked at by docs/_ext/check.py.)"""
+    files = [ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
+    for room in ("lightning_ep", "lightning_ep_start", "recipes", "benchmarks", "tests"):
+        files += [path for path in (ROOT / room).rglob("*") if path.suffix in (".py", ".yaml", ".sh")]
+    for path in files:
+        for page in re.findall(r"\bdocs/[\w/]+\.md\b", path.read_text()):
+            assert (ROOT / page).exists(), f"{path.relative_to(ROOT)} names {page}"
 
 
 def test_the_keys_that_users_of_others_are_told_exist() -> None:
