@@ -43,7 +43,7 @@ def test_the_module_of_the_page_trains(tmp_path: Path, monkeypatch: pytest.Monke
     write_checkpoint(tmp_path / "tiny")
     names: dict[str, Any] = {"datamodule": Batches()}
     exec(_replaced(block(MODULE, "import lightning as L"), {"Qwen/Qwen3-30B-A3B": "tiny"}), names)
-    exec(_replaced(block(MODULE, "trainer = L.Trainer"), {**ON_A_CPU, "max_steps=1000": "max_steps=2"}), names)
+    exec(_replaced(block(MODULE, "strategy ="), {**ON_A_CPU, "max_steps=1000": "max_steps=2"}), names)
     assert names["trainer"].global_step == 2
     assert "train/loss" in names["trainer"].callback_metrics
 
@@ -66,7 +66,7 @@ def _plain(root: Path) -> tuple[float, float, int]:
     """The loop, with the model of plans.md in the place of its own."""
     os.chdir(root)
     loop, own = block(LOOP, "import torch\n"), block(LOOP, "model = Decoder()")
-    before, _, after = loop.partition("config = dict(")
+    before, _, after = loop.partition("config = {")
     layout = after[after.index("layout =") : after.index("parallelize(model")]
     steps = after[after.index("optimizer =") : after.index("if rank == 0")]
     loss = "model(input_ids=batch, labels=batch, use_cache=False).loss"
