@@ -28,6 +28,7 @@ _HOST = {
     *(
         "cli",
         "data",
+        "docs",
         "planner",
         "distributed.test_failures",
         "test_configurations",
