@@ -231,7 +231,12 @@ def test_a_state_of_torchs_adamw_does_not_turn_it_off() -> None:
 def test_is_refused_before_anything_runs(tmp_path: Path, flags: dict[str, Any], message: str) -> None:
     module = Given()
     trainer = quiet(
-        tmp_path, strategy=ExpertParallelStrategy(), devices=1, max_epochs=2, **{"precision": "bf16-true", **flags}
+        tmp_path,
+        strategy=ExpertParallelStrategy(),
+        accelerator="cpu",  # NCCL cannot always be started a second time in one process
+        devices=1,
+        max_epochs=2,
+        **{"precision": "bf16-true", **flags},
     )
     with pytest.raises(ValueError, match=message):
         trainer.fit(module, loader(4))
