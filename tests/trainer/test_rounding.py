@@ -233,7 +233,6 @@ def test_is_refused_before_anything_runs(tmp_path: Path, flags: dict[str, Any], 
     trainer = quiet(
         tmp_path,
         strategy=ExpertParallelStrategy(),
-        accelerator="cpu",  # NCCL cannot always be started a second time in one process
         devices=1,
         max_epochs=2,
         **{"precision": "bf16-true", **flags},
