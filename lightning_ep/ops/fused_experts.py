@@ -130,10 +130,9 @@ class FusedExperts(LocalExperts):
         ends_E, on, transposed = order.offsets_E, self._adapters if of_factors else (), self._form.is_transposed
         factors = {a.weight: (a.rank, of_factors[2 * i], of_factors[2 * i + 1]) for i, a in enumerate(on)}
         grad_down, *beside_down = of_down.gradients(act_PI, ends_E, own[1], factors.get(1), transposed)
-        # These rows once more in expert order, which takes the memory of all of them.
-        needed = own[0] is not None or 0 in factors
-        x_PH = order.permute(rows_NH) if needed else rows_NH
-        grad_up, *beside_up = of_up.gradients(x_PH, ends_E, own[0], factors.get(0), transposed)
+        # A GEMM takes these rows once more in expert order, which takes the memory of all of them.
+        x_NH, row_P = (rows_NH, order.row_P) if own[0] is None else (order.permute(rows_NH), None)
+        grad_up, *beside_up = of_up.gradients(x_NH, ends_E, own[0], factors.get(0), transposed, row_P)
         biases: list[Tensor | None] = []
         if grad_down_bias_EH is not None:
             of_up_bias, of_down_bias = own[2:]
