@@ -29,7 +29,9 @@ def _low_rank(
     """The operands of a tile's low-rank product, from a rank on."""
     rows, cols, ranks = row + tl.arange(0, ROWS), col + tl.arange(0, COLS), first + tl.arange(0, RANKS)
     inside = ranks < RANK
-    low_tile = tl.load(low + (rows * RANK)[:, None] + ranks[None, :], mask=(rows < end)[:, None] & inside[None, :], other=0.0)
+    low_tile = tl.load(
+        low + (rows * RANK)[:, None] + ranks[None, :], mask=(rows < end)[:, None] & inside[None, :], other=0.0
+    )
     at = e.to(tl.int64) * factor_stride + ranks[:, None] * rank_stride + cols[None, :] * col_stride
     return low_tile, tl.load(factor + at, mask=inside[:, None] & (cols < B)[None, :], other=0.0)
 
