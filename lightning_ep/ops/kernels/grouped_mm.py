@@ -151,7 +151,8 @@ def grouped_mm(
     stored = weight_EAB.transpose(1, 2) if transposed else weight_EAB
     tile = [_COLS, _DEPTH] if transposed else [_DEPTH, _COLS]
     out_PB = x_PA.new_empty(x_PA.shape[0], b)
-    low_PR, factor_ERB = beside or (x_PA[:, :0], weight_EAB)
+    low_PR, factor_ERB = beside or (out_PB, weight_EAB)  # which are then not read
+    rank = low_PR.shape[1] if beside else 0
     _grouped_mm_kernel[(programs or multiprocessors(x_PA.device),)](
         TensorDescriptor.from_tensor(x_PA, [_ROWS, _DEPTH]),
         TensorDescriptor.from_tensor(stored.reshape(-1, stored.shape[2]), tile),
@@ -159,7 +160,7 @@ def grouped_mm(
         out_PB,
         offsets_E,
         low_PR, factor_ERB, *factor_ERB.stride(),
-        a, b, num_experts, triton.next_power_of_2(num_experts), transposed, low_PR.shape[1],
+        a, b, num_experts, triton.next_power_of_2(num_experts), transposed, rank,
         _ROWS, _COLS, _DEPTH, _RANKS, True,
         num_warps=8,
         num_stages=3,
