@@ -1,8 +1,8 @@
-"""The figures of docs/planning.md: estimates beside what was measured, and tokens/s against ep.
+"""The figures of docs/choose/planning.md: estimates beside what was measured, and tokens/s against ep.
 
     python -m benchmarks.planning
 
-It writes docs/planning.svg and prints the tables. The measured figures are those of benchmarks/results.
+It writes docs/choose/planning.svg and prints the tables. The measured figures are those of benchmarks/results.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from lightning_ep.planner import QWEN3_30B_A3B, Case, allocatable_gib, find_mode
 from lightning_ep.planner.candidates import Request, fitting
 from lightning_ep.planner.devices import GPUS
 
-PICTURE = Path(__file__).parents[1] / "docs" / "planning.svg"
+PICTURE = Path(__file__).parents[1] / "docs" / "choose" / "planning.svg"
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,6 @@
-"""What works with which family: every stage of its life on two ranks, against one process. Writes docs/models.md.
+"""What works with which family: every stage of its life on two ranks, against one process.
+
+Writes docs/reference/models.md.
 
 python -m tests.survey                      # all families, about half an hour on two cores; writes the page
 python -m tests.survey mixtral gpt_oss      # prints these rows
@@ -332,7 +334,7 @@ def _why(message: str) -> str:
 
 
 def page(rows: dict[str, dict[str, Any]]) -> str:
-    """docs/models.md of what `survey` has found."""
+    """docs/reference/models.md of what `survey` has found."""
     stages = list(STAGES)
     lines = [_HEAD, f"| model type | {' | '.join(stages)} | experts |", f"|---|{'---|' * (len(stages) + 1)}"]
     whys: dict[str, dict[str, list[str]]] = {}
@@ -357,7 +359,7 @@ def page(rows: dict[str, dict[str, Any]]) -> str:
 _HEAD = """# Which models work
 
 Every model type with an expert-parallel plan that transformers 5.23 can build from a tiny configuration of its own class, on two
-ranks (gloo, `ep=2`), against one process. Written by `python -m tests.survey --page docs/models.md`, which trains, saves and loads them;
+ranks (gloo, `ep=2`), against one process. Written by `python -m tests.survey --page docs/reference/models.md`, which trains, saves and loads them;
 `tests/test_every_family.py` compares these rows with what is so today (ten families, the others with `-m slow`).
 
 | | yes means |
@@ -372,7 +374,7 @@ ranks (gloo, `ep=2`), against one process. Written by `python -m tests.survey --
 | lora | gradients of adapters on attention and experts equal PEFT's |
 | image | gradients where one rank's batch has an image and the other's has none; empty for text models, and where no picture was made |
 
-A family with experts that is not here declares no plan: a [plan of one's own](experts.md#a-model-whose-experts-nobody-has-declared).
+A family with experts that is not here declares no plan: a [plan of one's own](../extend/plans.md).
 """  # noqa: E501
 
 

@@ -2,7 +2,7 @@
 
 A *state* belongs to a module to which `fully_shard` was applied, or to several that are one group; that of the module
 that is called first becomes the *root* of those below it. A *group* holds the parameters that are gathered and reduced
-together. The names are the same in torch 2.11 to 2.13; `docs/workarounds.md` says what each is needed for.
+together. The names are the same in torch 2.11 to 2.13; `docs/reference/workarounds.md` says what each is needed for.
 """
 
 from __future__ import annotations

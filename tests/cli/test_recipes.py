@@ -433,7 +433,7 @@ def test_the_torchrun_script_trains_on_a_cpu(tmp_path: Path) -> None:
 def test_the_page_on_chats_says_what_the_commands_and_callbacks_take(
     empty: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    page = (REPOSITORY / "docs" / "chats.md").read_text()
+    page = (REPOSITORY / "docs" / "start" / "chats.md").read_text()
     blocks = re.findall(r"```(\w+)\n(.*?)```", page, re.S)
     (yaml_block,) = [block for kind, block in blocks if kind == "yaml" and block.startswith("trainer:")]
     (empty / "callbacks.yaml").write_text(yaml_block)
