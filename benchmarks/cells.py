@@ -36,51 +36,28 @@ EXCHANGES = COLLECTIVE, LEFT_OUT = "collective", "none"
 
 @dataclass(frozen=True)
 class Cell:
-    """Everything that identifies a measurement: bf16 compute, AdamW, clipping at norm 1.
+    """Everything that identifies a measurement: bf16 compute, AdamW, clipping at norm 1."""
 
-    Attributes:
-        trainer: One of `TRAINERS`: who shards, then what is recomputed and whether layers are compiled.
-        batch: Sequences per rank and step; with ``cp`` and ``tp`` the ranks that split sequences share them.
-        sequence: Tokens per sequence.
-        ranks: Processes, one per GPU.
-        sizes: Key into `SIZES`.
-        layers: Depth.
-        steps: Measured steps.
-        warmup: Steps before them.
-        memory_cap_gib: Limit of torch's allocator per GPU, or None.
-        lora: Adapters of a rank over frozen bf16 weights, in place of all parameters: ``"attention,16"``, or (with
-            experts) ``"all,8"``; of ours and of `PEFT` only.
-        bf16_weights: Weights, gradients and moments in bf16, which ours rounds stochastically and peers to the
-            nearest; else fp32 masters.
-        device: ``cuda`` or ``cpu``.
-        data: What sequences are: one document of random tokens each, packed chats, or random tokens in place of those.
-        balanced: Whether every expert gets equally many tokens, whatever its router says.
-        accumulate: Micro-batches of ``batch`` sequences per step.
-        exchange: How rows travel between the ranks of experts: by the all-to-all, or not at all.
-        monitor: `ExpertLoadMonitor` looks at every so many steps; 0: there is none.
-        tree: Folder of another commit, whose ``lightning_ep`` runs in place of this one's.
-        turn: Which of several runs of the same cell, where two trees take turns.
-    """
-
-    trainer: str
-    batch: int
-    sequence: int
-    ranks: int
-    sizes: str = "qwen3-30b-a3b"
+    trainer: str  # one of TRAINERS: who shards, then what is recomputed and whether layers are compiled
+    batch: int  # sequences per rank and step; with cp and tp the ranks that split sequences share them
+    sequence: int  # tokens of each
+    ranks: int  # processes, one per GPU
+    sizes: str = "qwen3-30b-a3b"  # key into SIZES
     layers: int = 12
-    steps: int = 30
-    warmup: int = 5
-    memory_cap_gib: float | None = None
+    steps: int = 30  # measured
+    warmup: int = 5  # steps before them
+    memory_cap_gib: float | None = None  # limit of torch's allocator per GPU
+    # Adapters over frozen bf16 weights: "attention,16" (their rank), or, with experts, "all,8"; of ours and PEFT only.
     lora: str | None = None
-    bf16_weights: bool = False
+    bf16_weights: bool = False  # and gradients and moments: ours rounds stochastically, peers to the nearest
     device: str = "cuda"
-    data: str = RANDOM
-    balanced: bool = False
-    accumulate: int = 1
-    exchange: str = COLLECTIVE
-    monitor: int = 0
-    tree: str | None = None
-    turn: int = 0
+    data: str = RANDOM  # one document of random tokens per sequence, packed chats, or random tokens in place of those
+    balanced: bool = False  # every expert gets equally many tokens, whatever its router says
+    accumulate: int = 1  # micro-batches per step
+    exchange: str = COLLECTIVE  # how rows travel between ranks of experts; left out: every rank takes its own
+    monitor: int = 0  # ExpertLoadMonitor looks at every so many steps; 0: there is none
+    tree: str | None = None  # folder of another commit, whose lightning_ep runs in place of this one's
+    turn: int = 0  # which of several runs, where two trees take turns
 
     def __post_init__(self) -> None:
         if not any(re.fullmatch(pattern, self.trainer) for pattern, _ in _TRAINERS):

@@ -247,7 +247,11 @@ def main() -> None:
             share = cell.memory_cap_gib * 2**30 / torch.cuda.get_device_properties(device).total_memory
             torch.cuda.set_per_process_memory_fraction(min(1.0, share), device)
         meter = Meter(cell, device)
-        _run(cell, meter)
+        if cell.ours:
+            from benchmarks.ours import run
+        else:
+            from benchmarks.peers import run
+        run(cell, meter)
         _write(path, {"measured": meter.results(), "machine": machine(device)})
     except BaseException as error:
         traceback.print_exc()
@@ -258,17 +262,6 @@ def main() -> None:
         dist.barrier()  # rank 0 keeps the others' store
     sys.stdout.flush()
     os._exit(0)  # nothing that is torn down from here on could change the result, and all of it can hang
-
-
-def _run(cell: Cell, meter: Meter) -> None:
-    if cell.ours:
-        from benchmarks import ours
-
-        ours.run(cell, meter)
-    else:
-        from benchmarks import peers
-
-        peers.run(cell, meter)
 
 
 def _write(path: Path, result: dict[str, Any]) -> None:

@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Iterator
-from dataclasses import dataclass
-from pathlib import Path
+from typing import Any, NamedTuple
 
 from benchmarks.records import ROOT, table
 from lightning_ep.planner import QWEN3_30B_A3B, Case, allocatable_gib, find_model, peak_gib, tokens_per_second
@@ -22,54 +21,40 @@ PICTURE = ROOT / "docs" / "planning.svg"
 _EPS = (1, 2, 4, 8, 16)
 
 
-@dataclass(frozen=True)
-class Measured:
-    """What a case did, in tokens/s per GPU and in GiB, with torch's allocator limited or not, and what is estimated."""
+class Measured(NamedTuple):
+    """A case, its tokens/s per GPU and GiB as measured, and as estimated."""
 
     case: Case
     rate: int
     gib: float
-    cap_gib: float | None
-
-    @property
-    def estimate(self) -> tuple[float, float]:
-        """Tokens/s per GPU, and GiB."""
-        gib = peak_gib(self.case, allocatable_gib(GPUS["H200"], self.cap_gib))
-        return tokens_per_second(self.case, GPUS["H200"]), gib
-
-    @property
-    def what(self) -> str:
-        """Its layout, what is recomputed, and what is trained."""
-        case = self.case
-        sizes = f"cp={case.cp}" if case.cp > 1 else ""
-        lora = f"LoRA of {'all' if case.lora_experts else 'attention'} r={case.lora_rank}" if case.lora_rank else ""
-        again = case.recompute if case.recompute != "none" else ""
-        return ", ".join(part for part in (f"ep={case.ep}", sizes, again, lora) if part)
+    estimated_rate: float
+    estimated_gib: float
 
 
 def measured() -> Iterator[Measured]:
     """The rows of measured.csv."""
-    with (Path(__file__).parent / "results" / "measured.csv").open() as file:
-        for row in csv.DictReader(file):
-            settings = {
-                name: int(row[name]) for name in ("layers", "batch", "sequence", "ranks", "ep", "cp", "lora_rank")
-            }
-            adapted = row["lora_experts"] != "no"
-            case = Case(QWEN3_30B_A3B, **settings, recompute=row["recompute"], lora_experts=adapted)  # type: ignore[arg-type]
-            yield Measured(case, int(row["rate"]), float(row["gib"]), float(row["cap_gib"]) if row["cap_gib"] else None)
+    for row in csv.DictReader((ROOT / "benchmarks" / "results" / "measured.csv").open()):
+        names = ("layers", "batch", "sequence", "ranks", "ep", "cp", "lora_rank")
+        settings: dict[str, Any] = {name: int(row[name]) for name in names}
+        settings |= {"recompute": row["recompute"], "lora_experts": row["lora_experts"] != "no"}
+        case = Case(QWEN3_30B_A3B, **settings)
+        gib = peak_gib(case, allocatable_gib(GPUS["H200"], float(row["cap_gib"]) if row["cap_gib"] else None))
+        yield Measured(case, int(row["rate"]), float(row["gib"]), tokens_per_second(case, GPUS["H200"]), gib)
 
 
 def estimates() -> str:
     """Estimates beside what was measured."""
     rows = []
-    for one in measured():
-        case, (rate, gib) = one.case, one.estimate
+    for case, rate, gib, estimated_rate, estimated_gib in measured():
+        lora = f"LoRA of {'all' if case.lora_experts else 'attention'} r={case.lora_rank}" if case.lora_rank else ""
+        again = case.recompute if case.recompute != "none" else ""
+        layout = (f"ep={case.ep}", f"cp={case.cp}" if case.cp > 1 else "", again, lora)
         rows.append({
             "GPUs, layers": f"{case.ranks}, {case.layers}",
             "tokens per GPU": f"{case.batch} x {case.sequence:,}" + (" on both" if case.cp > 1 else ""),
-            "layout": one.what,
-            "tokens/s per GPU": f"{one.rate:,}", "estimate": f"{rate:,.0f}", "of it": f"{one.rate / rate:.2f}",
-            "GiB": f"{one.gib}", "estimated GiB": f"{gib:.1f}", "of them": f"{one.gib / gib:.2f}",
+            "layout": ", ".join(filter(None, layout)), "tokens/s per GPU": f"{rate:,}",
+            "estimate": f"{estimated_rate:,.0f}", "of it": f"{rate / estimated_rate:.2f}", "GiB": f"{gib}",
+            "estimated GiB": f"{estimated_gib:.1f}", "of them": f"{gib / estimated_gib:.2f}",
         })  # fmt: skip
     return table(rows)
 

@@ -134,32 +134,36 @@ class _Ordered(TextDataModule):
 
 def _data(options: argparse.Namespace, seed: int) -> TextDataModule:
     """The docstrings."""
-    size = SIZES[options.sizes]
-    data = _Ordered(
-        str(options.folder / "docstrings"), size["sequence"], size["batch"], tokenizer=str(options.folder / "base"),
-        cache_dir=str(options.folder / "cache"), validation_fraction=0.05,
-    )  # fmt: skip
+    base, cache = str(options.folder / "base"), str(options.folder / "cache")
+    size, texts = SIZES[options.sizes], str(options.folder / "docstrings")
+    data = _Ordered(texts, size["sequence"], size["batch"], tokenizer=base, cache_dir=cache, validation_fraction=0.05)
     data.order = seed
     return data
 
 
+def _trainer(
+    options: argparse.Namespace, precision: str, steps: int, callback: L.Callback, **settings: Any
+) -> L.Trainer:
+    return quiet_trainer(
+        ExpertParallelStrategy(ep=1), options.device, 1, precision=precision, max_steps=steps, callbacks=[callback],
+        check_val_every_n_epoch=None, num_sanity_val_steps=0, **settings,
+    )  # fmt: skip
+
+
 def train_base(options: argparse.Namespace) -> str:
     """Trains on source code and exports weights and tokenizer to ``base``."""
-    size = SIZES[options.sizes]
+    size, cache = SIZES[options.sizes], str(options.folder / "cache")
     config = {"model_type": "qwen3_moe", "norm_topk_prob": True, "tie_word_embeddings": True, **size["model"]}
     L.seed_everything(0)
     optimizer = partial(AdamW, lr=2e-3, betas=(0.9, 0.95), weight_decay=0.1)
     schedule = partial(Schedule, warmup=0.05, end=0.1)
     module = CausalLM(config, pretrained=False, optimizer=optimizer, lr_scheduler=schedule)
-    data = TextDataModule(
-        "stdlib", size["sequence"], size["batch"], vocab_size=size["model"]["vocab_size"],
-        cache_dir=str(options.folder / "cache"),
-    )  # fmt: skip
+    vocabulary = size["model"]["vocab_size"]
+    data = TextDataModule("stdlib", size["sequence"], size["batch"], vocab_size=vocabulary, cache_dir=cache)
     steps = options.base_steps or size["base_steps"]
-    trainer = quiet_trainer(
-        ExpertParallelStrategy(ep=1), options.device, 1, precision="bf16-mixed", max_steps=steps, limit_val_batches=0,
-        num_sanity_val_steps=0, callbacks=[HuggingFaceExport(str(options.folder / "base"))],
-    )  # fmt: skip
+    trainer = _trainer(
+        options, "bf16-mixed", steps, HuggingFaceExport(str(options.folder / "base")), limit_val_batches=0
+    )
     trainer.fit(module, datamodule=data)
     return f"base: {trainer.callback_metrics['train/loss']:.3f} after {steps} steps"
 
@@ -183,22 +187,15 @@ def train_one(options: argparse.Namespace, way: str, seed: int) -> Record:
     precision, flags = WAYS[way]
     L.seed_everything(seed)
     optimizer = partial(AdamW, lr=LEARNING_RATE, weight_decay=0.1, **flags)
-    module = CausalLM(str(options.folder / "base"), optimizer=optimizer)
-    losses = _Losses()
-    trainer = quiet_trainer(
-        ExpertParallelStrategy(ep=1), options.device, 1, precision=precision, max_steps=options.steps,
-        callbacks=[losses], check_val_every_n_epoch=None, val_check_interval=options.steps // VALIDATIONS,
-        limit_val_batches=SIZES[options.sizes]["validation_batches"], num_sanity_val_steps=0,
-    )  # fmt: skip
-    data = _data(options, seed)
+    module, data, losses = CausalLM(str(options.folder / "base"), optimizer=optimizer), _data(options, seed), _Losses()
+    batches, every = SIZES[options.sizes]["validation_batches"], options.steps // VALIDATIONS
+    trainer = _trainer(options, precision, options.steps, losses, limit_val_batches=batches, val_check_interval=every)
     trainer.validate(module, datamodule=data, verbose=False)
     trainer.fit(module, datamodule=data)
     assert options.steps <= trainer.num_training_batches, "less than an epoch: no text comes twice"
-    return {
-        "way": way, "seed": seed, "sizes": options.sizes, "validation": losses.validation,
-        "train": [round(loss, 5) for loss in torch.stack(losses.train).tolist()],
-        **provenance(), "machine": machine(torch.device(options.device)),
-    }  # fmt: skip
+    train = [round(loss, 5) for loss in torch.stack(losses.train).tolist()]
+    record = {"way": way, "seed": seed, "sizes": options.sizes, "train": train, "validation": losses.validation}
+    return {**record, **provenance(), "machine": machine(torch.device(options.device))}
 
 
 def by_way(runs: Sequence[Record]) -> Iterator[tuple[str, list[Record]]]:
