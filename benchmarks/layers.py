@@ -53,6 +53,7 @@ Row = dict[str, str]
 _FLUSH_BYTES = 256 * 2**20  # several times the L2 cache of an H200
 _WINDOW = 4096  # tokens of a window of documents
 _LOGIT_STD = 0.9  # of a router with weights of standard deviation 0.02 on normalised rows of width 2048
+_CALL = "forward and backward"  # a column
 _EXPONENT = 0.25  # of a skewed router: the most popular of 128 experts then gets about five times the mean, top-8
 
 
@@ -66,9 +67,9 @@ def main(arguments: list[str] | None = None) -> None:
     options = made.parse_args(arguments)
     device = torch.device(options.device)
     size = options.layers if options.layer == "adamw" else options.tokens
-    rows = measures[options.layer](options.sizes, size, device, options.repeats)
+    found = measures[options.layer](options.sizes, size, device, options.repeats)
     unit = "layers" if options.layer == "adamw" else "tokens"
-    publish(options.json, f"{options.layer}, {size:,} {unit} of {options.sizes}", rows, device)
+    publish(options.json, f"{options.layer}, {size:,} {unit} of {options.sizes}", found, device)
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -125,8 +126,14 @@ def gradients(function: Function, parameters: Iterable[Tensor] = ()) -> Function
     return run
 
 
-def _dtype(device: torch.device) -> torch.dtype:
-    return torch.bfloat16 if device.type == "cuda" else torch.float32
+def rows(functions: dict[str, Function], inputs: Inputs, repeats: int) -> list[Row]:
+    """A row for each function and its gradients."""
+    return [{_CALL: name, **timed(gradients(function), inputs, repeats)} for name, function in functions.items()]
+
+
+def random(device: torch.device, *shape: int, std: float = 1.0) -> Tensor:
+    """Normal numbers of the dtype that is measured: bf16, and fp32 on a CPU."""
+    return (std * torch.randn(shape, device=device)).to(torch.bfloat16 if device.type == "cuda" else torch.float32)
 
 
 # ---------------------------------------------------------------------- the MoE body
@@ -140,16 +147,16 @@ def measure_moe(sizes: str, tokens: int, device: torch.device, repeats: int) -> 
         f"lightning_ep, ep=1, transformers' {peer}": our_experts(sizes, device, peer),
         f"transformers, {peer}": transformers_experts(sizes, device, peer),
     }
-    rows = []
+    found = []
     for router in ("balanced", "skewed"):
         inputs = [moe_inputs(sizes, tokens, router, seed, device) for seed in range(3)]
         counts = torch.bincount(inputs[0][1].reshape(-1), minlength=WIDTHS[sizes]["num_experts"])
         how = {"router, hottest expert": f"{router}, {max_over_mean([counts]):.2f}"}
         for name, body in bodies.items():
             row = timed(gradients(body, body.parameters()), inputs, repeats)
-            rows.append({"forward and backward": name, **how, **row})
-    alone = {"forward and backward": "the six grouped GEMMs alone", "router, hottest expert": "even"}
-    return [*rows, {**alone, **timed(*_gemms(sizes, tokens, device), repeats)}]
+            found.append({_CALL: name, **how, **row})
+    alone = {_CALL: "the six grouped GEMMs alone", "router, hottest expert": "even"}
+    return [*found, {**alone, **timed(*_gemms(sizes, tokens, device), repeats)}]
 
 
 def our_experts(sizes: str, device: torch.device, implementation: str = "fused") -> nn.Module:
@@ -171,30 +178,25 @@ def transformers_experts(sizes: str, device: torch.device, implementation: str) 
     else:
         config = model_config(sizes, layers=1)
     config._experts_implementation = implementation
+    torch.manual_seed(0)
     with torch.device("meta"):
-        experts = (GptOssExperts if sizes in GPT_OSS else Qwen3MoeExperts)(config).to(_dtype(device))
-    experts.to_empty(device=device)
-    generator = torch.Generator(device).manual_seed(0)
-    with torch.no_grad():
-        for param in experts.parameters():
-            param.normal_(std=0.02, generator=generator)
+        experts = (GptOssExperts if sizes in GPT_OSS else Qwen3MoeExperts)(config)
+    for name, param in experts.named_parameters():
+        setattr(experts, name, nn.Parameter(random(device, *param.shape, std=0.02)))
     return experts
 
 
 def moe_inputs(sizes: str, tokens: int, router: str, seed: int, device: torch.device) -> tuple[Tensor, ...]:
     """Hidden states ``[T, H]``, ids and weights ``[T, K]``, and the gradient of the output ``[T, H]``."""
-    widths, dtype = WIDTHS[sizes], _dtype(device)
-    generator = torch.Generator().manual_seed(seed)
-    logits_TE = _LOGIT_STD * torch.randn(tokens, widths["num_experts"], generator=generator)
+    torch.manual_seed(seed)
+    experts, width = WIDTHS[sizes]["num_experts"], WIDTHS[sizes]["hidden_size"]
+    logits_TE = _LOGIT_STD * torch.randn(tokens, experts)
     if router == "skewed":
-        # Popularity falls with rank like Zipf's law.
-        ranks_E = torch.randperm(widths["num_experts"], generator=generator) + 1
-        logits_TE -= _EXPONENT * ranks_E.log()
-    weights_TK, ids_TK = logits_TE.softmax(-1).topk(widths["num_experts_per_tok"])
-    weights_TK = (weights_TK / weights_TK.sum(-1, keepdim=True)).to(device, dtype).requires_grad_()
-    shape = (tokens, widths["hidden_size"])
-    hidden_TH, grad_TH = (torch.randn(shape, generator=generator).to(device, dtype) for _ in range(2))
-    return hidden_TH.requires_grad_(), ids_TK.to(device), weights_TK, grad_TH
+        logits_TE -= _EXPONENT * (torch.randperm(experts) + 1).log()  # popularity falls with rank like Zipf's law
+    weights_TK, ids_TK = logits_TE.softmax(-1).topk(WIDTHS[sizes]["num_experts_per_tok"])
+    hidden_TH, grad_TH = (random(device, tokens, width) for _ in range(2))
+    weights_TK = (weights_TK / weights_TK.sum(-1, keepdim=True)).to(device, hidden_TH.dtype)
+    return hidden_TH.requires_grad_(), ids_TK.to(device), weights_TK.requires_grad_(), grad_TH
 
 
 def _gemms(sizes: str, tokens: int, device: torch.device) -> tuple[Function, Inputs]:
@@ -202,15 +204,11 @@ def _gemms(sizes: str, tokens: int, device: torch.device) -> tuple[Function, Inp
 
     Nothing that an MoE layer needs can be faster than these, unless it uses a better grouped GEMM.
     """
-    widths, dtype = WIDTHS[sizes], _dtype(device)
+    widths = WIDTHS[sizes]
     width, inner, experts = widths["hidden_size"], widths["moe_intermediate_size"], widths["num_experts"]
-    rows = tokens * widths["num_experts_per_tok"] // experts * experts
-    ends_E = torch.arange(1, experts + 1, dtype=torch.int32, device=device) * (rows // experts)
-
-    def random(*shape: int) -> Tensor:
-        return torch.randn(shape, device=device, dtype=dtype) * 0.02
-
-    up_EIH, down_EHI = random(experts, 2 * inner, width), random(experts, width, inner)
+    pairs = tokens * widths["num_experts_per_tok"] // experts * experts
+    ends_E = torch.arange(1, experts + 1, dtype=torch.int32, device=device) * (pairs // experts)
+    up_EIH, down_EHI = (random(device, experts, *shape, std=0.02) for shape in ((2 * inner, width), (width, inner)))
 
     def body(x_PH: Tensor, act_PI: Tensor, grad_up_PI: Tensor, grad_PH: Tensor) -> tuple[Tensor, ...]:
         return (
@@ -223,7 +221,7 @@ def _gemms(sizes: str, tokens: int, device: torch.device) -> tuple[Function, Inp
         )
 
     columns = (width, inner, 2 * inner, width)
-    return body, [tuple(random(rows, column) for column in columns) for _ in range(2)]
+    return body, [tuple(random(device, pairs, column) for column in columns) for _ in range(2)]
 
 
 # ---------------------------------------------------------------------- attention
@@ -233,16 +231,12 @@ def measure_attention(sizes: str, tokens: int, device: torch.device, repeats: in
     """Windows of documents of about 600 tokens: one row per way to keep them apart, and without doing so."""
     widths, length = WIDTHS[sizes], min(_WINDOW, tokens)
     heads, kv_heads = widths["num_attention_heads"], widths["num_key_value_heads"]
-    generator = torch.Generator(device).manual_seed(0)
-
-    def random(count: int) -> Tensor:
-        shape = (tokens // length, count, length, widths["head_dim"])
-        return torch.randn(shape, device=device, generator=generator).to(_dtype(device)).requires_grad_()
-
-    counts = (heads, kv_heads, kv_heads)
-    inputs: Inputs = [(*map(random, counts), random(heads).detach().transpose(1, 2).contiguous()) for _ in range(3)]
+    torch.manual_seed(0)
+    shapes = [(tokens // length, count, length, widths["head_dim"]) for count in (heads, kv_heads, kv_heads)]
+    inputs: Inputs = [tuple(random(device, *shape).requires_grad_() for shape in shapes) for _ in range(3)]
+    inputs = [(*qkv, random(device, tokens // length, length, heads, widths["head_dim"])) for qkv in inputs]
     ends = range(length, tokens + 1, length)
-    cuts = {int(cut) for cut in torch.randint(1, tokens, (tokens // 600,), generator=torch.Generator().manual_seed(0))}
+    cuts = {int(cut) for cut in torch.randint(1, tokens, (tokens // 600,))}
     packed, whole = (torch.tensor(sorted({0, *ends, *more}), dtype=torch.int32) for more in (cuts, ()))
     longest, packed, whole = int(packed.diff().max()), packed.to(device), whole.to(device)
     mask = documents_mask(packed, tokens // length, length, None)
@@ -251,7 +245,7 @@ def measure_attention(sizes: str, tokens: int, device: torch.device, repeats: in
         ways["varlen, documents"] = lambda q, k, v: attend_documents(q, k, v, packed, longest, None, None)
         ways["varlen, whole windows"] = lambda q, k, v: attend_documents(q, k, v, whole, length, None, None)
     ways["sdpa, whole windows"] = functools.partial(_sdpa, None)
-    return [{"forward and backward": name, **timed(gradients(way), inputs, repeats)} for name, way in ways.items()]
+    return rows(ways, inputs, repeats)
 
 
 def _sdpa(mask: Tensor | None, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
@@ -264,20 +258,14 @@ def _sdpa(mask: Tensor | None, query: Tensor, key: Tensor, value: Tensor) -> Ten
 
 def measure_loss(sizes: str, tokens: int, device: torch.device, repeats: int) -> list[Row]:
     """One row per implementation that is installed."""
-    hidden, vocab, dtype = WIDTHS[sizes]["hidden_size"], WIDTHS[sizes]["vocab_size"], _dtype(device)
-    generator = torch.Generator(device).manual_seed(0)
-
-    def random(*shape: int) -> Tensor:
-        return torch.randn(shape, device=device, generator=generator)
-
-    weight_VH = (random(vocab, hidden) * 0.02).to(dtype).requires_grad_()
+    torch.manual_seed(0)
+    hidden, vocab = WIDTHS[sizes]["hidden_size"], WIDTHS[sizes]["vocab_size"]
+    weight_VH = random(device, vocab, hidden, std=0.02).requires_grad_()
     inputs: Inputs = []
     for _ in range(2):
-        targets_T = torch.randint(0, vocab, (tokens,), device=device, generator=generator)
-        inputs.append((random(tokens, hidden).to(dtype).requires_grad_(), weight_VH, targets_T, None))
-    return [
-        {"forward and backward": name, **timed(gradients(loss), inputs, repeats)} for name, loss in losses().items()
-    ]
+        targets_T = torch.randint(0, vocab, (tokens,), device=device)
+        inputs.append((random(device, tokens, hidden).requires_grad_(), weight_VH, targets_T, None))
+    return rows(losses(), inputs, repeats)
 
 
 def losses() -> dict[str, Function]:
@@ -300,7 +288,7 @@ def losses() -> dict[str, Function]:
 
 def measure_adamw(sizes: str, layers: int, device: torch.device, repeats: int) -> list[Row]:
     """One row per optimizer and dtype; bytes are those of gradients and state, and what a step reads and writes."""
-    widths, rows = SIZES[sizes], []
+    widths, found = SIZES[sizes], []
     hidden, inner, experts = widths["hidden_size"], widths["moe_intermediate_size"], widths["num_experts"] // 2
     heads = widths["head_dim"] * (widths["num_attention_heads"] + widths["num_key_value_heads"])
     shapes = layers * [(experts, 2 * inner, hidden), (experts, hidden, inner), (heads, hidden), (hidden,)]
@@ -312,10 +300,10 @@ def measure_adamw(sizes: str, layers: int, device: torch.device, repeats: int) -
         ms = statistics.median(milliseconds(lambda _, step=optimizer.step: step(), [(params[0],)], repeats))
         count = sum(param.numel() for param in params)
         speed = {"ms per 1e9 parameters": f"{ms / count * 1e9:.2f}", "TB/s": f"{moved * count / ms / 1e9:.2f}"}
-        rows.append({"optimizer": name, **speed, "bytes per parameter, gradients too": str(held)})
+        found.append({"optimizer": name, **speed, "bytes per parameter, gradients too": str(held)})
         del params, param, optimizer
         gc.collect()
-    return rows
+    return found
 
 
 def optimizers() -> Iterator[tuple[str, torch.dtype, int, int, Callable[[list[Tensor]], torch.optim.Optimizer]]]:

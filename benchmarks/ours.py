@@ -6,7 +6,6 @@ With names that users know, and no others: ``lightning_ep`` may be that of an ol
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -50,25 +49,20 @@ class _Steps(Callback):
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._meter.read_popularity = _popularity(pl_module)
+        from lightning_ep.routing import RoutingCounts
+
+        counts = RoutingCounts(pl_module)
+
+        def read() -> float:
+            counts.remove()
+            return max_over_mean(counts.take())
+
+        self._meter.read_popularity = read
 
     @override
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *batch: Any) -> None:
         if (batch[-1] + 1) % trainer.accumulate_grad_batches == 0:
             self._meter.step_ended(lambda: trainer.callback_metrics["train/loss"])
-
-
-def _popularity(module: LightningModule) -> Callable[[], float]:
-    """Counts what is chosen until it is read."""
-    from lightning_ep.routing import RoutingCounts
-
-    counts = RoutingCounts(module)
-
-    def read() -> float:
-        counts.remove()
-        return max_over_mean(counts.take())
-
-    return read
 
 
 def _arguments(cell: Cell) -> dict[str, Any]:
