@@ -24,6 +24,7 @@ import resource
 import shutil
 import statistics
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -157,79 +158,66 @@ def whole_way(options: argparse.Namespace, device: torch.device, folder: Path) -
     hub, export = folder / "hub", folder / "export"
     found = _write(options, device, hub)
     times = [together(device)]
-
-    def loaded() -> None:
-        times.append(together(device))
-        _delete(hub)
-
-    steps = _Steps(device, loaded)
-    module = CausalLM(str(hub), optimizer=functools.partial(AdamW, lr=1e-5, stochastic_rounding=True))
+    steps = _Steps(device, begins=lambda: _delete(hub))
     strategy = ExpertParallelStrategy(activation_checkpointing="full", compile=device.type == "cuda")
-    _fit(options, module, strategy, "bf16-true", [steps, HuggingFaceExport(str(export), "bfloat16")])
-    times += [steps.ended, together(device)]
+    model = _train(options, strategy, True, [steps, HuggingFaceExport(str(export), "bfloat16")], weights=hub).model
+    times += [steps.began, steps.ended, together(device)]
     read: Any = AutoModelForCausalLM.from_pretrained(export, num_hidden_layers=1, dtype=torch.bfloat16)
     for name, param in read.named_parameters():
-        assert module.model is not None
-        assert torch.equal(whole(module.model.get_parameter(name)), param.detach()), f"{name} is not what was trained"
+        assert torch.equal(whole(model.get_parameter(name)), param.detach()), f"{name} is not what was trained"
     times.append(together(device))
     names = ("load", "train", "export", "read by transformers")
-    found |= {f"{name}, s": b - a for name, a, b in zip(names, times, times[1:], strict=False)}
+    found |= {f"{name}, s": after - before for name, (before, after) in zip(names, pairwise(times), strict=True)}
     return {**found, "step, s": statistics.median(steps.took), "last loss": steps.losses[-1]}
 
 
 def checkpoints(options: argparse.Namespace, device: torch.device, folder: Path) -> Found:
     """Seconds of a save at once, of a resume, and that training waits for a save behind it: the first locks memory."""
     path = folder / "benchmark.ckpt"
-    at_once = _train(options, device, path)
-    gb, seconds = _gb(path), statistics.median(at_once.waited)
-    start = together(device)
-    resumed = _train(options, device, path, resume=True)
+
+    def train(save: bool = True, async_save: bool = False) -> _Steps:
+        steps = _Steps(device, path if save else None)
+        strategy = FastStart(activation_checkpointing="full", async_save=async_save)
+        _train(options, strategy, options.bf16_weights, [steps], resume=None if save else path)
+        gc.collect()  # its weights and moments
+        return steps
+
+    at_once = train()
+    gb, seconds, start = _gb(path), statistics.median(at_once.waited), together(device)
+    resumed = train(save=False)
     assert resumed.losses == at_once.losses[-1:], (resumed.losses, at_once.losses)
     found = {"GB": gb, "at once, s": seconds, "at once, GB/s": gb / seconds, "resume, s": resumed.began - start}
     if options.bf16_weights:
         return found
-    behind = _train(options, device, path, async_save=True)
+    behind = train(async_save=True)
     waits = statistics.median(behind.waited[1:])
     found |= {"async, first wait, s": behind.waited[0], "async, wait, s": waits, "share of waiting": waits / seconds}
     return {**found, "async, in all, s": statistics.median(behind.saved[1:])}
 
 
 def _train(
-    options: argparse.Namespace, device: torch.device, path: Path, resume: bool = False, async_save: bool = False
-) -> _Steps:
-    steps = _Steps(device, save=None if resume else path)
-    optimizer = functools.partial(AdamW, lr=1e-5, stochastic_rounding=options.bf16_weights)
-    module = CausalLM(model_config(options.sizes, options.layers), pretrained=False, optimizer=optimizer)
-    strategy = FastStart(activation_checkpointing="full", async_save=async_save)
-    precision = "bf16-true" if options.bf16_weights else "bf16-mixed"
-    _fit(options, module, strategy, precision, [steps], path if resume else None)
-    return steps
-
-
-def _fit(
-    options: argparse.Namespace, module: CausalLM, strategy: ExpertParallelStrategy, precision: str,
-    callbacks: list[L.Callback], resume: Path | None = None,
-) -> None:  # fmt: skip
-    trainer = quiet_trainer(
-        strategy,
-        options.device,
-        dist.get_world_size(),
-        precision=precision,
-        callbacks=callbacks,
-        max_steps=options.steps,
-    )
-    generator = torch.Generator().manual_seed(dist.get_rank())
-    vocab = SIZES[options.sizes]["vocab_size"]
+    options: argparse.Namespace, strategy: ExpertParallelStrategy, bf16_weights: bool, callbacks: list[L.Callback],
+    weights: Path | None = None, resume: Path | None = None,
+) -> Any:  # fmt: skip
+    """The module, trained for all steps on random tokens, from random weights or those of a folder."""
+    model = model_config(options.sizes, options.layers) if weights is None else str(weights)
+    optimizer = functools.partial(AdamW, lr=1e-5, stochastic_rounding=bf16_weights)
+    module = CausalLM(model, pretrained=weights is not None, optimizer=optimizer)
+    precision, ranks = "bf16-true" if bf16_weights else "bf16-mixed", dist.get_world_size()
+    settings: dict[str, Any] = {"precision": precision, "callbacks": callbacks, "max_steps": options.steps}
+    generator, vocab = torch.Generator().manual_seed(dist.get_rank()), SIZES[options.sizes]["vocab_size"]
     ids = [torch.randint(vocab, options.tokens, generator=generator) for _ in range(options.steps)]
     rows: Any = [{"input_ids": tokens, "labels": tokens} for tokens in ids]
+    trainer = quiet_trainer(strategy, options.device, ranks, **settings)
     trainer.fit(module, DataLoader(rows, batch_size=None), ckpt_path=resume)
+    return module
 
 
 class _Steps(L.Callback):
     """Losses and seconds of steps; saves after each but the last, and notes how long that took and was waited for."""
 
     def __init__(
-        self, device: torch.device, begins: Callable[[], None] | None = None, save: Path | None = None
+        self, device: torch.device, save: Path | None = None, begins: Callable[[], None] = lambda: None
     ) -> None:
         self._device, self._begins, self._save = device, begins, save
         self.losses: list[float] = []
@@ -239,10 +227,8 @@ class _Steps(L.Callback):
         self.began = self.ended = 0.0
 
     def on_train_start(self, *_: Any) -> None:
-        self.began = together(self._device)
-        if self._begins is not None:
-            self._begins()
-        self.ended = together(self._device)
+        self.began = self.ended = together(self._device)
+        self._begins()
 
     def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
         self.losses.append(float(trainer.callback_metrics["train/loss"]))

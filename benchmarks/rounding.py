@@ -17,8 +17,8 @@ import multiprocessing
 import re
 import statistics
 import sysconfig
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -93,15 +93,21 @@ def curves(options: argparse.Namespace) -> None:
     """Trains what the folder does not hold, each in a process of its own; raises the error of one that failed."""
     texts = write_docstrings(options.folder / "docstrings", SIZES[options.sizes]["bytes"])
     print(f"{texts / 1e6:.1f} MB of docstrings", flush=True)
-    path, spawn = options.folder / "runs.jsonl", multiprocessing.get_context("spawn")
+    path = options.folder / "runs.jsonl"
+    if not (options.folder / "base").is_dir():
+        print(_alone(train_base, options), flush=True)
+    _data(options, seed=0).prepare_data()  # once, before several runs look for it
     known = {(run["way"], run["seed"]) for run in read(path)}
-    with ProcessPoolExecutor(options.jobs, spawn, max_tasks_per_child=1) as pool:
-        if not (options.folder / "base").is_dir():
-            print(pool.submit(train_base, options).result(), flush=True)
-        _data(options, seed=0).prepare_data()  # once, before several runs look for it
-        missing = [(seed, way) for seed in options.seeds for way in options.ways if (way, seed) not in known]
-        for run in as_completed([pool.submit(train_one, options, way, seed) for seed, way in missing]):
+    missing = [(way, seed) for seed in options.seeds for way in options.ways if (way, seed) not in known]
+    with ThreadPoolExecutor(options.jobs) as threads:
+        for run in as_completed([threads.submit(_alone, train_one, options, *which) for which in missing]):
             append(path, run.result())
+
+
+def _alone(function: Callable[..., Any], *arguments: Any) -> Any:
+    """What a function returns in a process of its own."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(function, *arguments).result()
 
 
 def write_docstrings(folder: Path, most: int) -> int:

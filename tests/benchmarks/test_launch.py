@@ -46,6 +46,13 @@ def test_a_cell_measures(trainer: str, ranks: int, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_a_cell_with_a_monitor_measures_and_is_looked_at(tmp_path: Path) -> None:
+    record = run_cell(_tiny("lightning_ep/ep=2", monitor=1), 90, tmp_path)
+    assert record["status"] == "ok", record
+    assert (tmp_path / "routing" / "load_curves.png").exists()
+
+
+@pytest.mark.slow
 def test_a_step_of_micro_batches_without_exchanges_measures(tmp_path: Path) -> None:
     record = run_cell(_tiny("lightning_ep/ep=2", accumulate=2, exchange="none"), 90, tmp_path)
     assert record["status"] == "ok", record
