@@ -17,6 +17,7 @@ from benchmarks.launch import device_name, run_cell
 from benchmarks.records import Record, append, find, parser, write
 from benchmarks.tables import comparison, overview
 
+_LEAST = 1 / 3  # of a cell's time; with less left of the budget it is not started
 _GOES_ON = 3  # exit status, for a shell's loop
 
 
@@ -30,7 +31,7 @@ def main(arguments: list[str] | None = None) -> None:
         tree = str(options.against.resolve())
         cells = [turn for cell in cells for turn in cell.in_turns(tree)]
     tables = comparison if options.against else overview
-    sys.exit(run(cells, options.json, min(options.timeout, options.budget), options.budget, tables))
+    sys.exit(run(cells, options.json, options.timeout, options.budget, tables))
 
 
 def run(
@@ -44,8 +45,8 @@ def run(
     """Measures the cells that ``path`` does not hold yet, and appends each as it is done.
 
     However it ends (killed excepted), it prints the table of what is known of these cells and writes it beside
-    ``path``; the output of their ranks is in a folder there. Each may take ``timeout`` seconds, and is started while
-    that is left of ``budget``, the seconds in all.
+    ``path``; the output of their ranks is in a folder there. Each may take ``timeout`` seconds; one that ``budget``,
+    the seconds in all, cuts short is not recorded: the next call repeats it.
 
     Returns:
         Exit status: 0 when every cell is recorded, `_GOES_ON` while some are left.
@@ -55,12 +56,16 @@ def run(
         for number, cell in enumerate(cells, 1):
             if find(path, cell, device_name(cell.device)):
                 continue
-            if time.monotonic() + timeout > deadline:
+            left = deadline - time.monotonic()
+            if left < _LEAST * timeout:
                 print(f"{number - 1} of {len(cells)} cells are done and the budget is; the same command goes on.")
                 return _GOES_ON
             print(f"[{number}/{len(cells)}] {cell.label} ...", flush=True)
             name = f"{cell.trainer} {cell.shape} {cell.turn}".replace("/", "-").replace(" ", "-")
-            record = measure(cell, timeout, path.with_suffix(".logs") / name)
+            record = measure(cell, min(timeout, left), path.with_suffix(".logs") / name)
+            if record["status"] == "timed out" and left < timeout:
+                print("    cut by the budget; the same command repeats it.")
+                return _GOES_ON
             rate = f"{record.get('tokens_per_second', 0):,.0f} tokens/s per GPU, {record['seconds']:.0f} s in all"
             print("   ", rate if record["status"] == "ok" else f"{record['status']}: {record['error']}", flush=True)
             append(path, record)

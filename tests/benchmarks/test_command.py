@@ -111,10 +111,16 @@ def test_a_cut_command_goes_on_and_past_a_cell_out_of_memory(
             train.main([*options, "--tokens", "4x16", "1x16", "--trainers", *trainers])
         return end.value.code
 
+    # The fifth cell would have 10 s, less than a third of its time.
     first = Stand(out_of_memory=labels[1])
     assert call(first, "--timeout", "60", "--budget", "250") == 3
     assert first.labels == labels[:4]
     assert "4 of 6 cells are done and the budget is; the same command goes on" in capsys.readouterr().out
+    # It has 30 s, which cut it short.
+    cut = Stand(hangs_at=1)
+    assert call(cut, "--timeout", "60", "--budget", "30") == 3
+    assert "the same command repeats it" in capsys.readouterr().out
+    assert len(records.read(path)) == 4
     second = Stand()
     assert call(second) == 0
     assert second.labels == labels[4:]
