@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import statistics
 from collections.abc import Iterable, Sequence
 
 from benchmarks.cells import Cell
@@ -58,6 +59,8 @@ def _row(record: Record, done: list[Record]) -> dict[str, str]:
         return "" if record.get(key) is None else format(record[key], form)
 
     cell, rate, peer = Cell(**record["cell"]), record["tokens_per_second"], best_peer(record, done)
+    steps = enumerate(record["steps_ms"], cell.warmup + 1)
+    watched = [ms for step, ms in steps if cell.monitor > 1 and step % cell.monitor == 0]
     estimate, reserved = record.get("estimate_tokens_per_second"), shown("peak_reserved_gib", ".1f")
     return {
         "trainer": cell.trainer,
@@ -69,6 +72,7 @@ def _row(record: Record, done: list[Record]) -> dict[str, str]:
         "peak GiB (reserved)": f"{shown('peak_allocated_gib', '.1f')} ({reserved})" if reserved else "",
         "GiB, estimate": shown("estimate_peak_gib", ".1f"),
         "step ms": shown("step_ms", ".1f"),
+        "of steps looked at": f"{statistics.median(watched):.1f}" if watched else "",
         "launch ms": shown("launch_ms", ".1f"),
         "GPU busy ms": shown("gpu_busy_ms", ".1f"),
         "exposed ms": shown("exposed_communication_ms", ".1f"),

@@ -187,6 +187,15 @@ def test_table_has_estimate_and_measurement_side_by_side() -> None:
     )
 
 
+def test_table_tells_steps_that_a_monitor_looks_at() -> None:
+    records = _records([_tiny("lightning_ep/ep=2", monitor=3), _tiny("lightning_ep/ep=2")])
+    for record in records:  # the warm-up has one step: these are the second to the seventh
+        record |= {"steps_ms": [1.0, 2.0, 1.0, 1.0, 4.0, 1.0]}
+    first, second = tables.overview(records)[0].splitlines()[4:]
+    assert first.endswith("| 1.0 | 3.0 | 5.00 to 4.00 |")
+    assert second.endswith("| 1.0 |  | 5.00 to 4.00 |")
+
+
 def test_table_shows_kernels_by_kind() -> None:
     first, second = _records([_tiny("lightning_ep/ep=2"), _tiny("transformers/ep")])
     first |= {"by_kind": {"attention": 4.0, "grouped GEMM": 3.0}, "launches": 7}
