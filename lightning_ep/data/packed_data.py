@@ -71,6 +71,10 @@ class PackedDataModule(LightningDataModule):
     """What directories in the cache begin with."""
     across_documents = False
     """Whether documents see those before them in the window; batches have no ``position_ids`` then."""
+    packs = True
+    """Whether documents share windows."""
+    placeholders: Sequence[int] = ()
+    """Ids of tokens that stand for an image together: previews show how many."""
     trains: LightningModule | None = None
     """The module that will be trained, where there is no Trainer to ask: its weights say which tokenizer it is."""
 
@@ -141,6 +145,10 @@ class PackedDataModule(LightningDataModule):
         """What makes a batch of windows. Default: they are stacked."""
         return without_positions if self.across_documents else stacked
 
+    def open_windows(self, directory: Path) -> Any:
+        """Windows that were prepared: a dataset with ``select``. Default: as they are."""
+        return open_windows(directory)
+
     def first_rows(self) -> Sequence[Rows]:
         """Rows of each source for a look at them. Default: the first 200."""
         return [replace(rows, count=min(rows.count, PREVIEWED)) for rows in self.sources()]
@@ -188,7 +196,7 @@ class PackedDataModule(LightningDataModule):
         else:
             parts = [name for name in ("train", "val") if (directory / name).exists()]
             self.counts = {name: json.loads((directory / name / COUNTS).read_text()) for name in parts}
-            windows = {name: open_windows(directory / name) for name in parts}
+            windows = {name: self.open_windows(directory / name) for name in parts}
             self.val_dataset = windows.get("val")
             if "train" in windows:
                 self.train_dataset = windows["train"]
@@ -324,6 +332,7 @@ class PackedDataModule(LightningDataModule):
                 self._processes,
                 shuffle_seed=self.seed if name == "train" else None,
                 description=f"preparing {name}",
+                pack=self.packs,
             )
 
     def _make_documents(self, directory: Path, sources: Sequence[Rows]) -> None:

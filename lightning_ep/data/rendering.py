@@ -67,7 +67,8 @@ class RendersConversations:
                     (encoding,) = self._tokenize([rendered.text])
             for note, count in rendered.notes.items():
                 samples.note(note, count)
-            samples.add(encoding.ids, tokens_within(encoding.offsets, rendered.spans).tolist())
+            learnt = tokens_within(encoding.offsets, rendered.spans).tolist()
+            samples.add(encoding.ids, learnt, rendered.images)
 
     def _parts(self, whole: Conversation) -> Iterator[Conversation]:
         """What becomes a sample each, ending with a message that is learnt."""
