@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 from transformers import AutoModelForImageTextToText, AutoTokenizer
@@ -98,7 +99,8 @@ def _plain(checkpoint: Path, rows: list[Any], seen: list[Any], frozen: set[str])
     losses: list[Tensor] = []
     gradients: dict[str, Tensor] = {}
     for step in range(STEPS):
-        found = [alone[key] for of_rank in seen for row in of_rank[step][0] if (key := tuple(row)) in alone]
+        rows_of_step = [tuple(row) for of_rank in seen for row in of_rank[step][0]]  # with padding, or of nothing else
+        found = [alone[key] for row in rows_of_step for key in alone if row[: len(key)] == key]
         tokens = sum(int((inputs["labels"] != -100).sum()) for inputs in found)
         loss = torch.stack([summed_plain_loss(model, inputs) for inputs in found]).sum() / tokens
         loss.backward()
@@ -132,3 +134,28 @@ def _trains_like_transformers(
 
 def test_packed_conversations_with_images_on_one_rank(tmp_path: Path) -> None:
     assert _trains_like_transformers(tmp_path, "qwen3_vl_moe", freeze=[]) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["selective", "full"])
+@pytest.mark.parametrize("family", ["qwen3_vl_moe", "qwen3_omni_moe_thinker"])
+def test_recomputed(family: str, mode: str, tmp_path: Path) -> None:
+    strategy = {"ep": 2, "activation_checkpointing": mode}
+    assert _trains_like_transformers(tmp_path, family, freeze=[], strategy=strategy) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["none", "full"])
+def test_linear_attention_takes_a_conversation_a_row(mode: str, tmp_path: Path) -> None:
+    strategy = {"ep": 2, "activation_checkpointing": mode}
+    assert _trains_like_transformers(tmp_path, "qwen3_5_moe", freeze=[], pack=False, strategy=strategy) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["qwen3_vl_moe", "qwen3_omni_moe_thinker"])
+def test_a_conversation_a_row(family: str, tmp_path: Path) -> None:
+    assert _trains_like_transformers(tmp_path, family, pack=False) == []
+
+
+def test_the_tower_keeps_its_weights_and_what_projects_trains(tmp_path: Path) -> None:
+    assert _trains_like_transformers(tmp_path, "qwen3_omni_moe_thinker") == []
