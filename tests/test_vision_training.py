@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import AutoModelForImageTextToText, AutoTokenizer
 
 from lightning_ep import CausalLM, ExpertParallelStrategy
+from lightning_ep.callbacks import HuggingFaceExport
 from lightning_ep.data import VisionChatDataModule
 from lightning_ep.data.vision_windows import documents_in
 from lightning_ep.transformers_adapter import load_processor
@@ -80,7 +81,13 @@ def _fit(checkpoint: Path, source: Path, path: Path, options: dict[str, Any], st
     )
     precision = options.pop("precision", "32-true")
     module = Watched(str(checkpoint), optimizer=partial(torch.optim.SGD, lr=LR), **options)
-    trainer = quiet(path, max_steps=STEPS, precision=precision, strategy=ExpertParallelStrategy(**strategy))
+    trainer = quiet(
+        path,
+        max_steps=STEPS,
+        precision=precision,
+        strategy=ExpertParallelStrategy(**strategy),
+        callbacks=[HuggingFaceExport(str(path / "export"))],
+    )
     trainer.fit(module, data)
     params = dict(module.model.named_parameters())  # type: ignore[union-attr]
     frozen = {name for name, param in params.items() if not param.requires_grad}
@@ -128,6 +135,12 @@ def _trains_like_transformers(
     pairs = [(f"loss {i}", *pair) for i, pair in enumerate(zip(results[0][1], losses, strict=True))]
     pairs += [(f"gradient of {name}", gradients[name], plain) for name, plain in plain_gradients.items()]
     pairs += [(f"weight of {name}", weights[name], plain) for name, plain in plain_weights.items()]
+    # What comes out is what transformers loads, with the processor.
+    exported = dict(AutoModelForImageTextToText.from_pretrained(tmp_path / "export").named_parameters())
+    assert set(exported) == set(weights)
+    pairs += [(f"exported {name}", exported[name].detach(), weight) for name, weight in weights.items()]
+    processor = load_processor(tmp_path / "export", AutoTokenizer.from_pretrained(tmp_path / "export"))
+    assert processor.tokenizer.chat_template == AutoTokenizer.from_pretrained(checkpoint).chat_template
     errors = {name: relative_error(ours, theirs) for name, ours, theirs in pairs}
     return [f"{name}: {error:.1e}" for name, error in errors.items() if not error <= tolerance]
 
