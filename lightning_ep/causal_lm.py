@@ -20,7 +20,6 @@ from transformers import AutoConfig, PreTrainedConfig
 from typing_extensions import override
 
 from lightning_ep.adapters import LoRA, add_adapter
-from lightning_ep.adapters.freeze import freeze_parts, frozen_parts
 from lightning_ep.checkpoint.saved_weights import SavedWeights
 from lightning_ep.distributed.host_copies import Lagged
 from lightning_ep.hub.errors import CheckpointError
@@ -34,6 +33,7 @@ from lightning_ep.strategy import ExpertParallelStrategy
 from lightning_ep.trainer.adamw import AdamW
 from lightning_ep.trainer.clipping import clip_grad_norm_
 from lightning_ep.trainer.evaluation import log_token_means
+from lightning_ep.trainer.frozen_parts import freeze_parts, frozen_parts
 from lightning_ep.trainer.loss_scale import mean_of_sum
 
 

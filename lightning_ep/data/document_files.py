@@ -6,15 +6,11 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
-from lightning_ep.data.images import ImageWriter
+from lightning_ep.data.images import Image, ImageWriter
 from lightning_ep.data.windows import Sample
-
-if TYPE_CHECKING:
-    from lightning_ep.data.preparation import Made
 
 
 class DocumentFiles:
@@ -41,14 +37,22 @@ class DocumentFiles:
     def __exit__(self, *_: object) -> None:
         self._open.close()
 
-    def add(self, made: Made, part: int) -> None:
-        """Adds what rows of a part became."""
-        for file, values in zip(self._files, (made.tokens, made.supervised), strict=True):
+    def add(
+        self,
+        tokens: np.ndarray,
+        supervised: np.ndarray,
+        lengths: np.ndarray,
+        images: Sequence[Image],
+        numbers: np.ndarray,
+        part: int,
+    ) -> None:
+        """Adds documents of one part; for the others see `Documents`."""
+        for file, values in zip(self._files, (tokens, supervised), strict=True):
             file.write(values.tobytes())
-        self._images.add(made.images)
-        self._lengths.append(made.lengths)
-        self._parts.append(np.full(len(made.lengths), part))
-        self._numbers.append(made.numbers)
+        self._images.add(images)
+        self._lengths.append(lengths)
+        self._parts.append(np.full(len(lengths), part))
+        self._numbers.append(numbers)
 
     def documents(self) -> Documents:
         """All that were added; after the files are closed."""

@@ -76,7 +76,7 @@ class RowImages:
         self._where = row.where
         self._folder = Path(folder).expanduser() if folder is not None else row.folder or Path()
         columns = row.columns()
-        given = next((columns[key] for key in ("images", "image") if columns.get(key) is not None), [])
+        given: Any = next((columns[key] for key in ("images", "image") if columns.get(key) is not None), [])
         self._column = list(given) if isinstance(given, Sequence) and not isinstance(given, str | bytes) else [given]
         self._used = 0
 

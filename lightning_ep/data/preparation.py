@@ -140,7 +140,7 @@ def prepare(
     with tempfile.TemporaryDirectory(dir=directory) as scratch:
         with DocumentFiles(Path(scratch), directory) as writer:
             for part, made in made_of(parts, make_samples, sequence_length, num_proc, description):
-                writer.add(made, part)
+                writer.add(made.tokens, made.supervised, made.lengths, made.images, made.numbers, part)
                 counts.add(made, parts[part].rows.name)
         documents = writer.documents()
         if shuffle_seed is not None:

@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,7 +16,7 @@ from typing_extensions import override
 from lightning_ep import transformers_adapter as adapter
 from lightning_ep.data.chat import ChatDataModule
 from lightning_ep.data.chat_template import ChatTemplate, Rendered
-from lightning_ep.data.collate import Collate, open_windows
+from lightning_ep.data.collate import Collate
 from lightning_ep.data.conversations import Conversation, MalformedRow, conversation
 from lightning_ep.data.images import Image, ImageFile, RowImages
 from lightning_ep.data.preparation import Rows
@@ -133,13 +134,15 @@ class VisionChatDataModule(ChatDataModule):
 
     @override
     def check(self) -> None:
-        self.processor = adapter.load_processor(self._directory_of_processor, self.tokenizer)
+        if find_spec("PIL") is None:
+            raise ValueError("VisionChatDataModule reads images with Pillow: pip install 'lightning-ep[vision]'.")
+        pixels = self.min_pixels, self.max_pixels
+        self.processor = adapter.load_processor(self._directory_of_processor, self.tokenizer, *pixels)
         if self.processor is None or getattr(self.processor, "image_token", None) is None:
             raise ValueError(
                 f"{self._directory_of_processor} has no processor that gives images places in a text (no "
                 "preprocessor_config.json, or of another kind). ChatDataModule reads conversations without images."
             )
-        self._set_pixels(self.processor.image_processor)
         self.placeholders = list(self.processor.image_token_ids)
         super().check()
 
@@ -163,9 +166,13 @@ class VisionChatDataModule(ChatDataModule):
         return read
 
     @override
-    def open_windows(self, directory: Path) -> VisionWindows:
+    def setup(self, stage: str | None = None) -> None:
+        super().setup(stage)
         positions = adapter.ImagePositions(self._model_config())
-        return VisionWindows(open_windows(directory), ImageFile(directory), self.processor, positions)
+        shared = self.processor, positions
+        self.train_dataset = VisionWindows(self.train_dataset, ImageFile(self.directory / "train"), *shared)
+        if self.val_dataset is not None:
+            self.val_dataset = VisionWindows(self.val_dataset, ImageFile(self.directory / "val"), *shared)
 
     @override
     def collate_function(self) -> Collate:
@@ -187,24 +194,6 @@ class VisionChatDataModule(ChatDataModule):
                 "Give the module an attribute `model_config` or `pretrained_path`, as CausalLM has."
             )
         return config
-
-    def _set_pixels(self, image_processor: Any) -> None:
-        given = {"shortest_edge": self.min_pixels, "longest_edge": self.max_pixels}
-        given = {name: pixels for name, pixels in given.items() if pixels is not None}
-        if not given:
-            return
-        if not adapter.sets_pixels(image_processor):
-            raise ValueError(
-                f"min_pixels={self.min_pixels} and max_pixels={self.max_pixels} mean nothing to "
-                f"{type(image_processor).__name__}, which scales images otherwise. Leave them out."
-            )
-        size = {**{name: image_processor.size[name] for name in ("shortest_edge", "longest_edge")}, **given}
-        if not 0 < size["shortest_edge"] <= size["longest_edge"]:
-            raise ValueError(
-                f"Images would have at least {size['shortest_edge']} and at most {size['longest_edge']} pixels: set "
-                "both min_pixels and max_pixels, the first to no more than the second."
-            )
-        image_processor.size = type(image_processor.size)(**size)
 
     def _files_of_processor(self) -> dict[str, bytes]:
         files = self._tokenizer_files()
@@ -300,9 +289,9 @@ class _RendersImages(RendersConversations):
     images: ImageTexts | None = None
 
     @override
-    def _render(self, conversation: Conversation) -> Rendered:
+    def render(self, conversation: Conversation) -> Rendered:
         assert self.images is not None
-        rendered = super()._render(conversation._replace(messages=[_bare(m) for m in conversation.messages]))
+        rendered = super().render(conversation._replace(messages=[_bare(m) for m in conversation.messages]))
         images = [part["image"] for message in conversation.messages for part in _parts(message) if "image" in part]
         try:
             return self.images.expand(rendered, images)

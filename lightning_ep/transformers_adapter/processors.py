@@ -40,12 +40,19 @@ def auto_class_of(config: PreTrainedConfig) -> Any:
     return found or (known[0][0] if known else AutoModelForCausalLM)
 
 
-def load_processor(directory: Path, tokenizer: Any) -> Any | None:
+def load_processor(
+    directory: Path, tokenizer: Any, min_pixels: int | None = None, max_pixels: int | None = None
+) -> Any | None:
     """The processor of a checkpoint without what it has for videos, which need torchvision; None if it has none.
 
     Args:
         directory: Where the checkpoint is.
         tokenizer: What the processor tokenizes with.
+        min_pixels: The least pixels that an image is scaled to, in place of the checkpoint's.
+        max_pixels: The most.
+
+    Raises:
+        ValueError: If pixels are given to a processor that scales images otherwise, or more at least than at most.
     """
     # Here, since they import Pillow, which texts do without.
     from transformers import AutoFeatureExtractor, AutoImageProcessor
@@ -66,6 +73,8 @@ def load_processor(directory: Path, tokenizer: Any) -> Any | None:
             parts[part] = tokenizer
         elif part == "image_processor":
             parts[part] = AutoImageProcessor.from_pretrained(directory)
+            if size := _size(parts[part], min_pixels, max_pixels):
+                parts[part] = AutoImageProcessor.from_pretrained(directory, size=size)
         elif part == "feature_extractor":
             parts[part] = AutoFeatureExtractor.from_pretrained(directory)
         else:
@@ -82,6 +91,26 @@ def _processor_name(directory: Path) -> str | None:
     if not (directory / "config.json").exists():
         return None
     return PROCESSOR_MAPPING_NAMES.get(json.loads((directory / "config.json").read_text()).get("model_type"))
+
+
+def _size(image_processor: Any, min_pixels: int | None, max_pixels: int | None) -> dict[str, int]:
+    """What these pixels make of the size of an image processor; nothing if none are given."""
+    given = {"shortest_edge": min_pixels, "longest_edge": max_pixels}
+    given = {name: pixels for name, pixels in given.items() if pixels is not None}
+    if not given:
+        return {}
+    if not sets_pixels(image_processor):
+        raise ValueError(
+            f"min_pixels={min_pixels} and max_pixels={max_pixels} mean nothing to {type(image_processor).__name__}, "
+            "which scales images otherwise. Leave them out."
+        )
+    size = {**{name: image_processor.size[name] for name in ("shortest_edge", "longest_edge")}, **given}
+    if not 0 < size["shortest_edge"] <= size["longest_edge"]:
+        raise ValueError(
+            f"Images would have at least {size['shortest_edge']} and at most {size['longest_edge']} pixels: set both "
+            "min_pixels and max_pixels, the first to no more than the second."
+        )
+    return size
 
 
 def sets_pixels(image_processor: Any) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from datasets import Dataset, Features, Image, List, Value
+from jsonargparse import ArgumentParser
 from PIL import Image as Pictures
 from torch import Tensor
 from transformers import AutoModelForImageTextToText
@@ -24,6 +26,7 @@ from lightning_ep.loss import summed_loss
 from lightning_ep.ops.cross_entropy import shifted
 from lightning_ep.transformers_adapter import keep_documents_apart, load_processor
 from tests.data.test_chat import fitted
+from tests.ranks import REPOSITORY
 from tests.reference import relative_error
 from tests.vision import (
     asked,
@@ -313,18 +316,39 @@ def test_a_preview_shows_a_run_of_placeholders_as_its_length(checkpoint: Path, f
     assert "<|image_pad|><|image_pad|>" not in shown
 
 
-def test_the_start_says_what_of_the_tower_trains(
-    checkpoint: Path, folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    source = write_rows(tmp_path / "rows.jsonl", chats(folder))
-    with caplog.at_level("INFO"):
-        module = data(source, checkpoint, tmp_path)
-        fitted(CausalLM(str(checkpoint)), module, tmp_path, enable_model_summary=True)
-    assert "model.visual: " in caplog.text
-    assert "is frozen; its merger is trained; its deepstack_merger_list is trained" in " ".join(caplog.text.split())
-
-
 def test_a_module_that_does_not_exist_cannot_be_frozen(checkpoint: Path, folder: Path, tmp_path: Path) -> None:
     source = write_rows(tmp_path / "rows.jsonl", chats(folder))
     with pytest.raises(ValueError, match=r"no module 'model.visuals'.*model.visual"):
         fitted(CausalLM(str(checkpoint), freeze=["model.visuals"]), data(source, checkpoint, tmp_path), tmp_path)
+
+
+def test_the_page_says_what_can_be_read_and_what_a_preview_shows(
+    checkpoint: Path, folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    page = (REPOSITORY / "docs" / "images.md").read_text()
+    blocks = dict(re.findall(r"```(json|yaml|)\n(.*?)```", page[: page.index("## Training")], re.S))
+    (tmp_path / "my_chats.jsonl").write_text(blocks["json"])
+    picture(tmp_path / "cat.png", (40, 24))
+    (settings,) = re.findall(r"```yaml\n(.*?)```", page, re.S)
+    parser = ArgumentParser()
+    parser.add_subclass_arguments(CausalLM, "model")
+    parser.add_subclass_arguments(VisionChatDataModule, "data")
+    built = parser.instantiate(parser.parse_string(settings))
+    assert built.model._freeze == ["model.visual"]
+    module = built.data
+    assert (module.min_pixels, module.max_pixels) == (64 * 1024, 1024 * 1024)
+    small = {"min_pixels": None, "max_pixels": None, "cache_dir": str(tmp_path / "cache"), "num_proc": 1}
+    for name, value in {**small, "source": str(tmp_path / "my_chats.jsonl"), "validation_fraction": 0.0}.items():
+        setattr(module, name, value)
+    module.trains = CausalLM(str(checkpoint))
+    assert blocks[""].rstrip() in "\n".join(preview(module, colour=False))
+    module.sequence_length, module.batch_size, module.num_workers = 64, 1, 0
+    module.prepare_data()
+    module.setup("fit")
+    windows = [module.train_dataset[index] for index in range(4)]
+    for window in windows:
+        assert all(torch.equal(window[name], windows[0][name]) for name in window)
+    with caplog.at_level("INFO"):
+        fitted(CausalLM(str(checkpoint)), module, tmp_path, enable_model_summary=True)
+    (shown,) = (line for line in page.splitlines() if line.startswith("  tower "))
+    assert " ".join(shown.split()) in " ".join(caplog.text.split())
