@@ -194,7 +194,7 @@ UNDOCUMENTED = [
     "torch.distributed.tensor.experimental:register_sharding",
     "transformers:PreTrainedModel.ep_plan",
     "transformers:PreTrainedConfig.attribute_map",
-    "transformers.models.auto.processing_auto:PROCESSOR_MAPPING_NAMES",
+    "transformers.models.auto.processing_auto:PROCESSOR_MAPPING",
     "transformers.models.auto.processing_auto:processor_class_from_name",
     "transformers:ProcessorMixin.check_argument_for_proper_class",
     "transformers:ProcessorMixin.create_mm_token_type_ids",

@@ -18,8 +18,6 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from PIL.Image import Image as Picture
 
-    from lightning_ep.data.row_files import Row
-
 IMAGES = "images.arrow"
 """The file beside windows with what their images are: paths, and the bytes of those that came as bytes."""
 
@@ -68,14 +66,14 @@ class RowImages:
     """Reads the contents of a row's messages, in which images may be, each looked at; see `content`.
 
     Args:
-        row: Its columns ``images`` or ``image``, if it has them, are those of parts and markers that name none.
-        folder: Where paths go on from that are not absolute. Default: the directory of the row's file.
+        columns: Of the row. ``images`` or ``image``, if it has them, are those of parts and markers that name none.
+        where: What messages call the row.
+        folder: Where paths go on from that are not absolute.
     """
 
-    def __init__(self, row: Row, folder: str | None) -> None:
-        self._where = row.where
-        self._folder = Path(folder).expanduser() if folder is not None else row.folder or Path()
-        columns = row.columns()
+    def __init__(self, columns: Mapping[str, Any], where: str, folder: Path) -> None:
+        self._where = where
+        self._folder = folder
         given: Any = next((columns[key] for key in ("images", "image") if columns.get(key) is not None), [])
         self._column = list(given) if isinstance(given, Sequence) and not isinstance(given, str | bytes) else [given]
         self._used = 0

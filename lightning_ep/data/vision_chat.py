@@ -160,7 +160,8 @@ class VisionChatDataModule(ChatDataModule):
 
     @override
     def read_row(self, row: Row) -> Conversation:
-        images = RowImages(row, self.image_folder)
+        folder = Path(self.image_folder).expanduser() if self.image_folder is not None else row.folder or Path()
+        images = RowImages(row.columns(), row.where, folder)
         read = conversation(row.columns(), row.where, images.content)
         images.check_used()
         return read

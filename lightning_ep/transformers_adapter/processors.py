@@ -14,6 +14,7 @@ from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
     MODEL_FOR_MULTIMODAL_LM_MAPPING,
+    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     AutoModelForMultimodalLM,
@@ -34,7 +35,7 @@ def auto_class_of(config: PreTrainedConfig) -> Any:
 
     A family with a text model of its own (Qwen3.5) is built with its tower only where ``architectures`` says so.
     """
-    known = [(auto, mapping[type(config)]) for auto, mapping in _AUTO_CLASSES if type(config) in mapping]
+    known: list[Any] = [(auto, mapping[type(config)]) for auto, mapping in _AUTO_CLASSES if type(config) in mapping]
     declared = set(config.architectures or ())
     found = next((auto for auto, cls in known if cls.__name__ in declared), None)
     return found or (known[0][0] if known else AutoModelForCausalLM)
@@ -54,13 +55,10 @@ def load_processor(
     Raises:
         ValueError: If pixels are given to a processor that scales images otherwise, or more at least than at most.
     """
-    # Here, since they import Pillow, which texts do without.
+    # Here, since it imports Pillow, which texts do without.
     from transformers import AutoFeatureExtractor, AutoImageProcessor
-    from transformers.models.auto.processing_auto import processor_class_from_name
 
-    name = _processor_name(directory)
-    cls = processor_class_from_name(name) if name is not None else None
-    if cls is None:
+    if (cls := _processor_class(directory)) is None:
         return None
 
     class WithoutVideos(cls):  # type: ignore[misc, valid-type]
@@ -82,15 +80,16 @@ def load_processor(
     return WithoutVideos(**parts) if "image_processor" in parts else None
 
 
-def _processor_name(directory: Path) -> str | None:
+def _processor_class(directory: Path) -> Any | None:
+    from transformers.models.auto.processing_auto import PROCESSOR_MAPPING, processor_class_from_name
+
     for file in _NAMED_IN:
         if (directory / file).exists() and (name := json.loads((directory / file).read_text()).get("processor_class")):
-            return name
-    from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
-
+            return processor_class_from_name(name)
     if not (directory / "config.json").exists():
         return None
-    return PROCESSOR_MAPPING_NAMES.get(json.loads((directory / "config.json").read_text()).get("model_type"))
+    config = type(AutoConfig.from_pretrained(directory))
+    return PROCESSOR_MAPPING.get(config)
 
 
 def _size(image_processor: Any, min_pixels: int | None, max_pixels: int | None) -> dict[str, int]:
