@@ -12,15 +12,25 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForImageTextToText, AutoTokenizer
 
-from lightning_ep import CausalLM, ExpertParallelStrategy
+from lightning_ep import CausalLM, ExpertParallelStrategy, ParallelLayout, expert_plan
 from lightning_ep.callbacks import HuggingFaceExport
 from lightning_ep.data import VisionChatDataModule
 from lightning_ep.data.vision_windows import documents_in
+from lightning_ep.parallelize import check
 from lightning_ep.transformers_adapter import load_processor
 from tests.ranks import run_ranks
 from tests.reference import relative_error
 from tests.tiny import quiet
-from tests.vision import asked, picture, plain_inputs, summed_plain_loss, write_rows, write_vision_checkpoint
+from tests.vision import (
+    asked,
+    picture,
+    plain_inputs,
+    summed_plain_loss,
+    vision_config,
+    vision_model,
+    write_rows,
+    write_vision_checkpoint,
+)
 
 LR, STEPS = 0.02, 3
 
@@ -141,8 +151,13 @@ def _trains_like_transformers(
     pairs += [(f"exported {name}", exported[name].detach(), weight) for name, weight in weights.items()]
     processor = load_processor(tmp_path / "export", AutoTokenizer.from_pretrained(tmp_path / "export"))
     assert processor.tokenizer.chat_template == AutoTokenizer.from_pretrained(checkpoint).chat_template
-    errors = {name: relative_error(ours, theirs) for name, ours, theirs in pairs}
-    return [f"{name}: {error:.1e}" for name, error in errors.items() if not error <= tolerance]
+    wrong = []
+    for name, ours, theirs in pairs:
+        error, apart = relative_error(ours, theirs), (ours - theirs).norm()
+        # In bf16 near-ties in routers send tokens elsewhere, and what is small is mostly rounding.
+        if not (error <= tolerance or (tolerance > 1e-3 and apart <= tolerance / 10)):
+            wrong.append(f"{name}: {error:.1e}, {apart:.1e}")
+    return wrong
 
 
 def test_packed_conversations_with_images_on_one_rank(tmp_path: Path) -> None:
@@ -172,3 +187,19 @@ def test_a_conversation_a_row(family: str, tmp_path: Path) -> None:
 
 def test_the_tower_keeps_its_weights_and_what_projects_trains(tmp_path: Path) -> None:
     assert _trains_like_transformers(tmp_path, "qwen3_omni_moe_thinker") == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["none", "full"])
+@pytest.mark.parametrize("family", ["qwen3_vl_moe", "qwen3_omni_moe_thinker", "qwen3_5_moe"])
+def test_in_bf16(family: str, mode: str, tmp_path: Path) -> None:
+    strategy = {"ep": 2, "activation_checkpointing": mode}
+    options: dict[str, Any] = {"precision": "bf16-mixed", "pack": family != "qwen3_5_moe", "freeze": []}
+    assert _trains_like_transformers(tmp_path, family, 0.3, strategy=strategy, **options) == []
+
+
+@pytest.mark.parametrize(("sizes", "reason"), [({"tp": 2}, "visual"), ({"cp": 2}, "other than a language model")])
+def test_what_splits_matrices_or_sequences_is_refused(sizes: dict[str, int], reason: str) -> None:
+    model = vision_model(vision_config())
+    with pytest.raises(ValueError, match=reason):
+        check(model, ParallelLayout.resolve(2, "auto", 2, 2, **sizes), expert_plan(model))

@@ -99,7 +99,7 @@ class PreferenceDataModule(ChatDataModule):
         found = [sample for sample in rendered if sample is not None]
         if len(found) < 2:
             return
-        (ids, supervised, _), (other_ids, other_supervised, _) = found
+        (ids, supervised), (other_ids, other_supervised) = found
         # The second begins where the second row of a window does; what is left behind it is filled with padding.
         gap = self.sequence_length - len(ids)
         padding = [pad_token_id(self.tokenizer)] * gap

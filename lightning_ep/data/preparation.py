@@ -73,12 +73,14 @@ class Samples:
 
     Attributes:
         samples: The documents.
+        images: For each of them, what its places for images stand for, in order.
         dropped: How many samples were left out, by reason.
         notes: How often something else happened that the log should say.
     """
 
     def __init__(self) -> None:
         self.samples: list[Sample] = []
+        self.images: list[Sequence[Image]] = []
         self.dropped: Counter[str] = Counter()
         self.notes: Counter[str] = Counter()
 
@@ -90,7 +92,8 @@ class Samples:
         """
         if len(input_ids) != len(supervised):
             raise ValueError(f"A sample has {len(input_ids)} tokens and says of {len(supervised)} if they count.")
-        self.samples.append(Sample(input_ids, supervised, images))
+        self.samples.append(Sample(input_ids, supervised))
+        self.images.append(images)
 
     def drop(self, reason: str, count: int = 1) -> None:
         """Counts samples that are left out; the log says "3 {reason}"."""
@@ -186,21 +189,22 @@ class Made:
     @staticmethod
     def of(samples: Samples, rows: int, sequence_length: int) -> Made:
         """What is kept of samples: documents that a window holds, and that have a token to predict."""
-        kept = []
-        for sample in samples.samples:
+        kept, images = [], []
+        for sample, of_sample in zip(samples.samples, samples.images, strict=True):
             if len(sample.input_ids) > sequence_length:
                 samples.drop(f"longer than {sequence_length} tokens")
             elif not any(sample.supervised[1:]):
                 samples.drop("without supervised tokens")
             else:
                 kept.append(sample)
+                images.append(of_sample)
         return Made(
             rows,
             np.fromiter(chain.from_iterable(sample.input_ids for sample in kept), np.int32),
             np.fromiter(chain.from_iterable(sample.supervised for sample in kept), np.bool_),
             np.array([len(sample.input_ids) for sample in kept], np.int64),
-            [image for sample in kept for image in sample.images],
-            np.array([len(sample.images) for sample in kept], np.int64),
+            [image for of_sample in images for image in of_sample],
+            np.array([len(of_sample) for of_sample in images], np.int64),
             samples.dropped,
             samples.notes,
         )

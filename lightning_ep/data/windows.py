@@ -31,12 +31,10 @@ class Sample(NamedTuple):
         input_ids: Its tokens.
         supervised: For each of them, whether it is to be predicted. What is said of the first has no effect: there is
             nothing in the document to predict it from.
-        images: What its places for images stand for, in order (`lightning_ep.data.images.Image`).
     """
 
     input_ids: Sequence[int]
     supervised: Sequence[bool]
-    images: Sequence[Any] = ()
 
 
 COLUMNS = ("input_ids", "labels", "position_ids")
@@ -128,7 +126,7 @@ def fill_window(documents: Iterable[Sample], sequence_length: int, pad_token_id:
     labels = np.full(sequence_length, IGNORE, dtype=np.int32)
     position_ids = np.empty(sequence_length, dtype=np.int32)
     end = 0
-    for ids, supervised, _ in documents:
+    for ids, supervised in documents:
         begin, end = end, end + len(ids)
         input_ids[begin:end] = ids
         labels[begin:end] = np.where(supervised, input_ids[begin:end], IGNORE)

@@ -27,7 +27,7 @@ from lightning_ep.transformers_adapter.attention_interface import (
     is_flash_attention,
 )
 from lightning_ep.transformers_adapter.document_bounds import bounds_as_mask, takes_bounds
-from lightning_ep.transformers_adapter.structure import decoder_layers, model_class
+from lightning_ep.transformers_adapter.structure import decoder_layers, model_class, text_model
 
 T = TypeVar("T")
 
@@ -239,7 +239,7 @@ def _enter(
     positions: Any = call.get("position_ids")
     mask, past = call.get("attention_mask"), call.get("past_key_values")
     given, positions = positions, _in_text(positions)
-    name, bounds = attention_implementation(model), call.get("cu_seq_lens_q") is not None
+    name, bounds = attention_implementation(text_model(model)), call.get("cu_seq_lens_q") is not None
     if name not in ALL_MASK_ATTENTION_FUNCTIONS or (past is not None and past.get_seq_length() > 0):
         return None  # it does without masks, as that of `cp`, which is told of documents otherwise
     flash, by_bounds = is_flash_attention(name), takes_bounds(name)

@@ -155,6 +155,15 @@ def _beside(module: nn.Module, text: set[nn.Module]) -> Iterator[nn.Module]:
             yield from _beside(child, text)
 
 
+def text_model(model: PreTrainedModel) -> PreTrainedModel:
+    """What reads texts in a model with other parts beside it, by its decoder; the model itself if it has none."""
+    if model.config.get_text_config() is model.config:
+        return model
+    decoder = model.get_decoder()
+    alone = isinstance(decoder, PreTrainedModel) and decoder.config.get_text_config() is decoder.config
+    return decoder if alone else model
+
+
 def towers(model: PreTrainedModel) -> dict[str, nn.Module]:
     """The models for images and sound beside the text of a model, by name."""
     parts = {child for part in optional_parts(model) for child in part.modules()}

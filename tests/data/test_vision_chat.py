@@ -24,7 +24,12 @@ from lightning_ep.data.preview import preview
 from lightning_ep.data.vision_windows import documents_in
 from lightning_ep.loss import summed_loss
 from lightning_ep.ops.cross_entropy import shifted
-from lightning_ep.transformers_adapter import keep_documents_apart, load_processor
+from lightning_ep.transformers_adapter import (
+    is_told_documents,
+    keep_documents_apart,
+    load_processor,
+    use_bounds_of_documents,
+)
 from tests.data.test_chat import fitted
 from tests.ranks import REPOSITORY
 from tests.reference import relative_error
@@ -97,7 +102,10 @@ def documents(batch: dict[str, Tensor]) -> Iterator[dict[str, Tensor]]:
                 yield {"ids": ids[cut], "labels": batch["labels"][row, cut], "places": places[:, cut]}
 
 
-def test_every_document_is_what_transformers_makes_of_it_alone(checkpoint: Path, folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("bounds", [False, True])
+def test_every_document_is_what_transformers_makes_of_it_alone(
+    bounds: bool, checkpoint: Path, folder: Path, tmp_path: Path
+) -> None:
     rows = chats(folder)
     source = write_rows(tmp_path / "rows.jsonl", rows)
     (batch,) = prepared(source, checkpoint, tmp_path, sequence_length=512).train_dataloader()
@@ -125,6 +133,9 @@ def test_every_document_is_what_transformers_makes_of_it_alone(checkpoint: Path,
     assert (batch["image_grid_thw"].prod(1) <= 16 * 4).all(), "max_pixels of the checkpoint"
 
     keep_documents_apart(model)
+    if bounds:  # as where the kernel runs
+        use_bounds_of_documents(model)
+        assert is_told_documents(model)
     given = {name: value for name, value in batch.items() if name != "labels"}
     loss, _ = summed_loss(model, shifted(batch["labels"]), given)
     loss.backward()
