@@ -99,10 +99,9 @@ def batch_of(windows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
 
 
 def rows_of(windows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """A batch of one document a row, as long as the longest of them, whose padding no position tells from the text.
+    """A batch of one document a row, as long as the longest of them, whose padding an ``attention_mask`` tells.
 
-    So layers that pass on a state from token to token are no reason to refuse it; what is behind a document changes
-    nothing in it.
+    Positions go on through it, so that layers that pass on a state from token to token are no reason to refuse it.
     """
     batch = batch_of(windows)
     size = batch["input_ids"].shape[1]
@@ -112,4 +111,5 @@ def rows_of(windows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     for row, end in enumerate(ends):
         positions[..., row, end:] = positions[..., row, end - 1 : end] + torch.arange(1, max(length - end, 0) + 1)
     cut = {name: batch[name][:, :length] for name in ("input_ids", "labels", _TYPES) if name in batch}
-    return {**batch, **cut, "position_ids": positions}
+    mask = torch.arange(length) < torch.tensor(ends)[:, None]
+    return {**batch, **cut, "position_ids": positions, "attention_mask": mask.long()}

@@ -89,7 +89,7 @@ def _processor_class(directory: Path) -> Any | None:
     if not (directory / "config.json").exists():
         return None
     config = type(AutoConfig.from_pretrained(directory))
-    return PROCESSOR_MAPPING.get(config)
+    return PROCESSOR_MAPPING.get(config, None)
 
 
 def _size(image_processor: Any, min_pixels: int | None, max_pixels: int | None) -> dict[str, int]:

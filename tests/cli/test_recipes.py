@@ -339,6 +339,13 @@ def test_published_weights_are_fine_tuned_on_images_and_exported(empty: Path) ->
         "    {sequence_length: 96, batch_size: 1, num_workers: 1, validation_source: held_out.jsonl, min_pixels: 64,"
         " max_pixels: 1024}\n"
     )
+    for command, said in (
+        ("preview", "<|vision_start|><|image_pad|> x "),
+        ("prepare", "prepared in runs"),
+    ):
+        done = _python("-m", "lightning_ep", command, "qwen3_vl_30b_a3b_sft", "--config", "small",
+                       "--model.init_args.model", "published", cwd=empty)  # fmt: skip
+        assert said in done.stdout + done.stderr
     options = ["--model.init_args.model", "published", "--trainer.callbacks.init_args.dtype", "float32"]
     metrics = _logged_by("qwen3_vl_30b_a3b_sft", "--config", "small", *options, "--ckpt_path", "last", folder=empty)
     values = [row["val/loss"] for row in csv.DictReader(metrics.splitlines()) if row.get("val/loss")]

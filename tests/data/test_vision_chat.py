@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import AutoModelForImageTextToText
 
 from lightning_ep import CausalLM
+from lightning_ep.callbacks import GradeAnswers
 from lightning_ep.data import ChatDataModule, VisionChatDataModule
 from lightning_ep.data.conversations import MalformedRow
 from lightning_ep.data.preview import preview
@@ -325,6 +326,14 @@ def test_a_preview_shows_a_run_of_placeholders_as_its_length(checkpoint: Path, f
     assert "<|vision_start|><|image_pad|> x 15<|vision_end|>What is it?<|im_end|>" in shown
     assert "⟦They differ in height.<|im_end|>⟧" in shown
     assert "<|image_pad|><|image_pad|>" not in shown
+
+
+def test_answers_to_questions_with_images_are_not_graded(checkpoint: Path, folder: Path, tmp_path: Path) -> None:
+    source = write_rows(tmp_path / "rows.jsonl", chats(folder))
+    with pytest.raises(
+        ValueError, match="asks with texts alone, and the questions of VisionChatDataModule have images"
+    ):
+        fitted(CausalLM(str(checkpoint)), data(source, checkpoint, tmp_path), tmp_path, callbacks=[GradeAnswers()])
 
 
 def test_a_module_that_does_not_exist_cannot_be_frozen(checkpoint: Path, folder: Path, tmp_path: Path) -> None:
