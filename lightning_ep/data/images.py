@@ -21,7 +21,9 @@ if TYPE_CHECKING:
 IMAGES = "images.arrow"
 """The file beside windows with what their images are: paths, and the bytes of those that came as bytes."""
 
-_SCHEMA = pa.schema([("path", pa.string()), ("data", pa.large_binary()), ("where", pa.string())])
+_SCHEMA = pa.schema(
+    [("path", pa.string()), ("data", pa.large_binary()), ("where", pa.string()), ("size", pa.list_(pa.int32(), 2))]
+)
 _MARKER = "<image>"  # of rows with a column of images
 _KEYS = ("image", "image_url", "url", "path", "bytes")  # of a part of a message
 
@@ -33,20 +35,29 @@ class Image(NamedTuple):
         path: Its file; None where the row has the bytes.
         data: The bytes of a file (PNG, JPEG, ...).
         where: What messages call it: file and line, message and number.
-        size: Width and height in pixels, once it was looked at.
+        size: Width and height in pixels; None as long as it was not looked at.
     """
 
     path: str | None
     data: bytes | None
     where: str
-    size: tuple[int, int] = (0, 0)
+    size: tuple[int, int] | None = None
 
     def decoded(self) -> Picture:
         """The picture, upright and in RGB, as transformers' `load_image` gives it.
 
         Raises:
-            MalformedRow: If there is no such file, or it is no picture.
+            MalformedRow: If there is no such file, or it is no picture, or of another size than it was.
         """
+        picture = self._opened()
+        if self.size is not None and picture.size != tuple(self.size):
+            raise MalformedRow(
+                f"{self.where}: {self.path} has {' x '.join(map(str, picture.size))} pixels, and had "
+                f"{' x '.join(map(str, self.size))} when the data was prepared: prepare it in another `cache_dir`."
+            )
+        return picture
+
+    def _opened(self) -> Picture:
         import PIL.Image
         import PIL.ImageOps
 
@@ -178,7 +189,7 @@ class ImageWriter:
             self._file = pa.OSFile(str(self._path), "wb")
             self._stream = pa.ipc.new_stream(self._file, _SCHEMA)
         if images:
-            columns = list(zip(*images, strict=True))[: len(_SCHEMA)]
+            columns = zip(*images, strict=True)
             arrays = [pa.array(values, field.type) for values, field in zip(columns, _SCHEMA, strict=True)]
             self._stream.write_batch(pa.record_batch(arrays, schema=_SCHEMA))
 
@@ -197,4 +208,4 @@ class ImageFile:
 
     def __getitem__(self, index: int) -> Image:
         row = self._dataset[index]
-        return Image(row["path"], row["data"], row["where"])
+        return Image(row["path"], row["data"], row["where"], tuple(row["size"]))

@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
@@ -28,6 +29,7 @@ from lightning_ep.hub.companions import PROCESSOR_FILES, read_files, write_files
 from lightning_ep.hub.meta_models import small_files
 
 _ROWS_PER_TASK = 32  # each may be megabytes
+_SIZES = 1000  # of which the text is kept, 10 KB each
 
 
 class VisionChatDataModule(ChatDataModule):
@@ -121,6 +123,11 @@ class VisionChatDataModule(ChatDataModule):
     @override
     def sources(self) -> Sequence[Rows]:
         return [replace(rows, rows_per_task=_ROWS_PER_TASK) for rows in super().sources()]
+
+    @override
+    def validation_sources(self) -> Sequence[Rows] | None:
+        found = super().validation_sources()
+        return None if found is None else [replace(rows, rows_per_task=_ROWS_PER_TASK) for rows in found]
 
     @override
     def settings(self) -> Sequence[object]:
@@ -241,7 +248,7 @@ class ImageTexts:
         self._processor = processor
         self._token: str = processor.image_token
         self._others = [token for name in ("video_token", "audio_token") if (token := getattr(processor, name, None))]
-        self._known: dict[tuple[int, int], str] = {}
+        self._text = lru_cache(_SIZES)(self._written)  # looked up by size, of which many images have the same
 
     def expand(self, rendered: Rendered, images: Sequence[Image]) -> Rendered:
         """A text with all places of its images, as the processor would write it.
@@ -264,6 +271,7 @@ class ImageTexts:
             raise ValueError(f"{self._token!r} stands in what the assistant says.")
         whole, written, last = "", [], 0
         for place, image in zip(places, images, strict=True):
+            assert image.size is not None
             whole += text[last:place] + self._text(image.size)
             last = place + len(self._token)
             written.append((last, len(whole) - last))  # from here on, so much further
@@ -274,13 +282,11 @@ class ImageTexts:
 
         return rendered._replace(text=whole, spans=[(moved(b), moved(e)) for b, e in spans], images=images)
 
-    def _text(self, size: tuple[int, int]) -> str:
-        if size not in self._known:
-            import PIL.Image
+    def _written(self, size: tuple[int, int]) -> str:
+        import PIL.Image
 
-            blank = self._processor.image_processor(images=[PIL.Image.new("RGB", size)], return_tensors="pt")
-            self._known[size] = self._processor.replace_image_token(blank, image_idx=0)
-        return self._known[size]
+        blank = self._processor.image_processor(images=[PIL.Image.new("RGB", size)], return_tensors="pt")
+        return self._processor.replace_image_token(blank, image_idx=0)
 
 
 @dataclass(frozen=True)

@@ -257,6 +257,14 @@ def test_malformed_rows_are_refused_with_their_line(
     assert skipping.counts["train"]["documents"] == 2
 
 
+def test_an_image_that_has_changed_since_is_named(checkpoint: Path, folder: Path, tmp_path: Path) -> None:
+    file = picture(tmp_path / "new.png", (24, 24))
+    module = prepared(write_rows(tmp_path / "rows.jsonl", [asked(file, "?")] * 2), checkpoint, tmp_path)
+    picture(file, (40, 24))
+    with pytest.raises(MalformedRow, match=r"rows.jsonl:1: .*new.png has 40 x 24 pixels, and had 24 x 24"):
+        module.train_dataset[0]
+
+
 def test_an_image_that_is_gone_since_is_named(checkpoint: Path, folder: Path, tmp_path: Path) -> None:
     file = picture(tmp_path / "gone.png", (24, 24))
     module = prepared(write_rows(tmp_path / "rows.jsonl", [asked(file, "?")] * 2), checkpoint, tmp_path)
