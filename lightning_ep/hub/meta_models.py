@@ -18,7 +18,6 @@ from huggingface_hub import snapshot_download
 from transformers import (
     CONFIG_MAPPING,
     AutoConfig,
-    AutoModelForCausalLM,
     GenerationConfig,
     PreTrainedConfig,
     PreTrainedModel,
@@ -35,7 +34,7 @@ _SMALL_FILES = ("*.json", "*.txt", "*.model", "*.tiktoken", "*.jinja")
 
 def from_pretrained(
     path: str | os.PathLike[str],
-    auto_class: Any = AutoModelForCausalLM,
+    auto_class: Any = None,
     revision: str | None = None,
     attn_implementation: str | None = None,
     trust_remote_code: bool = False,
@@ -48,7 +47,8 @@ def from_pretrained(
 
     Args:
         path: A directory, or the id of a model on the Hugging Face hub, which is downloaded once per node.
-        auto_class: What builds the model from its config: an auto class of transformers.
+        auto_class: What builds the model from its config: an auto class of transformers. Default: the one for the class
+            that the config declares, if it writes texts, of images too; else AutoModelForCausalLM.
         revision: Branch, tag or commit on the hub.
         attn_implementation: As in transformers.
         trust_remote_code: Run Python code that comes with the model.
@@ -81,6 +81,7 @@ def from_pretrained(
             "bf16 or more. Use an unquantized checkpoint of this model, or write one with transformers "
             "(from_pretrained with dequantize=True in its quantization config, then save_pretrained)."
         )
+    auto_class = auto_class or adapter.auto_class_of(config)
     options = {"trust_remote_code": trust_remote_code}
     if attn_implementation is not None:
         options["attn_implementation"] = attn_implementation  # type: ignore[assignment]
@@ -101,16 +102,18 @@ def from_pretrained(
 
 
 def from_config(config: PreTrainedConfig | Mapping[str, Any]) -> PreTrainedModel:
-    """A causal language model on the meta device, whose random weights the strategy initialises after sharding.
+    """A language model on the meta device, whose random weights the strategy initialises after sharding.
 
     Args:
-        config: Any configuration that `transformers.AutoModelForCausalLM` knows, or a dict as for `config_of`.
+        config: Any configuration that `transformers.AutoModelForCausalLM` knows, or AutoModelForImageTextToText, or a
+            dict as for `config_of`. Where a family has both, ``architectures`` says which.
 
     Raises:
         ValueError: As `config_of`.
     """
+    config = config_of(config) if isinstance(config, Mapping) else config
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config_of(config) if isinstance(config, Mapping) else config)
+        model = adapter.auto_class_of(config).from_config(config)
     adapter.allow_resizing_on_meta(model)
     adapter.note_own_modules(model)
     return model
@@ -187,7 +190,7 @@ def meta_model(config: PreTrainedConfig, model_class: type[PreTrainedModel] | No
             )
     with torch.device("meta"):
         if model_class is None:
-            return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+            return adapter.auto_class_of(config).from_config(config, dtype=torch.float32)
         config.dtype = torch.float32
         return model_class(config)
 
