@@ -120,6 +120,7 @@ def _has_gradient(output: Any) -> bool:
     return isinstance(output, Mapping | tuple | list) and any(map(_has_gradient, values))
 
 
-def _enter(group: Group, mp_policy: MixedPrecisionPolicy, module: nn.Module, args: Any, kwargs: Any) -> Any:
-    fsdp.gather(group)
+def _enter(group: Group | None, mp_policy: MixedPrecisionPolicy, module: nn.Module, args: Any, kwargs: Any) -> Any:
+    if group is not None:  # else the layers inside hold all parameters
+        fsdp.gather(group)
     return cast_inputs(mp_policy, args, kwargs)

@@ -91,6 +91,7 @@ from lightning_ep.transformers_adapter.structure import (
     shares_parameters,
     tensor_parallel_styles,
     tied,
+    wrap_deepstack,
 )
 
 __all__ = [
@@ -170,4 +171,5 @@ __all__ = [
     "why_not_context_parallel",
     "why_not_fused",
     "without_packing",
+    "wrap_deepstack",
 ]

@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
@@ -152,6 +152,18 @@ def _beside(module: nn.Module, text: set[nn.Module]) -> Iterator[nn.Module]:
     elif module not in text:
         for child in module.children():
             yield from _beside(child, text)
+
+
+def wrap_deepstack(decoder: nn.Module, wrap: Callable[[Callable[..., Tensor]], Callable[..., Tensor]]) -> None:
+    """Wraps what a decoder calls between layers to add a tower's features (DeepStack), if it has that.
+
+    Args:
+        decoder: The module around decoder layers.
+        wrap: Is given its function, of hidden states ``[B, S, H]``, a mask of places ``[B, S]`` and features.
+    """
+    own = getattr(decoder, "_deepstack_process", None)
+    if own is not None:
+        decoder._deepstack_process = wrap(own)  # type: ignore[assignment]
 
 
 def attention_modules(model: PreTrainedModel) -> dict[str, nn.Module]:
