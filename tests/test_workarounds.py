@@ -39,7 +39,7 @@ OURS = [
     ("causal_lm.py", {"model"}, "a CausalLM"),
     ("cli/export.py", {"base_model_name_or_path", "revision"}, "the LoraConfig of an adapter that it has read"),
     ("cli/export.py", {"generation_config"}, "a model that `meta_model` has made"),
-    ("callbacks/grade.py", {"sync_on_compute"}, "a copy of the metric"),
+    ("callbacks/grade.py", {"distributed_available_fn"}, "a copy of the metric"),
     ("cli/compared.py", {"manual_seed"}, "a generator of its own"),
     ("cli/compared.py", {"set_experts_implementation"}, "the model that the command has built"),
     ("cli/generation.py", {"chat_template", "response_template"}, "the tokenizer that the command has loaded"),

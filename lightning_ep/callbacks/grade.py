@@ -127,7 +127,10 @@ class GradeAnswers(Callback):
     def _metric(self) -> Metric:
         metric = deepcopy(self.metric) if self.metric is not None else ExactMatch()
         metric.reset()
-        metric.sync_on_compute = False  # every rank has all answers
+        for part in metric.modules():  # of metrics made of metrics too
+            if isinstance(part, Metric):
+                # Every rank has all answers. (torchmetrics looks at `sync_on_compute` in constructors alone.)
+                part.distributed_available_fn = _never
         return metric
 
     def _answer(self, trainer: Trainer, pl_module: LightningModule) -> tuple[list[str], list[str]]:
@@ -170,6 +173,10 @@ class ExactMatch(Metric):
     @override
     def compute(self) -> torch.Tensor:
         return self.right / self.total
+
+
+def _never() -> bool:
+    return False
 
 
 def _values(metric: Metric, answers: list[str], expected: list[str]) -> dict[str, torch.Tensor]:

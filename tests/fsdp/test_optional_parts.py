@@ -98,7 +98,8 @@ def _trains_like_one_process(
             set_gradient_sync(sharded, index == len(window) - 1)
             _backward(sharded, {key: value.to(device()) for key, value in batches[rank].items()})
         reduce_kept_gradients(sharded)
-        tolerance = 0.5 if bf16 else 1e-5  # near-ties in routers send tokens elsewhere
+        # Near-ties in routers send tokens elsewhere; the reference's sums are a CPU's, in another order.
+        tolerance = 0.5 if bf16 else 1e-5 if device().type == "cpu" else 3e-5
         wrong += [f"window {number}: {found}" for found in _differences(plain, sharded.parameters(), tolerance)]
         for optimizer in optimizers:
             optimizer.step()
