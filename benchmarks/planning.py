@@ -2,8 +2,8 @@
 
     python -m benchmarks.planning
 
-It draws docs/choose/planning.svg and prints the tables. What was measured is in benchmarks/results/measured.csv: cells on
-H200, compiled, of layers of Qwen3-30B-A3B.
+It draws docs/choose/planning.svg and prints the tables. What was measured is in benchmarks/results/measured.csv: cells
+on H200, compiled, of layers of Qwen3-30B-A3B.
 """
 
 from __future__ import annotations

@@ -31,6 +31,7 @@ from lightning_ep.routing.biases import give_saved_biases
 from lightning_ep.routing.router_rules import RouterRule, check_rules
 from lightning_ep.strategy import ExpertParallelStrategy
 from lightning_ep.trainer.adamw import AdamW
+from lightning_ep.trainer.batches import refuse_unknown_ids
 from lightning_ep.trainer.clipping import clip_grad_norm_
 from lightning_ep.trainer.evaluation import log_token_means
 from lightning_ep.trainer.frozen_parts import freeze_parts, frozen_parts
@@ -210,6 +211,12 @@ class CausalLM(LightningModule):
         """Sum of the token losses, and number of valid tokens; 0-dim each."""
         loss, targets_BS = summed_loss(*self._arguments(batch))
         return loss, (targets_BS != IGNORE).sum()
+
+    @override
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        assert self.model is not None
+        refuse_unknown_ids(batch, model_inside(self.model).get_input_embeddings())
+        return batch
 
     @override
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:

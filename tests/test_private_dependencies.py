@@ -148,6 +148,7 @@ PRIVATE = [
     "transformers:PreTrainedModel._set_gradient_checkpointing",
     "transformers:PreTrainedModel._supports_attention_backend",
     "transformers.models.qwen3_moe.modeling_qwen3_moe:Qwen3MoeExperts._apply_gate",
+    "transformers.models.qwen3_vl_moe.modeling_qwen3_vl_moe:Qwen3VLMoeTextModel._deepstack_process",
 ]
 
 # Public in name, but undocumented, recent, or outside of what an upgrade promises to keep.

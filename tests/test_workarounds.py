@@ -45,6 +45,7 @@ OURS = [
     ("cli/compared.py", {"set_experts_implementation"}, "the model that the command has built"),
     ("cli/generation.py", {"chat_template", "response_template"}, "the tokenizer that the command has loaded"),
     ("cli/generation.py", {"manual_seed"}, "the command's process"),
+    ("tensor_parallel/styles.py", {"value"}, "a SequenceLength"),
     (
         "cli/opened.py",
         {"data", "generation_config", "strict_loading"},

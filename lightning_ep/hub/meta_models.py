@@ -75,12 +75,13 @@ def from_pretrained(
         directory, trust_remote_code=trust_remote_code, return_unused_kwargs=True, **config_overrides
     )
     _refuse_unknown_overrides(config_overrides, unknown, config)
-    if getattr(config, "quantization_config", None) is not None:
+    if config_overrides.get("quantization_config") is None and (method := _quantization(config)) is not None:
         raise CheckpointError(
-            f"{path} is quantized ({config.quantization_config.get('quant_method')!r}), and training needs weights in "
+            f"{path} is quantized ({method!r}), and training needs weights in "
             "bf16 or more. Use an unquantized checkpoint of this model, or write one with transformers "
             "(from_pretrained with dequantize=True in its quantization config, then save_pretrained)."
         )
+    _refuse_quantization(config)
     auto_class = auto_class or adapter.auto_class_of(config)
     options = {"trust_remote_code": trust_remote_code}
     if attn_implementation is not None:
@@ -101,19 +102,22 @@ def from_pretrained(
     return model
 
 
-def from_config(config: PreTrainedConfig | Mapping[str, Any]) -> PreTrainedModel:
-    """A language model on the meta device, whose random weights the strategy initialises after sharding.
+def from_config(config: PreTrainedConfig | Mapping[str, Any], auto_class: Any = None) -> PreTrainedModel:
+    """A model on the meta device, whose random weights the strategy initialises after sharding.
 
     Args:
-        config: Any configuration that `transformers.AutoModelForCausalLM` knows, or AutoModelForImageTextToText, or a
-            dict as for `config_of`. Where a family has both, ``architectures`` says which.
+        config: Any configuration that ``auto_class`` knows, or a dict as for `config_of`.
+        auto_class: What builds the model from its config, an auto class of transformers. Default:
+            `transformers.AutoModelForCausalLM` or AutoModelForImageTextToText, whichever knows the config; where both
+            do, ``architectures`` says which.
 
     Raises:
         ValueError: As `config_of`.
     """
     config = config_of(config) if isinstance(config, Mapping) else config
+    _refuse_quantization(config)
     with torch.device("meta"):
-        model = adapter.auto_class_of(config).from_config(config)
+        model: PreTrainedModel = (auto_class or adapter.auto_class_of(config)).from_config(config)
     adapter.allow_resizing_on_meta(model)
     adapter.note_own_modules(model)
     return model
@@ -124,7 +128,7 @@ def config_of(values: Mapping[str, Any]) -> PreTrainedConfig:
 
     Raises:
         ValueError: If there is no such ``model_type``, or if a key, of a nested configuration too, is not known to the
-            configuration and not read by its model; names the nearest ones.
+            configuration and not read by its model; names the nearest ones. If it asks for quantized weights.
     """
     name = values.get("model_type")
     if name not in CONFIG_MAPPING:
@@ -140,7 +144,26 @@ def config_of(values: Mapping[str, Any]) -> PreTrainedConfig:
             f"{type(config).__name__} does not know {', '.join(unknown)}. A key that nobody reads would leave the "
             "model as it is without it; correct or remove it."
         )
+    _refuse_quantization(config)
     return config
+
+
+def _refuse_quantization(config: PreTrainedConfig) -> None:
+    if (method := _quantization(config)) is not None:
+        raise ValueError(
+            f"{type(config).__name__} has a quantization_config ({method!r}), and training needs weights in bf16 or "
+            "more: transformers would build them so, and what is exported would say that they are quantized. Remove it."
+        )
+
+
+def _quantization(config: PreTrainedConfig) -> str | None:
+    """How the weights of a configuration are quantized, None if they are not."""
+    found = getattr(config, "quantization_config", None)
+    if found is None:
+        return None
+    values = found if isinstance(found, Mapping) else found.to_dict()
+    method = values.get("quant_method")
+    return str(getattr(method, "value", method))
 
 
 def cast_parameters(model: PreTrainedModel, dtype: torch.dtype) -> None:

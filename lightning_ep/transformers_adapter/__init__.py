@@ -95,6 +95,7 @@ from lightning_ep.transformers_adapter.structure import (
     tensor_parallel_styles,
     tied,
     towers,
+    wrap_deepstack,
 )
 
 __all__ = [
@@ -180,4 +181,5 @@ __all__ = [
     "why_not_context_parallel",
     "why_not_fused",
     "without_packing",
+    "wrap_deepstack",
 ]

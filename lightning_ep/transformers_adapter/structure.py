@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
@@ -178,6 +178,18 @@ def towers(model: PreTrainedModel) -> dict[str, nn.Module]:
 def projects(name: str) -> bool:
     """Whether a child of a tower is what brings its output into the text, as its name in there says."""
     return _PROJECTS.search(name) is not None
+
+
+def wrap_deepstack(decoder: nn.Module, wrap: Callable[[Callable[..., Tensor]], Callable[..., Tensor]]) -> None:
+    """Wraps what a decoder calls between layers to add a tower's features (DeepStack), if it has that.
+
+    Args:
+        decoder: The module around decoder layers.
+        wrap: Is given its function, of hidden states ``[B, S, H]``, a mask of places ``[B, S]`` and features.
+    """
+    own = getattr(decoder, "_deepstack_process", None)
+    if own is not None:
+        decoder._deepstack_process = wrap(own)  # type: ignore[assignment]
 
 
 def attention_modules(model: PreTrainedModel) -> dict[str, nn.Module]:
