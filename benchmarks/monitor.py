@@ -1,6 +1,6 @@
-"""What `ExpertLoadMonitor` costs: steps that it looks at and steps that it does not, in turns.
+"""What `ExpertLoadMonitor` costs: steps without it, steps that it does not look at, and steps that it does, in turns.
 
-torchrun --nproc-per-node 2 -m benchmarks.monitor --json runs/monitor.json [--without]
+torchrun --nproc-per-node 2 -m benchmarks.monitor --json runs/monitor.json
 """
 
 from __future__ import annotations
@@ -27,12 +27,16 @@ from typing_extensions import override
 from benchmarks.cells import COMPILE, OURS, Cell, parse_shape
 from benchmarks.kernels import device_kernels, summary
 from benchmarks.measure import elapsed_ms, mark, synchronize
+from benchmarks.records import machine, provenance
 from benchmarks.workload import batches, fill_parameters
 from lightning_ep import AdamW, CausalLM, ExpertParallelStrategy
 from lightning_ep.callbacks import ExpertLoadMonitor
+from lightning_ep.moe.experts import expert_context
+from lightning_ep.routing import moe_layers
 from lightning_ep.routing.watched import Watched
 
-_WARMUP = 6  # steps; even ones are looked at
+_KINDS = ("without", "not looked at", "looked at")  # of steps, in turns
+_WARMUP = 2 * len(_KINDS)
 
 
 class _FastStart(ExpertParallelStrategy):
@@ -66,17 +70,35 @@ class _Clock:
         setattr(owner, name, timed)
 
 
+class _Absence:
+    """Takes the monitor out of a model's layers for some steps, as if nobody had ever looked at them."""
+
+    def __init__(self, module: LightningModule) -> None:
+        self._contexts = [expert_context(layer.experts) for layer in moe_layers(module)]
+        self._routes = [context.route for context in self._contexts]
+
+    def set(self, absent: bool) -> None:
+        for context, route in zip(self._contexts, self._routes, strict=True):
+            if route is not None:
+                watched = route.__self__  # type: ignore[attr-defined]
+                watched.kept = None if absent else "values"
+            context.route = None if absent else route
+
+
 class _Steps(Callback):
-    """Marks the ends of steps, and profiles the last two: one that is not looked at, and one that is."""
+    """Marks the ends of steps, and profiles the last three, one of each kind."""
 
     def __init__(self, clock: _Clock, steps: int, device: torch.device) -> None:
         self.clock, self.steps, self.device = clock, steps, device
         self.marks: list[Any] = []
         self.profiles: list[dict[str, Any]] = []
         self._profile: profile | None = None
+        self._absence: _Absence | None = None
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        self._absence = self._absence or _Absence(pl_module)
+        self._absence.set(_kind(trainer.global_step + 1) == "without")
         self.clock.step = trainer.global_step + 1
         if trainer.global_step >= _WARMUP + self.steps and self.device.type == "cuda":
             synchronize(self.device)
@@ -96,6 +118,10 @@ class _Steps(Callback):
             self._profile = None
 
 
+def _kind(step: int) -> str:
+    return _KINDS[(step - 1) % len(_KINDS)]
+
+
 def main() -> None:
     """Runs the steps, and writes what they took."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -103,8 +129,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--tokens", default="4x4096")
     parser.add_argument("--sizes", default="qwen3-30b-a3b")
-    parser.add_argument("--steps", type=int, default=24, help="measured, an even number")
-    parser.add_argument("--without", action="store_true", help="leave the monitor out")
+    parser.add_argument("--steps", type=int, default=36, help="measured, a multiple of 3")
     options = parser.parse_args()
     cuda, ranks, rank = torch.cuda.is_available(), int(os.environ["WORLD_SIZE"]), int(os.environ["RANK"])
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu")
@@ -117,11 +142,11 @@ def main() -> None:
     for name in ("on_train_batch_start", "on_before_optimizer_step", "on_train_batch_end"):
         clock.timed(ExpertLoadMonitor, name)
     steps = _Steps(clock, options.steps, device)
-    total = _WARMUP + options.steps + (2 if cuda else 0)
+    total = _WARMUP + options.steps + (len(_KINDS) if cuda else 0)
     trainer = Trainer(
         strategy=_FastStart(ep=ranks, compile=cell.compile), accelerator=device.type, devices=ranks,
-        precision="bf16-mixed", gradient_clip_val=1.0, max_steps=total, log_every_n_steps=2, logger=False,
-        callbacks=[*([] if options.without else [ExpertLoadMonitor()]), steps], use_distributed_sampler=False,
+        precision="bf16-mixed", gradient_clip_val=1.0, max_steps=total, log_every_n_steps=len(_KINDS), logger=False,
+        callbacks=[ExpertLoadMonitor(), steps], use_distributed_sampler=False,
         enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
         default_root_dir=options.json.parent,
     )  # fmt: skip
@@ -129,36 +154,56 @@ def main() -> None:
     data: Any = list(batches(cell, total))
     trainer.fit(module, DataLoader(data, batch_size=None, pin_memory=cuda))
     synchronize(device)
-    mine = [elapsed_ms(*pair) for pair in itertools.pairwise(steps.marks)]  # the first one is of an odd step
+    mine = [elapsed_ms(*pair) for pair in itertools.pairwise(steps.marks)]
     every: list[Any] = [None] * ranks
     dist.all_gather_object(every, (mine, {step: dict(spent) for step, spent in clock.spent.items()}, steps.profiles))
     if rank == 0:
-        options.json.write_text(json.dumps(_record(every, options.steps)))
+        record = _record(every, options.steps)
+        record["graphs"] = torch._dynamo.utils.counters["stats"]["unique_graphs"]  # of warm-up and steps
+        record["entropy"] = trainer.callback_metrics["routing/entropy"].item()
+        options.json.write_text(json.dumps({**record, **provenance(), **machine(device)}))
         print(options.json.read_text()[:3000])
 
 
 def _record(every: list[Any], number: int) -> dict[str, Any]:
     steps_ms = [max(times) for times in zip(*(rank[0] for rank in every), strict=True)]
-    apart, watched = steps_ms[::2], steps_ms[1::2]
-    names = sorted({name for rank in every for spent in rank[1].values() for name in spent})
-    looked = range(_WARMUP + 2, _WARMUP + number + 1, 2)
+    by_kind = {kind: steps_ms[place :: len(_KINDS)] for place, kind in enumerate(_KINDS)}
+    without = by_kind["without"]
     record: dict[str, Any] = {
-        "median_ms": {"not looked at": statistics.median(apart), "looked at": statistics.median(watched)},
-        "median_of_pairs_ms": statistics.median((a + b) / 2 for a, b in zip(apart, watched, strict=True)),
-        "host_ms_of_a_step_looked_at": [
-            {name: statistics.median(rank[1].get(step, {}).get(name, 0.0) for step in looked) for name in names}
-            for rank in every
-        ],
+        "median_ms": {kind: statistics.median(times) for kind, times in by_kind.items()},
+        "median_of_differences_ms": {
+            kind: statistics.median(a - b for a, b in zip(by_kind[kind], without, strict=True)) for kind in _KINDS[1:]
+        },
+        "host_ms": [_host_ms(rank[1], number) for rank in every],
         "steps_ms": steps_ms,
     }
     if profiles := every[0][2]:
         keys = ("gpu_busy_ms", "launches", "communication_ms")
-        record["profiles"] = [{key: each[key] for key in keys} for each in profiles]
-        apart_ms, watched_ms = (each["by_name"] for each in profiles)
-        more = {name: watched_ms.get(name, 0) - apart_ms.get(name, 0) for name in {**apart_ms, **watched_ms}}
-        record["kernels_more_ms"] = dict(sorted(more.items(), key=lambda item: -abs(item[1]))[:12])
+        record["profiles"] = {
+            kind: {key: each[key] for key in keys} for kind, each in zip(_KINDS, profiles, strict=True)
+        }
+        record["kernels_more_ms"] = {
+            kind: _more(profiles[0], each) for kind, each in zip(_KINDS[1:], profiles[1:], strict=True)
+        }
         record["kinds_ms"] = [each["by_kind"] for each in profiles]
     return record
+
+
+def _host_ms(spent: dict[int, dict[str, float]], number: int) -> dict[str, dict[str, float]]:
+    """The median milliseconds of each function in steps of each kind."""
+    names = sorted({name for times in spent.values() for name in times})
+    found = {}
+    for first, kind in enumerate(_KINDS, _WARMUP + 1):
+        steps = range(first, _WARMUP + number + 1, len(_KINDS))
+        found[kind] = {name: statistics.median(spent.get(step, {}).get(name, 0.0) for step in steps) for name in names}
+    return found
+
+
+def _more(before: dict[str, Any], after: dict[str, Any]) -> dict[str, float]:
+    """The kernels whose times differ most."""
+    names = {**before["by_name"], **after["by_name"]}
+    more = {name: after["by_name"].get(name, 0) - before["by_name"].get(name, 0) for name in names}
+    return dict(sorted(more.items(), key=lambda item: -abs(item[1]))[:12])
 
 
 if __name__ == "__main__":
