@@ -20,7 +20,8 @@ one() { # one NAME SEED RULES OPTIONS...
     python -m lightning_ep fit --config quickstart --seed_everything "$2" --trainer.devices 1 --trainer.strategy.init_args.ep 1 \
         --data.batch_size 8 --model.router "$3" "${@:4}" >log.txt 2>&1
     python -m lightning_ep routing runs/quickstart/checkpoints/last.ckpt ../held_out.txt >routing.txt 2>&1
-    echo "$1, seed $2: $(grep -o "validation loss [0-9.]*" log.txt | tail -n 1)"
+    awk -F, -v run="$1, seed $2" 'NR == 1 { for (i = 1; i <= NF; i++) if ($i == "val/loss") c = i; next } $c != "" { loss = $c }
+        END { print run ": validation loss " loss }' runs/quickstart/version_0/metrics.csv
     grep "max violation, mean\|straggler\|without a token" routing.txt
 }
 
