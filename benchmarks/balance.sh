@@ -12,7 +12,7 @@ folder="$(realpath -m "$1")"
 mkdir -p "$folder"
 cd "$folder"
 python -m lightning_ep prepare quickstart >prepared.txt 2>&1 # once, before several runs look for it
-cat "$(python -c "import torch.nn.modules as modules; print(modules.__path__[0])")"/*.py | head -c 100000 >held_out.txt || true
+cat "$(python -c "import torch.nn.modules as modules; print(modules.__path__[0])")"/*.py | head -c 40000 >held_out.txt || true
 
 one() { # one NAME SEED RULES OPTIONS...
     mkdir -p "$1-$2"
