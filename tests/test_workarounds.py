@@ -83,7 +83,7 @@ OURS = [
     ("moe/master_weights.py", {"keep_copies"}, "a MasterWeights"),
     ("ops/registered_experts.py", {"__dict__"}, "a stand-in"),
     ("routing/choices.py", {"manual_seed"}, "a generator of its own"),
-    ("routing/observe.py", {"choice", "logits", "watchers"}, "a _Watched"),
+    ("routing/observe.py", {"choice", "logits"}, "a _Watched"),
     ("routing/observe.py", {"route"}, "an ExpertContext"),
     ("strategy.py", {"guard"}, "a ShardedPrecision"),
     ("trainer/signals.py", {"received_sigterm"}, "a SignalFlags"),
