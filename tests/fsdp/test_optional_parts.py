@@ -98,8 +98,8 @@ def _trains_like_one_process(
             set_gradient_sync(sharded, index == len(window) - 1)
             _backward(sharded, {key: value.to(device()) for key, value in batches[rank].items()})
         reduce_kept_gradients(sharded)
-        # Near-ties in routers send tokens elsewhere; the reference's sums are a CPU's, in another order; Gemma 4's gates
-        # in fp32 move by more between two ways to compute GELU.
+        # Near-ties in routers send tokens elsewhere; the reference's sums are a CPU's, in another order; two ways to
+        # compute GELU move Gemma 4's gates by more.
         exact = device().type == "cpu" and family != "gemma4"
         tolerance = 0.5 if bf16 else 1e-5 if exact else 3e-5
         wrong += [f"window {number}: {found}" for found in _differences(plain, sharded.parameters(), tolerance)]
