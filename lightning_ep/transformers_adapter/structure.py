@@ -154,6 +154,14 @@ def _beside(module: nn.Module, text: set[nn.Module]) -> Iterator[nn.Module]:
             yield from _beside(child, text)
 
 
+def encode_in_forward(model: PreTrainedModel) -> None:
+    """Has `generate` run towers in the model's forward, which all ranks enter, and not before it, where there are images.
+
+    Those that have none would not come to the towers' collectives.
+    """
+    model._supports_mm_encoder_outputs = lambda: False  # type: ignore[method-assign]
+
+
 def wrap_deepstack(decoder: nn.Module, wrap: Callable[[Callable[..., Tensor]], Callable[..., Tensor]]) -> None:
     """Wraps what a decoder calls between layers to add a tower's features (DeepStack), if it has that.
 
