@@ -155,9 +155,9 @@ def _beside(module: nn.Module, text: set[nn.Module]) -> Iterator[nn.Module]:
 
 
 def encode_in_forward(model: PreTrainedModel) -> None:
-    """Has `generate` run towers in the model's forward, which all ranks enter, and not before it, where there are images.
+    """Has `generate` run towers in the model's forward, which all ranks enter, and not before it.
 
-    Those that have none would not come to the towers' collectives.
+    There ranks without an image would not come to the towers' collectives.
     """
     model._supports_mm_encoder_outputs = lambda: False  # type: ignore[method-assign]
 
