@@ -114,16 +114,18 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Sequence[Tensor | None]]:
     """Gradients of the tokens, of their routing weights, and of the parameters if they are ``trained``."""
     grad_rows = dispatcher.dispatch(plan, grad_TH, "combine, backward")
-    # The layer is recomputed up to here, and its rows travel, under the exchange of their gradients.
-    rows_NH = dispatcher.dispatch(plan, later(), "dispatch, recomputed").wait() if later is not None else None
+    # The layer is recomputed up to here under the exchange of their gradients, and its rows travel under what the
+    # experts make of these alone.
+    rows = dispatcher.dispatch(plan, later(), "dispatch, recomputed") if later is not None else None
     local = computed.for_backward() if plan.num_pairs > 0 else []  # casts while the gradients travel
     grad_NH = grad_rows.wait()
     if plan.num_pairs > 0:
-        if rows_NH is not None:
-            saved = experts.recompute(rows_NH, plan.ids_NK, plan.weights_NK, plan.num_pairs, local)
-        grad_rows_NH, grad_weights_NK, saved = experts.backward_rows(saved, local, grad_NH)
-        del local, rows_NH, grad_NH, grad_rows  # memory for the gradients of the parameters
+        again = None if rows is None else rows.wait
+        grad_rows_NH, grad_weights_NK, saved = experts.backward_rows(saved, local, grad_NH, again)
+        del local, rows, again, grad_NH, grad_rows  # memory for the gradients of the parameters
     else:
+        if rows is not None:
+            rows.wait()
         grad_rows_NH, grad_weights_NK = grad_NH, torch.zeros_like(plan.weights_NK)
     # Gradients of rows travel home under the weight-gradient GEMMs.
     grad_hidden = dispatcher.combine(plan, grad_rows_NH, "dispatch, backward")

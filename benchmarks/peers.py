@@ -1,9 +1,14 @@
-"""Runs a cell with transformers: its FSDP2, its all-to-all expert parallelism, or PEFT's adapters on one GPU."""
+"""Runs a cell with transformers (its FSDP2, its expert parallelism, PEFT's adapters on one GPU) or with torchtitan."""
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import importlib.util
+import sys
+import types
 from collections import defaultdict
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,9 +21,12 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from transformers import AutoModelForCausalLM
 from transformers.distributed.configuration_utils import DistributedConfig
 
-from benchmarks.cells import PEFT, TRANSFORMERS_EP, Cell
-from benchmarks.measure import Meter, run_loop
-from benchmarks.workload import Popularity, fill_parameters
+from benchmarks.cells import PEFT, TORCHTITAN, TRANSFORMERS_EP, Cell
+from benchmarks.measure import Meter
+from benchmarks.workload import Popularity, batches, fill_parameters, max_over_mean
+
+Step = Callable[[Tensor], Tensor]
+"""Takes token ids ``[B, S]`` on the device, runs all of a step, clipping included, and returns the mean loss."""
 
 _ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 _EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
@@ -26,6 +34,16 @@ _EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 
 def run(cell: Cell, meter: Meter) -> None:
     """Trains ``meter.num_steps`` steps."""
+    step = (_torchtitan if cell.base == TORCHTITAN else _transformers)(cell, meter)
+    for batch in batches(cell, meter.num_steps):
+        loss = step(batch["input_ids"].to(meter.device, non_blocking=True))
+        meter.step_ended(loss.clone)
+
+
+# ---------------------------------------------------------------------- transformers
+
+
+def _transformers(cell: Cell, meter: Meter) -> Step:
     model = _build(cell, meter.device)
     meter.read_popularity = Popularity(model).read
     trained = [param for param in model.parameters() if param.requires_grad]
@@ -42,7 +60,7 @@ def run(cell: Cell, meter: Meter) -> None:
         optimizer.zero_grad()
         return loss.detach()
 
-    run_loop(cell, meter, step)
+    return step
 
 
 def _build(cell: Cell, device: torch.device) -> Any:
@@ -116,3 +134,59 @@ def _clip(params: list[Tensor], max_norm: float) -> None:
     total = torch.linalg.vector_norm(torch.stack([n.full_tensor() if isinstance(n, DTensor) else n for n in norms]))
     for group in by_mesh.values():
         clip_grads_with_norm_(group, max_norm, total)
+
+
+# ---------------------------------------------------------------------- torchtitan
+
+
+def _torchtitan(cell: Cell, meter: Meter) -> Step:
+    """Its Qwen3-MoE (torchtitan 0.2), sharded and compiled by its own functions, in the order of its Trainer."""
+    if importlib.util.find_spec("tensorboard") is None:  # it imports the writer wherever that comes from
+        module = types.ModuleType("torch.utils.tensorboard")
+        module.SummaryWriter = None  # type: ignore[attr-defined]
+        sys.modules.setdefault("torch.utils.tensorboard", module)
+    from torchtitan.config import JobConfig
+    from torchtitan.distributed import ParallelDims
+    from torchtitan.distributed import utils as dist_utils
+    from torchtitan.models.qwen3 import get_train_spec
+
+    if cell.sizes != "qwen3-30b-a3b":
+        raise ValueError(f"torchtitan runs here with qwen3-30b-a3b only, not {cell.sizes}.")
+    dist.init_process_group(device_id=meter.device)
+    job, spec, ranks = JobConfig(), get_train_spec(), cell.ranks
+    job.compile.enable = True  # the rest as it comes
+    job.activation_checkpoint.mode = cell.recompute
+    job.training.seq_len, job.training.dtype, job.optimizer.lr = cell.sequence, "float32", 1e-5
+    dims = ParallelDims(dp_replicate=1, dp_shard=ranks, cp=1, tp=1, pp=1, ep=ranks, etp=1, world_size=ranks)
+    dims.build_mesh()
+    ours = spec.model_args["30B-A3B"]
+    # Without the buffer of its bias-based balancing, which the other trainers do not have.
+    moe = dataclasses.replace(ours.moe_args, load_balance_coeff=None)
+    args = dataclasses.replace(ours, n_layers=cell.layers, moe_args=moe)
+    args.update_from_config(job)
+    with torch.device("meta"):
+        model = spec.model_cls(args)
+    layers = list(model.layers.values())
+    spec.parallelize_fn(model, dims, job)
+    model.to_empty(device=meter.device)
+    with torch.no_grad():
+        model.init_weights(buffer_device=meter.device)
+    fill_parameters(model, meter.device)
+    meter.read_popularity = lambda: max_over_mean(layer.moe.tokens_per_expert for layer in layers)
+    optimizers = spec.build_optimizers_fn([model.train()], job.optimizer, dims)
+    loss_fn = spec.build_loss_fn(job, parallel_dims=dims)
+    amp = dist_utils.maybe_enable_amp(dims, job.training.mixed_precision_param, meter.device.type)
+    # As its Trainer counts: the sum over local tokens divided by the tokens of all ranks, whose gradients FSDP sums.
+    targets = cell.batch * (cell.sequence - 1) * ranks
+
+    def step(ids_BS: Tensor) -> Tensor:
+        optimizers.zero_grad()
+        labels_BS = torch.nn.functional.pad(ids_BS[:, 1:], (0, 1), value=-100)  # its labels come shifted
+        with amp:
+            loss = loss_fn(model(ids_BS), labels_BS) / targets
+        loss.backward()
+        dist_utils.clip_grad_norm_(model.parameters(), 1.0, foreach=True, ep_enabled=dims.ep_enabled)
+        optimizers.step()
+        return loss.detach() * ranks
+
+    return step
