@@ -1,9 +1,9 @@
-"""The figures of docs/planning.md: estimates beside what was measured, and tokens/s against ep.
+"""The figures of docs/choose/planning.md: estimates beside what was measured, and tokens/s against ep.
 
     python -m benchmarks.planning
 
-It draws docs/planning.svg and prints the tables. What was measured is in benchmarks/results/measured.csv: cells on
-H200, compiled, of layers of Qwen3-30B-A3B.
+It draws docs/choose/planning.svg and prints the tables. What was measured is in benchmarks/results/measured.csv: cells
+on H200, compiled, of layers of Qwen3-30B-A3B.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from lightning_ep.planner import QWEN3_30B_A3B, Case, allocatable_gib, find_mode
 from lightning_ep.planner.candidates import Request, fitting
 from lightning_ep.planner.devices import GPUS
 
-PICTURE = ROOT / "docs" / "planning.svg"
+PICTURE = ROOT / "docs" / "choose" / "planning.svg"
 _EPS = (1, 2, 4, 8, 16)
 
 

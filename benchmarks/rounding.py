@@ -2,7 +2,7 @@
 
     python -m benchmarks.rounding curves --folder runs/rounding --sizes 4-layers --jobs 9
     python -m benchmarks.rounding curves --folder runs/tiny --sizes tiny --device cpu  # 10 minutes on 2 cores
-    python -m benchmarks.rounding plot --folder runs/rounding --picture docs/rounding.svg
+    python -m benchmarks.rounding plot --folder runs/rounding --picture docs/operate/rounding.svg
 
 A model is trained on the source code of the standard library with fp32 weights; then, from there, on the docstrings of
 installed packages at a learning rate of 1e-5, for less than an epoch, in every way with every seed (the order of the

@@ -115,6 +115,11 @@ class GradeAnswers(Callback):
 
     def _check(self, trainer: Trainer, pl_module: LightningModule) -> None:
         generation_tokenizer(type(self).__name__, self.tokenizer, trainer, pl_module)
+        if len(getattr(trainer.datamodule, "placeholders", ())):  # type: ignore[attr-defined]
+            raise ValueError(
+                f"GradeAnswers asks with texts alone, and the questions of {type(trainer.datamodule).__name__} have "  # type: ignore[attr-defined]
+                "images in them. Leave it out: val/loss is what there is of these data."
+            )
         try:
             _values(self._metric(), ["an answer"], ["the answer"])
         except Exception as error:

@@ -79,7 +79,7 @@ class _MoE(torch.autograd.Function):
             out = dispatcher.combine(plan, out_NH, "combine, forward")
         if needs_grad:
             # Plain attributes, outside saved-tensor hooks: under activation checkpointing the routing and the
-            # exchanges of this call must not be repeated (docs/architecture.md, a token's walk).
+            # exchanges of this call must not be repeated (docs/reference/architecture.md, a token's walk).
             ctx.dispatcher, ctx.experts, ctx.plan, ctx.saved, ctx.computed = dispatcher, experts, plan, saved, computed
             ctx.later, ctx.weights_dtype = later, weights_TK.dtype
         return out.wait()

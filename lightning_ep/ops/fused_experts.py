@@ -16,6 +16,8 @@ from lightning_ep.ops.local_experts import LocalExperts
 from lightning_ep.ops.low_rank import Adapter, ExpertWeight, LowRank, WeightGradients, split
 from lightning_ep.ops.permute import ExpertOrder, expert_order, gather_sum
 
+_SMALL = 1 / 8  # of the rows: what of an adapter's rank is kept of a forward that keeps no rows
+
 
 class _Weights(NamedTuple):
     up: ExpertWeight
@@ -27,7 +29,6 @@ class _Weights(NamedTuple):
 class _Up(NamedTuple):
     rows_NH: Tensor
     h_PF: Tensor  # without the bias
-    low_PR: Tensor | None  # of the up projection, which has it before its output is complete
 
 
 class _Forward(NamedTuple):
@@ -35,6 +36,8 @@ class _Forward(NamedTuple):
     weights_NK: Tensor
     order: ExpertOrder
     up: _Up | None  # where it was kept
+    low_up_PR: Tensor | None  # the rows of both projections in rank space, where these were kept
+    low_down_PR: Tensor | None
 
 
 class _Rows(NamedTuple):
@@ -91,33 +94,39 @@ class FusedExperts(LocalExperts):
     ) -> tuple[Tensor, _Forward]:
         weights = self._weights(params)
         order = expert_order(ids_NK, self._num_experts, num_pairs)
-        up = _up(weights, order, rows_NH)
+        h_PF, low_up_PR = weights.up.forward(order.permute(rows_NH), order.offsets_E)
         bias = _up_bias(weights, ids_NK)
-        act_PI = activate(up.h_PF, weights_NK, order.slot_P, self._form.activation, bias)
-        out_PH, _ = weights.down.forward(act_PI, order.offsets_E)
+        act_PI = activate(h_PF, weights_NK, order.slot_P, self._form.activation, bias)
+        out_PH, low_down_PR = weights.down.forward(act_PI, order.offsets_E)
         out_NH = gather_sum(out_PH, order.pair_NK, rows_NH.dtype)
         if weights.down_bias_EH is not None:
             out_NH.addmm_(self._weights_NE(ids_NK, weights_NK, rows_NH.dtype), weights.down_bias_EH)
-        return out_NH, _Forward(ids_NK, weights_NK, order, up if keep else None)
+        low = low_up_PR, low_down_PR
+        if not keep and sum(rows_PR.numel() for rows_PR in low if rows_PR is not None) > _SMALL * rows_NH.numel():
+            low = None, None
+        return out_NH, _Forward(ids_NK, weights_NK, order, _Up(rows_NH, h_PF) if keep else None, *low)
 
     @override
     def backward_rows(
         self, saved: _Forward, params: Sequence[Tensor], grad_NH: Tensor, rows: Callable[[], Tensor] | None = None
     ) -> tuple[Tensor, Tensor, _Rows]:
         weights = self._weights(params)
-        ids_NK, weights_NK, order, up = saved
+        ids_NK, weights_NK, order, up, low_up_PR, low_down_PR = saved
         grad_out_PH = order.permute(grad_NH)
         grad_act_PI, grad_low_down_PR = weights.down.backward_rows(grad_out_PH, order.offsets_E)
         if rows is not None:  # which travel until here
-            up = _up(weights, order, rows())
-        assert up is not None
-        rows_NH, h_PF, low_up_PR = up
+            rows_NH = rows()
+            h_PF, low_up_PR = weights.up.forward(order.permute(rows_NH), order.offsets_E, low_up_PR)
+        else:
+            assert up is not None
+            rows_NH, h_PF = up
         grad_h_PF, act_PI, grad_weights_NK = activate_backward(
             grad_act_PI, h_PF, weights_NK, order.slot_P, self._form.activation, _up_bias(weights, ids_NK)
         )
         grad_rows_PH, grad_low_up_PR = weights.up.backward_rows(grad_h_PF, order.offsets_E)
         grad_rows_NH = gather_sum(grad_rows_PH, order.pair_NK, grad_NH.dtype)
-        low_down_PR = weights.down.project(act_PI, order.offsets_E)
+        if low_down_PR is None:
+            low_down_PR = weights.down.project(act_PI, order.offsets_E)
         of_up = WeightGradients(grad_h_PF, low_up_PR, grad_low_up_PR)
         of_down = WeightGradients(grad_out_PH, low_down_PR, grad_low_down_PR)
         grad_down_bias_EH = None
@@ -155,10 +164,6 @@ class FusedExperts(LocalExperts):
         """What stands at each slot's expert, zero in empty slots."""
         empty_NK = ids_NK >= self._num_experts
         return values_NE.gather(1, ids_NK.long().clamp_max(self._num_experts - 1)).masked_fill_(empty_NK, 0)
-
-
-def _up(weights: _Weights, order: ExpertOrder, rows_NH: Tensor) -> _Up:
-    return _Up(rows_NH, *weights.up.forward(order.permute(rows_NH), order.offsets_E))
 
 
 def _up_bias(weights: _Weights, ids_NK: Tensor) -> ExpertBias | None:

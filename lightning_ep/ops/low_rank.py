@@ -144,14 +144,14 @@ class ExpertWeight(NamedTuple):
     weight_EBA: Tensor
     low_rank: LowRank | None
 
-    def forward(self, x_PA: Tensor, offsets_E: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The product with rows in expert order ``[P, B]``, and the rows in rank space ``[P, R]``, with the scale."""
-        low_PR = self.project(x_PA, offsets_E)
+    def forward(self, x_PA: Tensor, offsets_E: Tensor, low_PR: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """The product with rows in expert order ``[P, B]``, and `project` of the rows, unless it is there already."""
+        low_PR = self.project(x_PA, offsets_E) if low_PR is None else low_PR
         beside = None if low_PR is None or self.low_rank is None else (low_PR, self.low_rank.b_EBR.transpose(1, 2))
         return grouped_mm(x_PA, self.weight_EBA.transpose(1, 2), offsets_E, beside), low_PR
 
     def project(self, x_PA: Tensor, offsets_E: Tensor) -> Tensor | None:
-        """``scale * x A^T`` ``[P, R]`` alone."""
+        """``scale * x A^T`` ``[P, R]``, the rows in rank space."""
         if self.low_rank is None:
             return None
         a_ERA, _, scale = self.low_rank

@@ -42,17 +42,24 @@ def sums_of_layer(logits_TE: Tensor, counted_T: Tensor | None, scoring: Scoring)
     return _Sums.apply(logits_TE, counted_T, scoring)
 
 
-def _sums(logits_TE: Tensor, counted_T: Tensor | None, scoring: Scoring) -> Tensor:
+def probabilities(logits_TE: Tensor, scoring: Scoring) -> Tensor:
+    """A router's probabilities of experts, ``[T, E]`` in fp32 or more: of sigmoids, their shares of the sum."""
     logits_TE = logits_TE.to(torch.promote_types(logits_TE.dtype, torch.float32))
-    if scoring == "probabilities":
-        probabilities_TE, z_T1 = logits_TE, torch.zeros_like(logits_TE[:, :1])
-    else:
-        z_T1 = logits_TE.logsumexp(1, keepdim=True)
-        probabilities_TE = (logits_TE - z_T1).exp()
+    if scoring == "softmax":
+        return logits_TE.softmax(1)
     if scoring == "sigmoid":
         scores_TE = logits_TE.sigmoid()
-        probabilities_TE = scores_TE / scores_TE.sum(1, keepdim=True)
-    rows_TS = torch.cat([probabilities_TE, z_T1.square()], 1)
+        return scores_TE / scores_TE.sum(1, keepdim=True)
+    return logits_TE
+
+
+def _sums(logits_TE: Tensor, counted_T: Tensor | None, scoring: Scoring) -> Tensor:
+    probabilities_TE = probabilities(logits_TE, scoring)
+    if scoring == "probabilities":
+        squares_T1 = torch.zeros_like(probabilities_TE[:, :1])  # there are no logits
+    else:
+        squares_T1 = logits_TE.to(probabilities_TE.dtype).logsumexp(1, keepdim=True).square()
+    rows_TS = torch.cat([probabilities_TE, squares_T1], 1)
     return rows_TS.sum(0) if counted_T is None else (rows_TS * counted_T[:, None]).sum(0)
 
 

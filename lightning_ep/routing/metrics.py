@@ -44,7 +44,7 @@ class Routed(NamedTuple):
 
 @dataclass(frozen=True)
 class Measures:
-    """All that `RoutingSummary` says, of tokens that count; NaN where none came. See docs/routing.md for the formulas.
+    """All that `RoutingSummary` says, of tokens that count; NaN where none came. Formulas: docs/operate/routing.md.
 
     Attributes:
         load_ME: Tokens of each expert over the mean of its layer: 1 is balanced. NaN behind the experts of a layer.
@@ -130,9 +130,9 @@ class RoutingMetric(Metric):
         alike: dict[tuple[int, ...], list[int]] = {}
         for layer, one in enumerate(routed):
             if one is not None and one.ids_TK.numel() > 0:
-                key = id(one.counted_T), self.num_experts[layer], *one.ids_TK.shape
+                key = id(one.counted_T), one.entropy_T is None, self.num_experts[layer], *one.ids_TK.shape
                 alike.setdefault(key, []).append(layer)
-        for (_, number, *shape), layers in alike.items():
+        for (_, _, number, *shape), layers in alike.items():
             step = max(1, _AT_ONCE // math.prod(shape))
             for begin in range(0, len(layers), step):
                 some = layers[begin : begin + step]
@@ -153,8 +153,7 @@ class RoutingMetric(Metric):
         added_LC[:, first : first + self.ep] = pairs_LE.view(len(layers), self.ep, -1).sum(2)
         added_LC[:, _TOKENS] = counted_T.sum()
         entropies = [one.entropy_T for one in routed if one.entropy_T is not None]
-        known = len(entropies) == len(routed)
-        added_LC[:, _ENTROPY] = torch.stack(entropies).mul(counted_T).sum(1) if known else torch.nan
+        added_LC[:, _ENTROPY] = torch.stack(entropies).mul(counted_T).sum(1) if entropies else torch.nan
         if self.ep > 1:
             sends_LTD = ids_LTK.new_zeros(*ids_LTK.shape[:2], self.ep, dtype=torch.bool)
             sends_LTD.scatter_(2, ids_LTK // (experts // self.ep), True)

@@ -2,8 +2,8 @@
 
 A MoE layer is seen where its experts are called, with the ids of the experts that each token goes to, in all families
 alike and outside of compiled code; under recompute that call runs once. Where somebody asks for router logits, the
-router of the layer keeps its own until then. What is watched costs the device a kernel or two per layer and call, and
-the host waits for nothing.
+router of the layer keeps its own until then, also from inside of compiled code. What is watched costs the device a
+kernel or two per layer and call, and the host waits for nothing.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -51,7 +51,8 @@ class Routing:
     Attributes:
         layer: The layer.
         ids_TK: int64 ``[T, K]``, the experts of each token.
-        logits_TE: ``[T, E]`` in the router's dtype, with their graph; None where nobody asked for them.
+        logits_TE: ``[T, E]`` in the router's dtype, with their graph if any watcher asked for it; None where nobody
+            asked for logits, or `router_scoring` does not know how the router gives them.
         tokens: What is known of the tokens; the same object in all layers of a pass through the model.
         training: Whether there will be a backward: gradients are enabled, and the layer is in train mode.
     """
@@ -73,6 +74,8 @@ class Routing:
         counts_E.scatter_add_(0, self.ids_TK.flatten(), ones)
 
 
+Logits = Literal["values", "graph"]
+"""Which router logits a watcher gets: without their graph, or with it, for a loss on them."""
 Watcher = Callable[[Routing], None]
 Choice = Callable[[MoELayer, Tensor], Tensor]
 """Gives the ids ``[T, K]`` that are taken in place of those of a layer's router."""
@@ -84,17 +87,40 @@ class _Entry:
 
     watcher: Watcher
     layer: MoELayer
-    logits: bool
+    logits: Logits | None
 
 
 @dataclass(eq=False)
 class _Watched:
-    """What is remembered of experts that somebody watches."""
+    """What is remembered of experts that somebody watches.
+
+    Attributes:
+        model: Which holds them.
+        watchers: Who is called.
+        choice: Says who is chosen in place of the router.
+        kept: Which logits the router keeps; compiled code is made anew where this changes.
+        logits: Those that it has kept for the call of the experts behind it.
+    """
 
     model: PreTrainedModel
     watchers: list[_Entry]
     choice: Callable[[Tensor], Tensor] | None = None
+    kept: Logits | None = None
     logits: Tensor | None = None
+
+    def watch(self, entry: _Entry) -> None:
+        """Calls one more."""
+        self.watchers.append(entry)
+        self._keep()
+
+    def leave(self, entry: _Entry) -> None:
+        """Calls it no longer."""
+        self.watchers.remove(entry)
+        self._keep()
+
+    def _keep(self) -> None:
+        asked = {entry.logits for entry in self.watchers}
+        self.kept = "graph" if "graph" in asked else "values" if "values" in asked else None
 
     @torch.compiler.disable
     def route(self, ids_TK: Tensor) -> Tensor:
@@ -122,10 +148,10 @@ class Observation:
             that, and best before it is compiled, at its first call.
         watcher: The function. It runs in forward of training, evaluation and generation (`Routing.training`), and must
             not wait for the device.
-        logits: Whether it needs the router logits. A compiled layer then runs its router uncompiled.
+        logits: Which router logits it needs, if any.
     """
 
-    def __init__(self, module: nn.Module, watcher: Watcher, logits: bool = False) -> None:
+    def __init__(self, module: nn.Module, watcher: Watcher, logits: Logits | None = None) -> None:
         self.layers = moe_layers(module)
         self._entries: dict[MoELayer, tuple[_Watched, _Entry]] = {}
         for model in adapter.pretrained_models(module).values():
@@ -133,15 +159,15 @@ class Observation:
             for layer in self.layers:
                 if layer.experts in inside:
                     entry, watched = _Entry(watcher, layer, logits), _watched(layer.experts, model)
-                    watched.watchers.append(entry)
-                    self._entries[layer] = watched, entry
                     if logits:
                         _keep_logits(layer, watched)
+                    watched.watch(entry)
+                    self._entries[layer] = watched, entry
 
     def remove(self) -> None:
         """Stops calling it; a second time does nothing."""
         for watched, entry in self._entries.values():
-            watched.watchers.remove(entry)
+            watched.leave(entry)
         self._entries.clear()
 
 
@@ -195,18 +221,14 @@ class _KeepsLogits:
 
 def _keep_logits(layer: MoELayer, watched: _Watched) -> None:
     router = layer.router
-    if router is None:
-        raise ValueError(f"{layer.name} has no router module beside it, so that its logits cannot be seen.")
-    if adapter.recall(router, _KeepsLogits) is not None:
+    if router is None or adapter.router_scoring(router) is None or adapter.recall(router, _KeepsLogits) is not None:
         return
     adapter.remember(router, _KeepsLogits(watched))
-    forward = router.forward
 
-    def keeping(*args: Any, **kwargs: Any) -> Any:
-        output = forward(*args, **kwargs)
-        if any(entry.logits for entry in watched.watchers):
-            watched.logits = output[0]
-        return output
+    def keep(_: nn.Module, args: Any, output: Any) -> None:
+        # In compiled code this is one more output of the graph that ends at the experts. With a graph of their own,
+        # logits that nobody derives from would cost its backward zeros: they have one only for a loss.
+        if watched.kept is not None:
+            watched.logits = output[0] if watched.kept == "graph" else output[0].detach()
 
-    # Not a hook: torch.compile cannot be kept out of one without giving up the code around the call.
-    router.forward = torch.compiler.disable(keeping)
+    router.register_forward_hook(keep)

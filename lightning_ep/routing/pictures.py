@@ -56,7 +56,7 @@ def heat_map(load_ME: Tensor, layers: Sequence[str], ax: Any = None, named: bool
     load_ME = load_ME.detach().double().cpu()
     figure, ax = _axes(ax, 9, min(14.0, 2.6 + 0.24 * load_ME.shape[0]))
     names = short_names(layers)
-    image = _map(ax, load_ME, names, 16 if named else 6)
+    image = _map(ax, load_ME, names, (24, 16) if named else (8, 8))
     if not named:
         return figure, ax
     _bar(figure, ax, image, "tokens of an expert over the mean of its layer")
@@ -65,8 +65,8 @@ def heat_map(load_ME: Tensor, layers: Sequence[str], ax: Any = None, named: bool
     return figure, ax
 
 
-def _map(ax: Any, load_ME: Tensor, names: Sequence[str], most: int) -> Any:
-    """Cells on a scale of ratios around 1."""
+def _map(ax: Any, load_ME: Tensor, names: Sequence[str], most: tuple[int, int]) -> Any:
+    """Cells on a scale of ratios around 1, with so many ticks for layers and experts at most."""
     from matplotlib.colors import LogNorm
 
     cells_ME = load_ME.masked_fill(load_ME == 0, torch.nan)
@@ -75,8 +75,8 @@ def _map(ax: Any, load_ME: Tensor, names: Sequence[str], most: int) -> Any:
     ax.set_facecolor(_ABSENT)
     image = ax.imshow(cells_ME.numpy(), cmap="RdBu_r", norm=LogNorm(1 / _RANGE, _RANGE), **shown)
     ax.imshow(dead_ME.numpy(), cmap="gray", vmin=1, vmax=2, **shown)
-    ticks(ax.set_yticks, names, 24)
-    ticks(ax.set_xticks, [str(expert) for expert in range(load_ME.shape[1])], most)
+    ticks(ax.set_yticks, names, most[0])
+    ticks(ax.set_xticks, [str(expert) for expert in range(load_ME.shape[1])], most[1])
     ax.set_xlabel("expert")
     ax.set_ylabel("layer")
     return image
@@ -90,8 +90,10 @@ def _bar(figure: Any, ax: Any, image: Any, label: str) -> None:
 
 
 def ticks(set_ticks: Any, names: Sequence[str], most: int) -> None:
-    """So many ticks at most, at equal distances from the first."""
-    step = max(1, -(-len(names) // most))
+    """So many ticks at most, from the first, at a distance that is a power of two."""
+    step = 1
+    while len(names) > step * most:
+        step *= 2
     set_ticks(range(0, len(names), step), names[::step])
 
 
@@ -156,26 +158,54 @@ def of_layers(
     return figure, ax
 
 
-def curves(ax: Any, steps: Sequence[int], values_NM: Tensor, names: Sequence[str]) -> None:
-    """A thin curve for each layer, from the first (yellow) to the last (purple), their mean, and the highest named."""
+def curves(ax: Any, steps: Sequence[int], values_NM: Tensor, names: Sequence[str], bottom: float | None = None) -> None:
+    """A thin curve for each layer, from the first (yellow) to the last (purple), and their mean.
+
+    At the end the mean is named, and the layers that are farthest from the others.
+
+    Args:
+        ax: Axes.
+        steps: Of each value.
+        values_NM: The values; NaN where there is none.
+        names: Of the layers.
+        bottom: The lowest value that is shown. Default: the lowest that there is.
+    """
     from matplotlib import colormaps
     from matplotlib.ticker import MaxNLocator
 
-    colors = colormaps["viridis_r"]
-    number = values_NM.shape[1]
+    number, ends_M, means_N = values_NM.shape[1], values_NM[-1], values_NM.nanmean(1)
+    colors = [colormaps["viridis_r"](0.1 + 0.9 * layer / max(1, number - 1)) for layer in range(number)]
     marker = "." if len(steps) < 20 else None
     for layer in range(number):
-        color = colors(0.1 + 0.9 * layer / max(1, number - 1))
-        ax.plot(steps, values_NM[:, layer].tolist(), color=color, linewidth=0.8, alpha=0.8, marker=marker)
-    ax.plot(steps, values_NM.nanmean(1).tolist(), color="black", linewidth=2, label="mean of the layers")
-    top = int(values_NM[-1].nan_to_num(nan=-torch.inf).argmax())
-    low = int(values_NM[-1].nan_to_num(nan=torch.inf).argmin())
-    for layer in dict.fromkeys((top, low)):
-        value = values_NM[-1, layer].item()
-        ax.annotate(f" layer {names[layer]}: {value:.3g}", (steps[-1], value), fontsize=8, va="center")
+        ax.plot(steps, values_NM[:, layer].tolist(), color=colors[layer], linewidth=0.8, alpha=0.8, marker=marker)
+    ax.plot(steps, means_N.tolist(), color="black", linewidth=2)
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
-    ax.set_xlim(steps[0] - 0.01, steps[-1] + 0.15 * max(1, steps[-1] - steps[0]))  # room for the names
-    ax.legend(loc="upper left", fontsize=8, framealpha=0.6)
+    ax.set_xlim(steps[0] - 0.5, steps[-1] + 0.5)
+    if bottom is not None:
+        ax.set_ylim(bottom=bottom)
+    apart_M = (ends_M - ends_M.nanmedian()).abs().nan_to_num(nan=0.0)
+    named = [layer for layer in apart_M.argsort(descending=True, stable=True).tolist()[:_NAMED] if apart_M[layer] > 0]
+    labels = [(ends_M[layer].item(), f"layer {names[layer]}: {ends_M[layer]:.3g}", colors[layer]) for layer in named]
+    if not means_N[-1].isnan():
+        labels.append((means_N[-1].item(), f"mean of the layers: {means_N[-1]:.3g}", "black"))
+    _label_ends(ax, steps[-1], labels)
+
+
+def _label_ends(ax: Any, step: int, labels: list[tuple[float, str, Any]]) -> None:
+    """Writes texts beside the axes at the height of the values where curves end, and apart from one another."""
+    low, high = ax.get_ylim()
+    line = 11 / (ax.get_position().height * ax.get_figure().get_figheight() * 72)  # of a text, as a share of the axes
+    heights = [(value - low) / (high - low) for value, _, _ in sorted(labels)]
+    for place in range(1, len(heights)):  # upwards, until they are apart; then down again, from above the axes
+        heights[place] = max(heights[place], heights[place - 1] + line)
+    top = 1.0
+    for place in reversed(range(len(heights))):
+        heights[place] = min(heights[place], top)
+        top = heights[place] - line
+    for height, (value, text, color) in zip(heights, sorted(labels), strict=True):
+        leader = {"arrowstyle": "-", "color": color, "linewidth": 0.8, "shrinkA": 1, "shrinkB": 0}
+        at = {"textcoords": "axes fraction", "annotation_clip": False, "va": "center", "fontsize": 8}
+        ax.annotate(text, (step, value), (1.03, height), arrowprops=leader, **at)
 
 
 def specialisation(lifts: Mapping[str, Tensor], layers: Sequence[str]) -> Any:
@@ -186,7 +216,7 @@ def specialisation(lifts: Mapping[str, Tensor], layers: Sequence[str]) -> Any:
     figure = Figure(figsize=(10, height * len(lifts)), layout="constrained", dpi=110)
     for place, (name, lift_ME) in enumerate(lifts.items()):
         ax = figure.add_subplot(len(lifts), 1, place + 1)
-        image = _map(ax, lift_ME.clamp(max=_RANGE), short_names(layers), 16)
+        image = _map(ax, lift_ME.clamp(max=_RANGE), short_names(layers), (24, 16))
         _bar(figure, ax, image, "times as often as in the others")
         ax.set_title(
             f"{name}: red experts are for it, blue for the others, black for the others only", loc="left", fontsize=9

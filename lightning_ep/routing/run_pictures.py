@@ -56,12 +56,9 @@ def load_curves(entries: Sequence[Entry], layers: Sequence[str]) -> Any:
     for place, (title, field) in enumerate(panels):
         ax = figure.add_subplot(len(panels), 1, place + 1)
         values = torch.stack([getattr(entry.measures, field) for entry in entries])
-        pictures.curves(ax, steps, (values.sum(-1) if values.dim() == 3 else values).double(), names)
+        pictures.curves(ax, steps, (values.sum(-1) if values.dim() == 3 else values).double(), names, bottom=0)
         ax.set_title(title, loc="left", fontsize=9)
-        ax.set_ylim(bottom=0)
-    ax.set_xlabel(
-        "step; layers from the first (yellow) to the last (purple), the highest and the lowest at the end named"
-    )
+    ax.set_xlabel("step; layers from the first (yellow) to the last (purple); named are those farthest from the others")
     return figure
 
 
@@ -74,8 +71,8 @@ def straggler_factor(entries: Sequence[Entry], last: Entry, layers: Sequence[str
     grid = figure.add_gridspec(2, 1, height_ratios=[4, 2 + min(6.0, 0.2 * len(layers))])
     above = figure.add_subplot(grid[0])
     values_NM = torch.stack([entry.measures.straggler_M for entry in entries])
-    pictures.curves(above, [entry.last for entry in entries], values_NM, names)
     above.axhline(1, color="gray", linestyle=":", linewidth=1)
+    pictures.curves(above, [entry.last for entry in entries], values_NM, names)
     above.set_title(
         "straggler factor: pairs of token and expert of the busiest rank over the mean (1: balanced)",
         loc="left",
@@ -95,7 +92,8 @@ def straggler_factor(entries: Sequence[Entry], last: Entry, layers: Sequence[str
     pictures.ticks(below.set_xticks, [str(each) for each in range(loads_MW.shape[1])], 16)
     below.set_xlabel("rank")
     below.set_ylabel("layer")
-    figure.colorbar(image, ax=below, label="of the mean")
+    bar = figure.colorbar(image, ax=below, label="pairs of a rank over the mean", extend="max")
+    bar.set_ticks([0, 0.5, 1, 1.5, 2], labels=["0", "1/2", "1: even", "1.5", "2 or more"])
     return figure
 
 

@@ -117,7 +117,7 @@ class Steering:
     def begin(self) -> None:
         """Begins to look at the routers of the model, which is sharded by now."""
         if self._observation is None and (self._losses or self._biases is not None):
-            self._observation = Observation(self._model, self._see, logits=bool(self._losses))
+            self._observation = Observation(self._model, self._see, logits="graph" if self._losses else None)
         if self._biases is not None:
             for layer in self._layers:
                 bias_of(layer)

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from lightning_ep import transformers_adapter as adapter
 from lightning_ep.distributed.host_copies import OnHost
 from lightning_ep.layout import ParallelLayout
+from lightning_ep.routing.losses import probabilities
 from lightning_ep.routing.metrics import Measures, Routed, RoutingSummary
 from lightning_ep.routing.observe import Observation, Routing, moe_layers
 
@@ -42,7 +43,7 @@ class Watched:
         self._training = training
         self._scoring = [None if layer.router is None else adapter.router_scoring(layer.router) for layer in found]
         self._of_pass: list[Routed | None] = [None] * len(found)
-        self._observation = Observation(module, self._see, logits=None not in self._scoring)
+        self._observation = Observation(module, self._see, logits="values")
 
     @torch.no_grad()
     def _see(self, routing: Routing) -> None:
@@ -81,10 +82,5 @@ class Watched:
 
 
 def entropy(logits_TE: Tensor, scoring: adapter.Scoring) -> Tensor:
-    """Entropy of a router's probabilities in nats, fp32 ``[T]``; of sigmoids, their shares of the sum."""
-    if scoring == "softmax":
-        probabilities_TE = logits_TE.softmax(-1, dtype=torch.float32)
-    else:
-        scores_TE = logits_TE.float().sigmoid() if scoring == "sigmoid" else logits_TE.float()
-        probabilities_TE = scores_TE / scores_TE.sum(-1, keepdim=True)
-    return torch.special.entr(probabilities_TE).sum(-1)
+    """Entropy of a router's probabilities in nats, fp32 ``[T]``."""
+    return torch.special.entr(probabilities(logits_TE, scoring)).sum(-1)

@@ -1,4 +1,4 @@
-"""docs/planning.md shows what the planner says today: its table, its picture, and the output of its commands."""
+"""docs/choose/planning.md shows what the planner says today: its table, its picture, and the output of its commands."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from lightning_ep import cli
 from lightning_ep.planner import QWEN3_30B_A3B, Case, tokens_per_second
 from lightning_ep.planner.devices import GPUS
 
-PAGE = (Path(__file__).parents[2] / "docs" / "planning.md").read_text()
+PAGE = (Path(__file__).parents[2] / "docs" / "choose" / "planning.md").read_text()
 SHOWN = re.findall(r"```bash\n(lightning-ep plan [^`]*?)```\n\n```text\n(.*?)```", PAGE, re.DOTALL)
 
 

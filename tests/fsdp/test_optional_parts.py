@@ -98,8 +98,10 @@ def _trains_like_one_process(
             set_gradient_sync(sharded, index == len(window) - 1)
             _backward(sharded, {key: value.to(device()) for key, value in batches[rank].items()})
         reduce_kept_gradients(sharded)
-        # Near-ties in routers send tokens elsewhere; the reference's sums are a CPU's, in another order.
-        tolerance = 0.3 if bf16 else 1e-5 if device().type == "cpu" else 3e-5
+        # Near-ties in routers send tokens elsewhere; the reference's sums are a CPU's, in another order; Gemma 4's
+        # gates in fp32 move by more between two ways to compute GELU.
+        exact = device().type == "cpu" and family != "gemma4"
+        tolerance = 0.5 if bf16 else 1e-5 if exact else 3e-5
         wrong += [f"window {number}: {found}" for found in _differences(plain, sharded.parameters(), tolerance)]
         for optimizer in optimizers:
             optimizer.step()
@@ -196,6 +198,41 @@ def _after_a_forward_alone() -> list[str]:
 
 def test_nothing_stays_gathered_behind_a_forward_alone() -> None:
     assert_ranks_agree(2, _after_a_forward_alone)
+
+
+def _several_forwards_before_a_backward(family: str, mode: Any) -> list[str]:
+    """As a reference (of DPO, a teacher) and pairs have it: one without gradients behind, and two of one loss."""
+    rank, wrong = dist.get_rank(), []
+    plain, model = multimodal_model(family), multimodal_model(family)
+    parallelize(model, ParallelLayout.resolve(2, "auto", 2, 2), device(), activation_checkpointing=mode)
+    image, *texts = [image_batch(family, plain, 0), *(text_batch(seed) for seed in range(1, 4))]
+    for number, (first, second) in enumerate(
+        [((image, texts[0]), (texts[1], texts[2])), (texts[:2], (texts[2], image))]
+    ):
+        for with_gradient in (False, True):
+            for batch in (*first, *(second if with_gradient else ())):
+                _backward(plain, batch)
+            mine = [{key: value.to(device()) for key, value in batch[rank].items()} for batch in (first, second)]
+            loss = model(**mine[0], use_cache=False).loss
+            with torch.set_grad_enabled(with_gradient):
+                other = model(**mine[1], use_cache=False).loss
+            (loss + other if with_gradient else loss).backward()
+            found = _differences(plain, model.parameters(), 1e-5)
+            wrong += [f"case {number}, {with_gradient=}: {what}" for what in found]
+            for trained in (plain, model):
+                trained.zero_grad()
+    return wrong
+
+
+_MORE = [("qwen3_vl_moe", "full"), ("ernie4_5_vl_moe", "none")]
+
+
+@pytest.mark.parametrize(
+    ("family", "mode"),
+    [("qwen3_vl_moe", "none"), *(pytest.param(family, mode, marks=pytest.mark.slow) for family, mode in _MORE)],
+)
+def test_other_forwards_come_before_the_backward(family: str, mode: str) -> None:
+    assert_ranks_agree(2, _several_forwards_before_a_backward, family, mode)
 
 
 class _Images(L.LightningModule):

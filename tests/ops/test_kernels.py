@@ -337,6 +337,17 @@ def test_a_grouped_mm_that_fails_is_left_to_torch(
     assert f"(2, 64, 8), torch's instead: {failure}" in caplog.text
 
 
+def test_a_grouped_mm_that_leaves_out_what_is_beside_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the first factor that comes is zero, as that of an adapter which begins."""
+    from lightning_ep.ops.kernels import grouped_mm as kernel
+
+    monkeypatch.setattr(kernel, "_WORKS", {})
+    monkeypatch.setattr(kernel, "grouped_mm", lambda x_PA, weight_EAB, ends_E, beside: x_PA @ weight_EAB[0])
+    weight, factor = torch.randn(2, 64, 16, device=DEVICE), torch.zeros(2, 8, 16, device=DEVICE)
+    assert kernel._works(weight)
+    assert not kernel._works(weight, factor)
+
+
 @pytest.mark.skipif(NEW_NUMPY and not ON_GPU, reason="the interpreter needs an older numpy")
 @pytest.mark.parametrize("transposed", [True, False])
 def test_a_grouped_mm_that_works_is_used(transposed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -348,7 +359,7 @@ def test_a_grouped_mm_that_works_is_used(transposed: bool, monkeypatch: pytest.M
     dtype = torch.bfloat16 if ON_GPU else torch.float16
     weight, factor = (_stored(3, size, 128, transposed, dtype) for size in (128, 8))
     assert kernel._works(weight)
-    assert kernel._works(weight, factor)
+    assert kernel._works(weight, torch.zeros_like(factor))
     assert len(kernel._WORKS) == 2
 
 

@@ -162,6 +162,16 @@ def test_means_over_layers_are_what_is_logged() -> None:
     assert Measures(**RoutingSummary({"a": 4}).compute()).means()["max_violation_worst_layer"].isnan()
 
 
+def test_a_router_whose_scores_are_unknown_has_no_entropy_and_the_others_have() -> None:
+    metric = RoutingSummary({"a": 4, "b": 4})
+    ids = torch.tensor([[0, 1], [0, 2]])
+    metric.update([Routed(ids), Routed(ids, entropy_T=torch.tensor([0.5, 0.7]) * math.log(4))])
+    measures = Measures(**metric.compute())
+    assert measures.entropy_M.isnan().tolist() == [True, False]
+    assert measures.means()["entropy"] == pytest.approx(0.6)
+    assert measures.tokens_M.tolist() == [2, 2]
+
+
 def test_what_cannot_be_measured_is_refused() -> None:
     with pytest.raises(ValueError, match="there is no MoE layer"):
         RoutingSummary({})
@@ -175,7 +185,7 @@ def test_what_cannot_be_measured_is_refused() -> None:
 def test_entropy_is_that_of_the_scores_as_shares_of_their_sum(scoring: Any) -> None:
     logits_TE = torch.randn(5, 8).bfloat16()
     scores = {"softmax": logits_TE.double().exp(), "sigmoid": logits_TE.double().sigmoid()}
-    given = logits_TE if scoring in scores else logits_TE.abs()
+    given = logits_TE if scoring in scores else logits_TE.float().softmax(1)
     scores_TE = scores.get(scoring, given.double())
     expected_T = torch.distributions.Categorical(probs=scores_TE).entropy()
     torch.testing.assert_close(entropy(given, scoring).double(), expected_T, rtol=1e-5, atol=1e-6)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from torch import Tensor
 from lightning_ep import ParallelLayout, parallelize
 from lightning_ep.context_parallel import shard_sequence
 from lightning_ep.routing import Observation, Routing, RoutingCounts, sum_over_ranks
-from tests.ranks import assert_ranks_agree, device
+from tests.ranks import assert_ranks_agree, device, run_ranks
 from tests.reference import batches, relative_error, tiny_model
 
 NUM_EXPERTS, TOP_K = 8, 4
@@ -57,7 +58,7 @@ def _seen(sizes: dict[str, int], options: dict[str, Any]) -> list[str]:
         rows_TE = routing.logits_TE.detach()
         sums_LE[routing.layer.index] += (rows_TE if counted_T is None else rows_TE * counted_T[:, None]).sum(0)
 
-    observation = Observation(model, add_logits, logits=True)
+    observation = Observation(model, add_logits, logits="graph")
     for batch in data[2 * layout.data_rank(rank) :][:2]:
         inputs = shard_sequence({key: value.to(device()) for key, value in batch.items()}, meshes.cp)
         model(**inputs).loss.backward()
@@ -93,3 +94,38 @@ _SLOW = ("compiled", "compiled, full", "tp and cp")
 def test_every_choice_is_seen_once_and_padding_is_not(name: str) -> None:
     world, sizes, options = LAYOUTS[name]
     assert_ranks_agree(world, _seen, sizes, options, timeout=300)
+
+
+def _compiled(logits: Any) -> tuple[list[str], int]:
+    """What is wrong with logits of compiled layers and gradients of a loss on them; how many graphs these have."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    found: list[list[Tensor]] = []
+    grads: list[list[Tensor]] = []
+    for compile in (False, True):
+        seen: list[Tensor] = []
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+            model = tiny_model(num_hidden_layers=3)
+            parallelize(model, ParallelLayout.resolve(1, "auto", 1, 1), device(), compile=compile)
+        Observation(model, lambda routing, seen=seen: seen.append(routing.logits_TE), logits=logits)
+        for _ in range(2):
+            seen.clear()
+            model.zero_grad()
+            loss = model(**{name: value.to(device()) for name, value in batches(1, 2)[0].items()}).loss
+            if logits == "graph":
+                loss = loss + torch.stack(seen).logsumexp(-1).square().mean()
+            loss.backward()
+        found.append([logits_TE.detach() for logits_TE in seen])
+        grads.append([layer.mlp.gate.weight.grad for layer in model.model.layers])
+        assert len(seen) == 3
+        assert all(logits_TE.requires_grad == (logits == "graph") for logits_TE in seen)
+    pairs = [*zip(*found, strict=True), *zip(*grads, strict=True)]
+    wrong = [f"{number}: {error:.1e}" for number, pair in enumerate(pairs) if (error := relative_error(*pair)) > 1e-5]
+    return wrong, torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+
+@pytest.mark.parametrize("logits", ["values", "graph"])
+def test_logits_leave_compiled_layers_without_another_graph(logits: str) -> None:
+    """One before the experts and one behind them, for all layers, as where nobody looks."""
+    assert run_ranks(1, _compiled, logits) == [([], 2)]

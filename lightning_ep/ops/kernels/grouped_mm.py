@@ -109,31 +109,38 @@ def _works(weight_EAB: Tensor, factor_ERB: Tensor | None = None) -> bool:
     Tried once per size: Triton 3.6 makes one that is too large for tiles of a single step, and what other versions make
     of warp specialisation has not been seen.
     """
-    operands = [weight_EAB] if factor_ERB is None else [weight_EAB, factor_ERB]
-    key = (*((*weight.shape, weight.is_contiguous()) for weight in operands), weight_EAB.device)
+    operands = (weight_EAB,) if factor_ERB is None else (weight_EAB, factor_ERB)
+    key = (*((*operand.shape, operand.is_contiguous()) for operand in operands), weight_EAB.device)
     if key not in _WORKS:
-        num_rows = _ROWS + 72  # of the first expert: a whole tile and a part of one
-        x_PA, *low_PR = (_numbers(num_rows, weight) for weight in operands)
-        ends_E = torch.full(weight_EAB.shape[:1], num_rows, dtype=torch.int32, device=weight_EAB.device)
-        expected = sum((rows @ weight[0]).float() for rows, weight in zip([x_PA, *low_PR], operands, strict=True))
-        assert isinstance(expected, Tensor)
         try:
-            beside = None if factor_ERB is None else (*low_PR, factor_ERB)
-            difference = grouped_mm(x_PA, weight_EAB, ends_E, beside).float() - expected
-            reason = "" if difference.norm() <= 1e-2 * expected.norm() else "its results differ"
+            reason = "" if _agrees(*operands) else "its results differ"
         except torch.OutOfMemoryError:
             raise  # says nothing of the kernel
         except (OutOfResources, RuntimeError) as error:
             reason = str(error).partition("\n")[0]
         if reason:
-            sizes = " and ".join(str(tuple(weight.shape)) for weight in operands)
+            sizes = " and ".join(str(tuple(operand.shape)) for operand in operands)
             _log.warning(f"No grouped GEMM of lightning_ep for weights {sizes}, torch's instead: {reason}")
         _WORKS[key] = not reason
     return _WORKS[key]
 
 
+def _agrees(weight_EAB: Tensor, factor_ERB: Tensor | None = None) -> bool:
+    num_rows = _ROWS + 72  # of the first expert: a whole tile and a part of one
+    ends_E = torch.full(weight_EAB.shape[:1], num_rows, dtype=torch.int32, device=weight_EAB.device)
+    x_PA, beside = _numbers(num_rows, weight_EAB), None
+    expected = (x_PA @ weight_EAB[0]).float()
+    if factor_ERB is not None:
+        # Like it, but with other numbers: the factor of an adapter that begins is zero.
+        like_ERB = torch.empty_like(factor_ERB).copy_(_numbers(factor_ERB.shape[2], factor_ERB).t() / 32)
+        beside = (_numbers(num_rows, factor_ERB), like_ERB)
+        expected += (beside[0] @ like_ERB[0]).float()
+    difference = grouped_mm(x_PA, weight_EAB, ends_E, beside).float() - expected
+    return bool(difference.norm() <= 1e-2 * expected.norm())
+
+
 def _numbers(num_rows: int, weight_EAB: Tensor) -> Tensor:
-    """Rows to try a weight with."""
+    """Rows ``[num_rows, A]`` to try a weight with."""
     numbers = torch.arange(num_rows * weight_EAB.shape[1], device=weight_EAB.device) % 17 - 8
     return numbers.to(weight_EAB.dtype).view(num_rows, -1)
 
