@@ -14,7 +14,7 @@ from lightning_ep.planner import QWEN3_30B_A3B, Case, tokens_per_second
 from lightning_ep.planner.devices import GPUS
 
 PAGE = (Path(__file__).parents[2] / "docs" / "choose" / "planning.md").read_text()
-SHOWN = re.findall(r"```bash\n(lightning-ep plan [^`]*?)```\n\n```text\n(.*?)```", PAGE, re.DOTALL)
+SHOWN = re.findall(r"```bash\n(lightning-ep plan [^`]*?)```\n\n<!-- run: [^\n]*\n```text\n(.*?)```", PAGE, re.DOTALL)
 
 
 def test_the_page_has_the_table_and_the_picture_of_today() -> None:
