@@ -19,7 +19,7 @@ from transformers import AutoModelForImageTextToText
 
 from lightning_ep import CausalLM
 from lightning_ep.callbacks import GradeAnswers
-from lightning_ep.data import ChatDataModule, VisionChatDataModule
+from lightning_ep.data import ChatDataModule, VisionChatDataModule, vision_chat
 from lightning_ep.data.conversations import MalformedRow
 from lightning_ep.data.preview import preview
 from lightning_ep.data.vision_windows import documents_in
@@ -380,3 +380,16 @@ def test_the_page_says_what_can_be_read_and_what_a_preview_shows(
         fitted(CausalLM(str(checkpoint)), module, tmp_path, enable_model_summary=True)
     (shown,) = (line for line in page.splitlines() if line.startswith("  tower "))
     assert " ".join(shown.split()) in " ".join(caplog.text.split())
+
+
+def test_what_is_prepared_does_not_depend_on_the_number_of_processes(
+    checkpoint: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(vision_chat, "_ROWS_PER_TASK", 2)
+    source = write_rows(tmp_path / "rows.jsonl", chats(folder))
+    one, two = (
+        prepared(source, checkpoint, tmp_path, cache_dir=str(tmp_path / f"cache{processes}"), num_proc=processes)
+        for processes in (1, 2)
+    )
+    for name in ("images.arrow", "windows.arrow"):
+        assert (one.directory / "train" / name).read_bytes() == (two.directory / "train" / name).read_bytes()
