@@ -175,7 +175,13 @@ class VisionChatDataModule(ChatDataModule):
     @override
     def setup(self, stage: str | None = None) -> None:
         super().setup(stage)
-        positions = adapter.ImagePositions(self._model_config())
+        config = self._model_config()
+        positions = adapter.ImagePositions(config)
+        if positions.masks_by_images:
+            raise ValueError(
+                f"Models of the type {config.model_type!r} let tokens of an image see one another, by masks that are "
+                "not known here for packed conversations. Train on batches of your own: CausalLM takes any."
+            )
         shared = self.processor, positions
         self.train_dataset = VisionWindows(self.train_dataset, ImageFile(self.directory / "train"), *shared)
         if self.val_dataset is not None:

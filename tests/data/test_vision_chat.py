@@ -26,12 +26,14 @@ from lightning_ep.data.vision_windows import documents_in
 from lightning_ep.loss import summed_loss
 from lightning_ep.ops.cross_entropy import shifted
 from lightning_ep.transformers_adapter import (
+    ImagePositions,
     is_told_documents,
     keep_documents_apart,
     load_processor,
     use_bounds_of_documents,
 )
 from tests.data.test_chat import fitted
+from tests.hub.every_family import tiny_config_of
 from tests.ranks import REPOSITORY
 from tests.reference import relative_error
 from tests.vision import (
@@ -393,3 +395,8 @@ def test_what_is_prepared_does_not_depend_on_the_number_of_processes(
     )
     for name in ("images.arrow", "windows.arrow"):
         assert (one.directory / "train" / name).read_bytes() == (two.directory / "train" / name).read_bytes()
+
+
+@pytest.mark.parametrize("family", ["qwen3_vl_moe", "qwen3_omni_moe_thinker", "qwen3_5_moe", "gemma4"])
+def test_models_whose_images_change_who_sees_whom_are_known(family: str) -> None:
+    assert ImagePositions(tiny_config_of(family)).masks_by_images == (family == "gemma4")
