@@ -212,11 +212,10 @@ class CausalLM(LightningModule):
         loss, targets_BS = summed_loss(*self._arguments(batch))
         return loss, (targets_BS != IGNORE).sum()
 
-    @override
-    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+    def refuse_batch(self, batch: Any) -> None:
+        """Raises ValueError for ids that the model does not have; the strategy asks while the host has the batch."""
         assert self.model is not None
         refuse_unknown_ids(batch, model_inside(self.model).get_input_embeddings())
-        return batch
 
     @override
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:

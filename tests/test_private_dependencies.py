@@ -130,6 +130,7 @@ PRIVATE = [
     "torch.nn:Module._modules",
     "torch.nn:Module._parameters",
     "transformers.masking_utils:find_packed_sequence_indices",
+    "transformers:GenerationMixin._supports_mm_encoder_outputs",
     "transformers:PreTrainedModel._can_record_outputs",
     "transformers.utils.output_capturing:_CAN_RECORD_REGISTRY",
     "transformers:PreTrainedConfig._attn_implementation",

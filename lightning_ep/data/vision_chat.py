@@ -35,15 +35,7 @@ class VisionChatDataModule(ChatDataModule):
 
     Rows are those of `ChatDataModule`, in whose messages images may be: as parts, or as ``<image>`` in a text, for the
     images of the row's column ``images``. An image is a path, a data URL, or bytes (``{"bytes": ...}``, as columns of
-    images of `datasets` have them). Rows without images may be among them:
-
-    ```json
-    {"messages": [
-        {"role": "user", "content": [{"type": "image", "image": "cat.png"}, {"type": "text", "text": "What is it?"}]},
-        {"role": "assistant", "content": "A cat."}]}
-    {"images": ["cat.png"], "messages": [
-        {"role": "user", "content": "<image>What is it?"}, {"role": "assistant", "content": "A cat."}]}
-    ```
+    images of `datasets` have them). Rows without images may be among them (docs/start/images.md shows each form).
 
     Preparing looks at every image, so that one that is missing or broken is refused with its file and line. Workers
     decode them again when a batch is made; the cache has their paths, and the bytes of those that came as bytes.

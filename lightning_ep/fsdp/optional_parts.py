@@ -27,7 +27,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 from lightning_ep import transformers_adapter as adapter
 from lightning_ep.fsdp import state as fsdp
 from lightning_ep.fsdp.passes import cast_inputs
-from lightning_ep.fsdp.state import Group
+from lightning_ep.fsdp.state import Group, State
 from lightning_ep.moe.idle_experts import EntersAll
 
 
@@ -61,7 +61,7 @@ class OptionalParts:
         for unit in units:
             fsdp.leave_alone(fsdp.state_of(unit[0]))
             for module in unit:
-                enter = partial(_enter, fsdp.group_of(unit[0]), mp_policy)
+                enter = partial(_enter, fsdp.state_of(root), fsdp.group_of(unit[0]), mp_policy)
                 module.register_forward_pre_hook(enter, prepend=True, with_kwargs=True)
         embedding.register_forward_hook(self._need_gradient)
         root.register_forward_hook(lambda module, args, output: self._leave_forward(output))
@@ -123,7 +123,10 @@ def _has_gradient(output: Any) -> bool:
     return isinstance(output, Mapping | tuple | list) and any(map(_has_gradient, values))
 
 
-def _enter(group: Group | None, mp_policy: MixedPrecisionPolicy, module: nn.Module, args: Any, kwargs: Any) -> Any:
+def _enter(
+    root: State, group: Group | None, mp_policy: MixedPrecisionPolicy, module: nn.Module, args: Any, kwargs: Any
+) -> Any:
+    fsdp.make_root(root)  # features may be asked for before any forward, by all ranks
     if group is not None:  # else the layers inside hold all parameters
         fsdp.gather(group)
     return cast_inputs(mp_policy, args, kwargs)

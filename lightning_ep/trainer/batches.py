@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from lightning.pytorch import LightningModule
@@ -19,6 +19,17 @@ from lightning_ep.context_parallel import Documents, documents_of
 from lightning_ep.distributed.agreement import from_all_ranks
 from lightning_ep.layout import ParallelLayout
 from lightning_ep.trainer.cost_warnings import say_if_documents_need_a_mask
+
+
+@runtime_checkable
+class RefusesBatches(Protocol):
+    """A module that looks at its batches before they go to the device.
+
+    Not by Lightning's hook for that: where a module has one, that of the user's data module is not called.
+    """
+
+    def refuse_batch(self, batch: Any) -> None:
+        """Raises if the batch cannot be trained on."""
 
 
 class Batches:
@@ -46,6 +57,8 @@ class Batches:
             loader_index: Of the loader, for the hooks.
             num_context_ranks: The size of ``cp``.
         """
+        if isinstance(module, RefusesBatches):
+            module.refuse_batch(batch)
         ids = batch.get("input_ids") if isinstance(batch, Mapping) else None
         self.shape = (ids.shape[0], ids.shape[1]) if isinstance(ids, Tensor) and ids.dim() == 2 else None
         packing = adapter.packing_of(batch)

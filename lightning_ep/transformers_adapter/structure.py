@@ -180,6 +180,14 @@ def projects(name: str) -> bool:
     return _PROJECTS.search(name) is not None
 
 
+def encode_in_forward(model: PreTrainedModel) -> None:
+    """Has `generate` run towers in the model's forward, which all ranks enter, and not before it.
+
+    There ranks without an image would not come to the towers' collectives.
+    """
+    model._supports_mm_encoder_outputs = lambda: False  # type: ignore[method-assign]
+
+
 def wrap_deepstack(decoder: nn.Module, wrap: Callable[[Callable[..., Tensor]], Callable[..., Tensor]]) -> None:
     """Wraps what a decoder calls between layers to add a tower's features (DeepStack), if it has that.
 
