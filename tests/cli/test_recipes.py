@@ -322,6 +322,7 @@ def test_published_weights_are_fine_tuned_on_chats_and_exported(nodes: int, empt
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(400)
 def test_published_weights_are_fine_tuned_on_images_and_exported(empty: Path) -> None:
     """What the run says of the validation data at its end, transformers says of them with what came out."""
     published = write_vision_checkpoint(empty / "published")
