@@ -15,9 +15,7 @@ SELECTIVE, FULL, COMPILE = "+selective", "+full", "+compile"
 _OURS = r"lightning_ep/ep=\d+(,cp=\d+)?(,tp=\d+)?"
 _TRAINERS = (  # by pattern, as on the command line
     (rf"{_OURS}(\+selective|\+full)?(\+compile)?", f"{OURS}N[,cp=M][,tp=M][{SELECTIVE}|{FULL}][{COMPILE}]"),
-    (rf"{FSDP2}(\+full)?(\+compile)?", f"{FSDP2}[{FULL}][{COMPILE}]"),
-    (rf"{PEFT}(\+full)?(\+compile)?", f"{PEFT}[{FULL}][{COMPILE}]"),
-    (rf"{TRANSFORMERS_EP}(\+full)?(\+compile)?", f"{TRANSFORMERS_EP}[{FULL}][{COMPILE}]"),
+    (r"transformers/(fsdp2|ep|peft)(\+full)?(\+compile)?", f"{FSDP2}|ep|peft[{FULL}][{COMPILE}]"),
     (rf"{TORCHTITAN}(\+full)?", f"{TORCHTITAN}[{FULL}]"),
 )
 TRAINERS = ", ".join(written for _, written in _TRAINERS)
@@ -27,93 +25,66 @@ SIZES: dict[str, dict[str, int]] = {  # as transformers names them
         "hidden_size": 2048, "num_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": 768,
         "num_attention_heads": 32, "num_key_value_heads": 4, "head_dim": 128, "vocab_size": 151_936,
     },
-    "qwen3-235b-a22b": {
-        "hidden_size": 4096, "num_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": 1536,
-        "num_attention_heads": 64, "num_key_value_heads": 4, "head_dim": 128, "vocab_size": 151_936,
-    },
-    "olmoe-1b-7b": {  # its sizes, in layers of Qwen3-MoE
-        "hidden_size": 2048, "num_experts": 64, "num_experts_per_tok": 8, "moe_intermediate_size": 1024,
-        "num_attention_heads": 16, "num_key_value_heads": 16, "head_dim": 128, "vocab_size": 50_304,
-    },
     "tiny": {
         "hidden_size": 32, "num_experts": 8, "num_experts_per_tok": 4, "moe_intermediate_size": 16,
         "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "vocab_size": 512,
     },
 }  # fmt: skip
-RANDOM, CHATS, BOUNDARIES = "random", "chats", "boundaries"
-COLLECTIVE, LEFT_OUT = "collective", "none"
+DATA = RANDOM, CHATS, BOUNDARIES = "random", "chats", "boundaries"
+EXCHANGES = COLLECTIVE, LEFT_OUT = "collective", "none"
 
 
 @dataclass(frozen=True)
 class Cell:
-    """Everything that identifies a measurement: bf16 compute, AdamW, clipping at norm 1.
+    """Everything that identifies a measurement: bf16 compute, AdamW, clipping at norm 1."""
 
-    Attributes:
-        trainer: One of `TRAINERS`: who shards, then what is recomputed (`SELECTIVE`, ours only, or `FULL`) and
-            `COMPILE` (not for torchtitan, which always does).
-        batch: Sequences per rank and step; with ``cp`` and ``tp`` the ranks that split sequences share them.
-        sequence: Tokens per sequence.
-        ranks: Processes, one per GPU.
-        sizes: Key into `SIZES`.
-        layers: Depth.
-        steps: Measured steps.
-        warmup: Steps before them.
-        memory_cap_gib: Limit of torch's allocator per GPU, or None.
-        lora: Adapters of a rank over frozen bf16 weights, in place of all parameters: ``"attention,16"``, or (with
-            experts) ``"all,8"``; of ours and of `PEFT` only.
-        bf16_weights: Weights, gradients and moments in bf16, which ours rounds stochastically and peers to the
-            nearest; else fp32 masters.
-        device: ``cuda`` or ``cpu``.
-        data: What sequences are: one document of random tokens each, packed chats, or random tokens in place of those.
-        balanced: Whether every expert gets equally many tokens, whatever its router says.
-        accumulate: Micro-batches of ``batch`` sequences per step.
-        exchange: How rows travel between the ranks of experts: by the all-to-all, or not at all: every rank takes its
-            own rows for those of others, so that all but the all-to-all is left.
-        tree: Folder of another commit, whose ``lightning_ep`` runs in place of this one's.
-        turn: Which of several runs of the same cell, where two trees take turns.
-    """
-
-    trainer: str
-    batch: int
-    sequence: int
-    ranks: int
-    sizes: str = "qwen3-30b-a3b"
+    trainer: str  # one of TRAINERS: who shards, then what is recomputed and whether layers are compiled
+    batch: int  # sequences per rank and step; with cp and tp the ranks that split sequences share them
+    sequence: int  # tokens of each
+    ranks: int  # processes, one per GPU
+    sizes: str = "qwen3-30b-a3b"  # key into SIZES
     layers: int = 12
-    steps: int = 30
-    warmup: int = 5
-    memory_cap_gib: float | None = None
+    steps: int = 30  # measured
+    warmup: int = 5  # steps before them
+    memory_cap_gib: float | None = None  # limit of torch's allocator per GPU
+    # Adapters over frozen bf16 weights: "attention,16" (their rank), or, with experts, "all,8"; of ours and PEFT only.
     lora: str | None = None
-    bf16_weights: bool = False
+    bf16_weights: bool = False  # and gradients and moments: ours rounds stochastically, peers to the nearest
     device: str = "cuda"
-    data: str = RANDOM
-    balanced: bool = False
-    accumulate: int = 1
-    exchange: str = COLLECTIVE
-    tree: str | None = None
-    turn: int = 0
+    data: str = RANDOM  # one document of random tokens per sequence, packed chats, or random tokens in place of those
+    balanced: bool = False  # every expert gets equally many tokens, whatever its router says
+    accumulate: int = 1  # micro-batches per step
+    exchange: str = COLLECTIVE  # how rows travel between ranks of experts; left out: every rank takes its own
+    monitor: int = 0  # ExpertLoadMonitor looks at every so many steps; 0: there is none
+    tree: str | None = None  # folder of another commit, whose lightning_ep runs in place of this one's
+    turn: int = 0  # which of several runs, where two trees take turns
 
     def __post_init__(self) -> None:
         if not any(re.fullmatch(pattern, self.trainer) for pattern, _ in _TRAINERS):
             raise ValueError(f"trainer={self.trainer!r} does not exist; choose one of {TRAINERS}.")
-        if self.warmup < 1 or self.steps < 1:
-            raise ValueError(f"warmup={self.warmup} and steps={self.steps} must both be at least 1.")
-        changed = self.data != RANDOM or self.balanced or self.accumulate > 1 or self.exchange != COLLECTIVE
-        if changed and not self.ours:
+        if min(self.warmup, self.steps, self.accumulate) < 1:
+            numbers = f"warmup={self.warmup}, steps={self.steps} and accumulate={self.accumulate}"
+            raise ValueError(f"{numbers} must all be at least 1.")
+        if self.lora is not None and not re.fullmatch(r"(attention|all),[1-9]\d*", self.lora):
+            raise ValueError(f"lora={self.lora!r} is neither attention,RANK nor all,RANK.")
+        if self.exchange == LEFT_OUT and self.layout.get("cp", 1) > 1:
+            raise ValueError(f"{self.trainer} exchanges parts of sequences too: only those of tokens can be left out.")
+        if self.ours:
+            return
+        if (self.data, self.balanced, self.accumulate, self.exchange, self.monitor) != (
+            RANDOM,
+            False,
+            1,
+            COLLECTIVE,
+            0,
+        ):
             raise ValueError(
                 f"{self.trainer} knows random tokens, its own routing and exchanges, and one micro-batch per step: "
                 f"{OURS}N alone has others here."
             )
-        if self.accumulate < 1:
-            raise ValueError(f"accumulate={self.accumulate} must be at least 1.")
-        if self.exchange == LEFT_OUT and self.layout.get("cp", 1) > 1:
-            raise ValueError(f"{self.trainer} exchanges parts of sequences too: only those of tokens can be left out.")
-        if self.lora is not None and not re.fullmatch(r"(attention|all),[1-9]\d*", self.lora):
-            raise ValueError(f"lora={self.lora!r} is neither attention,RANK nor all,RANK.")
-        if not self.ours and (self.base == PEFT) != (self.lora is not None):
-            raise ValueError(
-                f"{self.trainer} with lora={self.lora!r}: of the peers {PEFT} trains adapters, and only it."
-            )
-        if self.tree is not None and not self.ours:
+        if (self.base == PEFT) != (self.lora is not None):
+            raise ValueError(f"{self.trainer}, lora={self.lora!r}: of the peers {PEFT} trains adapters, and only it.")
+        if self.tree is not None:
             raise ValueError(f"{self.trainer} is not in {self.tree}: only {OURS}N can run another commit's code.")
 
     @property
@@ -155,13 +126,17 @@ class Cell:
     @property
     def shape(self) -> str:
         """What it computes per GPU, in short: ``4x4096``, and what differs from the default."""
-        more = [*([self.data] if self.data != RANDOM else []), *(["balanced"] if self.balanced else [])]
-        more += [] if self.accumulate == 1 else [f"{self.accumulate} micro-batches"]
-        more += ["no exchange"] if self.exchange == LEFT_OUT else []
-        more += [] if self.memory_cap_gib is None else [f"{self.memory_cap_gib:g} GiB"]
-        more += ["bf16 weights"] if self.bf16_weights else []
-        more += [] if self.lora is None else [f"LoRA {self.lora.replace(',', ' r=')}"]
-        return ", ".join([f"{self.batch}x{self.sequence}", *more])
+        more = {
+            self.data: self.data != RANDOM,
+            "balanced": self.balanced,
+            f"{self.accumulate} micro-batches": self.accumulate > 1,
+            "no exchange": self.exchange == LEFT_OUT,
+            f"monitor of every {self.monitor}": self.monitor,
+            f"{self.memory_cap_gib or 0:g} GiB": self.memory_cap_gib is not None,
+            "bf16 weights": self.bf16_weights,
+            f"LoRA {(self.lora or '').replace(',', ' r=')}": self.lora is not None,
+        }
+        return ", ".join([f"{self.batch}x{self.sequence}", *(name for name, differs in more.items() if differs)])
 
     @property
     def label(self) -> str:

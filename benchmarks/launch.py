@@ -13,17 +13,16 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 from benchmarks.cells import COLLECTIVE, RANDOM, Cell
 from benchmarks.measure import merge
-from benchmarks.records import ROOT, provenance
+from benchmarks.records import ROOT, Record, provenance
 from lightning_ep import planner
 
 _GRACE_S = 5.0  # between the first rank that fails and the end of the others, which wait for it
 
 
-def run_cell(cell: Cell, timeout: float, folder: Path) -> dict[str, Any]:
+def run_cell(cell: Cell, timeout: float, folder: Path) -> Record:
     """Measures one cell; never raises for what happens inside of it.
 
     After ``timeout`` seconds its processes are killed. What every rank prints is kept in ``folder``.
@@ -39,9 +38,8 @@ def run_cell(cell: Cell, timeout: float, folder: Path) -> dict[str, Any]:
     for stale in folder.glob("*.json"):
         stale.unlink()
     start = time.monotonic()
-    codes = _run_ranks(cell, tree, folder, timeout)
-    record["seconds"] = time.monotonic() - start
-    return {**record, **_outcome(cell, folder, codes, timeout)}
+    codes = _run_ranks(cell, tree, folder.absolute(), timeout)
+    return {**record, "seconds": time.monotonic() - start, **_outcome(cell, folder, codes, timeout)}
 
 
 @functools.cache
@@ -87,18 +85,29 @@ def _widths(cell: Cell) -> planner.ModelWidths:
 
 def _run_ranks(cell: Cell, tree: Path, folder: Path, timeout: float) -> list[int | None]:
     """Exit codes by rank, None for those that were killed here because the time was up."""
+    # The folder has this tree's ``benchmarks`` alone: whose ``lightning_ep`` runs is said by the path behind it.
+    (folder / "benchmarks").unlink(missing_ok=True)
+    (folder / "benchmarks").symlink_to(ROOT / "benchmarks")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        free_port = int(probe.getsockname()[1])
+    path = os.pathsep.join(filter(None, [str(folder), str(tree), os.environ.get("PYTHONPATH")]))
+    environment = {
+        **os.environ, "WORLD_SIZE": str(cell.ranks), "LOCAL_WORLD_SIZE": str(cell.ranks), "GROUP_RANK": "0",
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port), "PYTHONPATH": path, "HF_HUB_OFFLINE": "1",
+        "TORCHELASTIC_RUN_ID": "benchmarks",  # so that Lightning takes the processes as started
+        **({"OMP_NUM_THREADS": "1"} if cell.device == "cpu" else {}),
+    }  # fmt: skip
     deadline = time.monotonic() + timeout
-    code = _these_benchmarks(folder)
-    environment = _environment(cell, [code, tree])
-    command = [sys.executable, "-m", "benchmarks.worker", json.dumps(dataclasses.asdict(cell))]
+    command = [sys.executable, "-m", "benchmarks.measure", json.dumps(dataclasses.asdict(cell))]
     processes: list[subprocess.Popen[bytes]] = []
     try:
         for rank in range(cell.ranks):
             with (folder / f"{rank}.log").open("wb") as log:
                 process = subprocess.Popen(
-                    [*command, str((folder / f"{rank}.json").absolute())], cwd=code,
-                    env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)}, stdin=subprocess.DEVNULL,
-                    stdout=log, stderr=subprocess.STDOUT, start_new_session=True,  # what a rank starts goes with it
+                    [*command, str(folder / f"{rank}.json")], cwd=folder, stdin=subprocess.DEVNULL, stdout=log,
+                    stderr=subprocess.STDOUT, env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+                    start_new_session=True,  # what a rank starts goes with it
                 )  # fmt: skip
             processes.append(process)
         while any(process.poll() is None for process in processes) and time.monotonic() < deadline:
@@ -113,47 +122,20 @@ def _run_ranks(cell: Cell, tree: Path, folder: Path, timeout: float) -> list[int
             process.wait()
 
 
-def _these_benchmarks(folder: Path) -> Path:
-    """A folder with this tree's ``benchmarks`` alone: whose ``lightning_ep`` runs is said by the path behind it."""
-    code = (folder / "code").absolute()
-    code.mkdir(exist_ok=True)
-    link = code / "benchmarks"
-    link.unlink(missing_ok=True)
-    link.symlink_to(ROOT / "benchmarks")
-    return code
-
-
-def _environment(cell: Cell, path: list[Path]) -> dict[str, str]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        free_port = int(probe.getsockname()[1])
-    environment = {
-        **os.environ, "WORLD_SIZE": str(cell.ranks), "LOCAL_WORLD_SIZE": str(cell.ranks), "GROUP_RANK": "0",
-        "PYTHONPATH": os.pathsep.join(filter(None, [*map(str, path), os.environ.get("PYTHONPATH")])),
-        "HF_HUB_OFFLINE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port),
-        "TORCHELASTIC_RUN_ID": "benchmarks",  # so that Lightning takes the processes as started
-    }  # fmt: skip
-    environment.pop("TORCHELASTIC_USE_AGENT_STORE", None)
-    if cell.device == "cpu":
-        environment["OMP_NUM_THREADS"] = "1"
-    return environment
-
-
-def _outcome(cell: Cell, folder: Path, codes: list[int | None], timeout: float) -> dict[str, Any]:
+def _outcome(cell: Cell, folder: Path, codes: list[int | None], timeout: float) -> Record:
     paths = [folder / f"{rank}.json" for rank in range(cell.ranks)]
     results = [json.loads(path.read_text()) if path.exists() else {} for path in paths]
-    # Out of memory on one rank shows as lost connections on the others.
+    # Out of memory on one rank shows as lost connections on the others, a death as either.
     for status in ("out of memory", "failed"):
         for result in results:
             if result.get("status") == status:
-                return {"status": status, "error": result["error"]}
-    died = [rank for rank, code in enumerate(codes) if code not in (None, 0) and not results[rank]]
-    if died:
-        line = _last_line(folder / f"{died[0]}.log")
-        return {"status": "failed", "error": f"rank {died[0]} ended with code {codes[died[0]]}: {line}"}
-    if not all(results):
-        rank = next(rank for rank, result in enumerate(results) if not result)
-        line = _last_line(folder / f"{rank}.log")
+                return result
+    silent = [rank for rank, result in enumerate(results) if not result]
+    for rank in sorted(silent, key=lambda rank: codes[rank] is None):  # who died before who still ran
+        lines = (folder / f"{rank}.log").read_text(errors="replace").split("\n")
+        line = next((line.strip()[:300] for line in reversed(lines) if line.strip()), "no output")
+        if codes[rank] is not None:
+            return {"status": "failed", "error": f"rank {rank} ended with code {codes[rank]}: {line}"}
         return {"status": "timed out", "error": f"rank {rank} still ran after {timeout:.0f} s: {line}"}
     machine = results[0]["machine"]
     try:
@@ -162,8 +144,3 @@ def _outcome(cell: Cell, folder: Path, codes: list[int | None], timeout: float) 
         return {"status": "failed", "error": str(error), "machine": machine}
     share = mfu(cell, measured["tokens_per_second"], machine["device_name"])
     return {"status": "ok", "machine": machine, **measured, "mfu": share}
-
-
-def _last_line(path: Path) -> str:
-    lines = [line.strip() for line in path.read_text(errors="replace").splitlines() if line.strip()]
-    return lines[-1][:300] if lines else "no output"

@@ -1,18 +1,19 @@
-"""MoE body, attention and loss, each alone on one device, forward and backward, beside others' and bare GEMMs.
+"""MoE body, attention, loss and AdamW, each alone on one device, beside others' and bare GEMMs.
 
 The MoE body, all that follows the router, takes tokens, expert ids and routing weights, and returns weighted sums.
-Attention is that of packed documents. The loss takes hidden states and the head's weight, and returns a sum.
+Attention is that of packed documents. The loss takes hidden states and the head's weight, and returns a sum. These are
+forward and backward. AdamW steps on the matrices of --layers layers with half of their experts, as on each of two GPUs.
 """
 
 from __future__ import annotations
 
-import argparse
 import contextlib
-import json
+import functools
+import gc
+import importlib.util
 import os
 import statistics
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Iterable, Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -29,12 +30,10 @@ from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
 from benchmarks.cells import SIZES, model_config
-from benchmarks.kernels import device_kernels, summary
-from benchmarks.measure import elapsed_ms, mark, quantile, synchronize
-from benchmarks.records import machine, provenance
-from benchmarks.tables import lines, runs
+from benchmarks.measure import device_kernels, elapsed_ms, mark, quantile, summary, synchronize
+from benchmarks.records import parser, publish
 from benchmarks.workload import max_over_mean
-from lightning_ep import ExpertParallel
+from lightning_ep import AdamW, ExpertParallel
 from lightning_ep.ops.cross_entropy import linear_cross_entropy
 from lightning_ep.ops.packed_attention import attend_documents, documents_mask
 
@@ -48,106 +47,116 @@ GPT_OSS = {  # experts with biases, interleaved and clamped; measured as a layer
 WIDTHS = {**SIZES, **GPT_OSS}
 
 Function = Callable[..., Any]
-Inputs = list[tuple[Tensor, ...]]
-Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""(hidden [T, H], weight [V, H], targets [T]) to the sum of the losses."""
+Inputs = list[tuple[Any, ...]]
+Row = dict[str, str]
 
 _FLUSH_BYTES = 256 * 2**20  # several times the L2 cache of an H200
 _WINDOW = 4096  # tokens of a window of documents
 _LOGIT_STD = 0.9  # of a router with weights of standard deviation 0.02 on normalised rows of width 2048
+_CALL = "forward and backward"  # a column
 _EXPONENT = 0.25  # of a skewed router: the most popular of 128 experts then gets about five times the mean, top-8
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Times one of the layers and prints the table."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.layers", description=__doc__)
-    parser.add_argument("layer", choices=["moe", "attention", "loss"])
-    parser.add_argument("--tokens", type=int, default=16_384)
-    parser.add_argument("--sizes", default="qwen3-30b-a3b", choices=sorted(WIDTHS))
-    parser.add_argument("--repeats", type=int, default=30)
-    parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
-    parser.add_argument("--json", type=Path, help="default: runs/benchmarks/LAYER.json")
-    options = parser.parse_args(arguments)
+    made = parser("layers", __doc__, layers=4, sizes=sorted(WIDTHS))
+    measures = {"moe": measure_moe, "attention": measure_attention, "loss": measure_loss, "adamw": measure_adamw}
+    made.add_argument("layer", choices=list(measures))
+    made.add_argument("--tokens", type=int, default=16_384)
+    made.add_argument("--repeats", type=int, default=30)
+    options = made.parse_args(arguments)
     device = torch.device(options.device)
-    measure = {"moe": measure_moe, "attention": measure_attention, "loss": measure_loss}[options.layer]
-    rows = measure(options.sizes, options.tokens, device, options.repeats)
-    record = {**provenance(), "machine": machine(device), "rows": rows}
-    text = "\n".join([*_table(rows), "", f"{options.tokens:,} tokens of {options.sizes}.", "", runs([record])])
-    path = options.json or Path(f"runs/benchmarks/{options.layer}.json")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(record, indent=1) + "\n")
-    path.with_suffix(".md").write_text(text + "\n")
-    print(text)
+    size = options.layers if options.layer == "adamw" else options.tokens
+    found = measures[options.layer](options.sizes, size, device, options.repeats)
+    unit = "layers" if options.layer == "adamw" else "tokens"
+    publish(options.json, f"{options.layer}, {size:,} {unit} of {options.sizes}", found, device)
     if dist.is_initialized():
         dist.destroy_process_group()
 
 
-def _table(rows: list[dict[str, Any]]) -> list[str]:
-    """A row says more by its keys: a text as it is, a number of milliseconds, a profile by kind."""
-    cells = []
-    for row in rows:
-        kinds = row.get("profile", {}).get("by_kind", {})
-        cells.append([
-            row["name"], row.get("router", ""),
-            row["error"] if "error" in row else f"{row['ms']:.2f} ({row['p10']:.2f} to {row['p90']:.2f})",
-            f"{row['profile']['gpu_busy_ms']:.2f}" if kinds else "",
-            f"{row['memory_gib']:.2f}" if "memory_gib" in row else "",
-            ", ".join(f"{name} {ms:.2f}" for name, ms in kinds.items()),
-        ])  # fmt: skip
-    header = ["forward and backward", "router, hottest expert", "ms", "GPU busy ms"]
-    header += ["GiB above inputs and gradients", "of it by kind of kernel"]
-    return lines(header, cells)
+def milliseconds(function: Function, inputs: Inputs, repeats: int) -> list[float]:
+    """Of calls that take the inputs in turn, from the first launch to the end of the last kernel, with a cold L2 cache.
 
-
-def timed(function: Function, inputs: Inputs, repeats: int) -> dict[str, Any]:
-    """Milliseconds of calls that take the inputs in turn: median, 10th and 90th percentile; on CUDA with a profile.
-
-    From the first launch to the end of the last kernel, with a cold L2 cache: a host that is too slow shows.
+    A host that is too slow shows.
     """
     device = inputs[0][0].device
     flush = torch.empty(_FLUSH_BYTES if device.type == "cuda" else 0, dtype=torch.int8, device=device)
-    for index in range(3):
-        function(*inputs[index % len(inputs)])
     pairs = []
-    for index in range(repeats):
+    for index in range(3 + repeats):  # the first ones compile, and make the state of optimizers
         flush.zero_()
         before = mark(device)
         function(*inputs[index % len(inputs)])
         pairs.append((before, mark(device)))
     synchronize(device)
-    times = [elapsed_ms(*pair) for pair in pairs]
-    row: dict[str, Any] = {"ms": statistics.median(times), "p10": quantile(times, 0.1), "p90": quantile(times, 0.9)}
-    for _ in range(2 if device.type == "cuda" else 0):  # the first use of the profiler disturbs what it records
-        with profile(activities=[ProfilerActivity.CUDA]) as profiled:
-            function(*inputs[0])
-            synchronize(device)
-        row["profile"] = summary(device_kernels(profiled))
-    return row
+    return [elapsed_ms(*pair) for pair in pairs[3:]]
 
 
-def _dtype(device: torch.device) -> torch.dtype:
-    return torch.bfloat16 if device.type == "cuda" else torch.float32
+def timed(function: Function, inputs: Inputs, repeats: int) -> Row:
+    """Columns of a call: milliseconds (median, 10th and 90th percentile), and on CUDA its memory and a profile."""
+    device = inputs[0][0].device
+    try:
+        times = milliseconds(function, inputs, repeats)
+        row = {"ms": f"{statistics.median(times):.2f} ({quantile(times, 0.1):.2f} to {quantile(times, 0.9):.2f})"}
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            size = sum(result.numel() * result.element_size() for result in function(*inputs[0]))
+            most = torch.cuda.max_memory_allocated() - before - size
+            row["GiB above inputs and gradients"] = f"{most / 2**30:.2f}"
+        for _ in range(2 if device.type == "cuda" else 0):  # the first use of the profiler disturbs what it records
+            with profile(activities=[ProfilerActivity.CUDA]) as profiled:
+                function(*inputs[0])
+                synchronize(device)
+            found = summary(device_kernels(profiled))
+            row["GPU busy ms"] = f"{found['gpu_busy_ms']:.2f}"
+            row["of it by kind of kernel"] = ", ".join(f"{name} {ms:.2f}" for name, ms in found["by_kind"].items())
+        return row
+    except Exception as error:  # a peer that breaks or runs out of memory is a result
+        return {"ms": f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"}
+
+
+def gradients(function: Function, parameters: Iterable[Tensor] = ()) -> Function:
+    """Calls and differentiates by inputs and parameters; the last input is the gradient of the result, or None."""
+    trained = list(parameters)
+
+    def run(*inputs: Any) -> tuple[Tensor, ...]:
+        out = function(*inputs[:-1])
+        return torch.autograd.grad(out, [x for x in (*inputs[:-1], *trained) if x.requires_grad], inputs[-1])
+
+    return run
+
+
+def rows(functions: dict[str, Function], inputs: Inputs, repeats: int) -> list[Row]:
+    """A row for each function and its gradients."""
+    return [{_CALL: name, **timed(gradients(function), inputs, repeats)} for name, function in functions.items()]
+
+
+def random(device: torch.device, *shape: int, std: float = 1.0) -> Tensor:
+    """Normal numbers of the dtype that is measured: bf16, and fp32 on a CPU."""
+    return (std * torch.randn(shape, device=device)).to(torch.bfloat16 if device.type == "cuda" else torch.float32)
 
 
 # ---------------------------------------------------------------------- the MoE body
 
 
-def measure_moe(sizes: str, tokens: int, device: torch.device, repeats: int) -> list[dict[str, Any]]:
+def measure_moe(sizes: str, tokens: int, device: torch.device, repeats: int) -> list[Row]:
     """One row per body and popularity of experts."""
     peer = "grouped_mm" if device.type == "cuda" else "eager"
     bodies = {
-        "lightning_ep, ep=1": forward_backward(our_experts(sizes, device)),
-        f"lightning_ep, ep=1, transformers' {peer}": forward_backward(our_experts(sizes, device, peer)),
-        f"transformers, {peer}": forward_backward(transformers_experts(sizes, device, peer)),
+        "lightning_ep, ep=1": our_experts(sizes, device),
+        f"lightning_ep, ep=1, transformers' {peer}": our_experts(sizes, device, peer),
+        f"transformers, {peer}": transformers_experts(sizes, device, peer),
     }
-    rows = []
+    found = []
     for router in ("balanced", "skewed"):
         inputs = [moe_inputs(sizes, tokens, router, seed, device) for seed in range(3)]
         counts = torch.bincount(inputs[0][1].reshape(-1), minlength=WIDTHS[sizes]["num_experts"])
-        label = f"{router}, {max_over_mean([counts]):.2f}"
-        rows += [{"name": name, "router": label, **timed(body, inputs, repeats)} for name, body in bodies.items()]
-    floor, operands = _gemms(sizes, tokens, device)
-    return [*rows, {"name": "the six grouped GEMMs alone", "router": "even", **timed(floor, operands, repeats)}]
+        how = {"router, hottest expert": f"{router}, {max_over_mean([counts]):.2f}"}
+        for name, body in bodies.items():
+            row = timed(gradients(body, body.parameters()), inputs, repeats)
+            found.append({_CALL: name, **how, **row})
+    alone = {_CALL: "the six grouped GEMMs alone", "router, hottest expert": "even"}
+    return [*found, {**alone, **timed(*_gemms(sizes, tokens, device), repeats)}]
 
 
 def our_experts(sizes: str, device: torch.device, implementation: str = "fused") -> nn.Module:
@@ -169,40 +178,25 @@ def transformers_experts(sizes: str, device: torch.device, implementation: str) 
     else:
         config = model_config(sizes, layers=1)
     config._experts_implementation = implementation
+    torch.manual_seed(0)
     with torch.device("meta"):
-        experts = (GptOssExperts if sizes in GPT_OSS else Qwen3MoeExperts)(config).to(_dtype(device))
-    experts.to_empty(device=device)
-    generator = torch.Generator(device).manual_seed(0)
-    with torch.no_grad():
-        for param in experts.parameters():
-            param.normal_(std=0.02, generator=generator)
+        experts = (GptOssExperts if sizes in GPT_OSS else Qwen3MoeExperts)(config)
+    for name, param in experts.named_parameters():
+        setattr(experts, name, nn.Parameter(random(device, *param.shape, std=0.02)))
     return experts
-
-
-def forward_backward(experts: nn.Module) -> Function:
-    """Calls the experts and differentiates by tokens, routing weights and parameters."""
-
-    def body(hidden_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor, grad_TH: Tensor) -> tuple[Tensor, ...]:
-        out_TH = experts(hidden_TH, ids_TK, weights_TK)
-        return torch.autograd.grad(out_TH, [hidden_TH, weights_TK, *experts.parameters()], grad_TH)
-
-    return body
 
 
 def moe_inputs(sizes: str, tokens: int, router: str, seed: int, device: torch.device) -> tuple[Tensor, ...]:
     """Hidden states ``[T, H]``, ids and weights ``[T, K]``, and the gradient of the output ``[T, H]``."""
-    widths, dtype = WIDTHS[sizes], _dtype(device)
-    generator = torch.Generator().manual_seed(seed)
-    logits_TE = _LOGIT_STD * torch.randn(tokens, widths["num_experts"], generator=generator)
+    torch.manual_seed(seed)
+    experts, width = WIDTHS[sizes]["num_experts"], WIDTHS[sizes]["hidden_size"]
+    logits_TE = _LOGIT_STD * torch.randn(tokens, experts)
     if router == "skewed":
-        # Popularity falls with rank like Zipf's law.
-        ranks_E = torch.randperm(widths["num_experts"], generator=generator) + 1
-        logits_TE -= _EXPONENT * ranks_E.log()
-    weights_TK, ids_TK = logits_TE.softmax(-1).topk(widths["num_experts_per_tok"])
-    weights_TK = (weights_TK / weights_TK.sum(-1, keepdim=True)).to(device, dtype).requires_grad_()
-    shape = (tokens, widths["hidden_size"])
-    hidden_TH, grad_TH = (torch.randn(shape, generator=generator).to(device, dtype) for _ in range(2))
-    return hidden_TH.requires_grad_(), ids_TK.to(device), weights_TK, grad_TH
+        logits_TE -= _EXPONENT * (torch.randperm(experts) + 1).log()  # popularity falls with rank like Zipf's law
+    weights_TK, ids_TK = logits_TE.softmax(-1).topk(WIDTHS[sizes]["num_experts_per_tok"])
+    hidden_TH, grad_TH = (random(device, tokens, width) for _ in range(2))
+    weights_TK = (weights_TK / weights_TK.sum(-1, keepdim=True)).to(device, hidden_TH.dtype)
+    return hidden_TH.requires_grad_(), ids_TK.to(device), weights_TK.requires_grad_(), grad_TH
 
 
 def _gemms(sizes: str, tokens: int, device: torch.device) -> tuple[Function, Inputs]:
@@ -210,15 +204,11 @@ def _gemms(sizes: str, tokens: int, device: torch.device) -> tuple[Function, Inp
 
     Nothing that an MoE layer needs can be faster than these, unless it uses a better grouped GEMM.
     """
-    widths, dtype = WIDTHS[sizes], _dtype(device)
+    widths = WIDTHS[sizes]
     width, inner, experts = widths["hidden_size"], widths["moe_intermediate_size"], widths["num_experts"]
-    rows = tokens * widths["num_experts_per_tok"] // experts * experts
-    ends_E = torch.arange(1, experts + 1, dtype=torch.int32, device=device) * (rows // experts)
-
-    def random(*shape: int) -> Tensor:
-        return torch.randn(shape, device=device, dtype=dtype) * 0.02
-
-    up_EIH, down_EHI = random(experts, 2 * inner, width), random(experts, width, inner)
+    pairs = tokens * widths["num_experts_per_tok"] // experts * experts
+    ends_E = torch.arange(1, experts + 1, dtype=torch.int32, device=device) * (pairs // experts)
+    up_EIH, down_EHI = (random(device, experts, *shape, std=0.02) for shape in ((2 * inner, width), (width, inner)))
 
     def body(x_PH: Tensor, act_PI: Tensor, grad_up_PI: Tensor, grad_PH: Tensor) -> tuple[Tensor, ...]:
         return (
@@ -231,38 +221,34 @@ def _gemms(sizes: str, tokens: int, device: torch.device) -> tuple[Function, Inp
         )
 
     columns = (width, inner, 2 * inner, width)
-    return body, [tuple(random(rows, column) for column in columns) for _ in range(2)]
+    return body, [tuple(random(device, pairs, column) for column in columns) for _ in range(2)]
 
 
 # ---------------------------------------------------------------------- attention
 
 
-def measure_attention(sizes: str, tokens: int, device: torch.device, repeats: int) -> list[dict[str, Any]]:
+def measure_attention(sizes: str, tokens: int, device: torch.device, repeats: int) -> list[Row]:
     """Windows of documents of about 600 tokens: one row per way to keep them apart, and without doing so."""
     widths, length = WIDTHS[sizes], min(_WINDOW, tokens)
     heads, kv_heads = widths["num_attention_heads"], widths["num_key_value_heads"]
-    generator = torch.Generator(device).manual_seed(0)
-
-    def random(count: int) -> Tensor:
-        shape = (tokens // length, count, length, widths["head_dim"])
-        return torch.randn(shape, device=device, generator=generator).to(_dtype(device)).requires_grad_()
-
-    counts = (heads, kv_heads, kv_heads)
-    inputs: Inputs = [(*map(random, counts), random(heads).detach().transpose(1, 2).contiguous()) for _ in range(3)]
+    torch.manual_seed(0)
+    shapes = [(tokens // length, count, length, widths["head_dim"]) for count in (heads, kv_heads, kv_heads)]
+    inputs: Inputs = [tuple(random(device, *shape).requires_grad_() for shape in shapes) for _ in range(3)]
+    inputs = [(*qkv, random(device, tokens // length, length, heads, widths["head_dim"])) for qkv in inputs]
     ends = range(length, tokens + 1, length)
-    cuts = {int(cut) for cut in torch.randint(1, tokens, (tokens // 600,), generator=torch.Generator().manual_seed(0))}
+    cuts = {int(cut) for cut in torch.randint(1, tokens, (tokens // 600,))}
     packed, whole = (torch.tensor(sorted({0, *ends, *more}), dtype=torch.int32) for more in (cuts, ()))
     longest, packed, whole = int(packed.diff().max()), packed.to(device), whole.to(device)
     mask = documents_mask(packed, tokens // length, length, None)
-    ways: dict[str, Function] = {"sdpa, a mask of documents": lambda *tensors: _sdpa(mask, *tensors)}
+    ways: dict[str, Function] = {"sdpa, a mask of documents": functools.partial(_sdpa, mask)}
     if device.type == "cuda":
-        ways["varlen, documents"] = lambda q, k, v, _: attend_documents(q, k, v, packed, longest, None, None)
-        ways["varlen, whole windows"] = lambda q, k, v, _: attend_documents(q, k, v, whole, length, None, None)
-    ways["sdpa, whole windows"] = lambda *tensors: _sdpa(None, *tensors)
-    return [{"name": name, **_row(way, inputs, repeats)} for name, way in ways.items()]
+        ways["varlen, documents"] = lambda q, k, v: attend_documents(q, k, v, packed, longest, None, None)
+        ways["varlen, whole windows"] = lambda q, k, v: attend_documents(q, k, v, whole, length, None, None)
+    ways["sdpa, whole windows"] = functools.partial(_sdpa, None)
+    return rows(ways, inputs, repeats)
 
 
-def _sdpa(mask: Tensor | None, query: Tensor, key: Tensor, value: Tensor, _: Tensor) -> Tensor:
+def _sdpa(mask: Tensor | None, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     module: Any = SimpleNamespace(num_key_value_groups=query.shape[1] // key.shape[1], is_causal=True)
     return sdpa_attention_forward(module, query, key, value, mask)[0]
 
@@ -270,30 +256,25 @@ def _sdpa(mask: Tensor | None, query: Tensor, key: Tensor, value: Tensor, _: Ten
 # ---------------------------------------------------------------------- the loss
 
 
-def measure_loss(sizes: str, tokens: int, device: torch.device, repeats: int) -> list[dict[str, Any]]:
+def measure_loss(sizes: str, tokens: int, device: torch.device, repeats: int) -> list[Row]:
     """One row per implementation that is installed."""
-    hidden, vocab, dtype = WIDTHS[sizes]["hidden_size"], WIDTHS[sizes]["vocab_size"], _dtype(device)
-    generator = torch.Generator(device).manual_seed(0)
-
-    def random(*shape: int) -> Tensor:
-        return torch.randn(shape, device=device, generator=generator)
-
-    weight_VH = (random(vocab, hidden) * 0.02).to(dtype).requires_grad_()
+    torch.manual_seed(0)
+    hidden, vocab = WIDTHS[sizes]["hidden_size"], WIDTHS[sizes]["vocab_size"]
+    weight_VH = random(device, vocab, hidden, std=0.02).requires_grad_()
     inputs: Inputs = []
     for _ in range(2):
-        targets_T = torch.randint(0, vocab, (tokens,), device=device, generator=generator)
-        inputs.append((random(tokens, hidden).to(dtype).requires_grad_(), weight_VH, targets_T))
-    return [{"name": name, **_row(loss, inputs, repeats)} for name, loss in losses().items()]
+        targets_T = torch.randint(0, vocab, (tokens,), device=device)
+        inputs.append((random(device, tokens, hidden).requires_grad_(), weight_VH, targets_T, None))
+    return rows(losses(), inputs, repeats)
 
 
-def _plain(hidden_TH: Tensor, weight_VH: Tensor, targets_T: Tensor) -> Tensor:
-    """Full logits, in fp32 for the softmax: what a transformers model does."""
-    return F.cross_entropy(F.linear(hidden_TH, weight_VH).float(), targets_T, reduction="sum")
+def losses() -> dict[str, Function]:
+    """By name what is here: hidden ``[T, H]``, weight ``[V, H]`` and targets ``[T]`` to the sum of the losses."""
 
+    def plain(hidden_TH: Tensor, weight_VH: Tensor, targets_T: Tensor) -> Tensor:  # as a transformers model does
+        return F.cross_entropy(F.linear(hidden_TH, weight_VH).float(), targets_T, reduction="sum")
 
-def losses() -> dict[str, Loss]:
-    """Every implementation that is here by name."""
-    found: dict[str, Loss] = {"plain": _plain, "lightning_ep": linear_cross_entropy}
+    found: dict[str, Function] = {"plain": plain, "lightning_ep": linear_cross_entropy}
     with contextlib.suppress(ImportError):
         from liger_kernel.transformers.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyLoss
 
@@ -302,24 +283,46 @@ def losses() -> dict[str, Loss]:
     return found
 
 
-def _row(function: Function, inputs: Inputs, repeats: int) -> dict[str, Any]:
-    """Of a function and its gradients; the last input is the gradient of what it returns, unless that is a number."""
+# ---------------------------------------------------------------------- AdamW
 
-    def run(*tensors: Tensor) -> tuple[Tensor, ...]:
-        out = function(*tensors)
-        return torch.autograd.grad(out, [x for x in tensors if x.requires_grad], tensors[-1] if out.ndim else None)
 
-    row: dict[str, Any] = {}
-    try:
-        if inputs[0][0].device.type == "cuda":
-            size = sum(gradient.numel() * gradient.element_size() for gradient in run(*inputs[0]))
-            torch.cuda.reset_peak_memory_stats()
-            before = torch.cuda.memory_allocated()
-            run(*inputs[0])
-            row["memory_gib"] = (torch.cuda.max_memory_allocated() - before - size) / 2**30
-        return {**row, **timed(run, inputs, repeats)}
-    except Exception as error:  # a peer that breaks or runs out of memory is a result
-        return {"error": f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"}
+def measure_adamw(sizes: str, layers: int, device: torch.device, repeats: int) -> list[Row]:
+    """One row per optimizer and dtype; bytes are those of gradients and state, and what a step reads and writes."""
+    widths, found = SIZES[sizes], []
+    hidden, inner, experts = widths["hidden_size"], widths["moe_intermediate_size"], widths["num_experts"] // 2
+    heads = widths["head_dim"] * (widths["num_attention_heads"] + widths["num_key_value_heads"])
+    shapes = layers * [(experts, 2 * inner, hidden), (experts, hidden, inner), (heads, hidden), (hidden,)]
+    for name, dtype, held, moved, build in optimizers():
+        params = [torch.randn(shape, device=device, dtype=dtype).requires_grad_() for shape in shapes]
+        for param in params:
+            param.grad = torch.randn_like(param)
+        optimizer = build(params)
+        ms = statistics.median(milliseconds(lambda _, step=optimizer.step: step(), [(params[0],)], repeats))
+        count = sum(param.numel() for param in params)
+        speed = {"ms per 1e9 parameters": f"{ms / count * 1e9:.2f}", "TB/s": f"{moved * count / ms / 1e9:.2f}"}
+        found.append({"optimizer": name, **speed, "bytes per parameter, gradients too": str(held)})
+        del params, param, optimizer
+        gc.collect()
+    return found
+
+
+def optimizers() -> Iterator[tuple[str, torch.dtype, int, int, Callable[[list[Tensor]], torch.optim.Optimizer]]]:
+    """Name, dtype of weights and gradients, bytes held and bytes moved per parameter, and the optimizer.
+
+    torchao's ``bf16_stochastic_round`` rounds weights so and moments to the nearest, or holds these in 8 bits.
+    """
+    fp32, bf16 = torch.float32, torch.bfloat16
+    yield "torch, fused, fp32", fp32, 16, 28, functools.partial(torch.optim.AdamW, fused=True)
+    yield "lightning_ep, fp32", fp32, 16, 28, AdamW
+    yield "torch, fused, bf16 to the nearest", bf16, 8, 14, functools.partial(torch.optim.AdamW, fused=True)
+    yield "lightning_ep, bf16 to the nearest", bf16, 8, 14, AdamW
+    yield "lightning_ep, bf16 stochastically", bf16, 8, 14, functools.partial(AdamW, stochastic_rounding=True)
+    if importlib.util.find_spec("torchao") is not None:
+        from torchao.optim import AdamW8bit, _AdamW
+
+        rounds = {"lr": 1e-3, "bf16_stochastic_round": True}
+        yield "torchao, bf16, weights stochastically", bf16, 8, 14, functools.partial(_AdamW, **rounds)
+        yield "torchao, bf16, moments in 8 bits", bf16, 6, 10, functools.partial(AdamW8bit, **rounds)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
     python -m benchmarks.rounding curves --folder runs/rounding --sizes 4-layers --jobs 9
     python -m benchmarks.rounding curves --folder runs/tiny --sizes tiny --device cpu  # 10 minutes on 2 cores
-    python -m benchmarks.rounding plot --folder runs/rounding --picture docs/rounding.svg
+    python -m benchmarks.rounding plot --folder runs/rounding --picture docs/operate/rounding.svg
 
 A model is trained on the source code of the standard library with fp32 weights; then, from there, on the docstrings of
 installed packages at a learning rate of 1e-5, for less than an epoch, in every way with every seed (the order of the
@@ -13,13 +13,13 @@ validation losses, nats per token. Runs that it holds are not repeated.
 from __future__ import annotations
 
 import argparse
-import json
+import multiprocessing
 import re
 import statistics
-import subprocess
-import sys
 import sysconfig
-from collections.abc import Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,8 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from benchmarks.records import machine, provenance, read
+from benchmarks.ours import quiet_trainer
+from benchmarks.records import Record, append, machine, provenance, read, table
 from lightning_ep import AdamW, CausalLM, ExpertParallelStrategy, Schedule
 from lightning_ep.callbacks import HuggingFaceExport
 from lightning_ep.data import TextDataModule
@@ -62,18 +63,7 @@ SIZES: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 # Whose docstrings are read, until there are enough of them.
-PACKAGES = (
-    "transformers",
-    "torch",
-    "numpy",
-    "scipy",
-    "pandas",
-    "matplotlib",
-    "sklearn",
-    "datasets",
-    "networkx",
-    "sympy",
-)
+PACKAGES = "transformers torch numpy scipy pandas matplotlib sklearn datasets networkx sympy".split()  # noqa: SIM905
 _DOCSTRING = re.compile(r'"""(.{200,}?)"""', re.DOTALL)
 
 
@@ -81,7 +71,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Trains the base and what is missing of the runs, and prints how far they are from one another; or draws them."""
     parser = argparse.ArgumentParser("python -m benchmarks.rounding", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("what", choices=["curves", "plot", "base", "one"], help="the last two are what `curves` starts")
+    parser.add_argument("what", choices=["curves", "plot"])
     parser.add_argument("--folder", type=Path, required=True)
     parser.add_argument("--sizes", default="tiny", choices=sorted(SIZES))
     parser.add_argument("--steps", type=int, default=500)
@@ -92,54 +82,33 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
     parser.add_argument("--picture", type=Path, help="the SVG to draw")
     options = parser.parse_args(arguments)
-    if options.what == "base":
-        return train_base(options)
-    if options.what == "one":
-        return one(options, options.ways[0], options.seeds[0])
     if options.what == "curves":
         curves(options)
     runs = read(options.folder / "runs.jsonl")
     print(summary(runs))
     if options.picture:
-        from benchmarks.rounding_picture import picture
-
-        options.picture.write_text(picture(runs))
+        draw(runs, options.picture)
 
 
 def curves(options: argparse.Namespace) -> None:
-    """Trains what the folder does not hold; raises RuntimeError with the output of a run that failed."""
-    options.folder.mkdir(parents=True, exist_ok=True)
+    """Trains what the folder does not hold, each in a process of its own; raises the error of one that failed."""
     texts = write_docstrings(options.folder / "docstrings", SIZES[options.sizes]["bytes"])
     print(f"{texts / 1e6:.1f} MB of docstrings", flush=True)
-    if not (options.folder / "base").is_dir():
-        print(_output(_start(options, "base")), flush=True)
-    _data(options, seed=0).prepare_data()  # once, before several runs look for it
     path = options.folder / "runs.jsonl"
+    if not (options.folder / "base").is_dir():
+        print(_alone(train_base, options), flush=True)
+    _data(options, seed=0).prepare_data()  # once, before several runs look for it
     known = {(run["way"], run["seed"]) for run in read(path)}
     missing = [(way, seed) for seed in options.seeds for way in options.ways if (way, seed) not in known]
-    while missing:
-        started, missing = missing[: options.jobs], missing[options.jobs :]
-        running = [_start(options, "one", "--ways", way, "--seeds", str(seed)) for way, seed in started]
-        for process in running:
-            line = _output(process)
-            with path.open("a") as file:
-                file.write(line + "\n")
+    with ThreadPoolExecutor(options.jobs) as threads:
+        for run in as_completed([threads.submit(_alone, train_one, options, *which) for which in missing]):
+            append(path, run.result())
 
 
-def _start(options: argparse.Namespace, *what: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "benchmarks.rounding", *what]
-    for name in ("folder", "sizes", "steps", "base_steps", "device"):
-        if (value := getattr(options, name)) is not None:
-            command += [f"--{name.replace('_', '-')}", str(value)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-
-
-def _output(process: subprocess.Popen[str]) -> str:
-    """The last line that a process printed, once it has ended."""
-    output, _ = process.communicate()
-    if process.returncode:
-        raise RuntimeError(output)
-    return output.splitlines()[-1]
+def _alone(function: Callable[..., Any], *arguments: Any) -> Any:
+    """What a function returns in a process of its own."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(function, *arguments).result()
 
 
 def write_docstrings(folder: Path, most: int) -> int:
@@ -147,7 +116,7 @@ def write_docstrings(folder: Path, most: int) -> int:
     root, size = Path(sysconfig.get_paths()["purelib"]), 0
     if folder.is_dir():
         return sum(file.stat().st_size for file in folder.iterdir())
-    folder.mkdir()
+    folder.mkdir(parents=True)
     for number, path in enumerate(path for name in PACKAGES for path in sorted((root / name).rglob("*.py"))):
         text = "\n\n".join(_DOCSTRING.findall(path.read_text(encoding="utf-8", errors="ignore")))
         if text and size < most:
@@ -172,42 +141,38 @@ class _Ordered(TextDataModule):
 
 def _data(options: argparse.Namespace, seed: int) -> TextDataModule:
     """The docstrings."""
-    size = SIZES[options.sizes]
-    data = _Ordered(
-        str(options.folder / "docstrings"), size["sequence"], size["batch"], tokenizer=str(options.folder / "base"),
-        cache_dir=str(options.folder / "cache"), validation_fraction=0.05,
-    )  # fmt: skip
+    base, cache = str(options.folder / "base"), str(options.folder / "cache")
+    size, texts = SIZES[options.sizes], str(options.folder / "docstrings")
+    data = _Ordered(texts, size["sequence"], size["batch"], tokenizer=base, cache_dir=cache, validation_fraction=0.05)
     data.order = seed
     return data
 
 
-def _trainer(options: argparse.Namespace, precision: str, **settings: Any) -> L.Trainer:
-    defaults: dict[str, Any] = {"check_val_every_n_epoch": None, "num_sanity_val_steps": 0}
-    return L.Trainer(
-        strategy=ExpertParallelStrategy(ep=1), accelerator=options.device, devices=1, precision=precision,  # type: ignore[arg-type]
-        gradient_clip_val=1.0, logger=False, enable_checkpointing=False, enable_progress_bar=False,
-        enable_model_summary=False, use_distributed_sampler=False, **{**defaults, **settings},
+def _trainer(
+    options: argparse.Namespace, precision: str, steps: int, callback: L.Callback, **settings: Any
+) -> L.Trainer:
+    return quiet_trainer(
+        ExpertParallelStrategy(ep=1), options.device, 1, precision=precision, max_steps=steps, callbacks=[callback],
+        check_val_every_n_epoch=None, num_sanity_val_steps=0, **settings,
     )  # fmt: skip
 
 
-def train_base(options: argparse.Namespace) -> None:
+def train_base(options: argparse.Namespace) -> str:
     """Trains on source code and exports weights and tokenizer to ``base``."""
-    size = SIZES[options.sizes]
+    size, cache = SIZES[options.sizes], str(options.folder / "cache")
     config = {"model_type": "qwen3_moe", "norm_topk_prob": True, "tie_word_embeddings": True, **size["model"]}
     L.seed_everything(0)
     optimizer = partial(AdamW, lr=2e-3, betas=(0.9, 0.95), weight_decay=0.1)
-    module = CausalLM(
-        config, pretrained=False, optimizer=optimizer, lr_scheduler=partial(Schedule, warmup=0.05, end=0.1)
-    )
-    export = HuggingFaceExport(str(options.folder / "base"))
-    data = TextDataModule(
-        "stdlib", size["sequence"], size["batch"], vocab_size=size["model"]["vocab_size"],
-        cache_dir=str(options.folder / "cache"),
-    )  # fmt: skip
+    schedule = partial(Schedule, warmup=0.05, end=0.1)
+    module = CausalLM(config, pretrained=False, optimizer=optimizer, lr_scheduler=schedule)
+    vocabulary = size["model"]["vocab_size"]
+    data = TextDataModule("stdlib", size["sequence"], size["batch"], vocab_size=vocabulary, cache_dir=cache)
     steps = options.base_steps or size["base_steps"]
-    trainer = _trainer(options, "bf16-mixed", max_steps=steps, limit_val_batches=0, callbacks=[export])
+    trainer = _trainer(
+        options, "bf16-mixed", steps, HuggingFaceExport(str(options.folder / "base")), limit_val_batches=0
+    )
     trainer.fit(module, datamodule=data)
-    print(f"base: {trainer.callback_metrics['train/loss']:.3f} after {steps} steps", flush=True)
+    return f"base: {trainer.callback_metrics['train/loss']:.3f} after {steps} steps"
 
 
 class _Losses(L.Callback):
@@ -221,52 +186,69 @@ class _Losses(L.Callback):
         self.train.append(trainer.callback_metrics["train/loss"].clone())
 
     def on_validation_end(self, trainer: L.Trainer, *_: Any) -> None:
-        self.validation.append((trainer.global_step, float(trainer.callback_metrics["val/loss"])))
+        self.validation.append((trainer.global_step, round(float(trainer.callback_metrics["val/loss"]), 5)))
 
 
-def one(options: argparse.Namespace, way: str, seed: int) -> None:
-    """Trains in one way with one seed and prints its record."""
+def train_one(options: argparse.Namespace, way: str, seed: int) -> Record:
+    """Trains in one way with one seed and returns its record."""
     precision, flags = WAYS[way]
     L.seed_everything(seed)
     optimizer = partial(AdamW, lr=LEARNING_RATE, weight_decay=0.1, **flags)
-    module = CausalLM(str(options.folder / "base"), optimizer=optimizer)
-    losses = _Losses()
-    trainer = _trainer(
-        options, precision, max_steps=options.steps, callbacks=[losses],
-        val_check_interval=options.steps // VALIDATIONS,
-        limit_val_batches=SIZES[options.sizes]["validation_batches"],
-    )  # fmt: skip
-    data = _data(options, seed)
+    module, data, losses = CausalLM(str(options.folder / "base"), optimizer=optimizer), _data(options, seed), _Losses()
+    batches, every = SIZES[options.sizes]["validation_batches"], options.steps // VALIDATIONS
+    trainer = _trainer(options, precision, options.steps, losses, limit_val_batches=batches, val_check_interval=every)
     trainer.validate(module, datamodule=data, verbose=False)
-    losses.validation = [(0, float(trainer.callback_metrics["val/loss"]))]
     trainer.fit(module, datamodule=data)
     assert options.steps <= trainer.num_training_batches, "less than an epoch: no text comes twice"
-    record = {
-        "way": way, "seed": seed, "sizes": options.sizes,
-        "train": [round(loss, 5) for loss in torch.stack(losses.train).tolist()],
-        "validation": [(step, round(loss, 5)) for step, loss in losses.validation],
-    }  # fmt: skip
-    print(json.dumps({**record, **provenance(), "machine": machine(torch.device(options.device))}))
+    train = [round(loss, 5) for loss in torch.stack(losses.train).tolist()]
+    record = {"way": way, "seed": seed, "sizes": options.sizes, "train": train, "validation": losses.validation}
+    return {**record, **provenance(), "machine": machine(torch.device(options.device))}
 
 
-def by_way(runs: Sequence[dict[str, Any]]) -> Iterator[tuple[str, list[dict[str, Any]]]]:
+def by_way(runs: Sequence[Record]) -> Iterator[tuple[str, list[Record]]]:
     """The ways that there are, each with its runs in order of seeds."""
     for way in WAYS:
         if found := sorted((run for run in runs if run["way"] == way), key=lambda run: run["seed"]):
             yield way, found
 
 
-def summary(runs: Sequence[dict[str, Any]]) -> str:
+def summary(runs: Sequence[Record]) -> str:
     """Last validation losses; what each way learnt of what fp32 learnt; and its distance from fp32, seed by seed."""
     ends = {way: {run["seed"]: run["validation"][-1][1] for run in found} for way, found in by_way(runs)}
-    lines = ["| weights | validation loss | learnt of fp32's | paired difference from fp32 |", "|---|---|---|---|"]
-    before = runs[0]["validation"][0][1]
+    before, rows = runs[0]["validation"][0][1], []
     for way, end in ends.items():
         learnt = (before - statistics.fmean(end.values())) / (before - statistics.fmean(ends[FP32].values()))
-        pairs = ", ".join(f"{end[seed] - ends[FP32][seed]:+.5f}" for seed in end)
         spread = f" (std {statistics.stdev(end.values()):.5f})" if len(end) > 1 else ""
-        lines.append(f"| {way} | {statistics.fmean(end.values()):.5f}{spread} | {learnt:.3f} | {pairs} |")
-    return "\n".join([f"before: {before:.5f}", *lines])
+        rows.append({
+            "weights": way, "validation loss": f"{statistics.fmean(end.values()):.5f}{spread}",
+            "learnt of fp32's": f"{learnt:.3f}",
+            "paired difference from fp32": ", ".join(f"{end[seed] - ends[FP32][seed]:+.5f}" for seed in end),
+        })  # fmt: skip
+    return f"before: {before:.5f}\n{table(rows)}"
+
+
+def draw(runs: Sequence[Record], path: Path) -> None:
+    """Validation losses of every run; and how far those of the ways that keep up are from the mean of fp32's seeds."""
+    import matplotlib.pyplot as plt
+
+    plt.rc("svg", fonttype="none", hashsalt="benchmarks")
+    fp32: defaultdict[int, list[float]] = defaultdict(list)
+    for step, loss in (point for run in runs if run["way"] == FP32 for point in run["validation"]):
+        fp32[step].append(loss)
+    figure, (losses, apart) = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
+    for colour, width, (way, found) in zip(
+        ("#bbbbbb", "#1f77b4", "#d62728"), (4, 1.2, 1.2), by_way(runs), strict=False
+    ):
+        for number, run in enumerate(found):
+            steps, values = zip(*run["validation"], strict=True)
+            losses.plot(steps, values, color=colour, linewidth=width, label=way if number == 0 else None)
+            if way != NEAREST:
+                differences = [value - statistics.fmean(fp32[step]) for step, value in run["validation"]]
+                apart.plot(steps, differences, color=colour, linewidth=width)
+    losses.set(title="validation loss, nats per token", xlabel="step")
+    apart.set(title="the same, minus the mean of fp32 masters", xlabel="step")
+    losses.legend()
+    figure.savefig(path, metadata={"Date": None})
 
 
 if __name__ == "__main__":

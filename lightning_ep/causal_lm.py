@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any, Self
@@ -31,8 +31,10 @@ from lightning_ep.routing.biases import give_saved_biases
 from lightning_ep.routing.router_rules import RouterRule, check_rules
 from lightning_ep.strategy import ExpertParallelStrategy
 from lightning_ep.trainer.adamw import AdamW
+from lightning_ep.trainer.batches import refuse_unknown_ids
 from lightning_ep.trainer.clipping import clip_grad_norm_
 from lightning_ep.trainer.evaluation import log_token_means
+from lightning_ep.trainer.frozen_parts import freeze_parts, frozen_parts
 from lightning_ep.trainer.loss_scale import mean_of_sum
 
 
@@ -61,6 +63,9 @@ class CausalLM(LightningModule):
             transformers' balancing loss where the configuration asks for it (``output_router_logits``), which is taken
             over the tokens of all ranks.
         freeze_router: Leave the routers' weights as they are.
+        freeze: Modules of the model whose weights stay as they are, by name (``model.visual``; ``*`` for any part of a
+            name). Default: of pretrained weights the towers for images and sound, but not what projects their output
+            into the text. ``[]``: none.
 
     Raises:
         TypeError: If something in ``router`` is no rule.
@@ -77,6 +82,7 @@ class CausalLM(LightningModule):
         adapter: LoRA | None = None,
         router: RouterRule | list[RouterRule] | None = None,
         freeze_router: bool = False,
+        freeze: list[str] | None = None,
     ) -> None:
         super().__init__()
         if pretrained and not isinstance(model, str):
@@ -92,6 +98,7 @@ class CausalLM(LightningModule):
         self._lr_scheduler = lr_scheduler
         self.router_rules = check_rules(router)
         self.freeze_router = freeze_router
+        self._freeze = freeze
         self.batch_terms: Tensor | None = None  # this rank's valid tokens of a micro-batch
         self.model: nn.Module | None = None
         self._window: Tensor | None = None  # sums of loss and valid tokens since the last step
@@ -123,7 +130,10 @@ class CausalLM(LightningModule):
                 f"{type(self.trainer.strategy).__name__}. Pass strategy=ExpertParallelStrategy(); it serves one device."
             )
         path = self.pretrained_path
-        self.model = self._adapted(from_config(_config(self._source)) if path is None else from_pretrained(path))
+        model = from_config(_config(self._source)) if path is None else from_pretrained(path)
+        if self._freeze is not None or self._pretrained:
+            freeze_parts(model, self._freeze)
+        self.model = self._adapted(model)
 
     def _adapted(self, model: nn.Module) -> nn.Module:
         return model if self._adapter is None else add_adapter(model, self._adapter)
@@ -201,6 +211,11 @@ class CausalLM(LightningModule):
         """Sum of the token losses, and number of valid tokens; 0-dim each."""
         loss, targets_BS = summed_loss(*self._arguments(batch))
         return loss, (targets_BS != IGNORE).sum()
+
+    def refuse_batch(self, batch: Any) -> None:
+        """Raises ValueError for ids that the model does not have; the strategy asks while the host has the batch."""
+        assert self.model is not None
+        refuse_unknown_ids(batch, model_inside(self.model).get_input_embeddings())
 
     @override
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
@@ -363,8 +378,9 @@ class CausalLM(LightningModule):
 
     @override
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        whole = self._adapter is None and not self.freeze_router
-        trained = self.parameters() if whole else (param for param in self.parameters() if param.requires_grad)
+        trained: Iterable[nn.Parameter] = self.parameters()
+        if self._adapter is not None or self.freeze_router or frozen_parts(self):
+            trained = (param for param in self.parameters() if param.requires_grad)
         optimizer = (self._optimizer or partial(AdamW, lr=1e-5 if self._adapter is None else 1e-4))(trained)
         if self._lr_scheduler is None:
             return optimizer

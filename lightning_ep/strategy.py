@@ -47,7 +47,7 @@ from lightning_ep.moe.own_plan import check_plan, has_experts, resolve_plan
 from lightning_ep.parallelize import check_sharded, is_parallelized, shard
 from lightning_ep.trainer import grad_norm as grad_norm  # teaches it shards
 from lightning_ep.trainer.adamw import AdamW
-from lightning_ep.trainer.batches import Batches
+from lightning_ep.trainer.batches import Batches, check_shared_batches
 from lightning_ep.trainer.clipping import clip_grad_norm_
 from lightning_ep.trainer.cost_warnings import warn_if_ep_crosses_nodes, warn_if_large_in_memory
 from lightning_ep.trainer.finetuning import KnownParameters
@@ -474,6 +474,7 @@ class ExpertParallelStrategy(ModelParallelStrategy):
         if not self._hooks_checked:  # here, since hooks of all callbacks have had their turn
             check_hooks_on_shards(module)
             self._hooks_checked = True
+            check_shared_batches(args[0] if args else None, self.layout)
             say_start(module, self.layout, self._recompute, self._compile, self._batches.shape)
         # Where something may be added to a gradient, it has the parameters' dtype from the start.
         alone = module.automatic_optimization and module.trainer.accumulate_grad_batches == 1

@@ -4,7 +4,7 @@
 #   [RECIPE=qwen3_30b_a3b] sbatch slurm.sh [options of `lightning-ep fit`]
 #
 # RECIPE is a file or a name of `lightning-ep recipes`. One task per GPU. Started again (requeued, or by hand) it goes on
-# from the newest checkpoint. See docs/multinode.md.
+# from the newest checkpoint. See docs/operate/multinode.md.
 
 # (Lightning takes jobs named "bash" or "interactive" for terminals and ignores SLURM.)
 #SBATCH --job-name=lightning-ep

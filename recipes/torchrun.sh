@@ -4,7 +4,7 @@
 #   [RECIPE=qwen3_30b_a3b] [NODES=2] [GPUS=8] [MAX_RESTARTS=0] torchrun.sh FIRST_NODE [options of `lightning-ep fit`]
 #
 # RECIPE is a file or a name of `lightning-ep recipes`. FIRST_NODE is the name or address of one of the nodes, the same
-# for all. Started again on all nodes it goes on from the newest checkpoint. See docs/multinode.md.
+# for all. Started again on all nodes it goes on from the newest checkpoint. See docs/operate/multinode.md.
 set -euo pipefail
 first_node="${1:?usage: torchrun.sh FIRST_NODE [options]}"
 shift

@@ -34,16 +34,28 @@ def _random(*shape: int) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(3))
 
 
+def _places(side: int) -> Tensor:
+    """Where the patches of a square image are, ``[1, patches, 2]``."""
+    return torch.cartesian_prod(torch.arange(side), torch.arange(side)).flip(1)[None]
+
+
 IMAGES: dict[str, Callable[[Any], Inputs]] = {
     "aria": lambda c: _picture(c),
     "ernie4_5_vl_moe": lambda c: _patches(c, 1),
+    "gemma4": lambda c: {"pixel_values": _random(1, 16, 48), "image_position_ids": _places(4)},
+    "glm4v_moe": lambda c: _patches(c, 2),
     "glm5_next": lambda c: _patches(c, 2),
+    "inkling2": lambda c: {"pixel_values": _random(4, 28, 28, 3), "image_grid_thw": torch.tensor([[1, 2, 2]])},
+    "kimi_k25": lambda c: _patches(c),
     "llava": lambda c: _picture(c),
     "minimax_m3_vl": lambda c: _patches(c, 2),
+    "mistral_large4": lambda c: {"pixel_values": _random(1, 3, 56, 56), "image_sizes": torch.tensor([[56, 56]])},
     "qwen3_5_moe": lambda c: _patches(c, 2),
     "qwen3_omni_moe_thinker": lambda c: _patches(c, 2),
     "qwen3_vl_moe": lambda c: _patches(c, 2),
     "qwen4_exp": lambda c: _patches(c, 2),
+    "step3p7": lambda c: _picture(c),
+    "unlimited_ocr": lambda c: {"pixel_values": _random(1, 3, 64, 64)},
 }
 
 

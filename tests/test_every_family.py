@@ -1,4 +1,4 @@
-"""Every stage of a family's life, on two ranks against one process, is what docs/models.md says of it."""
+"""Every stage of a family's life, on two ranks against one process, is what docs/reference/models.md says of it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 from tests.hub.every_family import FAMILIES
 from tests.survey import STAGES, path_of, survey
 
-PAGE = Path(__file__).parents[1] / "docs" / "models.md"
+PAGE = Path(__file__).parents[1] / "docs" / "reference" / "models.md"
 # Fused and not, latent and linear attention, undecorated experts, towers, routers and experts of other kinds. Each has
 # one stage or two that others lack; whole rows are slow.
 SHORT = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Callable
 from functools import partial
@@ -16,6 +17,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
+from torch.utils.data import DataLoader
 from transformers import (
     AutoModelForCausalLM,
     PreTrainedTokenizerFast,
@@ -31,7 +33,7 @@ from lightning_ep.callbacks import GenerateSamples
 from lightning_ep.trainer import cost_warnings as advice
 from tests.reference import VOCAB, relative_error, tiny_config, tiny_model
 from tests.rows import RowFailures, Rows, agreed, fit, refused, whole
-from tests.tiny import SMALL, TinyModule, loader, mean_loss, quiet
+from tests.tiny import SMALL, Samples, TinyModule, loader, mean_loss, quiet
 
 row = Rows()
 
@@ -253,6 +255,41 @@ def checkpoints_that_the_strategy_knows_nothing_of(root: Path) -> None:
                 assert warned is ((reentrant in replaying or not early_stop) and dist.get_rank() == 0)
                 for name, value in expected.items():
                     assert relative_error(found[name], value) < 1e-6, f"{name}: ep={ep}, reentrant={reentrant}"
+
+
+# -------------------------------------------------------------------------------- batches
+
+
+@row()
+def ranks_that_share_batches_and_are_given_different_ones_are_told(root: Path) -> None:
+    def train(data: Any) -> None:
+        strategy = ExpertParallelStrategy(ep=2, tp=2)
+        trainer = quiet(root, strategy=strategy, max_steps=2, use_distributed_sampler=False)
+        trainer.fit(TinyModule(), DataLoader(data, batch_size=None))
+
+    with pytest.raises(
+        ValueError, match=r"ranks 0 to 1 share one batch .*: batch\['id'\], batch\['input_ids'\], batch"
+    ):
+        train(_samples(first=int(os.environ["RANK"])))
+    train(_samples(first=0))
+
+
+def _samples(first: int) -> list[dict[str, Tensor]]:
+    return [{key: value[None] for key, value in sample.items()} for sample in Samples(2, first)]
+
+
+@row()
+def ids_that_the_model_does_not_have_are_refused_with_their_place(root: Path) -> None:
+    for wrong in (VOCAB, -1):
+        ids = torch.zeros(2, 8, dtype=torch.long)
+        ids[1, 3] = wrong
+        data = DataLoader([{"input_ids": ids, "labels": ids}], batch_size=None)
+        with pytest.raises(
+            ValueError, match=rf"hold {wrong} \(at \[1, 3\]\), and the model has ids from 0 to {VOCAB - 1}"
+        ):
+            quiet(root, max_steps=1, use_distributed_sampler=False).fit(
+                CausalLM(tiny_config(**SMALL), pretrained=False), data
+            )
 
 
 # -------------------------------------------------------------------------------- generation

@@ -130,6 +130,7 @@ PRIVATE = [
     "torch.nn:Module._modules",
     "torch.nn:Module._parameters",
     "transformers.masking_utils:find_packed_sequence_indices",
+    "transformers:GenerationMixin._supports_mm_encoder_outputs",
     "transformers:PreTrainedModel._can_record_outputs",
     "transformers.utils.output_capturing:_CAN_RECORD_REGISTRY",
     "transformers:PreTrainedConfig._attn_implementation",
@@ -148,6 +149,7 @@ PRIVATE = [
     "transformers:PreTrainedModel._set_gradient_checkpointing",
     "transformers:PreTrainedModel._supports_attention_backend",
     "transformers.models.qwen3_moe.modeling_qwen3_moe:Qwen3MoeExperts._apply_gate",
+    "transformers.models.qwen3_vl_moe.modeling_qwen3_vl_moe:Qwen3VLMoeTextModel._deepstack_process",
 ]
 
 # Public in name, but undocumented, recent, or outside of what an upgrade promises to keep.
@@ -194,6 +196,14 @@ UNDOCUMENTED = [
     "torch.distributed.tensor.experimental:register_sharding",
     "transformers:PreTrainedModel.ep_plan",
     "transformers:PreTrainedConfig.attribute_map",
+    "transformers.models.auto.processing_auto:PROCESSOR_MAPPING",
+    "transformers.models.auto.processing_auto:processor_class_from_name",
+    "transformers:ProcessorMixin.check_argument_for_proper_class",
+    "transformers:ProcessorMixin.create_mm_token_type_ids",
+    "transformers:ProcessorMixin.get_attributes",
+    "transformers:ProcessorMixin.replace_image_token",
+    "transformers:Qwen3VLMoeModel.get_rope_index",
+    "transformers:Qwen3OmniMoeThinkerForConditionalGeneration.get_rope_index",
     "transformers:PreTrainedConfig.sub_configs",
     "transformers:PreTrainedModel.is_activation_checkpointing",
     "transformers:PreTrainedModel.loss_type",

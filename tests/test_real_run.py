@@ -155,7 +155,7 @@ def test_transformers_serve_answers_over_http_what_transformers_answers(run: Run
 @pytest.mark.skipif(find_spec("lm_eval") is None, reason='a judge of its own extra: pip install -e ".[judges]"')
 def test_lm_eval_runs_a_task_on_the_export(run: Run, tmp_path: Path) -> None:
     (tmp_path / "questions.jsonl").write_text("".join(json.dumps({"question": q}) + "\n" for q in run.questions))
-    page = (REPOSITORY / "docs" / "chats.md").read_text()
+    page = (REPOSITORY / "docs" / "start" / "chats.md").read_text()
     (task,) = re.findall(r"```yaml\n(task: .*?)```", page, re.S)
     (tmp_path / "answers_in_form.yaml").write_text(task)
     command = [

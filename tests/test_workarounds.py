@@ -1,4 +1,4 @@
-"""`docs/workarounds.md` says all that the package changes of other libraries' objects, and names all of their privates.
+"""`docs/reference/workarounds.md` says all that is changed of other libraries' objects, and names all their privates.
 
 Three things could make it untrue: a change that has no row, a row whose change is gone, and a name that moved.
 """
@@ -18,7 +18,8 @@ from tests.test_private_dependencies import LIBRARIES, MARKS, PRIVATE, UNDOCUMEN
 
 PACKAGE = Path(lightning_ep.__file__).parent
 ROOT = PACKAGE.parent
-PAGE = (ROOT / "docs" / "workarounds.md").read_text()
+PAGE_NAME = "docs/reference/workarounds.md"
+PAGE = (ROOT / PAGE_NAME).read_text()
 CHANGES, NAMES = PAGE.split("\n## ")[1:3]  # its two parts
 
 # Calls that change what is not ours: an object that they are called on or given, or all of the process.
@@ -39,11 +40,12 @@ OURS = [
     ("causal_lm.py", {"model"}, "a CausalLM"),
     ("cli/export.py", {"base_model_name_or_path", "revision"}, "the LoraConfig of an adapter that it has read"),
     ("cli/export.py", {"generation_config"}, "a model that `meta_model` has made"),
-    ("callbacks/grade.py", {"sync_on_compute"}, "a copy of the metric"),
+    ("callbacks/grade.py", {"distributed_available_fn"}, "a copy of the metric"),
     ("cli/compared.py", {"manual_seed"}, "a generator of its own"),
     ("cli/compared.py", {"set_experts_implementation"}, "the model that the command has built"),
     ("cli/generation.py", {"chat_template", "response_template"}, "the tokenizer that the command has loaded"),
     ("cli/generation.py", {"manual_seed"}, "the command's process"),
+    ("tensor_parallel/styles.py", {"value"}, "a SequenceLength"),
     (
         "cli/opened.py",
         {"data", "generation_config", "strict_loading"},
@@ -208,7 +210,7 @@ def test_what_the_walk_takes_for_a_change(statement: str, changed: str | None) -
 @pytest.mark.parametrize(("file", "name"), sorted(CHANGED))
 def test_every_change_is_on_the_page(file: str, name: str) -> None:
     assert any(file in files and name in says for files, says in _rows()), (
-        f"{file} changes {name!r} of an object that is not of the package: say so in docs/workarounds.md, in a row "
+        f"{file} changes {name!r} of an object that is not of the package: say so in {PAGE_NAME}, in a row "
         f"whose first column names `{file}` and `{name}`. If the object is ours, add it to OURS in {__file__}"
     )
 
@@ -229,7 +231,7 @@ def test_what_is_ours_is_still_there() -> None:
 def test_every_listed_name_is_on_the_page(entry: str) -> None:
     name = entry.partition(":")[2]
     spans = _spans(NAMES)
-    assert any(span == name or span.endswith(f".{name}") for span in spans), f"docs/workarounds.md lacks `{name}`"
+    assert any(span == name or span.endswith(f".{name}") for span in spans), f"{PAGE_NAME} lacks `{name}`"
 
 
 def test_names_are_used_where_the_page_says() -> None:
@@ -273,8 +275,8 @@ def test_files_and_functions_of_the_package_exist() -> None:
     assert len(own) > 100
     for file, name in own:
         path = _own(file)
-        assert path.is_file(), f"docs/workarounds.md names {file}, which does not exist"
-        assert not name or _defines(path, name), f"docs/workarounds.md names {name} in {file}, which is not there"
+        assert path.is_file(), f"{PAGE_NAME} names {file}, which does not exist"
+        assert not name or _defines(path, name), f"{PAGE_NAME} names {name} in {file}, which is not there"
 
 
 @pytest.mark.parametrize("library", LIBRARIES)
@@ -289,7 +291,5 @@ def test_sources_of_the_libraries_say_what_the_page_says(library: str) -> None:
         pytest.skip(f"the page is about sources of another version of {library} than {installed}")
     for file, name in sources:
         path = Path(spec.origin).parent.parent / file
-        assert path.is_file(), f"docs/workarounds.md names {file}, which {library} {installed} does not have"
-        assert _defines(path, name), (
-            f"docs/workarounds.md names {name} in {file}, which {library} {installed} does not have"
-        )
+        assert path.is_file(), f"{PAGE_NAME} names {file}, which {library} {installed} does not have"
+        assert _defines(path, name), f"{PAGE_NAME} names {name} in {file}, which {library} {installed} does not have"

@@ -38,7 +38,7 @@ class ExpertLoadMonitor(Callback):
     Pictures are drawn after 10 logged steps, then as often as it takes less than 0.3 % of the time, and at the end,
     into ``routing/`` of the log directory: ``expert_load.png``, ``load_curves.png`` and, of several ranks,
     ``straggler_factor.png``. TensorBoard and Weights & Biases get them, too. They need matplotlib:
-    ``pip install "lightning-ep[pictures]"``. docs/routing.md says how to read them.
+    ``pip install "lightning-ep[pictures]"``. docs/operate/routing.md says how to read them.
 
     A layer is named in a warning once, if in the last 10 logged steps its tokens went to hardly more experts than one
     token goes to, or experts that should have got many got none.
@@ -129,10 +129,10 @@ class ExpertLoadMonitor(Callback):
         found = "; ".join(finding.sentence(names[finding.layer]) for finding in new)
         rank_zero_warn(
             f"Routing in steps {last.first} to {last.last}: {found}. Such routers seldom recover by themselves. Lower "
-            "the learning rate or warm it up for longer, balance the routers (CausalLM(router=...), docs/routing.md), "
-            "and look whether the data of these steps is all of one kind. Published weights may have had no use for "
-            "some experts on such data before: `lightning-ep routing` says it of any weights and text."
-            + (f" Pictures: {self._folder}." if pictures.available() else "")
+            "the learning rate or warm it up for longer, balance the routers (CausalLM(router=...), "
+            "docs/operate/routing.md), and look whether the data of these steps is all of one kind. Published weights "
+            "may have had no use for some experts on such data before: `lightning-ep routing` says it of any weights "
+            "and text." + (f" Pictures: {self._folder}." if pictures.available() else "")
         )
 
     def _draw(self, trainer: Trainer) -> None:

@@ -115,6 +115,11 @@ class GradeAnswers(Callback):
 
     def _check(self, trainer: Trainer, pl_module: LightningModule) -> None:
         generation_tokenizer(type(self).__name__, self.tokenizer, trainer, pl_module)
+        if len(getattr(trainer.datamodule, "placeholders", ())):  # type: ignore[attr-defined]
+            raise ValueError(
+                f"GradeAnswers asks with texts alone, and the questions of {type(trainer.datamodule).__name__} have "  # type: ignore[attr-defined]
+                "images in them. Leave it out: val/loss is what there is of these data."
+            )
         try:
             _values(self._metric(), ["an answer"], ["the answer"])
         except Exception as error:
@@ -127,7 +132,10 @@ class GradeAnswers(Callback):
     def _metric(self) -> Metric:
         metric = deepcopy(self.metric) if self.metric is not None else ExactMatch()
         metric.reset()
-        metric.sync_on_compute = False  # every rank has all answers
+        for part in metric.modules():  # of metrics made of metrics too
+            if isinstance(part, Metric):
+                # Every rank has all answers. (torchmetrics looks at `sync_on_compute` in constructors alone.)
+                part.distributed_available_fn = _never
         return metric
 
     def _answer(self, trainer: Trainer, pl_module: LightningModule) -> tuple[list[str], list[str]]:
@@ -170,6 +178,10 @@ class ExactMatch(Metric):
     @override
     def compute(self) -> torch.Tensor:
         return self.right / self.total
+
+
+def _never() -> bool:
+    return False
 
 
 def _values(metric: Metric, answers: list[str], expected: list[str]) -> dict[str, torch.Tensor]:

@@ -122,9 +122,9 @@ def allocate(
 
 
 BUILD_THE_SAME_GROUPS = (
-    "Build the same groups, or start anew from the weights alone (see docs/resume.md). Groups that training has added "
-    "must be there again when optimizers are restored, right after `on_fit_start`: add them in it, as Lightning's "
-    "BaseFinetuning does."
+    "Build the same groups, or start anew from the weights alone (see docs/operate/resume.md). Groups that training "
+    "has added must be there again when optimizers are restored, right after `on_fit_start`: add them in it, as "
+    "Lightning's BaseFinetuning does."
 )
 
 
@@ -232,7 +232,7 @@ def _listed(keys: set[str]) -> str:
 def _build_the_same(what: str, name: str | None) -> str:
     return (
         f"Its state means nothing to another class: return {name or f'the same {what}'} from configure_optimizers, or "
-        "start anew from the weights alone (see docs/resume.md)."
+        "start anew from the weights alone (see docs/operate/resume.md)."
     )
 
 

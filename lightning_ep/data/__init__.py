@@ -9,6 +9,7 @@ from lightning_ep.data.resumable_loader import ResumableLoader, data_ranks
 from lightning_ep.data.row_files import Source
 from lightning_ep.data.text import TextDataModule
 from lightning_ep.data.text_stream import TextStreamDataModule
+from lightning_ep.data.vision_chat import VisionChatDataModule
 
 __all__ = [
     "ChatDataModule",
@@ -21,5 +22,6 @@ __all__ = [
     "Source",
     "TextDataModule",
     "TextStreamDataModule",
+    "VisionChatDataModule",
     "data_ranks",
 ]

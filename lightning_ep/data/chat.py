@@ -109,12 +109,16 @@ class ChatDataModule(RowsDataModule):
                 "in front of the answers it is given: the model is trained without it and will be asked with it. A "
                 "template that writes it can be passed as `chat_template`."
             )
-        self._renders = RendersConversations(
-            self.tokenizer, written, self.sequence_length, self.split_turns, self.too_long, self.malformed
-        )
+        self._renders = self.renders(written)
         self.tokenizer.chat_template = with_defaults(kept, self.template_kwargs)
         if (response := response_template(self.chat_template, self.tokenizer.eos_token)) is not None:
             self.tokenizer.response_template = response
+
+    def renders(self, template: ChatTemplate) -> RendersConversations:
+        """What makes samples of conversations, by a template."""
+        return RendersConversations(
+            self.tokenizer, template, self.sequence_length, self.split_turns, self.too_long, self.malformed
+        )
 
     @override
     def read_row(self, row: Row) -> Conversation:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
@@ -27,11 +27,25 @@ class MalformedRow(ValueError):
     """A row that says nothing that can be trained on; the message begins with its file and line."""
 
 
+def text_of(content: Any, place: str, role: str) -> str:
+    """What a message says, as a text; ``place`` is what errors call it.
+
+    Raises:
+        MalformedRow: If it is anything else.
+    """
+    return _text(content, place)
+
+
+ReadContent = Callable[[Any, str, str], Any]
+"""Reads the content of a message, as `text_of` does."""
+
+
 class Conversation(NamedTuple):
     """Messages as templates take them, whichever way they were written.
 
     Attributes:
-        messages: Each has ``role`` and ``content`` (a string, maybe empty); an assistant's may have
+        messages: Each has ``role`` and ``content`` (a string, maybe empty, or what another reader than `text_of` makes
+            of it); an assistant's may have
             ``reasoning_content`` (not empty) and ``tool_calls``, whose ``arguments`` are dicts. Other keys are kept.
         trained: Of each message, whether it is to be learnt: an assistant's, unless the row says otherwise.
         tools: What the system offers, as it was written; None if nothing.
@@ -44,7 +58,7 @@ class Conversation(NamedTuple):
     where: str
 
 
-def conversation(row: Mapping[str, Any], where: str) -> Conversation:
+def conversation(row: Mapping[str, Any], where: str, read: ReadContent = text_of) -> Conversation:
     """Read one row.
 
     Args:
@@ -52,6 +66,7 @@ def conversation(row: Mapping[str, Any], where: str) -> Conversation:
             or ``prompt`` and ``completion``, of which only the second is learnt; beside them ``system`` and ``tools``,
             where there are any. Each may be JSON text.
         where: What messages call the row.
+        read: Reads the contents of messages.
 
     Raises:
         MalformedRow: If it is no conversation.
@@ -59,7 +74,7 @@ def conversation(row: Mapping[str, Any], where: str) -> Conversation:
     tools, system = row.get("tools"), row.get("system")
     key = next((key for key in ("messages", "conversations") if row.get(key) is not None), None)
     if key is not None:
-        return from_messages(row[key], tools, where, key, system)
+        return from_messages(row[key], tools, where, key, system, read)
     if row.get("prompt") is None or row.get("completion") is None:
         raise MalformedRow(
             f"{where}: the row has {sorted(row)} and no 'messages' (dicts of 'role' and 'content'), 'conversations' "
@@ -67,8 +82,8 @@ def conversation(row: Mapping[str, Any], where: str) -> Conversation:
         )
     if isinstance(row["prompt"], str) and not row["prompt"].lstrip().startswith("["):
         raise MalformedRow(f"{where}: 'prompt' is a text: PromptCompletionDataModule reads pairs of texts.")
-    given = from_messages(row["prompt"], tools, where, "prompt", system)
-    learnt = from_messages(row["completion"], None, where, "completion")
+    given = from_messages(row["prompt"], tools, where, "prompt", system, read)
+    learnt = from_messages(row["completion"], None, where, "completion", None, read)
     trained = [False] * len(given.trained) + learnt.trained
     return given._replace(messages=given.messages + learnt.messages, trained=trained)
 
@@ -140,7 +155,9 @@ def _behind(messages: list[dict[str, Any]], answer: Conversation) -> Conversatio
     return answer._replace(messages=messages + answer.messages, trained=[False] * len(messages) + answer.trained)
 
 
-def from_messages(written: Any, tools: Any, where: str, key: str = "messages", system: Any = None) -> Conversation:
+def from_messages(
+    written: Any, tools: Any, where: str, key: str = "messages", system: Any = None, read: ReadContent = text_of
+) -> Conversation:
     """Read a list of messages, or JSON text of one.
 
     Args:
@@ -149,6 +166,7 @@ def from_messages(written: Any, tools: Any, where: str, key: str = "messages", s
         where: What error messages call the row.
         key: What they call the messages.
         system: A system prompt to go in front.
+        read: Reads the contents of messages.
 
     Raises:
         MalformedRow: If these are no messages.
@@ -164,12 +182,12 @@ def from_messages(written: Any, tools: Any, where: str, key: str = "messages", s
         place = f"{where}: {key}[{index}]"
         if not isinstance(one, Mapping):
             raise MalformedRow(f"{place} must be a dict with 'role' and 'content', not {_short(one)}.")
-        messages.append(_message(one, place))
+        messages.append(_message(one, place, read))
         learnt.append(_trained(one, place) and messages[-1]["role"] == "assistant")
     return Conversation(messages, learnt, _tools(tools, where), where)
 
 
-def _message(written: Mapping[str, Any], place: str) -> dict[str, Any]:
+def _message(written: Mapping[str, Any], place: str, read: ReadContent) -> dict[str, Any]:
     # A key with None is one that Arrow has filled in, or an API that has nothing to say: templates ask for keys.
     message = {key: value for key, value in written.items() if value is not None and key not in ("train", "weight")}
     if "role" not in message and "from" in message:
@@ -189,7 +207,7 @@ def _message(written: Mapping[str, Any], place: str) -> dict[str, Any]:
     if message.get("content") is None and not (reasoning or calls) and role != "tool":
         raise MalformedRow(f"{place} has no content: give a text, '' if it is empty.")
     # Never missing or None: some templates write "None", others fail.
-    message["content"] = _text(message.get("content") or "", f"{place}: content")
+    message["content"] = read(message.get("content") or "", f"{place}: content", role)
     if reasoning:
         message["reasoning_content"] = _text(reasoning, f"{place}: reasoning")
     if calls:

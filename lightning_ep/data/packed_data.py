@@ -71,6 +71,8 @@ class PackedDataModule(LightningDataModule):
     """What directories in the cache begin with."""
     across_documents = False
     """Whether documents see those before them in the window; batches have no ``position_ids`` then."""
+    packs = True  # documents into windows
+    placeholders: Sequence[int] = ()  # tokens that stand for an image together: previews show how many
     trains: LightningModule | None = None
     """The module that will be trained, where there is no Trainer to ask: its weights say which tokenizer it is."""
 
@@ -101,7 +103,7 @@ class PackedDataModule(LightningDataModule):
         self.num_proc = num_proc
         self._tokenizer_source = tokenizer
         self.makes_tokenizer = False  # as `setup` and `load_tokenizer` found
-        self._directory: Path | None = None  # in the cache; known to the process that prepares
+        self._directory: Path | None = None  # in the cache
 
     # ------------------------------------------------------------------------------------------ what a subclass says
 
@@ -177,6 +179,7 @@ class PackedDataModule(LightningDataModule):
     def setup(self, stage: str | None = None) -> None:
         """Load what ``prepare_data`` made, on every rank."""
         origin, directory = self._tokenizer_files(), self._found()
+        self._directory = directory
         self.makes_tokenizer = not origin
         self.use_tokenizer(origin[0].parent if origin else directory / "tokenizer")
         config = getattr(self._module(), "model_config", None)  # CausalLM's, before the model is built
@@ -270,7 +273,7 @@ class PackedDataModule(LightningDataModule):
 
     @property
     def directory(self) -> Path:
-        """Where in the cache the windows are; known to the process that has called ``prepare_data``."""
+        """Where in the cache the windows are; known once ``prepare_data`` or ``setup`` was called."""
         assert self._directory is not None
         return self._directory
 
@@ -280,17 +283,17 @@ class PackedDataModule(LightningDataModule):
         Raises:
             ValueError: If there are too few windows to give every data rank a batch.
         """
-        checks = [("training", self.train_dataset, self.batch_size * data_world_size)]
+        checks = [("training", len(self.train_dataset), self.batch_size * data_world_size)]
         if self.val_dataset is not None:
-            checks.append(("validation", self.val_dataset, 1 if self._weighs_tokens else data_world_size))
-        for name, dataset, needed in checks:
-            if len(dataset) < needed:
-                names = ", ".join(map(repr, self.counts["train"]["sources"]))
+            checks.append(("validation", len(self.val_dataset), 1 if self._weighs_tokens else data_world_size))
+        for name, found, needed in checks:
+            if found < needed:
                 raise ValueError(
-                    f"{names}: {len(dataset)} {name} windows of sequence_length={self.sequence_length}, "
-                    f"but {data_world_size} data ranks with batch_size={self.batch_size} need at least {needed} for a "
-                    "batch each. Use more data, shorter windows, smaller batches, fewer data ranks or another "
-                    f"validation_fraction (now {self.validation_fraction})."
+                    f"{', '.join(map(repr, self.counts['train']['sources']))}: {found} {name} windows of "
+                    f"sequence_length={self.sequence_length}, but {data_world_size} data ranks with batch_size="
+                    f"{self.batch_size} need at least {needed} for a batch each. Use more data, shorter windows, "
+                    "smaller batches, fewer data ranks or another validation_fraction (now "
+                    f"{self.validation_fraction})."
                 )
         return len(self.train_dataset) // (self.batch_size * data_world_size)
 
@@ -324,6 +327,7 @@ class PackedDataModule(LightningDataModule):
                 self._processes,
                 shuffle_seed=self.seed if name == "train" else None,
                 description=f"preparing {name}",
+                pack=self.packs,
             )
 
     def _make_documents(self, directory: Path, sources: Sequence[Rows]) -> None:
@@ -340,11 +344,9 @@ class PackedDataModule(LightningDataModule):
         return find_prepared(self, prepared, locate, cache_root(self.cache_dir))
 
     def _parts(self, sources: Sequence[Rows], validation: Sequence[Rows] | None) -> dict[str, list[Part]]:
-        if validation is not None:
-            whole = {"train": sources, "val": validation}
+        if validation is not None or self.validation_fraction == 0:
+            whole = {"train": sources} | ({"val": validation} if validation is not None else {})
             return {name: [Part(rows, np.arange(rows.count)) for rows in some] for name, some in whole.items()}
-        if self.validation_fraction == 0:
-            return {"train": [Part(rows, np.arange(rows.count)) for rows in sources]}
         if not 0 < self.validation_fraction < 1:
             raise ValueError(f"validation_fraction={self.validation_fraction} must lie between 0 and 1, such as 0.05.")
         split = [(rows, *self.split(rows)) for rows in sources]
@@ -382,12 +384,10 @@ class PackedDataModule(LightningDataModule):
 
     def _loader(self, dataset: Any, shuffle: bool, drop_last: bool) -> ResumableLoader:
         check_of_module(self.tokenizer, self._module(), self.makes_tokenizer, type(self).__name__)
-        data_rank, data_world_size = data_ranks(self.trainer)
         return ResumableLoader(
             dataset,
             self.batch_size,
-            data_rank,
-            data_world_size,
+            *data_ranks(self.trainer),
             shuffle=shuffle,
             seed=self.seed,
             drop_last=drop_last,

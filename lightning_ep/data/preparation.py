@@ -13,13 +13,17 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
 from tqdm import tqdm
 
+from lightning_ep.data.document_files import DocumentFiles, Documents
 from lightning_ep.data.windows import COLUMNS, Fill, Sample, best_fit, fill_window
+
+if TYPE_CHECKING:
+    from lightning_ep.data.images import Image
 
 WINDOWS, COUNTS = "windows.arrow", "counts.json"
 """The files that `prepare` makes."""
@@ -69,16 +73,18 @@ class Samples:
 
     Attributes:
         samples: The documents.
+        images: For each of them, what its places for images stand for, in order.
         dropped: How many samples were left out, by reason.
         notes: How often something else happened that the log should say.
     """
 
     def __init__(self) -> None:
         self.samples: list[Sample] = []
+        self.images: list[Sequence[Image]] = []
         self.dropped: Counter[str] = Counter()
         self.notes: Counter[str] = Counter()
 
-    def add(self, input_ids: Sequence[int], supervised: Sequence[bool]) -> None:
+    def add(self, input_ids: Sequence[int], supervised: Sequence[bool], images: Sequence[Image] = ()) -> None:
         """Adds a document; see `Sample`.
 
         Raises:
@@ -87,6 +93,7 @@ class Samples:
         if len(input_ids) != len(supervised):
             raise ValueError(f"A sample has {len(input_ids)} tokens and says of {len(supervised)} if they count.")
         self.samples.append(Sample(input_ids, supervised))
+        self.images.append(images)
 
     def drop(self, reason: str, count: int = 1) -> None:
         """Counts samples that are left out; the log says "3 {reason}"."""
@@ -111,6 +118,7 @@ def prepare(
     num_proc: int,
     shuffle_seed: int | None,
     description: str,
+    pack: bool = True,
 ) -> None:
     """Write windows of the documents that rows become, and what was counted.
 
@@ -129,12 +137,13 @@ def prepare(
             say. None leaves each where it is, once, in windows that hold documents of one source each: source by
             source, as many as `COUNTS` says.
         description: What the progress bar says.
+        pack: Let documents share windows.
     """
     counts = Counts()
     with tempfile.TemporaryDirectory(dir=directory) as scratch:
-        with _Writer(Path(scratch)) as writer:
+        with DocumentFiles(Path(scratch), directory) as writer:
             for part, made in made_of(parts, make_samples, sequence_length, num_proc, description):
-                writer.add(made, part)
+                writer.add(made.tokens, made.supervised, made.lengths, made.images, made.numbers, part)
                 counts.add(made, parts[part].rows.name)
         documents = writer.documents()
         if shuffle_seed is not None:
@@ -142,7 +151,7 @@ def prepare(
         else:
             numbers = {name: [n for n, part in enumerate(parts) if part.rows.name == name] for name in counts.sources}
             orders = [np.flatnonzero(np.isin(documents.parts, of_name)) for of_name in numbers.values()]
-        fill, windows = _pack(directory / WINDOWS, documents, orders, sequence_length, pad_token_id)
+        fill, windows = _pack(directory / WINDOWS, documents, orders, sequence_length, pad_token_id, pack)
         if shuffle_seed is None:
             for some, number in zip(counts.sources.values(), windows, strict=True):
                 some["windows"] = number
@@ -162,6 +171,8 @@ class Made:
         tokens: int32, one document after the other.
         supervised: bool, of each token.
         lengths: int64, of each document.
+        images: Those of all documents, in order.
+        numbers: int64, how many each document has.
         dropped: As in `Samples`.
         notes: As in `Samples`.
     """
@@ -170,25 +181,30 @@ class Made:
     tokens: np.ndarray
     supervised: np.ndarray
     lengths: np.ndarray
+    images: list[Image]
+    numbers: np.ndarray
     dropped: Counter[str]
     notes: Counter[str]
 
     @staticmethod
     def of(samples: Samples, rows: int, sequence_length: int) -> Made:
         """What is kept of samples: documents that a window holds, and that have a token to predict."""
-        kept = []
-        for sample in samples.samples:
+        kept, images = [], []
+        for sample, of_sample in zip(samples.samples, samples.images, strict=True):
             if len(sample.input_ids) > sequence_length:
                 samples.drop(f"longer than {sequence_length} tokens")
             elif not any(sample.supervised[1:]):
                 samples.drop("without supervised tokens")
             else:
                 kept.append(sample)
+                images.append(of_sample)
         return Made(
             rows,
             np.fromiter(chain.from_iterable(sample.input_ids for sample in kept), np.int32),
             np.fromiter(chain.from_iterable(sample.supervised for sample in kept), np.bool_),
             np.array([len(sample.input_ids) for sample in kept], np.int64),
+            [image for of_sample in images for image in of_sample],
+            np.array([len(of_sample) for of_sample in images], np.int64),
             samples.dropped,
             samples.notes,
         )
@@ -298,66 +314,13 @@ def describe(counts: dict[str, Any]) -> str:
 # ------------------------------------------------------------------------------------------------- documents to windows
 
 
-class _Writer:
-    """Writes documents to files as they come: there may be more of them than fit into memory."""
-
-    def __init__(self, directory: Path) -> None:
-        self._paths = directory / "tokens", directory / "supervised"
-        self._lengths: list[np.ndarray] = [np.zeros(0, np.int64)]
-        self._parts: list[np.ndarray] = [np.zeros(0, np.int64)]
-
-    def __enter__(self) -> _Writer:
-        self._files = [path.open("wb") for path in self._paths]
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for file in self._files:
-            file.close()
-
-    def add(self, made: Made, part: int) -> None:
-        for file, values in zip(self._files, (made.tokens, made.supervised), strict=True):
-            file.write(values.tobytes())
-        self._lengths.append(made.lengths)
-        self._parts.append(np.full(len(made.lengths), part))
-
-    def documents(self) -> _Documents:
-        lengths, parts = np.concatenate(self._lengths), np.concatenate(self._parts)
-        if not len(lengths):
-            return _Documents(np.zeros(0, np.int32), np.zeros(0, np.bool_), lengths, parts)
-        tokens, supervised = self._paths
-        return _Documents(np.memmap(tokens, np.int32, "r"), np.memmap(supervised, np.bool_, "r"), lengths, parts)
-
-
-@dataclass
-class _Documents:
-    """All documents, in the order of the rows."""
-
-    tokens: np.ndarray
-    supervised: np.ndarray
-    lengths: np.ndarray
-    parts: np.ndarray
-
-    def __post_init__(self) -> None:
-        self._ends = np.cumsum(self.lengths)
-
-    def __getitem__(self, index: int) -> Sample:
-        begin, end = self._ends[index] - self.lengths[index], self._ends[index]
-        return Sample(self.tokens[begin:end], self.supervised[begin:end])  # type: ignore[arg-type]  # arrays
-
-    def mixed(self, weights: Sequence[float], seed: int) -> np.ndarray:
-        """The documents of an epoch: mixed, and as often as their parts' weights say."""
-        rng = np.random.default_rng(seed)
-        chosen = [np.zeros(0, np.int64)]
-        for part, weight in enumerate(weights):
-            documents = np.flatnonzero(self.parts == part)
-            times, rest = divmod(weight, 1)
-            chosen += [documents] * int(times)
-            chosen.append(rng.permutation(documents)[: round(rest * len(documents))])
-        return rng.permutation(np.concatenate(chosen))
-
-
 def _pack(
-    path: Path, documents: _Documents, orders: Sequence[np.ndarray], sequence_length: int, pad_token_id: int
+    path: Path,
+    documents: Documents,
+    orders: Sequence[np.ndarray],
+    sequence_length: int,
+    pad_token_id: int,
+    pack: bool,
 ) -> tuple[Fill, list[int]]:
     """Write the windows as an Arrow stream, which `datasets.Dataset.from_file` maps into memory.
 
@@ -367,17 +330,23 @@ def _pack(
     fill, numbers = Fill(sequence_length), []
     values = pa.list_(pa.int32(), sequence_length)
     schema = pa.schema([(name, values) for name in COLUMNS])
+    if documents.have_images:
+        schema = schema.append(pa.field("images", pa.list_(pa.int64())))
     with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, schema) as stream:
         for order in orders:
-            before, windows = fill.windows, best_fit(documents.lengths[order], sequence_length)
+            before, lengths = fill.windows, documents.lengths[order]
+            windows = best_fit(lengths, sequence_length) if pack else iter([[place] for place in range(len(order))])
             while batch := list(islice(windows, _WINDOWS_PER_WRITE)):
-                filled = []
+                filled, images = [], []
                 for places in batch:
-                    chosen = [documents[index] for index in order[places].tolist()]
+                    indices = order[places].tolist()
+                    chosen = [documents[index] for index in indices]
                     filled.append(fill_window(chosen, sequence_length, pad_token_id))
+                    images.append([image for index in indices for image in documents.images(index)])
                     fill.add(filled[-1], len(chosen), sum(len(sample.input_ids) for sample in chosen))
                 columns = [pa.array(np.concatenate(column)) for column in zip(*filled, strict=True)]
                 arrays = [pa.FixedSizeListArray.from_arrays(column, sequence_length) for column in columns]
+                arrays += [pa.array(images, pa.list_(pa.int64()))] if documents.have_images else []
                 stream.write_batch(pa.record_batch(arrays, schema=schema))
             numbers.append(fill.windows - before)
     return fill, numbers

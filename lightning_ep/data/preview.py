@@ -100,7 +100,7 @@ def _show(data: PackedDataModule, looked: dict[str, Looked], colour: bool) -> It
         head = f"── {document.where}: {len(document.tokens):,} tokens, {int(document.learnt[1:].sum()):,} supervised "
         yield ""
         yield f"\x1b[1m{head:─<100}\x1b[0m" if colour else f"{head:─<100}"
-        yield _written(data.tokenizer, document, colour).rstrip("\n")
+        yield _written(data.tokenizer, document, colour, data.placeholders).rstrip("\n")
     yield "─" * 100
     yield ""
     for name, source in looked.items():
@@ -120,19 +120,31 @@ def _choose(looked: dict[str, Looked], seed: int) -> list[Document]:
     return list(islice(turns, SHOWN))
 
 
-def _written(tokenizer: Any, document: Document, colour: bool) -> str:
-    """The text of a document, in which what is learnt is marked; the middle of a long one is left out."""
-    learnt = document.learnt.copy()
+def _written(tokenizer: Any, document: Document, colour: bool, placeholders: Sequence[int]) -> str:
+    """The text of a document, in which what is learnt is marked; of a run of one placeholder its length is left."""
+    tokens, learnt = document.tokens, document.learnt.copy()
     learnt[0] = False  # there is nothing to predict it from
+    text, end = "", 0
+    for placeholder, run in groupby(token if token in placeholders else None for token in tokens.tolist()):
+        begin, end = end, end + len(list(run))
+        if placeholder is None:
+            text += _shortened(tokenizer, tokens[begin:end], learnt[begin:end], colour)
+        else:
+            text += f"{tokenizer.decode([placeholder])} x {end - begin:,}"
+    return text
+
+
+def _shortened(tokenizer: Any, tokens: np.ndarray, learnt: np.ndarray, colour: bool) -> str:
+    """A text without the middle of a long one."""
     size = len(learnt)
     if size <= _BEGIN + _END:
-        return _marked(tokenizer, document.tokens, learnt, colour)
+        return _marked(tokenizer, tokens, learnt, colour)
     begin, end = slice(0, _BEGIN), slice(size - _END, size)
     middle = learnt[_BEGIN : size - _END]
     return (
-        _marked(tokenizer, document.tokens[begin], learnt[begin], colour)
+        _marked(tokenizer, tokens[begin], learnt[begin], colour)
         + f"\n[... {len(middle):,} tokens, of which {int(middle.sum()):,} are supervised ...]\n"
-        + _marked(tokenizer, document.tokens[end], learnt[end], colour)
+        + _marked(tokenizer, tokens[end], learnt[end], colour)
     )
 
 

@@ -49,7 +49,7 @@ class RendersConversations:
         made: list[tuple[Conversation, Rendered]] = []
         for whole in conversations:
             try:
-                made += [(part, self._render(part)) for part in self._parts(whole)]
+                made += [(part, self.render(part)) for part in self._parts(whole)]
             except MalformedRow:
                 if self.malformed == "refuse":
                     raise
@@ -63,11 +63,12 @@ class RendersConversations:
                 shorter = self._shorten(conversation) if self.too_long == "shorten" else None
                 if shorter is not None:  # otherwise it is left out, as all that no window holds
                     samples.note(SHORTENED)
-                    rendered = self._render(shorter)
+                    rendered = self.render(shorter)
                     (encoding,) = self._tokenize([rendered.text])
             for note, count in rendered.notes.items():
                 samples.note(note, count)
-            samples.add(encoding.ids, tokens_within(encoding.offsets, rendered.spans).tolist())
+            learnt = tokens_within(encoding.offsets, rendered.spans).tolist()
+            samples.add(encoding.ids, learnt, rendered.images)
 
     def _parts(self, whole: Conversation) -> Iterator[Conversation]:
         """What becomes a sample each, ending with a message that is learnt."""
@@ -78,7 +79,8 @@ class RendersConversations:
             trained = [*before, whole.trained[turn]]
             yield whole._replace(messages=whole.messages[: turn + 1], trained=trained)
 
-    def _render(self, conversation: Conversation) -> Rendered:
+    def render(self, conversation: Conversation) -> Rendered:
+        """A conversation as text; raises MalformedRow."""
         try:
             return self.template.render(conversation.messages, conversation.trained, conversation.tools)
         except ValueError as error:
@@ -101,7 +103,7 @@ class RendersConversations:
             )
 
         def fits(begin: int) -> bool:
-            (encoding,) = self._tokenize([self._render(cut(begin)).text])
+            (encoding,) = self._tokenize([self.render(cut(begin)).text])
             return len(encoding) <= self.sequence_length
 
         try:

@@ -35,11 +35,13 @@ class Row(NamedTuple):
         where: File and line, or source and row.
         values: The columns.
         malformed: What is wrong where it is no dict of columns.
+        folder: The directory of the file, from which paths in a row go on; None of a dataset.
     """
 
     where: str
     values: Mapping[str, Any]
     malformed: str | None = None
+    folder: Path | None = None
 
     def columns(self) -> Mapping[str, Any]:
         """The columns.
@@ -212,7 +214,7 @@ class _JsonLines:
         with self._file.open("rb") as opened:
             for index in indices:
                 opened.seek(int(self._begins[index]))
-                rows.append(_json_row(f"{self._file}:{self._lines[index]}", opened.readline()))
+                rows.append(_json_row(self._file, int(self._lines[index]), opened.readline()))
         return rows
 
 
@@ -231,7 +233,7 @@ class _JsonList:
         return len(self._rows)
 
     def read(self, indices: Sequence[int]) -> list[Row]:
-        return [_row(f"{self._file}, item {index}", self._rows[index]) for index in indices]
+        return [_row(f"{self._file}, item {index}", self._rows[index], self._file.parent) for index in indices]
 
 
 class _Parquet:
@@ -258,7 +260,7 @@ class _Parquet:
                 self._last = (group, self._groups.read_row_group(group, use_threads=False))
             table = self._last[1]
             values = table.slice(index - self._ends[group] + len(table), 1).to_pylist()[0]
-            rows.append(Row(f"{self._file}, row {index}", without_fills(values)))
+            rows.append(Row(f"{self._file}, row {index}", without_fills(values), folder=self._file.parent))
         return rows
 
 
@@ -290,8 +292,11 @@ class _Dataset:
         return _hash_of([Path(file["filename"]) for file in self._dataset.cache_files]) + self._name
 
     def read(self, indices: Sequence[int]) -> list[Row]:
-        columns = self._dataset[list(indices)]
-        rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+        if "Image(" in repr(self._dataset.features):  # as files have them, not decoded
+            rows = self._dataset.with_format("arrow")[list(indices)].to_pylist()
+        else:
+            columns = self._dataset[list(indices)]
+            rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
         return [Row(f"{self._name}, row {index}", without_fills(row)) for index, row in zip(indices, rows, strict=True)]
 
 
@@ -304,16 +309,17 @@ def without_fills(value: Any) -> Any:
     return value
 
 
-def _json_row(where: str, text: bytes) -> Row:
+def _json_row(file: Path, line: int, text: bytes) -> Row:
+    where = f"{file}:{line}"
     try:
-        return _row(where, json.loads(text))
+        return _row(where, json.loads(text), file.parent)
     except ValueError as error:  # JSON or UTF-8
         return Row(where, {}, f"the line is no JSON: {error}")
 
 
-def _row(where: str, value: Any) -> Row:
+def _row(where: str, value: Any, folder: Path) -> Row:
     if isinstance(value, Mapping):
-        return Row(where, value)
+        return Row(where, value, folder=folder)
     return Row(where, {}, f"a row is an object with columns, such as {{'messages': [...]}}, not {type(value).__name__}")
 
 

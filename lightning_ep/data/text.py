@@ -35,7 +35,7 @@ class TextDataModule(PackedDataModule):
 
     Args:
         source: 'stdlib' for the source files of the running Python's standard library, or a directory, file or glob
-            pattern ('corpus/**/*.txt') of UTF-8 text files.
+            pattern (``corpus/**/*.txt``) of UTF-8 text files.
         sequence_length: Tokens per window.
         batch_size: Windows per batch and data rank.
         vocab_size: Size of the vocabulary of a tokenizer that is trained here. Small texts give fewer tokens.

@@ -166,6 +166,7 @@ def shard_dense(model: PreTrainedModel, meshes: Meshes, mp_policy: MixedPrecisio
     if units:
         idle = [EntersAll(layer, found) for layer, found in blocks.items() if found]
         OptionalParts(model, units, idle, embedding, mp_policy)
+        adapter.encode_in_forward(model)
 
 
 def _units(part: nn.Module, layers: Collection[nn.Module], ignored: Collection[nn.Parameter]) -> list[list[nn.Module]]:

@@ -2,8 +2,8 @@
 
 FSDP2 gathers a module when it is called, and reduces it when backward has come through it. Where one rank's batch has
 an image and another's has none, ranks then enter different collectives and hang. So these parts have no hooks of
-FSDP's: they are gathered where every forward of the root begins, whether they will be called or not, stay gathered, and
-are reduced where every backward of the root ends, in one order on all ranks.
+FSDP's: they are gathered where every forward of the root begins, whether they will be called or not, stay gathered (or
+are again where its backward begins), and are reduced where every backward of the root ends, in one order on all ranks.
 
 What to reduce is agreed there, parameter by parameter: one that has a gradient on any rank is reduced, with zeros of
 the others; one that has none on any keeps ``grad=None``, as on one process, where AdamW would otherwise decay it. It is
@@ -27,7 +27,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 from lightning_ep import transformers_adapter as adapter
 from lightning_ep.fsdp import state as fsdp
 from lightning_ep.fsdp.passes import cast_inputs
-from lightning_ep.fsdp.state import Group
+from lightning_ep.fsdp.state import Group, State
 from lightning_ep.moe.idle_experts import EntersAll
 
 
@@ -61,14 +61,13 @@ class OptionalParts:
         for unit in units:
             fsdp.leave_alone(fsdp.state_of(unit[0]))
             for module in unit:
-                enter = partial(_enter, fsdp.group_of(unit[0]), mp_policy)
+                enter = partial(_enter, fsdp.state_of(root), fsdp.group_of(unit[0]), mp_policy)
                 module.register_forward_pre_hook(enter, prepend=True, with_kwargs=True)
         embedding.register_forward_hook(self._need_gradient)
         root.register_forward_hook(lambda module, args, output: self._leave_forward(output))
         fsdp.after_every_forward(fsdp.state_of(root), self._leave_forward)
-        fsdp.begin_backward_once(
-            fsdp.state_of(root)
-        )  # models return what a tower gave, too, which backward reaches last
+        # Models return what a tower gave, too, which backward reaches last.
+        fsdp.begin_backward_once(fsdp.state_of(root), self._begin_backward)
         for state in fsdp.states_in(root):
             fsdp.before_backward_ends(state, self.end_backward)
         adapter.remember(root, self)
@@ -107,6 +106,10 @@ class OptionalParts:
             return None
         return output.detach().requires_grad_().clone()  # a model may write into it, which a leaf forbids
 
+    def _begin_backward(self) -> None:
+        for group in self._parts:  # another forward, without gradients, may have let them go
+            fsdp.gather(group)
+
     def _leave_forward(self, output: Any) -> None:
         if not _has_gradient(output):  # else a backward will come, for which the parts stay gathered
             for group in self._parts:
@@ -120,6 +123,10 @@ def _has_gradient(output: Any) -> bool:
     return isinstance(output, Mapping | tuple | list) and any(map(_has_gradient, values))
 
 
-def _enter(group: Group, mp_policy: MixedPrecisionPolicy, module: nn.Module, args: Any, kwargs: Any) -> Any:
-    fsdp.gather(group)
+def _enter(
+    root: State, group: Group | None, mp_policy: MixedPrecisionPolicy, module: nn.Module, args: Any, kwargs: Any
+) -> Any:
+    fsdp.make_root(root)  # features may be asked for before any forward, by all ranks
+    if group is not None:  # else the layers inside hold all parameters
+        fsdp.gather(group)
     return cast_inputs(mp_policy, args, kwargs)

@@ -2,7 +2,7 @@
 
 A *state* belongs to a module to which `fully_shard` was applied, or to several that are one group; that of the module
 that is called first becomes the *root* of those below it. A *group* holds the parameters that are gathered and reduced
-together. The names are the same in torch 2.11 to 2.13; `docs/workarounds.md` says what each is needed for.
+together. The names are the same in torch 2.11 to 2.13; `docs/reference/workarounds.md` says what each is needed for.
 """
 
 from __future__ import annotations
@@ -173,14 +173,22 @@ def after_every_forward(state: State, function: Callable[[Any], None]) -> None:
     state._post_forward = left
 
 
-def begin_backward_once(root: State) -> None:
-    """Has a root begin a backward at the first of its outputs only, and gather nothing ahead again at later ones."""
+def begin_backward_once(root: State, function: Callable[[], None]) -> None:
+    """Has a root begin a backward at the first of its outputs only, and gather nothing ahead again at later ones.
+
+    Args:
+        root: The root.
+        function: Is called at the first of its outputs.
+    """
     begin = root._pre_backward
 
     @functools.wraps(begin)
     def begun(grad: Tensor) -> Tensor:
-        has_begun = root._training_state == type(root._training_state).PRE_BACKWARD
-        return grad if has_begun else begin(grad)
+        if root._training_state == type(root._training_state).PRE_BACKWARD:
+            return grad
+        grad = begin(grad)
+        function()
+        return grad
 
     root._pre_backward = begun
 

@@ -24,6 +24,8 @@ TOKENIZER_FILES = (
     "chat_template*",
     "additional_chat_templates/*.jinja",
 )
+PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json")
+"""What says how a multimodal model is given images, sound and videos."""
 
 
 def companions(model: PreTrainedModel, tokenizer: Any | None, source: Path | None) -> dict[str, bytes]:
@@ -36,15 +38,16 @@ def companions(model: PreTrainedModel, tokenizer: Any | None, source: Path | Non
         model: The model, on any device. Its generation config goes along; where that does not say at which token a text
             ends, with that of the tokenizer.
         tokenizer: What the data was made with: anything with ``save_pretrained``.
-        source: Directory of the checkpoint that the model came from, whose tokenizer it is if there is no other.
+        source: Directory of the checkpoint that the model came from, whose tokenizer it is if there is no other, and
+            whose processor of images.
     """
-    files: dict[str, bytes] = {}
+    files = read_files(source, PROCESSOR_FILES) if source is not None else {}
     if tokenizer is not None:
         with TemporaryDirectory() as directory:
             tokenizer.save_pretrained(directory)
-            files = read_files(Path(directory), ("**/*",))
+            files |= read_files(Path(directory), ("**/*",))
     elif source is not None:
-        files = read_files(source, TOKENIZER_FILES)
+        files |= read_files(source, TOKENIZER_FILES)
     if model.can_generate() and model.generation_config is not None:
         config = deepcopy(model.generation_config)
         if config.eos_token_id is None:
@@ -77,6 +80,10 @@ def has_chat_template(files: dict[str, bytes]) -> bool:
 
 
 def tokenizer_of(trainer: Any) -> Any | None:
-    """The tokenizer that the data of a run is made with, if its data module has one that can be saved."""
-    tokenizer = getattr(getattr(trainer, "datamodule", None), "tokenizer", None)
+    """The tokenizer that the data of a run is made with, if its data module has one that can be saved.
+
+    A data module whose models are given more than texts says what to save as ``saved_with_model``.
+    """
+    data = getattr(trainer, "datamodule", None)
+    tokenizer = getattr(data, "saved_with_model", None) or getattr(data, "tokenizer", None)
     return tokenizer if hasattr(tokenizer, "save_pretrained") else None

@@ -18,7 +18,6 @@ from huggingface_hub import snapshot_download
 from transformers import (
     CONFIG_MAPPING,
     AutoConfig,
-    AutoModelForCausalLM,
     GenerationConfig,
     PreTrainedConfig,
     PreTrainedModel,
@@ -35,7 +34,7 @@ _SMALL_FILES = ("*.json", "*.txt", "*.model", "*.tiktoken", "*.jinja")
 
 def from_pretrained(
     path: str | os.PathLike[str],
-    auto_class: Any = AutoModelForCausalLM,
+    auto_class: Any = None,
     revision: str | None = None,
     attn_implementation: str | None = None,
     trust_remote_code: bool = False,
@@ -48,7 +47,8 @@ def from_pretrained(
 
     Args:
         path: A directory, or the id of a model on the Hugging Face hub, which is downloaded once per node.
-        auto_class: What builds the model from its config: an auto class of transformers.
+        auto_class: What builds the model from its config: an auto class of transformers. Default: the one for the class
+            that the config declares, if it writes texts, of images too; else AutoModelForCausalLM.
         revision: Branch, tag or commit on the hub.
         attn_implementation: As in transformers.
         trust_remote_code: Run Python code that comes with the model.
@@ -75,12 +75,14 @@ def from_pretrained(
         directory, trust_remote_code=trust_remote_code, return_unused_kwargs=True, **config_overrides
     )
     _refuse_unknown_overrides(config_overrides, unknown, config)
-    if getattr(config, "quantization_config", None) is not None:
+    if config_overrides.get("quantization_config") is None and (method := _quantization(config)) is not None:
         raise CheckpointError(
-            f"{path} is quantized ({config.quantization_config.get('quant_method')!r}), and training needs weights in "
+            f"{path} is quantized ({method!r}), and training needs weights in "
             "bf16 or more. Use an unquantized checkpoint of this model, or write one with transformers "
             "(from_pretrained with dequantize=True in its quantization config, then save_pretrained)."
         )
+    _refuse_quantization(config)
+    auto_class = auto_class or adapter.auto_class_of(config)
     options = {"trust_remote_code": trust_remote_code}
     if attn_implementation is not None:
         options["attn_implementation"] = attn_implementation  # type: ignore[assignment]
@@ -100,17 +102,22 @@ def from_pretrained(
     return model
 
 
-def from_config(config: PreTrainedConfig | Mapping[str, Any]) -> PreTrainedModel:
-    """A causal language model on the meta device, whose random weights the strategy initialises after sharding.
+def from_config(config: PreTrainedConfig | Mapping[str, Any], auto_class: Any = None) -> PreTrainedModel:
+    """A model on the meta device, whose random weights the strategy initialises after sharding.
 
     Args:
-        config: Any configuration that `transformers.AutoModelForCausalLM` knows, or a dict as for `config_of`.
+        config: Any configuration that ``auto_class`` knows, or a dict as for `config_of`.
+        auto_class: What builds the model from its config, an auto class of transformers. Default:
+            `transformers.AutoModelForCausalLM` or AutoModelForImageTextToText, whichever knows the config; where both
+            do, ``architectures`` says which.
 
     Raises:
         ValueError: As `config_of`.
     """
+    config = config_of(config) if isinstance(config, Mapping) else config
+    _refuse_quantization(config)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config_of(config) if isinstance(config, Mapping) else config)
+        model: PreTrainedModel = (auto_class or adapter.auto_class_of(config)).from_config(config)
     adapter.allow_resizing_on_meta(model)
     adapter.note_own_modules(model)
     return model
@@ -121,7 +128,7 @@ def config_of(values: Mapping[str, Any]) -> PreTrainedConfig:
 
     Raises:
         ValueError: If there is no such ``model_type``, or if a key, of a nested configuration too, is not known to the
-            configuration and not read by its model; names the nearest ones.
+            configuration and not read by its model; names the nearest ones. If it asks for quantized weights.
     """
     name = values.get("model_type")
     if name not in CONFIG_MAPPING:
@@ -137,7 +144,26 @@ def config_of(values: Mapping[str, Any]) -> PreTrainedConfig:
             f"{type(config).__name__} does not know {', '.join(unknown)}. A key that nobody reads would leave the "
             "model as it is without it; correct or remove it."
         )
+    _refuse_quantization(config)
     return config
+
+
+def _refuse_quantization(config: PreTrainedConfig) -> None:
+    if (method := _quantization(config)) is not None:
+        raise ValueError(
+            f"{type(config).__name__} has a quantization_config ({method!r}), and training needs weights in bf16 or "
+            "more: transformers would build them so, and what is exported would say that they are quantized. Remove it."
+        )
+
+
+def _quantization(config: PreTrainedConfig) -> str | None:
+    """How the weights of a configuration are quantized, None if they are not."""
+    found = getattr(config, "quantization_config", None)
+    if found is None:
+        return None
+    values = found if isinstance(found, Mapping) else found.to_dict()
+    method = values.get("quant_method")
+    return str(getattr(method, "value", method))
 
 
 def cast_parameters(model: PreTrainedModel, dtype: torch.dtype) -> None:
@@ -187,7 +213,7 @@ def meta_model(config: PreTrainedConfig, model_class: type[PreTrainedModel] | No
             )
     with torch.device("meta"):
         if model_class is None:
-            return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+            return adapter.auto_class_of(config).from_config(config, dtype=torch.float32)
         config.dtype = torch.float32
         return model_class(config)
 

@@ -8,8 +8,8 @@ what it needs may be passed over in the second run, and two kinds are:
 - **routers**: what they save is small (``[T, E]``, ``[T, K]``) and stays, so that ids, weights and counts are
   those of forward, whatever a second run would round. Only their input ``[T, H]`` is large: left to the checkpoint.
 - **experts**: the MoE body keeps its tensors on its own ctx. ``selective`` keeps them all. ``full`` keeps the dispatch
-  plan (ids, weights, split sizes); the checkpoint supplies the hidden states, and backward sends their rows again and
-  repeats the up projection.
+  plan (ids, weights, split sizes, the order by expert); the checkpoint supplies the hidden states, and backward sends
+  their rows again, under the first of its GEMMs, and repeats the up projection.
 
 A `_Recording` (first run) and a `_Replay` (second run), the two contexts of one checkpoint, share a note of every such
 call: how often it left its input to the checkpoint, and what it returned. Outputs are kept only where the layer saves

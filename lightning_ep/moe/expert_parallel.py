@@ -193,7 +193,7 @@ def expert_plan(
                 f"{type(pretrained).__name__} ({pretrained.config.model_type!r}) has no experts to parallelise: its "
                 "config declares no expert-parallel plan (`base_model_ep_plan`), or the plan matches none of its "
                 'modules. If it has experts whose parameters have them in front, name them: plan={"model.layers.*.'
-                'mlp.experts": "experts"} (see docs/experts.md). Or use a mixture-of-experts model that declares '
+                'mlp.experts": "experts"} (see docs/extend/plans.md). Or use a mixture-of-experts model that declares '
                 "them, or Lightning's FSDPStrategy for a dense one."
             )
         for name in experts:

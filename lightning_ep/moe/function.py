@@ -79,7 +79,7 @@ class _MoE(torch.autograd.Function):
             out = dispatcher.combine(plan, out_NH, "combine, forward")
         if needs_grad:
             # Plain attributes, outside saved-tensor hooks: under activation checkpointing the routing and the
-            # exchanges of this call must not be repeated (docs/architecture.md, a token's walk).
+            # exchanges of this call must not be repeated (docs/reference/architecture.md, a token's walk).
             ctx.dispatcher, ctx.experts, ctx.plan, ctx.saved, ctx.computed = dispatcher, experts, plan, saved, computed
             ctx.later, ctx.weights_dtype = later, weights_TK.dtype
         return out.wait()
@@ -114,16 +114,18 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Sequence[Tensor | None]]:
     """Gradients of the tokens, of their routing weights, and of the parameters if they are ``trained``."""
     grad_rows = dispatcher.dispatch(plan, grad_TH, "combine, backward")
-    # The layer is recomputed up to here, and its rows travel, under the exchange of their gradients.
-    rows_NH = dispatcher.dispatch(plan, later(), "dispatch, recomputed").wait() if later is not None else None
+    # The layer is recomputed up to here under the exchange of their gradients, and its rows travel under what the
+    # experts make of these alone.
+    rows = dispatcher.dispatch(plan, later(), "dispatch, recomputed") if later is not None else None
     local = computed.for_backward() if plan.num_pairs > 0 else []  # casts while the gradients travel
     grad_NH = grad_rows.wait()
     if plan.num_pairs > 0:
-        if rows_NH is not None:
-            saved = experts.recompute(rows_NH, plan.ids_NK, plan.weights_NK, plan.num_pairs, local)
-        grad_rows_NH, grad_weights_NK, saved = experts.backward_rows(saved, local, grad_NH)
-        del local, rows_NH, grad_NH, grad_rows  # memory for the gradients of the parameters
+        again = None if rows is None else rows.wait
+        grad_rows_NH, grad_weights_NK, saved = experts.backward_rows(saved, local, grad_NH, again)
+        del local, rows, again, grad_NH, grad_rows  # memory for the gradients of the parameters
     else:
+        if rows is not None:
+            rows.wait()
         grad_rows_NH, grad_weights_NK = grad_NH, torch.zeros_like(plan.weights_NK)
     # Gradients of rows travel home under the weight-gradient GEMMs.
     grad_hidden = dispatcher.combine(plan, grad_rows_NH, "dispatch, backward")

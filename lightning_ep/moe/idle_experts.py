@@ -34,7 +34,7 @@ class EntersAll:
         blocks: As `blocks_apart` gives them.
 
     Attributes:
-        used: The experts modules that were given tokens since `forget_idle`.
+        used: The experts modules that were given tokens, in forwards with gradients, since `forget_idle`.
     """
 
     def __init__(self, layer: nn.Module, blocks: Mapping[nn.Module, nn.Module]) -> None:
@@ -74,7 +74,8 @@ class EntersAll:
         if in_backward():
             return None
         called, self._called = self._called, set()
-        self.used |= called
+        if torch.is_grad_enabled():  # a reference's forward uses them for nothing that is trained
+            self.used |= called
         hidden = output[0] if isinstance(output, tuple) else output
         self._entering = True
         for block, experts in self._blocks.items():

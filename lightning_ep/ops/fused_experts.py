@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -16,6 +16,8 @@ from lightning_ep.ops.local_experts import LocalExperts
 from lightning_ep.ops.low_rank import Adapter, ExpertWeight, LowRank, WeightGradients, split
 from lightning_ep.ops.permute import ExpertOrder, expert_order, gather_sum
 
+_SMALL = 1 / 8  # of the rows: what of an adapter's rank is kept of a forward that keeps no rows
+
 
 class _Weights(NamedTuple):
     up: ExpertWeight
@@ -24,13 +26,18 @@ class _Weights(NamedTuple):
     down_bias_EH: Tensor | None
 
 
-class _Forward(NamedTuple):
+class _Up(NamedTuple):
     rows_NH: Tensor
+    h_PF: Tensor  # without the bias
+
+
+class _Forward(NamedTuple):
     ids_NK: Tensor
     weights_NK: Tensor
     order: ExpertOrder
-    h_PF: Tensor  # without the bias
-    low_PR: Tensor | None  # of the up projection, which has it before its output is complete
+    up: _Up | None  # where it was kept
+    low_up_PR: Tensor | None  # the rows of both projections in rank space, where these were kept
+    low_down_PR: Tensor | None
 
 
 class _Rows(NamedTuple):
@@ -83,38 +90,43 @@ class FusedExperts(LocalExperts):
         weights_NK: Tensor,
         num_pairs: int,
         params: Sequence[Tensor],
-        needs_grad: bool,
-    ) -> tuple[Tensor, _Forward | None]:
-        saved = self.recompute(rows_NH, ids_NK, weights_NK, num_pairs, params)
-        order, weights = saved.order, self._weights(params)
+        keep: bool,
+    ) -> tuple[Tensor, _Forward]:
+        weights = self._weights(params)
+        order = expert_order(ids_NK, self._num_experts, num_pairs)
+        h_PF, low_up_PR = weights.up.forward(order.permute(rows_NH), order.offsets_E)
         bias = _up_bias(weights, ids_NK)
-        act_PI = activate(saved.h_PF, weights_NK, order.slot_P, self._form.activation, bias)
-        out_PH, _ = weights.down.forward(act_PI, order.offsets_E)
+        act_PI = activate(h_PF, weights_NK, order.slot_P, self._form.activation, bias)
+        out_PH, low_down_PR = weights.down.forward(act_PI, order.offsets_E)
         out_NH = gather_sum(out_PH, order.pair_NK, rows_NH.dtype)
         if weights.down_bias_EH is not None:
             out_NH.addmm_(self._weights_NE(ids_NK, weights_NK, rows_NH.dtype), weights.down_bias_EH)
-        return out_NH, saved if needs_grad else None
+        low = low_up_PR, low_down_PR
+        if not keep and sum(rows_PR.numel() for rows_PR in low if rows_PR is not None) > _SMALL * rows_NH.numel():
+            low = None, None
+        return out_NH, _Forward(ids_NK, weights_NK, order, _Up(rows_NH, h_PF) if keep else None, *low)
 
     @override
-    def recompute(
-        self, rows_NH: Tensor, ids_NK: Tensor, weights_NK: Tensor, num_pairs: int, params: Sequence[Tensor]
-    ) -> _Forward:
-        order = expert_order(ids_NK, self._num_experts, num_pairs)
-        h_PF, low_PR = self._weights(params).up.forward(order.permute(rows_NH), order.offsets_E)
-        return _Forward(rows_NH, ids_NK, weights_NK, order, h_PF, low_PR)
-
-    @override
-    def backward_rows(self, saved: _Forward, params: Sequence[Tensor], grad_NH: Tensor) -> tuple[Tensor, Tensor, _Rows]:
+    def backward_rows(
+        self, saved: _Forward, params: Sequence[Tensor], grad_NH: Tensor, rows: Callable[[], Tensor] | None = None
+    ) -> tuple[Tensor, Tensor, _Rows]:
         weights = self._weights(params)
-        rows_NH, ids_NK, weights_NK, order, h_PF, low_up_PR = saved
+        ids_NK, weights_NK, order, up, low_up_PR, low_down_PR = saved
         grad_out_PH = order.permute(grad_NH)
         grad_act_PI, grad_low_down_PR = weights.down.backward_rows(grad_out_PH, order.offsets_E)
+        if rows is not None:  # which travel until here
+            rows_NH = rows()
+            h_PF, low_up_PR = weights.up.forward(order.permute(rows_NH), order.offsets_E, low_up_PR)
+        else:
+            assert up is not None
+            rows_NH, h_PF = up
         grad_h_PF, act_PI, grad_weights_NK = activate_backward(
             grad_act_PI, h_PF, weights_NK, order.slot_P, self._form.activation, _up_bias(weights, ids_NK)
         )
         grad_rows_PH, grad_low_up_PR = weights.up.backward_rows(grad_h_PF, order.offsets_E)
-        grad_rows_NH = gather_sum(grad_rows_PH, order.pair_NK, rows_NH.dtype)
-        low_down_PR = weights.down.project(act_PI, order.offsets_E)
+        grad_rows_NH = gather_sum(grad_rows_PH, order.pair_NK, grad_NH.dtype)
+        if low_down_PR is None:
+            low_down_PR = weights.down.project(act_PI, order.offsets_E)
         of_up = WeightGradients(grad_h_PF, low_up_PR, grad_low_up_PR)
         of_down = WeightGradients(grad_out_PH, low_down_PR, grad_low_down_PR)
         grad_down_bias_EH = None
@@ -130,10 +142,9 @@ class FusedExperts(LocalExperts):
         ends_E, on, transposed = order.offsets_E, self._adapters if of_factors else (), self._form.is_transposed
         factors = {a.weight: (a.rank, of_factors[2 * i], of_factors[2 * i + 1]) for i, a in enumerate(on)}
         grad_down, *beside_down = of_down.gradients(act_PI, ends_E, own[1], factors.get(1), transposed)
-        # These rows once more in expert order, which takes the memory of all of them.
-        needed = own[0] is not None or 0 in factors
-        x_PH = order.permute(rows_NH) if needed else rows_NH
-        grad_up, *beside_up = of_up.gradients(x_PH, ends_E, own[0], factors.get(0), transposed)
+        # A GEMM takes these rows once more in expert order, which takes the memory of all of them.
+        x_NH, row_P = (rows_NH, order.row_P) if own[0] is None else (order.permute(rows_NH), None)
+        grad_up, *beside_up = of_up.gradients(x_NH, ends_E, own[0], factors.get(0), transposed, row_P)
         biases: list[Tensor | None] = []
         if grad_down_bias_EH is not None:
             of_up_bias, of_down_bias = own[2:]

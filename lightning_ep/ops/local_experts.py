@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -29,7 +29,7 @@ class LocalExperts(ABC):
         weights_NK: Tensor,
         num_pairs: int,
         params: Sequence[Tensor],
-        needs_grad: bool,
+        keep: bool,
     ) -> tuple[Tensor, Any]:
         """Computes every row's weighted sum over its local experts.
 
@@ -40,37 +40,24 @@ class LocalExperts(ABC):
             num_pairs: Number of slots that are not empty.
             params: The local parameters, in the dtype of the rows: the experts' weights, and behind them the factors
                 of adapters, if these are there and not off.
-            needs_grad: Whether `backward_rows` will be called.
+            keep: Whether tensors of the size of the rows are kept for a backward. Otherwise it gets the rows again.
 
         Returns:
             ``[N, H]`` in the dtype of the rows, summed in at least fp32, and what `backward_rows` needs.
         """
 
     @abstractmethod
-    def recompute(
-        self, rows_NH: Tensor, ids_NK: Tensor, weights_NK: Tensor, num_pairs: int, params: Sequence[Tensor]
-    ) -> Any:
-        """Repeats as much of a forward as its backward needs.
-
-        Args:
-            rows_NH: The rows, as `forward` got them, like the other arguments.
-            ids_NK: Local expert ids.
-            weights_NK: Routing weights.
-            num_pairs: Number of slots that are not empty.
-            params: The local parameters.
-
-        Returns:
-            What `backward_rows` needs, equal to what `forward` returned with ``needs_grad``.
-        """
-
-    @abstractmethod
-    def backward_rows(self, saved: Any, params: Sequence[Tensor], grad_NH: Tensor) -> tuple[Tensor, Tensor, Any]:
+    def backward_rows(
+        self, saved: Any, params: Sequence[Tensor], grad_NH: Tensor, rows: Callable[[], Tensor] | None = None
+    ) -> tuple[Tensor, Tensor, Any]:
         """Differentiates one forward with respect to what came with the rows.
 
         Args:
             saved: What `forward` returned.
             params: The parameters, as `forward` got them.
             grad_NH: ``[N, H]``, gradient of the rows that forward returned.
+            rows: Waits for the rows, as `forward` got them, if it has not kept them. It is called once, after what can
+                be done without them, and as much of the forward as is needed is then repeated.
 
         Returns:
             Gradients of the rows ``[N, H]`` (summed in at least fp32) and of the routing weights ``[N, K]``, each in

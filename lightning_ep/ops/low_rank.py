@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lightning_ep.ops.grouped_mm import grouped_mm, grouped_outer
+from lightning_ep.ops import kernels
+from lightning_ep.ops.grouped_mm import grouped_mm, grouped_outer, rows_of
 
 _ALIGNED = 8  # grouped GEMMs take strides of 16 bytes: 8 numbers in bf16
 
@@ -63,6 +64,58 @@ class LowRank(NamedTuple):
         return torch.baddbmm(weight, left, right, alpha=self.scale)
 
 
+def project(x_PA: Tensor, factor_EAR: Tensor, scale: float, offsets_E: Tensor) -> Tensor:
+    """``scale * x[of expert e] @ factor[e]`` for every expert ``[P, R]``, in at least fp32, rounded once.
+
+    Args:
+        x_PA: Rows in expert order.
+        factor_EAR: ``[E, A, R]``, any strides.
+        scale: Of the product.
+        offsets_E: int32 ``[E]``, where each expert's rows end; the last one is ``P``.
+    """
+    if kernels.runs_on(x_PA):
+        from lightning_ep.ops.kernels import low_rank as triton_low_rank
+
+        return triton_low_rank.project(x_PA, factor_EAR, scale, offsets_E)
+    return project_twin(x_PA, factor_EAR, scale, offsets_E)
+
+
+def project_twin(x_PA: Tensor, factor_EAR: Tensor, scale: float, offsets_E: Tensor) -> Tensor:
+    """Defines `project`, one expert after the other; synchronises with a GPU."""
+    wide = torch.promote_types(x_PA.dtype, torch.float32)
+    out_PR = x_PA.new_empty(x_PA.shape[0], factor_EAR.shape[2])
+    for expert, rows in rows_of(offsets_E):
+        out_PR[rows] = scale * (x_PA[rows].to(wide) @ factor_EAR[expert].to(wide))
+    return out_PR
+
+
+def outer_(out_EAR: Tensor, x_NA: Tensor, low_PR: Tensor, offsets_E: Tensor, row_P: Tensor | None = None) -> None:
+    """``out[e] = x[of expert e].T @ low[of expert e]`` for every expert, in at least fp32; zero for those without rows.
+
+    Args:
+        out_EAR: ``[E, A, R]``, any strides and dtype.
+        x_NA: Rows in expert order, or in any with ``row_P``.
+        low_PR: In expert order, of rank ``R`` or, beyond what is wanted, more.
+        offsets_E: int32 ``[E]``, where each expert's rows end; the last one is ``P``.
+        row_P: int32 ``[P]``, which row of ``x_NA`` comes to each place in expert order.
+    """
+    if kernels.runs_on(x_NA):
+        from lightning_ep.ops.kernels import low_rank as triton_low_rank
+
+        triton_low_rank.outer_(out_EAR, x_NA, low_PR, offsets_E, row_P)
+    else:
+        outer_twin_(out_EAR, x_NA, low_PR, offsets_E, row_P)
+
+
+def outer_twin_(out_EAR: Tensor, x_NA: Tensor, low_PR: Tensor, offsets_E: Tensor, row_P: Tensor | None = None) -> None:
+    """Defines `outer_`, one expert after the other; synchronises with a GPU."""
+    wide = torch.promote_types(x_NA.dtype, torch.float32)
+    out_EAR.zero_()
+    for expert, rows in rows_of(offsets_E):
+        x_PA = x_NA[rows if row_P is None else row_P[rows]]
+        out_EAR[expert] = x_PA.to(wide).t() @ low_PR[rows, : out_EAR.shape[2]].to(wide)
+
+
 def split(
     params: Sequence[Tensor], num_weights: int, adapters: Sequence[Adapter]
 ) -> tuple[Sequence[Tensor], list[LowRank | None]]:
@@ -91,30 +144,26 @@ class ExpertWeight(NamedTuple):
     weight_EBA: Tensor
     low_rank: LowRank | None
 
-    def forward(self, x_PA: Tensor, offsets_E: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The product with rows in expert order ``[P, B]``, and the rows in rank space ``[P, R]``, with the scale."""
-        out_PB = grouped_mm(x_PA, self.weight_EBA.transpose(1, 2), offsets_E)
-        if self.low_rank is None:
-            return out_PB, None
-        low_PR = self.project(x_PA, offsets_E)
-        assert low_PR is not None
-        return out_PB.add_(grouped_mm(low_PR, self.low_rank.b_EBR.transpose(1, 2), offsets_E)), low_PR
+    def forward(self, x_PA: Tensor, offsets_E: Tensor, low_PR: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """The product with rows in expert order ``[P, B]``, and `project` of the rows, unless it is there already."""
+        low_PR = self.project(x_PA, offsets_E) if low_PR is None else low_PR
+        beside = None if low_PR is None or self.low_rank is None else (low_PR, self.low_rank.b_EBR.transpose(1, 2))
+        return grouped_mm(x_PA, self.weight_EBA.transpose(1, 2), offsets_E, beside), low_PR
 
     def project(self, x_PA: Tensor, offsets_E: Tensor) -> Tensor | None:
-        """``scale * x A^T`` ``[P, R]`` alone."""
+        """``scale * x A^T`` ``[P, R]``, the rows in rank space."""
         if self.low_rank is None:
             return None
         a_ERA, _, scale = self.low_rank
-        return grouped_mm(x_PA, a_ERA.transpose(1, 2), offsets_E).mul_(scale)
+        return project(x_PA, a_ERA.transpose(1, 2), scale, offsets_E)
 
     def backward_rows(self, grad_PB: Tensor, offsets_E: Tensor) -> tuple[Tensor, Tensor | None]:
         """The gradient of the rows ``[P, A]``, and the output's gradient in rank space ``[P, R]``, with the scale."""
-        grad_PA = grouped_mm(grad_PB, self.weight_EBA, offsets_E)
         if self.low_rank is None:
-            return grad_PA, None
+            return grouped_mm(grad_PB, self.weight_EBA, offsets_E), None
         a_ERA, b_EBR, scale = self.low_rank
-        grad_low_PR = grouped_mm(grad_PB, b_EBR, offsets_E).mul_(scale)
-        return grad_PA.add_(grouped_mm(grad_low_PR, a_ERA, offsets_E)), grad_low_PR
+        grad_low_PR = project(grad_PB, b_EBR, scale, offsets_E)
+        return grouped_mm(grad_PB, self.weight_EBA, offsets_E, (grad_low_PR, a_ERA)), grad_low_PR
 
 
 class WeightGradients(NamedTuple):
@@ -132,28 +181,35 @@ class WeightGradients(NamedTuple):
 
     def gradients(
         self,
-        x_PA: Tensor,
+        x_NA: Tensor,
         offsets_E: Tensor,
         dtype: torch.dtype | None,
         factors: tuple[int, torch.dtype | None, torch.dtype | None] | None,
         is_transposed: bool = False,
+        row_P: Tensor | None = None,
     ) -> list[Tensor | None]:
         """Those of the weight ``[E, B, A]`` and, if it has ``factors``, of A ``[E, R, A]`` and B ``[E, B, R]``.
 
         Args:
-            x_PA: The rows.
+            x_NA: The rows, in expert order if the weight's gradient is wanted.
             offsets_E: Where each expert's rows end.
             dtype: Of the weight's gradient; None where it is not wanted, like that of the others.
             factors: Their rank, without what was added for alignment, and the dtypes of their gradients.
             is_transposed: The weight's is ``[E, A, B]`` instead.
+            row_P: As `outer_` takes it, for rows that are not in expert order.
         """
-        left, right = (x_PA, self.grad_PB) if is_transposed else (self.grad_PB, x_PA)
+        left, right = (x_NA, self.grad_PB) if is_transposed else (self.grad_PB, x_NA)
         found = [None if dtype is None else grouped_outer(left, right, offsets_E, dtype)]
         if factors is None:
             return found
         rank, of_a, of_b = factors
         assert self.low_PR is not None
         assert self.grad_low_PR is not None
-        a_ERA = None if of_a is None else grouped_outer(self.grad_low_PR, x_PA, offsets_E, of_a)[:, :rank]
-        b_EBR = None if of_b is None else grouped_outer(self.grad_PB, self.low_PR, offsets_E, of_b)[..., :rank]
-        return [*found, *(None if grad is None else grad.contiguous() for grad in (a_ERA, b_EBR))]
+        a_ERA = b_EBR = None
+        if of_a is not None:
+            a_ERA = x_NA.new_empty(offsets_E.shape[0], rank, x_NA.shape[1], dtype=of_a)
+            outer_(a_ERA.transpose(1, 2), x_NA, self.grad_low_PR, offsets_E, row_P)
+        if of_b is not None:
+            b_EBR = x_NA.new_empty(offsets_E.shape[0], self.grad_PB.shape[1], rank, dtype=of_b)
+            outer_(b_EBR, self.grad_PB, self.low_PR, offsets_E)
+        return [*found, a_ERA, b_EBR]

@@ -25,6 +25,11 @@ class ExpertOrder(NamedTuple):
     pair_NK: Tensor
     offsets_E: Tensor
 
+    @property
+    def row_P(self) -> Tensor:
+        """int32 ``[P]``, the row of each pair."""
+        return self.slot_P // self.pair_NK.shape[1]
+
     def permute(self, rows_NH: Tensor) -> Tensor:
         """Rows in expert order, one for each pair: ``[N, H]`` -> ``[P, H]``."""
         return permute(rows_NH, self.pair_NK, self.slot_P.shape[0])

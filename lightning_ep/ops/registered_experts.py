@@ -41,6 +41,12 @@ def _unpack(tensor: Tensor) -> Tensor:
     return tensor
 
 
+class _Routing(NamedTuple):
+    ids_NK: Tensor
+    weights_NK: Tensor
+    num_pairs: int
+
+
 class _Forward(NamedTuple):
     order: ExpertOrder
     weights_dtype: torch.dtype
@@ -88,23 +94,25 @@ class RegisteredExperts(LocalExperts):
         weights_NK: Tensor,
         num_pairs: int,
         params: Sequence[Tensor],
-        needs_grad: bool,
-    ) -> tuple[Tensor, _Forward | None]:
+        keep: bool,
+    ) -> tuple[Tensor, _Forward | _Routing]:
         order = expert_order(ids_NK, self._num_experts, num_pairs)
         x_PH = order.permute(rows_NH)
         weights_P = weights_NK.reshape(-1)[order.slot_P].to(rows_NH.dtype)
         expert_P = ids_NK.reshape(-1)[order.slot_P].long()
         # Outside of the caller's hooks: activation checkpointing would replay the whole layer a second time for this
         # inner graph, after FSDP has reduced the experts' gradients, and leave them gathered with stale weights.
-        with torch.set_grad_enabled(needs_grad), saved_tensors_hooks(_pack, _unpack):
+        with torch.set_grad_enabled(keep), saved_tensors_hooks(_pack, _unpack):
             needed = (True, True, *self._trained()[: len(params)])
             inputs = zip((x_PH, weights_P, *params), needed, strict=True)
-            leaves = tuple(t.detach().requires_grad_(needs_grad and needs) for t, needs in inputs)
+            leaves = tuple(t.detach().requires_grad_(keep and needs) for t, needs in inputs)
             # A stand-in per call: recompute or two models in flight must not see each other's parameters.
             module = stand_in(self._template, dict(zip(self._param_names, self._weights(leaves[2:]), strict=True)))
             out_PH = self._function(module, leaves[0], expert_P.unsqueeze(1), leaves[1].unsqueeze(1))
         out_NH = gather_sum(out_PH.detach(), order.pair_NK, rows_NH.dtype)
-        return out_NH, _Forward(order, weights_NK.dtype, leaves, out_PH) if needs_grad else None
+        if not keep:
+            return out_NH, _Routing(ids_NK, weights_NK, num_pairs)
+        return out_NH, _Forward(order, weights_NK.dtype, leaves, out_PH)
 
     def _trained(self) -> list[bool]:
         # Of the module's own: those that calls pass may be casts, made where no gradient is recorded.
@@ -119,16 +127,18 @@ class RegisteredExperts(LocalExperts):
         ]
 
     @override
-    def recompute(
-        self, rows_NH: Tensor, ids_NK: Tensor, weights_NK: Tensor, num_pairs: int, params: Sequence[Tensor]
-    ) -> _Forward | None:
-        # Which of its tensors the function's own backward needs is not known, so all of it runs again.
-        return self.forward(rows_NH, ids_NK, weights_NK, num_pairs, params, needs_grad=True)[1]
-
-    @override
     def backward_rows(
-        self, saved: _Forward, params: Sequence[Tensor], grad_NH: Tensor
+        self,
+        saved: _Forward | _Routing,
+        params: Sequence[Tensor],
+        grad_NH: Tensor,
+        rows: Callable[[], Tensor] | None = None,
     ) -> tuple[Tensor, Tensor, tuple[Tensor | None, ...]]:
+        if isinstance(saved, _Routing):
+            assert rows is not None
+            # Which of its tensors the function's own backward needs is not known, so all of it runs again.
+            saved = self.forward(rows(), *saved, params, keep=True)[1]
+            assert isinstance(saved, _Forward)
         order = saved.order
         grad_PH = order.permute(grad_NH).to(saved.out_PH.dtype)
         needed = [leaf for leaf in saved.leaves if leaf.requires_grad]

@@ -5,7 +5,7 @@
     tokens_per_second(case, device), peak_gib(case, allocatable_gib(device))
 
 Times and activations are those measured on H200 GPUs at one width, scaled to the case by its arithmetic and its bytes;
-`docs/planning.md` has the formulas, and how far off they were. ``lightning-ep plan`` is `planner.command`.
+`docs/choose/planning.md` has the formulas, and how far off they were. ``lightning-ep plan`` is `planner.command`.
 """
 
 from lightning_ep.planner.case import Case

@@ -17,9 +17,9 @@ from lightning_ep.planner.step_time import rate, step_ms
 
 # Tokens of a rank in a micro-batch, beyond which a larger one gains nothing where nothing asks for it.
 _ENOUGH_TOKENS = 32_768
-# Of what tensors may take, the rest is kept for what estimates miss: up to 4 % (docs/planning.md).
+# Of what tensors may take, the rest is kept for what estimates miss: up to 4 % (docs/choose/planning.md).
 _FILLED = 0.95
-# Estimates that differ by less say nothing of which is faster (docs/planning.md): the simpler layout is taken.
+# Estimates that differ by less say nothing of which is faster (docs/choose/planning.md): the simpler layout is taken.
 _CLOSE = 0.1
 
 

@@ -62,7 +62,7 @@ def _state(case: Case) -> dict[str, float]:
 
 
 def _rows_kib(case: Case) -> float:
-    """Per token and layer: received rows (bf16) and the up projection's output for each pair, see docs/experts.md."""
+    """Per token and layer: received rows (bf16) and up's output for each pair, see docs/reference/experts.md."""
     widths = case.widths
     rows = rows_received(widths, case.ep) * 2 * widths.hidden
     return case.skew * (rows + widths.top_k * 4 * widths.moe_intermediate) / 2**10

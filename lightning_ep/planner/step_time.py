@@ -45,9 +45,9 @@ _HOST_LORA_MS = 2.5
 # of a power that gives what two H200 took for 12 layers and 2 x 4096 tokens at ep=2, 192 ms, of 165 and 152.
 _TOGETHER = 4
 
-# The low-rank products of experts, per layer and 16,384 tokens: one H200 worked 1,042 ms for adapters of all (r=8) and
+# The low-rank products of experts, per layer and 16,384 tokens: one H200 worked 893 ms for adapters of all (r=8) and
 # 837 for those of attention, 48 layers, full recompute. They pass over pairs of tokens and experts as glue does.
-_EXPERT_ADAPTERS_MS = 4.2
+_EXPERT_ADAPTERS_MS = 1.2
 
 # Share of its own time by which a collective that arithmetic hides makes that arithmetic longer. Two H200 at ep=1, 12
 # layers and 4 x 4096 tokens: 144 ms of NCCL were hidden, and GEMMs and attention took 38 ms longer than at ep=2.

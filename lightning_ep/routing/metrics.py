@@ -44,7 +44,7 @@ class Routed(NamedTuple):
 
 @dataclass(frozen=True)
 class Measures:
-    """All that `RoutingSummary` says, of tokens that count; NaN where none came. See docs/routing.md for the formulas.
+    """All that `RoutingSummary` says, of tokens that count; NaN where none came. Formulas: docs/operate/routing.md.
 
     Attributes:
         load_ME: Tokens of each expert over the mean of its layer: 1 is balanced. NaN behind the experts of a layer.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import cache
 from typing import Any
 
@@ -39,8 +40,17 @@ def local(param: Tensor) -> Any:
 def replicate(module: nn.Module, mesh: DeviceMesh) -> None:
     """Makes the parameters of ``module`` itself that are not distributed yet the same DTensors on all ranks."""
     names = [name for name, param in module._parameters.items() if param is not None and not isinstance(param, DTensor)]
+    _distribute_own(module, names, mesh, Replicate())
+
+
+def split_parameters(module: nn.Module, names: Iterable[str], mesh: DeviceMesh) -> None:
+    """Gives every rank its share, of the first dimension, of these parameters of ``module`` itself."""
+    _distribute_own(module, [name for name in names if module._parameters[name] is not None], mesh, Shard(0))
+
+
+def _distribute_own(module: nn.Module, names: list[str], mesh: DeviceMesh, placement: Shard | Replicate) -> None:
     for name in names:
-        distribute(module, name, mesh, Replicate())
+        distribute(module, name, mesh, placement)
     if names:
         module.__class__ = _with_local_parameters(type(module), tuple(names))  # type: ignore[arg-type]
 

@@ -11,13 +11,22 @@ from transformers import PreTrainedModel
 
 from lightning_ep import transformers_adapter as adapter
 from lightning_ep.layout import ParallelLayout
-from lightning_ep.tensor_parallel.styles import Colwise, GatherOutput, Rowwise, SplitInput, WholeRows, WholeSequence
+from lightning_ep.tensor_parallel.styles import (
+    Colwise,
+    GatherOutput,
+    Rowwise,
+    SequenceLength,
+    SplitInput,
+    WholeRows,
+    WholeSequence,
+)
 from lightning_ep.tensor_parallel.vocabulary import VocabularyEmbedding, VocabularyHead
 
 _COLWISE = {"colwise": False, "colwise_gather_output": True, "colwise_rep": True}  # whether the output is gathered
 _ROWWISE = {"rowwise": False, "rowwise_split_input": True, "rowwise_rep": True}  # whether the input is whole
 # Parameters that every rank keeps. How their gradients sum needs no style of its own: those of all such parameters do.
 _REPLICATED = {"replicate", "replicated_with_grad_allreduce", "mla_kv_a_proj"}
+_LOCAL = "local_params"  # of a module that computes with this rank's part of its own parameters
 _POSITIONS = {"position_embeddings", "position_ids"}
 _OF_SEQUENCES = {*_POSITIONS, "attention_mask", "cache_params"}
 
@@ -45,16 +54,27 @@ class _Stack:
     def __init__(self, model: PreTrainedModel, layout: ParallelLayout) -> None:
         self.model = model
         self.layout = layout
-        self.modules = dict(model.named_modules())
+        # Towers, and what projects, are whole on every rank, which sees the images of all.
+        beside = {child for part in adapter.optional_parts(model) for child in part.modules()}
+        self.modules = {name: module for name, module in model.named_modules() if module not in beside}
+        apart = tuple(f"{name}." for name, module in model.named_modules() if module in beside)
         ends = {id(model.get_input_embeddings()), id(model.get_output_embeddings())}
-        styles = adapter.tensor_parallel_styles(model)
-        self.styles = {name: style for name, style in styles.items() if id(self.modules.get(name)) not in ends}
+        self.styles = {
+            name: style
+            for name, style in adapter.tensor_parallel_styles(model).items()
+            if id(self.modules.get(name)) not in ends and not f"{name}.".startswith(apart)
+        }
         self.experts = adapter.experts_modules(model)
         layers = {id(layer) for layer in adapter.decoder_layers(model)}
         self.layers = [name for name, module in self.modules.items() if id(module) in layers]
+        mixers = adapter.whole_sequence_mixers(model)
+        self.mixers = {name for name in mixers if name in self.modules}
 
     def plan(self) -> dict[str, ParallelStyle]:
-        linears = {name: style for name, style in self.styles.items() if style not in _REPLICATED}
+        splits = {name: style for name, style in self.styles.items() if style not in _REPLICATED}
+        self._check_attention(splits)
+        vectors = self._vectors(splits)
+        linears = {name: style for name, style in splits.items() if style != _LOCAL and name not in vectors}
         regions = self._regions(linears)
         self._check_covered(regions)
         owners = {name.rpartition(".")[0].rpartition(".")[0] for name in self.layers}
@@ -66,15 +86,34 @@ class _Stack:
         heads_are_split = (regions[_parent(name)] and style == "colwise" for name, style in linears.items())
         if any(heads_are_split):
             self.layout.check_key_value_heads(*adapter.attention_heads(self.model), type(self.model).__name__)
-        plan: dict[str, ParallelStyle] = {self.layers[0]: SplitInput(), owners.pop(): GatherOutput()}
+        length = SequenceLength()
+        plan: dict[str, ParallelStyle] = {self.layers[0]: SplitInput(length), owners.pop(): GatherOutput()}
         for name, is_attention in regions.items():
-            plan[name] = WholeSequence() if is_attention else WholeRows()
+            ends_whole = not any(_parent(linear) == name and style in _ROWWISE for linear, style in linears.items())
+            own = tuple(vector.rpartition(".")[2] for vector in vectors if _parent(vector) == name)
+            plan[name] = WholeSequence(length, own, ends_whole) if is_attention else WholeRows()
         for part, (name, style) in parts.items():
             if style in _COLWISE:
                 plan[part] = Colwise(_COLWISE[style])
             else:
                 plan[part] = Rowwise(_ROWWISE[style], regions[_parent(name)])
         return plan
+
+    def _check_attention(self, splits: dict[str, str]) -> None:
+        if not any(_arguments(self.modules[_parent(name)]) & _OF_SEQUENCES for name in splits):
+            self._refuse(
+                "its config has no tensor-parallel plan for attention (`base_model_tp_plan`), so that every rank would "
+                "compute all of it"
+            )
+
+    def _vectors(self, splits: dict[str, str]) -> set[str]:
+        """Parameters of attention itself of which a rank holds those of its heads: sinks, biases of gates."""
+        vectors = {name for name in splits if name not in self.modules and splits.get(_parent(name)) == _LOCAL}
+        for name in vectors:
+            size = self.model.get_parameter(name).shape[0]
+            if splits[name] != "colwise" or size % self.layout.tp != 0:
+                self._refuse(f"it does not divide the {size} elements of {name} ({splits[name]!r} in its plan)")
+        return vectors
 
     def _parts(self, name: str, style: str) -> list[str]:
         """What of a layer is split: itself or, with LoRA, the layer inside and the factor that has those features.
@@ -101,24 +140,27 @@ class _Stack:
             region = _parent(name)
             arguments = _arguments(self.modules[region])
             regions[region] = bool(arguments & _OF_SEQUENCES)
-            if regions[region] and not arguments & _POSITIONS:
+            told = arguments & _POSITIONS or region in self.mixers or getattr(self.modules[region], "is_causal", False)
+            if regions[region] and not told:
                 self._refuse(f"{region} takes none of {sorted(_POSITIONS)}, by which the length of sequences is known")
             if any(experts.startswith(f"{region}.") for experts in self.experts):
                 self._refuse(f"its plan splits {name} in a mixture-of-experts block, which has split sequences")
         for region in regions:
-            if not any(_parent(name) == region and style in _ROWWISE for name, style in linears.items()):
+            styles = {style for name, style in linears.items() if _parent(name) == region}
+            # What is gathered behind every layer ends whole, and is split again.
+            ends_whole = regions[region] and all(_COLWISE.get(style, False) for style in styles)
+            if not ends_whole and styles.isdisjoint(_ROWWISE):
                 self._refuse(f"its plan has no row-wise layer at the end of {region}")
+            if "rowwise" in styles and "colwise" not in styles:
+                self._refuse(f"its plan splits the input of the last layer of {region}, and no output before it")
             if any(region.startswith(f"{outer}.") for outer in regions):
                 self._refuse(f"its plan splits {region} inside of another module that it splits")
         return regions
 
     def _check_covered(self, regions: dict[str, bool]) -> None:
-        if not any(regions.values()):
-            self._refuse(
-                "its config has no tensor-parallel plan for attention (`base_model_tp_plan`), so that every rank would "
-                "compute all of it"
-            )
         for layer in self.layers:
+            if of_tokens := sorted(key for key in _arguments(self.modules[layer]) if "token" in key or "input" in key):
+                self._refuse(f"{layer} takes {of_tokens} of whole sequences beside hidden states, which are split")
             for name, module in self.modules[layer].named_modules(prefix=layer):
                 inside = any(name == region or name.startswith(f"{region}.") for region in regions)
                 if name != layer and not inside and _arguments(module) & _OF_SEQUENCES:

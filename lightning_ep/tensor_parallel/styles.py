@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch.distributed.tensor import Replicate, Shard
 from torch.distributed.tensor.parallel import ParallelStyle
 from typing_extensions import override
 
+from lightning_ep import transformers_adapter as adapter
 from lightning_ep.tensor_parallel.collectives import (
     TensorGroup,
     gather_features,
@@ -24,7 +26,7 @@ from lightning_ep.tensor_parallel.collectives import (
     split_features,
     split_sequence,
 )
-from lightning_ep.tensor_parallel.parameters import distribute, local, specialize
+from lightning_ep.tensor_parallel.parameters import distribute, local, specialize, split_parameters
 
 
 class _ColumnLinear(nn.Linear):
@@ -118,26 +120,68 @@ def _replace_hidden(module: nn.Module, function: Callable[[Tensor], Tensor]) -> 
     module.register_forward_pre_hook(replace, with_kwargs=True)
 
 
+@dataclass
+class SequenceLength:
+    """Tokens of whole sequences in the forward that runs, as the first decoder layer was given them."""
+
+    value: int = 0
+
+
 class WholeSequence(ParallelStyle):
-    """Around attention: its input is gathered from the ranks' shares of every sequence; its `Rowwise` splits again."""
+    """Around attention: its input is gathered from the ranks' shares of every sequence; its `Rowwise` splits again.
+
+    Args:
+        length: That of the model.
+        vectors: Names of its own parameters of one element (or row) per head, which are split with the heads.
+        ends_whole: It has no `Rowwise`, and every rank's output is whole: this splits it.
+    """
+
+    def __init__(self, length: SequenceLength, vectors: tuple[str, ...] = (), ends_whole: bool = False) -> None:
+        super().__init__()
+        self.length = length
+        self.vectors = vectors
+        self.ends_whole = ends_whole
 
     @override
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
         group, arguments = TensorGroup.of(device_mesh), _Arguments(module)
 
         def gather(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            # The length without padding comes from the positions, which are those of whole sequences: an argument, and
-            # nothing kept that the replay of an earlier call could find changed.
-            positions = arguments.get("position_embeddings", args, kwargs)
-            if positions is not None:
-                length = (positions if isinstance(positions, Tensor) else positions[0]).shape[-2]
-            else:
-                length = arguments.get("position_ids", args, kwargs).shape[-1]
-            hidden_BSH = gather_sequence(arguments.get(arguments.hidden, args, kwargs), group, length)
-            return arguments.with_hidden(hidden_BSH, args, kwargs)
+            hidden = arguments.get(arguments.hidden, args, kwargs)
+            told = {name: arguments.get(name, args, kwargs) for name in _OF_LENGTH}
+            length = _length(told, self.length) or hidden.shape[1] * group.size
+            return arguments.with_hidden(gather_sequence(hidden, group, length), args, kwargs)
 
+        def split(module: nn.Module, args: Any, output: Any) -> Any:
+            whole, *rest = output if isinstance(output, tuple) else (output,)
+            share = split_sequence(whole, group)
+            return (share, *rest) if isinstance(output, tuple) else share
+
+        split_parameters(module, self.vectors, device_mesh)
         module.register_forward_pre_hook(gather, with_kwargs=True)
+        if self.ends_whole:
+            module.register_forward_hook(split)
         return module
+
+
+_CACHES = ("past_key_values", "cache_params")
+_OF_LENGTH = ("position_embeddings", "position_ids", "attention_mask", *_CACHES)
+
+
+def _length(told: dict[str, Any], of_forward: SequenceLength) -> int:
+    """Tokens of whole sequences, without what filled the last shares; 0 where nobody needs to know.
+
+    By arguments, which the replay of an earlier call has, too. Without positions attention is causal (`tensor_plan`
+    sees to it), so that nothing comes behind what filled, but for a cache, which none replays.
+    """
+    positions, ids, mask = (told[name] for name in _OF_LENGTH[:3])
+    if positions is not None:
+        return int((positions if isinstance(positions, Tensor) else positions[0]).shape[-2])
+    if ids is not None:
+        return int(ids.shape[-1])
+    if any(told[name] is not None for name in _CACHES):
+        return of_forward.value
+    return 0 if mask is None else int(mask.shape[-1])
 
 
 class WholeRows(ParallelStyle):
@@ -150,11 +194,25 @@ class WholeRows(ParallelStyle):
 
 
 class SplitInput(ParallelStyle):
-    """On the first decoder layer: from here on every rank holds its share of each sequence."""
+    """On the first decoder layer: from here on every rank holds its share of each sequence.
+
+    Args:
+        length: Is told that of the forward.
+    """
+
+    def __init__(self, length: SequenceLength) -> None:
+        super().__init__()
+        self.length = length
 
     @override
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
-        _replace_hidden(module, partial(split_sequence, group=TensorGroup.of(device_mesh)))
+        group = TensorGroup.of(device_mesh)
+
+        def split(hidden_BSH: Tensor) -> Tensor:
+            self.length.value = hidden_BSH.shape[1]
+            return split_sequence(hidden_BSH, group)
+
+        _replace_hidden(module, split)
         return module
 
 
@@ -184,5 +242,13 @@ class GatherOutput(ParallelStyle):
                 )
             return output
 
+        def with_whole(own: Callable[..., Tensor]) -> Callable[..., Tensor]:
+            def add(hidden_BCH: Tensor, mask_BS: Tensor, features: Tensor) -> Tensor:
+                whole_BSH = gather_sequence(hidden_BCH, group, mask_BS.shape[1])
+                return split_sequence(own(whole_BSH, mask_BS, features), group)
+
+            return add
+
         module.register_forward_hook(gather, with_kwargs=True)
+        adapter.wrap_deepstack(module, with_whole)
         return module

@@ -13,7 +13,7 @@ from lightning_ep.planner import Case, allocatable_gib, peak_gib
 from lightning_ep.trainer.batches import Batches
 from lightning_ep.trainer.planned import gpu_of_process, planned_case
 
-_FILLED = 0.95  # of the room, the rest is for what estimates miss (docs/planning.md)
+_FILLED = 0.95  # of the room, the rest is for what estimates miss (docs/choose/planning.md)
 _MODES = ("none", "selective", "full")
 
 

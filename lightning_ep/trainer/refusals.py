@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from typing import Any
 
 from lightning.fabric.plugins import ClusterEnvironment
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
@@ -39,7 +40,8 @@ _OPTIMIZERS = {  # by name, and by the flag that makes the difference
     ("SparseAdam", None): "it takes sparse gradients only, and theirs are dense. Use AdamW instead.",
     ("SGD", "fused"): f"{_NO_RULE} Use foreach=True instead.",
     ("Adagrad", "fused"): f"{_NO_RULE} Use foreach=True instead.",
-    ("ASGD", "foreach"): "experts and other parameters would be in one call, on two meshes. Leave foreach out.",
+    ("ASGD", "foreach"): "experts and other parameters would be in one call, on two meshes, as by default on GPUs. "
+    "Pass foreach=False instead.",
 }
 _PROCESSES_PER_NODE = {TorchElasticEnvironment: "LOCAL_WORLD_SIZE", SLURMEnvironment: "SLURM_NTASKS_PER_NODE"}
 
@@ -130,6 +132,12 @@ def refuse_optimizers(optimizers: list[Optimizer]) -> None:
         theirs = [cls for cls in type(optimizer).__mro__ if cls.__module__.startswith(("torch.optim", "transformers."))]
         names = {cls.__name__ for cls in theirs}
         for (name, flag), reason in _OPTIMIZERS.items():
-            if name in names and (flag is None or any(group.get(flag) for group in optimizer.param_groups)):
+            if name in names and (flag is None or any(_is_on(flag, group) for group in optimizer.param_groups)):
                 what = name if flag is None else f"{name}({flag}=True)"
                 raise ValueError(f"{what} cannot run on sharded parameters: {reason}")
+
+
+def _is_on(flag: str, group: dict[str, Any]) -> bool:
+    """Whether a flag is on, or left to torch, which takes ``foreach`` on GPUs."""
+    by_itself = flag == "foreach" and any(param.is_cuda for param in group["params"])
+    return bool(by_itself if group.get(flag) is None else group[flag])

@@ -11,6 +11,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelSummary
 from lightning.pytorch.utilities import rank_zero_info
+from torch import nn
 from torch.optim import AdamW
 from transformers import PreTrainedModel
 
@@ -69,6 +70,8 @@ def _facts(
     yield "layout", f"{sizes} on {layout.world_size} x {where}"
     for model in models:
         yield "parameters", _parameters(model)
+        for name, tower in adapter.towers(model).items():
+            yield "tower", _tower(name, tower)
     if shape is not None:
         groups, times = layout.data_world_size, trainer.accumulate_grad_batches
         factors = f"{groups} data rank{'s' * (groups > 1)} x {times} micro-batch{'es' * (times > 1)}"
@@ -95,6 +98,22 @@ def _parameters(model: PreTrainedModel) -> str:
         active = total - each * (experts - top_k) // experts
         said += f", {_rounded(active)} active: {top_k} of {experts} experts"
     return f"{said}; {'all are trained' if trained == total else f'{_rounded(trained)} are trained'}"
+
+
+def _tower(name: str, tower: nn.Module) -> str:
+    """What is trained of a tower for images or sound, apart from what projects its output into the text."""
+    projects = {inner: child for inner, child in tower.named_children() if adapter.projects(inner)}
+    said = f"{name}: {_rounded(sum(p.numel() for p in tower.parameters()))}, "
+    within = {p for child in projects.values() for p in child.parameters()}
+    said += _trained([p for p in tower.parameters() if p not in within])
+    for inner, child in projects.items():
+        said += f"; its {inner} {_trained(list(child.parameters()))}"
+    return said
+
+
+def _trained(params: list[nn.Parameter]) -> str:
+    trained = [param.requires_grad for param in params]
+    return "is trained" if all(trained) else "is trained in part" if any(trained) else "is frozen"
 
 
 def _rounded(count: int) -> str:

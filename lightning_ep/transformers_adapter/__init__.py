@@ -4,8 +4,9 @@ One file for each question: where things are in a model (`structure`), who runs 
 attention (`attention_interface`), how routers score and what can be added to them (`routers`), which tokens are one
 document (`packing`) and how attention is told (`document_bounds`), how random weights are drawn
 (`initialization`), what is fp32 in a bf16 model (`dtypes`), how weights come in and leave (`conversion`), what is
-remembered of a model (`record`), and how conversations are written for it (`chat_templates`). Everyone else uses them
-through this package, which imports nothing of ours but `ops` and `distributed`.
+remembered of a model (`record`), how conversations are written for it (`chat_templates`), and how images are given to
+it (`processors`). Everyone else uses them through this package, which imports nothing of ours but `ops` and
+`distributed`.
 """
 
 from lightning_ep.transformers_adapter.attention_interface import (
@@ -62,6 +63,7 @@ from lightning_ep.transformers_adapter.packing import (
     note_packing,
     packing_of,
 )
+from lightning_ep.transformers_adapter.processors import ImagePositions, auto_class_of, load_processor, sets_pixels
 from lightning_ep.transformers_adapter.record import recall, remember
 from lightning_ep.transformers_adapter.routers import (
     Scoring,
@@ -77,6 +79,7 @@ from lightning_ep.transformers_adapter.structure import (
     attention_modules,
     called_models,
     decoder_layers,
+    encode_in_forward,
     experts_modules,
     keep_recording,
     model_class,
@@ -86,11 +89,14 @@ from lightning_ep.transformers_adapter.structure import (
     plan_experts,
     planned_models,
     pretrained_models,
+    projects,
     refuse_own_checkpointing,
     routers,
     shares_parameters,
     tensor_parallel_styles,
     tied,
+    towers,
+    wrap_deepstack,
 )
 
 __all__ = [
@@ -106,6 +112,10 @@ __all__ = [
     "why_no_selection_bias",
     "CONTEXT_PARALLEL",
     "Conversion",
+    "ImagePositions",
+    "auto_class_of",
+    "load_processor",
+    "sets_pixels",
     "allow_resizing_on_meta",
     "Packing",
     "ReadOnHost",
@@ -122,6 +132,7 @@ __all__ = [
     "config_with_attention",
     "decoder_layers",
     "described",
+    "encode_in_forward",
     "document_lengths",
     "experts_modules",
     "export_conversions",
@@ -152,6 +163,8 @@ __all__ = [
     "plan_experts",
     "planned_models",
     "pretrained_models",
+    "projects",
+    "towers",
     "recall",
     "refuse_own_checkpointing",
     "remember",
@@ -170,4 +183,5 @@ __all__ = [
     "why_not_context_parallel",
     "why_not_fused",
     "without_packing",
+    "wrap_deepstack",
 ]

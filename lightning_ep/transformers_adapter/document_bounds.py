@@ -25,10 +25,11 @@ from lightning_ep.transformers_adapter.attention_interface import (
     select_attention,
     why_not_causal,
 )
-from lightning_ep.transformers_adapter.structure import decoder_layers, model_class
+from lightning_ep.transformers_adapter.structure import decoder_layers, model_class, text_model
 
 _NAME = "packed_sdpa"
 _MAKES_MASKS = r"create_(sliding_window_)?causal_mask\b"
+_MAKES_ANY_MASK = r"create_\w*mask|mask_function"
 _ADDS_TO_MASKS = r"(and|or)_mask_function=|block_sequence_ids="
 _TOLD_MORE = r"(softcap|position_bias|s_aux)="
 _ASKS_FOR_THE_NAME = r"_attn_implementation (==|!=|in|not in) "
@@ -41,11 +42,14 @@ def use_bounds_of_documents(model: PreTrainedModel) -> None:
     mask of its own. Other batches are attended to as before.
     """
     if why_not_bounds(model) is None:
-        select_attention(model, _NAME, _packed_sdpa, masks_of="sdpa")
+        select_attention(text_model(model), _NAME, _packed_sdpa, masks_of="sdpa")
 
 
 def why_not_bounds(model: PreTrainedModel) -> str | None:
     """What keeps a model's attention from being told bounds of documents in place of a mask, None if nothing does."""
+    around, model = (model, model.base_model), text_model(model)
+    if model not in around and any(re.search(_MAKES_ANY_MASK, forward_source(model_class(outer))) for outer in around):  # type: ignore[arg-type]
+        return "what is around its text model makes masks"
     if (name := attention_implementation(model)) != "sdpa":
         return f"its attention implementation is {name!r}"
     if (reason := why_not_causal(model)) is not None:
@@ -65,7 +69,7 @@ def why_not_bounds(model: PreTrainedModel) -> str | None:
 
 def is_told_documents(model: PreTrainedModel) -> bool:
     """Whether packed documents cost attention no mask, since it is told their bounds, or those of FlashAttention."""
-    name = attention_implementation(model)
+    name = attention_implementation(text_model(model))
     return takes_bounds(name) or is_flash_attention(name)
 
 

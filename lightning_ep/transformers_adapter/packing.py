@@ -27,7 +27,7 @@ from lightning_ep.transformers_adapter.attention_interface import (
     is_flash_attention,
 )
 from lightning_ep.transformers_adapter.document_bounds import bounds_as_mask, takes_bounds
-from lightning_ep.transformers_adapter.structure import decoder_layers, model_class
+from lightning_ep.transformers_adapter.structure import decoder_layers, model_class, text_model
 
 T = TypeVar("T")
 
@@ -134,9 +134,10 @@ _PACKING: ReadOnHost[Packing] = ReadOnHost()
 def packing_of(batch: Any) -> Packing | None:
     """What a batch that is still in host memory says about documents; None if nothing."""
     positions, mask = described(batch)
-    if positions is None or not positions.is_cpu or not _readable(positions, mask):
+    if positions is None or not positions.is_cpu:
         return None
-    return Packing.of(positions, mask)
+    positions = _in_text(positions)
+    return Packing.of(positions, mask) if _readable(positions, mask) else None
 
 
 def note_packing(batch: Any, packing: Packing) -> None:
@@ -148,6 +149,12 @@ def document_lengths(batch: Any) -> list[int] | None:
     """Tokens of each document in a batch, as the host has read it or can without waiting; None if none are packed."""
     found = _PACKING.of(*described(batch)) or packing_of(batch)
     return None if found is None or found.bounds is None else found.bounds.diff().tolist()
+
+
+def _in_text(position_ids: Any) -> Any:
+    """Places in the text alone, of those that have time, height and width behind them: ``[4, B, S]``."""
+    several = isinstance(position_ids, Tensor) and position_ids.ndim == 3 and position_ids.shape[0] == 4
+    return position_ids[0] if several else position_ids
 
 
 def _readable(position_ids: Any, attention_mask: Any) -> bool:
@@ -231,9 +238,8 @@ def _enter(
         )
     positions: Any = call.get("position_ids")
     mask, past = call.get("attention_mask"), call.get("past_key_values")
-    if isinstance(positions, Tensor) and positions.ndim == 3 and positions.shape[0] == 4:
-        positions = positions[0]  # of text, before time, height and width
-    name, bounds = attention_implementation(model), call.get("cu_seq_lens_q") is not None
+    given, positions = positions, _in_text(positions)
+    name, bounds = attention_implementation(text_model(model)), call.get("cu_seq_lens_q") is not None
     if name not in ALL_MASK_ATTENTION_FUNCTIONS or (past is not None and past.get_seq_length() > 0):
         return None  # it does without masks, as that of `cp`, which is told of documents otherwise
     flash, by_bounds = is_flash_attention(name), takes_bounds(name)
@@ -261,7 +267,7 @@ def _enter(
     told = bounds and (forward.recurrent is None or by_layers)
     if torch.compiler.is_compiling() or (told and flash):
         return without_documents
-    found = _PACKING.of(positions, mask) or Packing.of(positions, mask)
+    found = _PACKING.of(given, mask) or Packing.of(positions, mask)
     if not found.packed:
         return without_documents
     found.refuse_gaps()

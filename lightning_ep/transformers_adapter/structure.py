@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
@@ -15,6 +15,7 @@ from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 from lightning_ep.transformers_adapter.record import recall, remember
 
 _DISPATCHED_EXPERTS = "ep_dispatch_experts"
+_PROJECTS = re.compile(r"merger|project|connector|aligner|^proj\d*$")
 _OF_SEQUENCES = {"position_embeddings", "position_ids", "attention_mask", "cache_params"}
 
 
@@ -152,6 +153,51 @@ def _beside(module: nn.Module, text: set[nn.Module]) -> Iterator[nn.Module]:
     elif module not in text:
         for child in module.children():
             yield from _beside(child, text)
+
+
+def text_model(model: PreTrainedModel) -> PreTrainedModel:
+    """What reads texts in a model with other parts beside it, by its decoder; the model itself if it has none."""
+    if model.config.get_text_config() is model.config:
+        return model
+    decoder = model.get_decoder()
+    alone = isinstance(decoder, PreTrainedModel) and decoder.config.get_text_config() is decoder.config
+    return decoder if alone else model
+
+
+def towers(model: PreTrainedModel) -> dict[str, nn.Module]:
+    """The models for images and sound beside the text of a model, by name."""
+    parts = {child for part in optional_parts(model) for child in part.modules()}
+    found: dict[str, nn.Module] = {}
+    for name, child in model.named_modules():
+        inside = any(name.startswith(f"{outer}.") for outer in found)
+        if child in parts and isinstance(child, PreTrainedModel) and not inside:
+            found[name] = child
+    return found
+
+
+def projects(name: str) -> bool:
+    """Whether a child of a tower is what brings its output into the text, as its name in there says."""
+    return _PROJECTS.search(name) is not None
+
+
+def encode_in_forward(model: PreTrainedModel) -> None:
+    """Has `generate` run towers in the model's forward, which all ranks enter, and not before it.
+
+    There ranks without an image would not come to the towers' collectives.
+    """
+    model._supports_mm_encoder_outputs = lambda: False  # type: ignore[method-assign]
+
+
+def wrap_deepstack(decoder: nn.Module, wrap: Callable[[Callable[..., Tensor]], Callable[..., Tensor]]) -> None:
+    """Wraps what a decoder calls between layers to add a tower's features (DeepStack), if it has that.
+
+    Args:
+        decoder: The module around decoder layers.
+        wrap: Is given its function, of hidden states ``[B, S, H]``, a mask of places ``[B, S]`` and features.
+    """
+    own = getattr(decoder, "_deepstack_process", None)
+    if own is not None:
+        decoder._deepstack_process = wrap(own)  # type: ignore[assignment]
 
 
 def attention_modules(model: PreTrainedModel) -> dict[str, nn.Module]:

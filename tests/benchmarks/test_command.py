@@ -7,11 +7,12 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from benchmarks import node, records, tables, train
+from benchmarks import records, tables, train
 from benchmarks.cells import Cell
 
 H200 = "NVIDIA H200"
@@ -43,10 +44,6 @@ class Stand:
 
 def _tiny(trainer: str, batch: int = 2, **settings: Any) -> Cell:
     return Cell(trainer, batch, 16, 2, "tiny", 1, steps=2, warmup=1, device="cpu", **settings)
-
-
-def _timed(cells: list[Cell]) -> dict[Cell, float]:
-    return dict.fromkeys(cells, 60.0)
 
 
 # ---------------------------------------------------------------------- runs
@@ -92,8 +89,8 @@ def test_against_needs_a_tree(tmp_path: Path) -> None:
 def test_recorded_cells_are_skipped(tmp_path: Path) -> None:
     path, stand = tmp_path / "new" / "records.jsonl", Stand()
     cells = [_tiny("lightning_ep/ep=2"), _tiny("transformers/fsdp2"), _tiny("transformers/ep")]
-    assert train.run(_timed(cells[:2]), path, 600, measure=stand) == 0
-    assert train.run(_timed(cells), path, 600, measure=stand) == 0
+    assert train.run(cells[:2], path, 60, 600, measure=stand) == 0
+    assert train.run(cells, path, 60, 600, measure=stand) == 0
     assert stand.labels == [cell.label for cell in cells]
     assert [record["cell"]["trainer"] for record in records.read(path)] == [cell.trainer for cell in cells]
     assert "| transformers/ep |" in path.with_suffix(".md").read_text()
@@ -102,19 +99,26 @@ def test_recorded_cells_are_skipped(tmp_path: Path) -> None:
 def test_a_cut_command_goes_on_and_past_a_cell_out_of_memory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    path, labels = tmp_path / "node.jsonl", [cell.label for cell in node.node_cells(2, 48, "tiny", "cpu")]
+    run, path = train.run, tmp_path / "r.jsonl"
+    trainers = ["lightning_ep/ep=2+full", "transformers/fsdp2+full", "lightning_ep/ep=2"]
+    labels = [f"{trainer} {shape}" for shape in ("4x16", "1x16") for trainer in trainers]
 
     def call(stand: Stand, *arguments: str) -> object:
-        monkeypatch.setattr(node, "run", lambda *args, **kwargs: train.run(*args, **kwargs, measure=stand))
+        monkeypatch.setattr(train, "run", lambda *args: run(*args, measure=stand))
+        monkeypatch.setattr(train, "time", SimpleNamespace(monotonic=lambda: 60.0 * len(stand.labels)))
         options = ["--ranks", "2", "--device", "cpu", "--sizes", "tiny", "--json", str(path), *arguments]
         with pytest.raises(SystemExit) as end:
-            node.main(options)
+            train.main([*options, "--tokens", "4x16", "1x16", "--trainers", *trainers])
         return end.value.code
 
-    # The budget is less than the cell's time-out: it is what cuts the fifth cell short.
-    first = Stand(out_of_memory=labels[1], hangs_at=5)
-    assert call(first, "--budget", "100") == 3
-    assert first.labels == labels[:5]
+    # The fifth cell would have 10 s, less than a third of its time.
+    first = Stand(out_of_memory=labels[1])
+    assert call(first, "--timeout", "60", "--budget", "250") == 3
+    assert first.labels == labels[:4]
+    assert "4 of 6 cells are done and the budget is; the same command goes on" in capsys.readouterr().out
+    # It has 30 s, which cut it short.
+    cut = Stand(hangs_at=1)
+    assert call(cut, "--timeout", "60", "--budget", "30") == 3
     assert "the same command repeats it" in capsys.readouterr().out
     assert len(records.read(path)) == 4
     second = Stand()
@@ -125,16 +129,9 @@ def test_a_cut_command_goes_on_and_past_a_cell_out_of_memory(
     assert text.count("| lightning_ep/") == sum(label.startswith("lightning_ep") for label in labels)
 
 
-def test_a_spent_budget_stops_before_the_next_cell(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    stand = Stand()
-    assert train.run(_timed([_tiny("lightning_ep/ep=2")]), tmp_path / "r.jsonl", 10, measure=stand) == 3
-    assert stand.labels == []
-    assert "goes on" in capsys.readouterr().out
-
-
 def test_a_cell_that_ends_by_its_own_time_out_is_recorded(tmp_path: Path) -> None:
     cells = [_tiny("lightning_ep/ep=2"), _tiny("lightning_ep/ep=1")]
-    assert train.run(_timed(cells), tmp_path / "r.jsonl", 600, measure=Stand(hangs_at=1)) == 0
+    assert train.run(cells, tmp_path / "r.jsonl", 60, 600, measure=Stand(hangs_at=1)) == 0
     assert [record["status"] for record in records.read(tmp_path / "r.jsonl")] == ["timed out", "ok"]
 
 
@@ -148,7 +145,7 @@ def test_an_interrupted_command_still_writes_its_table(tmp_path: Path) -> None:
 
     cells = [_tiny("lightning_ep/ep=2"), _tiny("lightning_ep/ep=1")]
     with pytest.raises(KeyboardInterrupt):
-        train.run(_timed(cells), tmp_path / "r.jsonl", 600, measure=interrupted)
+        train.run(cells, tmp_path / "r.jsonl", 60, 600, measure=interrupted)
     assert "| lightning_ep/ep=2 | 2x16 | 100" in (tmp_path / "r.md").read_text()
 
 
@@ -163,26 +160,25 @@ def _records(cells: list[Cell]) -> list[dict[str, Any]]:
 def test_table_compares_with_the_best_peer_of_the_same_shape() -> None:
     trainers = ("transformers/fsdp2", "transformers/ep", "lightning_ep/ep=2")
     cells = [*map(_tiny, trainers), _tiny("transformers/ep", batch=4)]
-    text = tables.table(_records(cells))
+    text = "\n".join([*tables.overview(_records(cells)), records.runs(_records(cells))])
     assert "| lightning_ep/ep=2 | 2x16 | 300 (300 to 300) | 1.50 |" in text
     assert "| transformers/fsdp2 | 2x16 | 100 (100 to 100) | 0.50 |" in text
     assert "| transformers/ep | 4x16 | 400 (400 to 400) | 1.00 |" in text
     assert "2026-01-01, commit bbb, CPU, torch 2: `python -m benchmarks.train --some`" in text
 
 
-def test_recompute_is_compared_with_recompute_where_there_is_any() -> None:
+def test_recompute_is_compared_with_as_much_recompute() -> None:
     trainers = ("transformers/fsdp2", "transformers/ep+full", "lightning_ep/ep=2", "lightning_ep/ep=2+full")
     records = _records([_tiny(trainer) for trainer in trainers])
     assert [tables.best_peer(record, records) for record in records[2:]] == [100, 200]
-    assert [tables.best_peer(record, records[1:]) for record in records[2:]] == [200, 200]
-    assert tables.best_peer(records[3], records[2:]) is None
+    assert [tables.best_peer(record, records[1:]) for record in records[2:]] == [None, 200]
 
 
 def test_table_has_estimate_and_measurement_side_by_side() -> None:
     record = _records([_tiny("lightning_ep/ep=2", memory_cap_gib=76.0)])[0]
     record |= {"estimate_tokens_per_second": 80.0, "estimate_peak_gib": 60.0}
     record |= {"peak_allocated_gib": 66.25, "peak_reserved_gib": 70.0, "mfu": 0.4}
-    lines = tables.table([record]).splitlines()
+    lines = tables.overview([record])[0].splitlines()
     assert lines[2].startswith(
         "| trainer | per GPU | tokens/s per GPU | of estimate | MFU | peak GiB (reserved) | GiB, e"
     )
@@ -191,11 +187,20 @@ def test_table_has_estimate_and_measurement_side_by_side() -> None:
     )
 
 
+def test_table_tells_steps_that_a_monitor_looks_at() -> None:
+    records = _records([_tiny("lightning_ep/ep=2", monitor=3), _tiny("lightning_ep/ep=2")])
+    for record in records:  # the warm-up has one step: these are the second to the seventh
+        record |= {"steps_ms": [1.0, 2.0, 1.0, 1.0, 4.0, 1.0]}
+    first, second = tables.overview(records)[0].splitlines()[4:]
+    assert first.endswith("| 1.0 | 3.0 | 5.00 to 4.00 |")
+    assert second.endswith("| 1.0 |  | 5.00 to 4.00 |")
+
+
 def test_table_shows_kernels_by_kind() -> None:
     first, second = _records([_tiny("lightning_ep/ep=2"), _tiny("transformers/ep")])
     first |= {"by_kind": {"attention": 4.0, "grouped GEMM": 3.0}, "launches": 7}
     second |= {"by_kind": {"grouped GEMM": 5.0}, "launches": 9}
-    text = tables.table([first, second])
+    text = "\n".join(tables.overview([first, second]))
     assert "| GPU ms of a step by kind of kernel (rank 0) | per GPU | attention | grouped GEMM | launches |" in text
     assert "| lightning_ep/ep=2 | 2x16 | 4.0 | 3.0 | 7 |" in text
     assert "| transformers/ep | 2x16 | 0.0 | 5.0 | 9 |" in text
@@ -204,12 +209,12 @@ def test_table_shows_kernels_by_kind() -> None:
 def test_comparison_pairs_turns_and_tells_what_failed() -> None:
     cells = [turn for batch in (2, 4) for turn in _tiny("lightning_ep/ep=2", batch=batch).in_turns("/old")]
     found = _records(cells)  # old 100, new 200, new 300, old 400; and so on
-    text = tables.comparison(found)
+    text = "\n".join(tables.comparison(found))
     assert "**old is aaa, new is bbb; medians" in text
     # Medians of steps of both turns: 1 / (mean of 1/100 and 1/400), 1 / (mean of 1/200 and 1/300).
     assert "| lightning_ep/ep=2 | 2x16 | 160 (108 to 308) | 240 (207 to 286) | 1.500 | 2.000, 0.750 |" in text
     found[5] = {**found[5], "status": "failed", "error": "why"}
-    text = tables.comparison(found)
+    text = "\n".join(tables.comparison(found))
     assert "| 4x16 |" not in text
     assert "- lightning_ep/ep=2 4x16, turn 1 with this tree: failed: `why`" in text
 

@@ -10,10 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import worker
+from benchmarks import measure
 from benchmarks.cells import SIZES, Cell
 from benchmarks.launch import estimates, mfu, run_cell
-from benchmarks.node import node_cells
 
 H200 = "NVIDIA H200"
 
@@ -44,6 +43,13 @@ def test_a_cell_measures(trainer: str, ranks: int, tmp_path: Path) -> None:
     assert 1 < record["max_over_mean_tokens_per_expert"] <= 2  # eight experts, top-4
     assert record["device_name"] == "CPU"
     assert json.loads(json.dumps(record)) == record
+
+
+@pytest.mark.slow
+def test_a_cell_with_a_monitor_measures_and_is_looked_at(tmp_path: Path) -> None:
+    record = run_cell(_tiny("lightning_ep/ep=2", monitor=1), 90, tmp_path)
+    assert record["status"] == "ok", record
+    assert (tmp_path / "routing" / "load_curves.png").exists()
 
 
 @pytest.mark.slow
@@ -87,8 +93,8 @@ def test_a_cell_that_raises_is_recorded_with_its_error(tmp_path: Path) -> None:
     ],
 )
 def test_out_of_memory_is_told_from_other_errors(error: Exception, expected: str) -> None:
-    assert worker.status(error) == expected
-    assert worker.last_line(RuntimeError("two\n lines")) == "RuntimeError: two lines"
+    assert measure.status(error) == expected
+    assert measure.one_line(RuntimeError("two\n lines")) == "RuntimeError: two lines"
 
 
 def test_a_cell_that_hangs_is_ended_and_recorded(tmp_path: Path) -> None:
@@ -104,13 +110,13 @@ def test_mfu_is_that_of_the_design_for_its_measured_rates(rate: float, expected:
     assert mfu(cell, rate, "some other card") is None
 
 
-def test_every_cell_of_ours_has_estimates_and_none_is_hopeless() -> None:
-    for cell in node_cells():
-        guess = estimates(cell, H200)
-        assert bool(guess) == cell.ours
-        if guess:
-            assert guess["estimate_tokens_per_second"] > 0
-            assert guess["estimate_peak_gib"] < (cell.memory_cap_gib or 135)
+@pytest.mark.parametrize("trainer", ["ep=8+full", "ep=8", "ep=1", "ep=4"])
+def test_cells_of_a_node_have_estimates_and_none_is_hopeless(trainer: str) -> None:
+    cell = Cell(f"lightning_ep/{trainer}+compile", 4, 4096, 8, layers=48)
+    guess = estimates(cell, H200)
+    assert guess["estimate_tokens_per_second"] > 0
+    assert guess["estimate_peak_gib"] < 135
+    assert estimates(Cell("transformers/fsdp2+full", 4, 4096, 8, layers=48), H200) == {}
 
 
 def test_nothing_is_estimated_of_what_the_planner_does_not_know() -> None:

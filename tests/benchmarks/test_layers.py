@@ -1,10 +1,7 @@
-"""Layers alone: what is timed computes what its peers compute. The disk: the command runs."""
+"""Layers alone: what is timed computes what its peers compute."""
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +13,14 @@ from benchmarks import layers, records
 CPU = torch.device("cpu")
 
 
+def _median(row: dict[str, str]) -> float:
+    return float(row["ms"].partition(" (")[0])
+
+
 @pytest.mark.parametrize("sizes", ["tiny", "gpt-oss-tiny"])
 def test_moe_layer_measures_the_same_maths_as_transformers(sizes: str) -> None:
-    ours = layers.forward_backward(layers.our_experts(sizes, CPU))
-    theirs = layers.forward_backward(layers.transformers_experts(sizes, CPU, "eager"))
+    bodies = (layers.our_experts(sizes, CPU), layers.transformers_experts(sizes, CPU, "eager"))
+    ours, theirs = (layers.gradients(body, body.parameters()) for body in bodies)
     inputs = layers.moe_inputs(sizes, 24, "skewed", 0, CPU)
     for mine, reference in zip(ours(*inputs), theirs(*inputs), strict=True):
         mine = getattr(mine, "to_local", lambda value=mine: value)()
@@ -27,12 +28,13 @@ def test_moe_layer_measures_the_same_maths_as_transformers(sizes: str) -> None:
 
 
 def test_moe_layer_is_measured_with_two_routers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = tmp_path / "moe.json"
+    path = tmp_path / "moe.jsonl"
     options = ["--sizes", "tiny", "--tokens", "24", "--repeats", "2", "--device", "cpu", "--json", str(path)]
     layers.main(["moe", *options])
-    record = json.loads(path.read_text())
-    assert [row["router"].split(",")[0] for row in record["rows"]] == ["balanced"] * 3 + ["skewed"] * 3 + ["even"]
-    assert all(row["ms"] > 0 for row in record["rows"])
+    (record,) = records.read(path)
+    routers = [row["router, hottest expert"].split(",")[0] for row in record["rows"]]
+    assert routers == ["balanced"] * 3 + ["skewed"] * 3 + ["even"]
+    assert all(_median(row) > 0 for row in record["rows"])
     assert "| the six grouped GEMMs alone | even |" in capsys.readouterr().out
     assert f"commit {record['commit']}" in path.with_suffix(".md").read_text()
 
@@ -49,10 +51,10 @@ def test_a_skewed_router_skews() -> None:
 
 def test_attention_of_documents_is_measured_beside_whole_windows(tmp_path: Path, capsys: Any) -> None:
     options = ["--sizes", "tiny", "--tokens", "128", "--repeats", "2", "--device", "cpu"]
-    layers.main(["attention", *options, "--json", str(tmp_path / "attention.json")])
-    rows = json.loads((tmp_path / "attention.json").read_text())["rows"]
-    assert [row["name"] for row in rows] == ["sdpa, a mask of documents", "sdpa, whole windows"]
-    assert all(row["ms"] > 0 for row in rows)
+    layers.main(["attention", *options, "--json", str(tmp_path / "attention.jsonl")])
+    rows = records.read(tmp_path / "attention.jsonl")[0]["rows"]
+    assert [row["forward and backward"] for row in rows] == ["sdpa, a mask of documents", "sdpa, whole windows"]
+    assert all(_median(row) > 0 for row in rows)
     assert "128 tokens of tiny" in capsys.readouterr().out
 
 
@@ -79,34 +81,19 @@ def test_losses_are_measured_and_one_that_breaks_is_a_row(
     found = {**layers.losses(), "broken": broken}
     monkeypatch.setattr(layers, "losses", lambda: found)
     options = ["--sizes", "tiny", "--tokens", "24", "--repeats", "2", "--device", "cpu"]
-    layers.main(["loss", *options, "--json", str(tmp_path / "loss.json")])
+    layers.main(["loss", *options, "--json", str(tmp_path / "loss.jsonl")])
     text = capsys.readouterr().out
     assert "| plain |" in text
     assert "| lightning_ep |" in text
     assert "| broken | RuntimeError: no such kernel |" in text
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("what", "figures"),
-    [
-        ("weights", {"save_GB_per_s", "cold_read_GB_per_s", "cold_load_GB_per_s", "warm_load_GB_per_s"}),
-        ("checkpoints", {"sync_s", "async_first_s", "async_blocked_s", "async_total_s", "blocked_share"}),
-    ],
-)
-def test_disk_is_measured_and_left_as_it_was(what: str, figures: set[str], tmp_path: Path) -> None:
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    options = ["--directory", str(tmp_path), "--sizes", "tiny", "--layers", "1", "--device", "cpu"]
-    done = subprocess.run(
-        [*torchrun, "-m", "benchmarks.disk", what, *options],
-        cwd=records.ROOT,
-        capture_output=True,
-        text=True,
-        timeout=110,
-    )
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout.strip().splitlines()[-1])
-    assert figures < set(found)
-    assert found["ranks"] == 2
-    assert found["command"].startswith(f"torchrun --nproc-per-node 2 -m benchmarks.disk {what}")
-    assert list(tmp_path.iterdir()) == []
+def test_steps_of_adamw_are_measured(tmp_path: Path) -> None:
+    path = tmp_path / "adamw.jsonl"
+    options = ["--sizes", "tiny", "--layers", "1", "--repeats", "2", "--device", "cpu", "--json", str(path)]
+    layers.main(["adamw", *options])
+    rows = records.read(path)[0]["rows"]
+    held = {row["optimizer"]: row["bytes per parameter, gradients too"] for row in rows}
+    assert held["lightning_ep, fp32"] == "16"
+    assert held["lightning_ep, bf16 stochastically"] == "8"
+    assert all(float(row["ms per 1e9 parameters"]) > 0 for row in rows)

@@ -8,8 +8,7 @@ import pytest
 import torch
 
 from benchmarks.cells import Cell
-from benchmarks.kernels import Kernel, summary
-from benchmarks.measure import Meter, merge, quantile
+from benchmarks.measure import Kernel, Meter, merge, quantile, summary
 
 CELL = Cell("lightning_ep/ep=2", 2, 16, 2, "tiny", 1, steps=3, warmup=1, device="cpu")
 
@@ -28,7 +27,7 @@ def test_exposed_communication_is_what_no_kernel_covers() -> None:
     assert found["communication_ms"] == 5.0
     assert found["exposed_communication_ms"] == 3.0
     assert found["launches"] == 6
-    assert found["by_name"]["elementwise_kernel"] == 2.0
+    assert found["by_kind"]["elementwise"] == 2.0
 
 
 def test_kernels_are_named_by_kind() -> None:

@@ -11,6 +11,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 from torch import Tensor
 from torch.utils.data import DataLoader
+from torchmetrics import Metric
 from torchmetrics.classification import BinaryAccuracy
 from torchmetrics.text import CharErrorRate
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -162,10 +163,30 @@ def test_answers_are_the_last_supervised_tokens_of_documents(documents: Any) -> 
     assert not list(last_answers({"input_ids": ids, "labels": ids})), "nothing is asked"
 
 
+class Number(Metric):
+    """How many answers there are: what ranks must not add up, since each has all."""
+
+    number: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_state("number", torch.tensor(0.0), "sum")
+
+    def update(self, preds: list[str], target: list[str]) -> None:
+        self.number += len(preds)
+
+    def compute(self) -> Tensor:
+        return self.number
+
+
 def _grade(root: Path, hub: Path, windows: list[dict[str, Tensor]], tp: int) -> tuple[dict[str, Any], list[int]]:
     tokenizer = AutoTokenizer.from_pretrained(hub)
     settings: dict[str, Any] = {"max_new_tokens": LENGTH, "batch_size": 2, "tokenizer": tokenizer}
-    callbacks = [GradeAnswers(samples=9, **settings), GradeAnswers(CharErrorRate(), name="val/errors", **settings)]
+    callbacks = [
+        GradeAnswers(samples=9, **settings),
+        GradeAnswers(CharErrorRate(), name="val/errors", **settings),
+        GradeAnswers(Number() + Number(), name="val/twice", **settings),
+    ]
     trainer = quiet(root, strategy=ExpertParallelStrategy(ep=2, tp=tp), callbacks=callbacks)
     module = CausalLM(str(hub))
     calls: list[int] = []
@@ -204,8 +225,9 @@ def test_answers_of_all_ranks_are_graded_once(tp: int, documents: Any, hub: Path
     for metrics, _ in ranks:
         assert metrics["val/exact_match"] == pytest.approx(sum(right) / 9)
         assert metrics["val/errors"] == pytest.approx(errors)
-    # In step: three rounds of two for 9 questions on two ranks, the last of which is short on one; then all 12.
-    rounds = [[2, 2, 1, *[2] * 3], [2, 2, 1, *[2] * 3]] if tp == 1 else [[2, 2, 2, 2, 1, *[2] * 6]] * 2
+        assert metrics["val/twice"] == 2 * 12
+    # In step: three rounds of two for 9 questions on two ranks, the last of which is short on one; then all 12, twice.
+    rounds = [[2, 2, 1, *[2] * 6], [2, 2, 1, *[2] * 6]] if tp == 1 else [[2, 2, 2, 2, 1, *[2] * 12]] * 2
     assert [calls for _, calls in ranks] == rounds
 
 

@@ -150,10 +150,10 @@ class Planted(Module):
 
 
 def _planted(ids_TK: Tensor, hot: bool) -> Tensor:
-    every_T = torch.arange(ids_TK.shape[0])
+    every_T = torch.arange(ids_TK.shape[0], device=ids_TK.device)
     if not hot:
-        return torch.tensor([3, 4]).expand_as(ids_TK).contiguous()
-    others = torch.tensor([expert for expert in range(EXPERTS) if expert != HOT[1]])
+        return torch.tensor([3, 4], device=ids_TK.device).expand_as(ids_TK).contiguous()
+    others = torch.tensor([expert for expert in range(EXPERTS) if expert != HOT[1]], device=ids_TK.device)
     return torch.stack([torch.full_like(every_T, HOT[1]), others[every_T % len(others)]], dim=1)
 
 

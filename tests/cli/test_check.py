@@ -24,7 +24,9 @@ from tests.ranks import run_ranks
 from tests.reference import tiny_config
 from tests.talking import on_two_ranks
 
-PAGE = re.findall(r"```text\n(.*?)```", (Path(__file__).parents[2] / "docs" / "planning.md").read_text(), re.DOTALL)
+PAGE = re.findall(
+    r"```text\n(.*?)```", (Path(__file__).parents[2] / "docs" / "choose" / "planning.md").read_text(), re.DOTALL
+)
 pytestmark = [pytest.mark.usefixtures("on_the_tests_device"), on_two_ranks]
 
 

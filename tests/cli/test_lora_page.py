@@ -1,4 +1,4 @@
-"""docs/lora.md does what it says, line by line, on a tiny model in the place of the one that it names."""
+"""docs/start/lora.md does what it says, line by line, on a tiny model in the place of the one that it names."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from lightning_ep import cli
 from tests.ranks import run_ranks
 from tests.talking import on_two_ranks, write_talking
 
-PAGE = (Path(__file__).parents[2] / "docs" / "lora.md").read_text()
+PAGE = (Path(__file__).parents[2] / "docs" / "start" / "lora.md").read_text()
 SMALLER = {
     "Qwen/Qwen3-30B-A3B": "tiny",
     "compile: true": "compile: false",

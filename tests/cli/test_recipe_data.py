@@ -230,7 +230,7 @@ def test_the_page_shows_what_the_commands_print(
     mine = write_rows("my_chats.jsonl", [{"messages": first}, *chats(400)])
     sums = {"path": write_rows("sums.jsonl", chats(90, "{} it is.")), "name": "sums"}
     path = recipe(source=[mine, sums], template_kwargs={"enable_thinking": False}, too_long="drop")
-    page = (Path(__file__).parents[2] / "docs" / "data.md").read_text()
+    page = (Path(__file__).parents[2] / "docs" / "operate" / "data.md").read_text()
     for command in ("preview", "prepare"):
         with caplog.at_level(logging.INFO):
             shown = run(capsys, command, path) + caplog.text

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import re
@@ -16,16 +17,18 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
 
 from lightning_ep import ParallelLayout, Schedule, __version__, cli, from_config
 from lightning_ep.checkpoint.saved_weights import SavedWeights
 from lightning_ep.data import corpus
 from lightning_ep.data.examples import docstrings
 from lightning_ep.data.standard_library import standard_library
+from lightning_ep.transformers_adapter import load_processor
 from lightning_ep_start import recipes
 from tests.hub_files import write_checkpoint
 from tests.talking import write_talking
+from tests.vision import asked, picture, plain_inputs, summed_plain_loss, write_rows, write_vision_checkpoint
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 RECIPE = REPOSITORY / "recipes" / "qwen3_30b_a3b.yaml"
@@ -230,6 +233,7 @@ def test_a_wheel_holds_them(wheel: Path, tmp_path: Path, empty: Path) -> None:
         ("continued_pretraining", 1000, 1e-5, 1e-6),
         ("qwen3_30b_a3b_sft", 1000, 1e-5, 1e-6),
         ("qwen3_30b_a3b_sft_2gpu", 1000, 1e-5, 1e-6),
+        ("qwen3_vl_30b_a3b_sft", 1000, 1e-5, 1e-6),
         ("qwen3_30b_a3b_lora", 600, 1e-4, 1e-5),  # ten times the rate of continued_pretraining
         ("qwen3_30b_a3b_dpo", 2000, 1e-5, 0.0),  # ten times trl's default for full fine-tuning
     ],
@@ -249,7 +253,7 @@ def test_the_learning_rate_is_what_its_source_says(name: str, warm_up: int, peak
     assert rates[-1] == pytest.approx(last, rel=1e-2, abs=1e-9)
 
 
-@pytest.mark.parametrize("name", ["continued_pretraining", "qwen3_30b_a3b_sft"])
+@pytest.mark.parametrize("name", ["continued_pretraining", "qwen3_30b_a3b_sft", "qwen3_vl_30b_a3b_sft"])
 def test_published_weights_go_on_with_as_many_tokens_per_step_as_its_source(name: str) -> None:
     recipe = yaml.safe_load(RECIPES[name].read_text())
     trainer, data = recipe["trainer"], recipe["data"]["init_args"]
@@ -315,6 +319,46 @@ def test_published_weights_are_fine_tuned_on_chats_and_exported(nodes: int, empt
     assert any(not torch.equal(a, b) for a, b in zip(exported.parameters(), before.parameters(), strict=True))
     template = AutoTokenizer.from_pretrained(empty / "exports/qwen3_30b_a3b_sft").chat_template
     assert template == AutoTokenizer.from_pretrained(empty / "published").chat_template
+
+
+@pytest.mark.slow
+def test_published_weights_are_fine_tuned_on_images_and_exported(empty: Path) -> None:
+    """What the run says of the validation data at its end, transformers says of them with what came out."""
+    published = write_vision_checkpoint(empty / "published")
+    pictures = [picture(empty / f"{number}.png", (24 + 8 * number, 40), number) for number in range(3)]
+    rows = [asked("What? ", pictures[number % 3], answer=f"Number {number}.") for number in range(8)]
+    rows += [asked(f"How much is {number}?", answer="Much.") for number in range(8)]
+    write_rows(empty / "my_chats.jsonl", rows)
+    held_out = [asked(pictures[0], pictures[2], " And these?", answer="Other numbers."), asked("Hello?", answer="Hi.")]
+    write_rows(empty / "held_out.jsonl", held_out)
+    (empty / "small.yaml").write_text(
+        "trainer:\n  accelerator: cpu\n  devices: 2\n  precision: 32-true\n  max_steps: 2\n  val_check_interval: 2\n"
+        "  log_every_n_steps: 1\n"
+        "  strategy: {class_path: lightning_ep.ExpertParallelStrategy, init_args: {ep: 2, compile: false}}\n"
+        "data:\n  class_path: lightning_ep.data.VisionChatDataModule\n  init_args:\n"
+        "    {sequence_length: 96, batch_size: 1, num_workers: 1, validation_source: held_out.jsonl, min_pixels: 64,"
+        " max_pixels: 1024}\n"
+    )
+    for command, said in (
+        ("preview", "<|vision_start|><|image_pad|> x "),
+        ("prepare", "prepared in runs"),
+    ):
+        done = _python("-m", "lightning_ep", command, "qwen3_vl_30b_a3b_sft", "--config", "small",
+                       "--model.init_args.model", "published", cwd=empty)  # fmt: skip
+        assert said in done.stdout + done.stderr
+    options = ["--model.init_args.model", "published", "--trainer.callbacks.init_args.dtype", "float32"]
+    metrics = _logged_by("qwen3_vl_30b_a3b_sft", "--config", "small", *options, "--ckpt_path", "last", folder=empty)
+    values = [row["val/loss"] for row in csv.DictReader(metrics.splitlines()) if row.get("val/loss")]
+    export = empty / "exports" / "qwen3_vl_30b_a3b_sft"
+    model = AutoModelForImageTextToText.from_pretrained(export)
+    inputs = [plain_inputs(row, load_processor(export, AutoTokenizer.from_pretrained(export))) for row in held_out]
+    tokens = sum(int((one["labels"] != -100).sum()) for one in inputs)
+    expected = sum(float(summed_plain_loss(model, one).detach()) for one in inputs) / tokens
+    assert float(values[-1]) == pytest.approx(expected, rel=1e-4)
+    before = dict(AutoModelForImageTextToText.from_pretrained(published).named_parameters())
+    moved = {name for name, param in model.named_parameters() if not torch.equal(param, before[name])}
+    assert moved == {name for name in before if not name.startswith("model.visual.")}
+    assert json.loads((export / "preprocessor_config.json").read_text())["size"]["longest_edge"] == 1024
 
 
 @pytest.mark.slow
@@ -433,7 +477,7 @@ def test_the_torchrun_script_trains_on_a_cpu(tmp_path: Path) -> None:
 def test_the_page_on_chats_says_what_the_commands_and_callbacks_take(
     empty: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    page = (REPOSITORY / "docs" / "chats.md").read_text()
+    page = (REPOSITORY / "docs" / "start" / "chats.md").read_text()
     blocks = re.findall(r"```(\w+)\n(.*?)```", page, re.S)
     (yaml_block,) = [block for kind, block in blocks if kind == "yaml" and block.startswith("trainer:")]
     (empty / "callbacks.yaml").write_text(yaml_block)

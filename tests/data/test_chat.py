@@ -361,7 +361,7 @@ def test_sources_can_be_given_in_yaml() -> None:
 
 
 def test_the_page_says_what_can_be_read(checkpoint: Path, tmp_path: Path) -> None:
-    page = (Path(__file__).parents[2] / "docs" / "data.md").read_text()
+    page = (Path(__file__).parents[2] / "docs" / "operate" / "data.md").read_text()
     page = page[page.index("## Chats") : page.index("## Pairs of texts")]
     blocks = dict(re.findall(r"```(json|yaml)\n(.*?)```", page, re.S))
     parser = ArgumentParser()

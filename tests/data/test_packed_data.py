@@ -287,7 +287,7 @@ def test_what_is_missing_is_said(tokenizer: str, tmp_path: Path) -> None:
 
 
 def test_the_data_module_of_the_page_runs_as_printed(tokenizer: str, tmp_path: Path) -> None:
-    page = (Path(__file__).parents[2] / "docs" / "data.md").read_text()
+    page = (Path(__file__).parents[2] / "docs" / "operate" / "data.md").read_text()
     names: dict[str, Any] = {}
     exec(re.search(r"```python\n(.*?)```", page, re.S)[1], names)  # type: ignore[index]
     rows = [{"letter": f"alpha {number}", "answer": "beta gamma" * (number > 2)} for number in range(40)]

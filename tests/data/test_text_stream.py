@@ -228,7 +228,7 @@ def test_what_cannot_work_is_said_at_the_start(tokenizer: str, tmp_path: Path) -
 
 
 def test_the_recipe_of_the_page_reads_a_stream(tokenizer: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    page = (Path(__file__).parents[2] / "docs" / "data.md").read_text()
+    page = (Path(__file__).parents[2] / "docs" / "operate" / "data.md").read_text()
     (block,) = re.findall(r"```yaml\n(trainer: .*?)```", page, re.S)
     parser = ArgumentParser()
     parser.add_subclass_arguments(TextStreamDataModule, "data")

@@ -152,7 +152,7 @@ def test_weights_without_a_tokenizer_get_one_with_a_warning(texts: Path, tmp_pat
 def test_the_module_of_the_page_runs_as_printed(
     checkpoint: Path, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    page = (Path(__file__).parents[2] / "docs" / "checkpoints.md").read_text()
+    page = (Path(__file__).parents[2] / "docs" / "operate" / "checkpoints.md").read_text()
     code = re.search(r"```python\n(.*?)```", page, re.S)[1]  # type: ignore[index]
     values = {  # of this machine: sizes, paths, one process
         '"Qwen/Qwen3-30B-A3B"': repr(str(checkpoint)),

@@ -144,7 +144,7 @@ def test_users_name_sources_and_sources_of_one_name_are_one(tmp_path: Path) -> N
 
 
 def test_the_page_names_sources() -> None:
-    page = (Path(__file__).parents[2] / "docs" / "data.md").read_text()
+    page = (Path(__file__).parents[2] / "docs" / "operate" / "data.md").read_text()
     (block,) = re.findall(r"```yaml\n(validation_source: .*?)```", page, re.S)
     parser = ArgumentParser()
     parser.add_class_arguments(ChatDataModule, "data")

@@ -98,7 +98,10 @@ def _trains_like_one_process(
             set_gradient_sync(sharded, index == len(window) - 1)
             _backward(sharded, {key: value.to(device()) for key, value in batches[rank].items()})
         reduce_kept_gradients(sharded)
-        tolerance = 0.3 if bf16 else 1e-5  # near-ties in routers send tokens elsewhere
+        # Near-ties in routers send tokens elsewhere; the reference's sums are a CPU's, in another order; two ways to
+        # compute GELU move Gemma 4's gates by more.
+        exact = device().type == "cpu" and family != "gemma4"
+        tolerance = 0.5 if bf16 else 1e-5 if exact else 3e-5
         wrong += [f"window {number}: {found}" for found in _differences(plain, sharded.parameters(), tolerance)]
         for optimizer in optimizers:
             optimizer.step()
@@ -195,6 +198,59 @@ def _after_a_forward_alone() -> list[str]:
 
 def test_nothing_stays_gathered_behind_a_forward_alone() -> None:
     assert_ranks_agree(2, _after_a_forward_alone)
+
+
+def _several_forwards_before_a_backward(family: str, mode: Any) -> list[str]:
+    """As a reference (of DPO, a teacher) and pairs have it: one without gradients behind, and two of one loss."""
+    rank, wrong = dist.get_rank(), []
+    plain, model = multimodal_model(family), multimodal_model(family)
+    parallelize(model, ParallelLayout.resolve(2, "auto", 2, 2), device(), activation_checkpointing=mode)
+    image, *texts = [image_batch(family, plain, 0), *(text_batch(seed) for seed in range(1, 4))]
+    for number, (first, second) in enumerate(
+        [((image, texts[0]), (texts[1], texts[2])), (texts[:2], (texts[2], image))]
+    ):
+        for with_gradient in (False, True):
+            for batch in (*first, *(second if with_gradient else ())):
+                _backward(plain, batch)
+            mine = [{key: value.to(device()) for key, value in batch[rank].items()} for batch in (first, second)]
+            loss = model(**mine[0], use_cache=False).loss
+            with torch.set_grad_enabled(with_gradient):
+                other = model(**mine[1], use_cache=False).loss
+            (loss + other if with_gradient else loss).backward()
+            found = _differences(plain, model.parameters(), 1e-5)
+            wrong += [f"case {number}, {with_gradient=}: {what}" for what in found]
+            for trained in (plain, model):
+                trained.zero_grad()
+    return wrong
+
+
+_GENERATE = ["gemma4", "glm4v_moe", "qwen3_5_moe", "qwen3_omni_moe_thinker"]
+_MORE = [("qwen3_vl_moe", "full"), ("ernie4_5_vl_moe", "none")]
+
+
+@pytest.mark.parametrize(
+    ("family", "mode"),
+    [("qwen3_vl_moe", "none"), *(pytest.param(family, mode, marks=pytest.mark.slow) for family, mode in _MORE)],
+)
+def test_other_forwards_come_before_the_backward(family: str, mode: str) -> None:
+    assert_ranks_agree(2, _several_forwards_before_a_backward, family, mode)
+
+
+def _generate(family: str) -> list[str]:
+    rank, plain, model = dist.get_rank(), multimodal_model(family).eval(), multimodal_model(family).eval()
+    parallelize(model, ParallelLayout.resolve(2, "auto", 2, 2), device())
+    batch = [image_batch(family, plain, 0), text_batch(1)][rank]
+    batch["attention_mask"] = torch.ones_like(batch["input_ids"])
+    del batch["labels"]
+    length = {"max_new_tokens": [6, 3][rank], "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+    expected = plain.generate(**batch, **length)
+    found = model.generate(**{key: value.to(device()) for key, value in batch.items()}, **length)
+    return [] if torch.equal(found.cpu(), expected) else [f"{found.tolist()} in place of {expected.tolist()}"]
+
+
+@pytest.mark.parametrize("family", ["qwen3_vl_moe", *(pytest.param(f, marks=pytest.mark.slow) for f in _GENERATE)])
+def test_one_rank_generates_about_an_image(family: str) -> None:
+    assert_ranks_agree(2, _generate, family)
 
 
 class _Images(L.LightningModule):

@@ -58,6 +58,13 @@ _MORE: dict[str, dict[str, Any]] = {
     "ernie4_5_vl_moe_text": {
         "moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": [16, 16], **_MROPE
     },
+    "gemma4": {
+        "vision_config": {
+            "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+            "num_key_value_heads": 4, "head_dim": 8, "pooling_kernel_size": 2, "patch_size": 4,
+            "position_embedding_size": 16,
+        }
+    },
     "gemma4_text": {**_ROUTED, "enable_moe_block": True},
     "glm4_moe_lite": _HEADS,
     "glm4v_moe_text": {"rope_parameters": {**_MROPE["rope_parameters"], "partial_rotary_factor": 1.0}},
@@ -70,6 +77,7 @@ _MORE: dict[str, dict[str, Any]] = {
     "inkling2_vision": {
         "text_hidden_size": 32, "projection_hidden_dim": 32, "num_hidden_layers": 2, "posemb_grid_size": 4
     },
+    "kimi_k25": {"projection_hidden_size": 32},
     "kimi_linear": {"num_experts_per_token": 2, "linear_head_dim": 8, "linear_num_heads": 4},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
     "mistral4": {
@@ -88,8 +96,12 @@ _MORE: dict[str, dict[str, Any]] = {
         "layer_types": ["linear_attention", "linear_attention", "linear_attention", "indexed_attention"],
     },
     "phimoe": {"router_jitter_noise": 0.0, "input_jitter_noise": 0.0},  # else other numbers on other ranks
+    "qwen3_omni_moe_vision_encoder": {"deepstack_visual_indexes": (0, 1)},
+    "qwen3_vl_moe_vision": {"deepstack_visual_indexes": (0, 1)},
+    "qwen3_omni_moe_thinker": {"vision_start_token_id": 3},  # of files, not of the class
     "qwen3_omni_moe_talker_text": {"shared_expert_intermediate_size": 16},
     "step3p5": {"sliding_window": 8},
+    "unlimited_ocr_sam_vision_model": {"downsample_channels": (32, 32)},
     "unlimited_ocr_text": _HEADS,
     "zaya": {"num_experts_per_tok": 1, "router_hidden_size": 16},
 }  # fmt: skip

@@ -134,7 +134,7 @@ def test_the_families_that_must_read_more_are_those_that_the_documentation_lists
         if not used <= boxes:
             more.add(model_type)
     assert more == {"inkling2_text"}
-    text = (Path(__file__).parents[2] / "docs" / "checkpoints.md").read_text()
+    text = (Path(__file__).parents[2] / "docs" / "operate" / "checkpoints.md").read_text()
     assert all(f"`{family}`" in text for family in more)
 
 

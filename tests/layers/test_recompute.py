@@ -375,6 +375,7 @@ def test_full_keeps_inputs_and_routing_until_backward_and_nothing_after(family: 
     large = [shape for shape in found["full"][1] if torch.Size(shape).numel() >= tokens * hidden]
     assert large == [(4, 16, hidden)] + [(tokens, hidden)] * with_outputs
     routing = 4 * (2 * experts + 3 * top_k + 1) + 8 * top_k  # logits, scores, weights in three states, sums; ids
+    routing += 4 * (2 * top_k + experts / tokens)  # the order of pairs by expert, and where each expert's end
     assert found["full"][0] <= 4 * hidden * (1 + with_outputs) + routing
     # Besides, one row and 2 I numbers per expert of a token; selective recomputes the rest of the layer.
     assert found["selective"][0] - found["full"][0] >= 4 * (2 * 16 * top_k)

@@ -13,12 +13,15 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_ep.distributed.progress import Progress
-from lightning_ep.moe.dispatch import AllToAllDispatcher, Dispatcher, LocalDispatcher
+from lightning_ep.moe.dispatch import AllToAllDispatcher, Dispatcher, LocalDispatcher, Pending
 from lightning_ep.moe.dispatch.packed import PackedRows
 from lightning_ep.moe.function import moe_forward
 from lightning_ep.moe.master_weights import MasterWeights
+from lightning_ep.ops import low_rank
 from lightning_ep.ops.fused_experts import FusedExperts
+from lightning_ep.ops.grouped_mm import grouped_mm
 from lightning_ep.ops.local_experts import LocalExperts
+from lightning_ep.ops.low_rank import Adapter, project
 from lightning_ep.ops.registered_experts import RegisteredExperts
 from lightning_ep.transformers_adapter import local_experts_function
 from tests.ranks import device, run_ranks
@@ -315,6 +318,70 @@ def _keeps_rows_for_backward(implementation: str) -> bool:
 @pytest.mark.parametrize(("implementation", "keeps"), [("fused", True), ("eager", False)])
 def test_rows_are_kept_only_by_experts_that_need_them(implementation: str, keeps: bool) -> None:
     assert run_ranks(2, _keeps_rows_for_backward, implementation) == [keeps] * 2
+
+
+@pytest.mark.parametrize(("implementation", "under"), [("fused", 1), ("eager", 0)])
+def test_rows_that_are_sent_again_travel_under_the_first_gemm_of_backward(implementation: str, under: int) -> None:
+    """Where the local experts know what needs no rows; with those the result is that of kept rows (test_recompute)."""
+    experts = tiny_model(num_hidden_layers=1).model.layers[0].mlp.experts.to(device())
+    gemms, at_arrival = [], []
+
+    class Watched(LocalDispatcher):
+        def dispatch(self, plan: Any, x_TH: Tensor, hop: str) -> Pending:
+            def arrive() -> Tensor:
+                at_arrival.append((hop, len(gemms)))
+                return x_TH
+
+            return Pending(arrive)
+
+    def counted(*args: Any) -> Tensor:
+        gemms.append(args)
+        return grouped_mm(*args)
+
+    hidden, ids, weights, _ = _inputs("random", 0, 1)
+    hidden, ids, weights = hidden.float().to(device()).requires_grad_(), ids.to(device()), weights.float().to(device())
+    runner, params = _local_experts(experts, implementation), tuple(experts.parameters())
+    leave = lambda kept: lambda: kept.detach()  # noqa: E731
+    out = moe_forward(Watched(EXPERTS), runner, hidden, ids, weights, params, leave)
+    at_arrival.clear()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(low_rank, "grouped_mm", counted)
+        out.sum().backward()
+    assert at_arrival == [("combine, backward", 0), ("dispatch, recomputed", under)]
+    assert hidden.grad is not None
+
+
+@pytest.mark.parametrize(("rank", "again"), [(8, 0), (9, 2)])
+def test_rows_in_rank_space_are_kept_where_they_are_small(rank: int, again: int) -> None:
+    """Two projections beside rows of 128 numbers that go to one expert each; with equal gradients either way."""
+    generator, hidden, width = torch.Generator().manual_seed(0), 128, 16
+    sizes = [(2 * width, hidden), (hidden, width)]
+    weights = [torch.randn(EXPERTS, *size, generator=generator) for size in sizes]
+    factors = [torch.randn(EXPERTS, *size, generator=generator) for b, a in sizes for size in ((rank, a), (b, rank))]
+    rows, grad = (torch.randn(40, hidden, generator=generator) for _ in range(2))
+    ids, scores = torch.randint(0, EXPERTS, (40, 1), generator=generator), torch.rand(40, 1, generator=generator)
+    experts, dtypes = (
+        FusedExperts(EXPERTS, [Adapter(0, rank, 0.5), Adapter(1, rank, 2.0)]),
+        [None] * 2 + [rows.dtype] * 4,
+    )
+    projected: list[Any] = []
+
+    def counted(*args: Any) -> Tensor:
+        projected.append(args)
+        return project(*args)
+
+    found = []
+    for keep in (True, False):
+        _, saved = experts.forward(rows, ids, scores, 40, [*weights, *factors], keep)
+        projected.clear()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(low_rank, "project", counted)
+            later = None if keep else lambda: rows
+            *grads, saved = experts.backward_rows(saved, [*weights, *factors], grad, later)
+        assert len(projected) == 2 + (0 if keep else again), "the gradients of both outputs, and the rows of both"
+        found.append([*grads, *experts.backward_params(saved, dtypes)[2:]])
+    assert len(found[0]) == 6
+    assert all(map(torch.equal, *found))
 
 
 @pytest.mark.parametrize("slots_dtype", [torch.int32, torch.int64])

@@ -24,7 +24,7 @@ from tests.ranks import assert_ranks_agree, device
 from tests.reference import VOCAB, relative_error, tiny_model
 from tests.tiny import quiet
 
-PAGE = Path(__file__).parents[2] / "docs" / "experts.md"
+PAGE = Path(__file__).parents[2] / "docs" / "extend" / "plans.md"
 PLAN: dict[str, Any] = {"model.layers.*.moe.experts": "experts"}
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_ep.ops import activation, cross_entropy, grouped_mm, permute, routing
+from lightning_ep.ops import activation, cross_entropy, grouped_mm, low_rank, permute, routing
 from lightning_ep.ops.expert_form import Activation, ExpertBias
 from tests.reference import relative_error
 
@@ -241,6 +241,81 @@ def test_grouped_mm(counts: list[int], width: int, transposed: bool) -> None:
         assert relative_error(found, expected) < 4e-3
 
 
+@pytest.mark.skipif(NEW_NUMPY and not ON_GPU, reason="the interpreter needs an older numpy")
+@pytest.mark.parametrize("transposed", [True, False])
+@pytest.mark.parametrize("rank", [5, 8, 24])  # not what tensor cores multiply at once, in one step and in two
+@pytest.mark.parametrize("counts", [[130, 0, 1, 200, 0], [3] * 9])
+def test_grouped_mm_with_a_low_rank_product_beside(counts: list[int], rank: int, transposed: bool) -> None:
+    from lightning_ep.ops.kernels import grouped_mm as kernel
+
+    dtype = torch.bfloat16 if ON_GPU else torch.float16
+    offsets = torch.tensor(counts, device=DEVICE).cumsum(0).int()
+    # Strides as factors of adapters have them: [E, R, B] or [E, B, R] in memory. Rows behind the last are nobody's.
+    x, low = (torch.randn(sum(counts) + 2, size, device=DEVICE).to(dtype) for size in (128, rank))
+    x[-2:], low[-2:] = float("nan"), float("nan")
+    weight, factor = (_stored(len(counts), size, 264, transposed, dtype) for size in (128, rank))
+    expected = grouped_mm.grouped_mm_twin(x.double(), weight.double(), offsets, (low.double(), factor.double()))
+    assert not ON_GPU or kernel.serves(x, weight, (low, factor))
+    _poison(sum(counts) + 2, 264, dtype=dtype)
+    found = kernel.grouped_mm(x, weight, offsets, (low, factor), programs=7)
+    assert relative_error(found[:-2], expected[:-2]) < 4e-3
+    alone = grouped_mm.grouped_mm_twin(x.double(), weight.double(), offsets)
+    assert relative_error(alone[:-2], expected[:-2]) > 0.1, "what is beside shows"
+
+
+def _stored(experts: int, a: int, b: int, transposed: bool, dtype: torch.dtype) -> Tensor:
+    """``[E, A, B]``, with a unit stride over A if it is transposed."""
+    shape = (experts, b, a) if transposed else (experts, a, b)
+    stored = torch.randn(shape, device=DEVICE).to(dtype)
+    return stored.transpose(1, 2) if transposed else stored
+
+
+# Ranks below and above what a tile has, no multiple of 16 among them; experts without rows; features behind a tile's.
+LOW_RANKS = [([70, 0, 1, 64], 72, 8), ([0, 3], 300, 70), ([5], 8, 1), ([65, 2, 0], 136, 20)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16 if ON_GPU else torch.float16])
+@pytest.mark.parametrize("transposed", [True, False])
+@pytest.mark.parametrize(("counts", "features", "rank"), LOW_RANKS)
+def test_rows_go_to_the_rank_space_of_their_expert(
+    counts: list[int], features: int, rank: int, transposed: bool, dtype: torch.dtype
+) -> None:
+    from lightning_ep.ops.kernels import low_rank as kernel
+
+    offsets, num_rows = torch.tensor(counts, device=DEVICE).cumsum(0).int(), sum(counts)
+    wide = torch.randn(num_rows, features + 8, device=DEVICE).to(dtype)  # with gaps between its rows
+    factor = _stored(len(counts), features, rank, transposed, dtype)
+    expected = low_rank.project_twin(wide[:, :features].double(), factor.double(), 0.3, offsets)
+    _poison(num_rows, rank, dtype=dtype)
+    found = kernel.project(wide[:, :features], factor, 0.3, offsets)
+    assert found.dtype == dtype
+    assert relative_error(found, expected) < (1e-6 if dtype == torch.float32 else 4e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16 if ON_GPU else torch.float16])
+@pytest.mark.parametrize("indexed", [True, False])
+@pytest.mark.parametrize(("counts", "features", "rank"), LOW_RANKS)
+def test_gradients_of_factors(counts: list[int], features: int, rank: int, indexed: bool, dtype: torch.dtype) -> None:
+    """In fp32, whatever the rows are in; as A lies in memory and as B does; without what was added to the rank."""
+    from lightning_ep.ops.kernels import low_rank as kernel
+
+    offsets, num_rows = torch.tensor(counts, device=DEVICE).cumsum(0).int(), sum(counts)
+    tokens = num_rows // 2 + 1 if indexed else num_rows
+    row_P = torch.randint(0, tokens, (num_rows,), device=DEVICE).int() if indexed else None
+    x = torch.randn(tokens, features + 8, device=DEVICE).to(dtype)[:, :features]
+    low = torch.randn(num_rows, rank + 3, device=DEVICE).to(dtype)
+    for rank_first in (True, False):
+        shape = (len(counts), rank, features) if rank_first else (len(counts), features, rank)
+        out = torch.full(shape, float("nan"), device=DEVICE)
+        found = out.transpose(1, 2) if rank_first else out
+        expected = torch.empty_like(found, dtype=torch.float64)
+        low_rank.outer_twin_(expected, x.double(), low.double(), offsets, row_P)
+        kernel.outer_(found, x, low, offsets, row_P)
+        assert relative_error(found, expected) < 1e-6
+        empty = torch.tensor(counts, device=DEVICE) == 0
+        assert not found[empty].any()
+
+
 @pytest.mark.parametrize("failure", ["out of resource: shared memory", "its results differ"])
 def test_a_grouped_mm_that_fails_is_left_to_torch(
     failure: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
@@ -249,7 +324,7 @@ def test_a_grouped_mm_that_fails_is_left_to_torch(
 
     from lightning_ep.ops.kernels import grouped_mm as kernel
 
-    def launch(x_PA: Tensor, weight_EAB: Tensor, offsets_E: Tensor) -> Tensor:
+    def launch(x_PA: Tensor, weight_EAB: Tensor, offsets_E: Tensor, beside: None) -> Tensor:
         if failure.startswith("out of"):
             raise OutOfResources(245784, 232448, "shared memory")
         return x_PA @ weight_EAB[1]
@@ -262,6 +337,17 @@ def test_a_grouped_mm_that_fails_is_left_to_torch(
     assert f"(2, 64, 8), torch's instead: {failure}" in caplog.text
 
 
+def test_a_grouped_mm_that_leaves_out_what_is_beside_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the first factor that comes is zero, as that of an adapter which begins."""
+    from lightning_ep.ops.kernels import grouped_mm as kernel
+
+    monkeypatch.setattr(kernel, "_WORKS", {})
+    monkeypatch.setattr(kernel, "grouped_mm", lambda x_PA, weight_EAB, ends_E, beside: x_PA @ weight_EAB[0])
+    weight, factor = torch.randn(2, 64, 16, device=DEVICE), torch.zeros(2, 8, 16, device=DEVICE)
+    assert kernel._works(weight)
+    assert not kernel._works(weight, factor)
+
+
 @pytest.mark.skipif(NEW_NUMPY and not ON_GPU, reason="the interpreter needs an older numpy")
 @pytest.mark.parametrize("transposed", [True, False])
 def test_a_grouped_mm_that_works_is_used(transposed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -270,8 +356,11 @@ def test_a_grouped_mm_that_works_is_used(transposed: bool, monkeypatch: pytest.M
     monkeypatch.setattr(kernel, "_WORKS", {})
     if not ON_GPU:
         monkeypatch.setattr(kernel, "multiprocessors", lambda device: 4)
-    stored = torch.randn(3, 128, 128, device=DEVICE).to(torch.bfloat16 if ON_GPU else torch.float16)
-    assert kernel._works(stored.transpose(1, 2) if transposed else stored)
+    dtype = torch.bfloat16 if ON_GPU else torch.float16
+    weight, factor = (_stored(3, size, 128, transposed, dtype) for size in (128, 8))
+    assert kernel._works(weight)
+    assert kernel._works(weight, torch.zeros_like(factor))
+    assert len(kernel._WORKS) == 2
 
 
 @pytest.mark.skipif(not ON_GPU, reason="needs a GPU")

@@ -12,6 +12,8 @@ from torch import Tensor
 from lightning_ep.ops.activation import activate_backward_twin, activate_twin
 from lightning_ep.ops.cross_entropy import cross_entropy_twin_, softmax_gradient_twin_, softmax_statistics_twin
 from lightning_ep.ops.expert_form import Activation, ExpertBias
+from lightning_ep.ops.grouped_mm import grouped_mm_twin
+from lightning_ep.ops.low_rank import outer_twin_, project_twin
 from lightning_ep.ops.norm import sum_of_squares_twin
 from lightning_ep.ops.permute import gather_sum_twin
 from tests.reference import relative_error
@@ -92,3 +94,21 @@ def test_norms_of_gradients_in_bf16_are_those_of_fp32() -> None:
     grads = [torch.randn(50, 40, generator=torch.Generator().manual_seed(seed)).bfloat16() for seed in range(3)]
     expected = torch.cat([grad.double().flatten() for grad in grads]).square().sum()
     assert relative_error(sum_of_squares_twin(grads), expected) < 1e-6
+
+
+def test_low_rank_products_in_bf16_are_summed_in_fp32_and_rounded_once() -> None:
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((60, 24), (60, 5), (3, 24, 32), (3, 5, 32))
+    x, low, weight, factor = (torch.randn(shape, generator=generator).bfloat16() for shape in shapes)
+    offsets, row_P = torch.tensor([20, 20, 60], dtype=torch.int32), torch.arange(59, -1, -1, dtype=torch.int32)
+    expected, projected = torch.empty(60, 32).double(), torch.empty(60, 32).double()
+    gradients = torch.zeros(3, 24, 5).double()
+    for expert, rows in enumerate((slice(0, 20), slice(20, 20), slice(20, 60))):
+        projected[rows] = x[rows].double() @ weight[expert].double()
+        expected[rows] = projected[rows] + low[rows].double() @ factor[expert].double()
+        gradients[expert] = x.flip(0)[rows].double().t() @ low[rows].double()
+    assert _rounded_once(grouped_mm_twin(x, weight, offsets, (low, factor)), expected)
+    assert _rounded_once(project_twin(x, weight, 0.25, offsets), 0.25 * projected)
+    found = torch.full((3, 24, 5), float("nan"))
+    outer_twin_(found, x, low, offsets, row_P)
+    assert relative_error(found, gradients) < 1e-6

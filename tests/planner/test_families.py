@@ -130,7 +130,7 @@ def test_adapters_of_experts_are_those_of_the_package() -> None:
     widths, layers = read_widths(config.to_dict())
     assert attention_adapters(widths, layers, 4) + expert_adapters(widths, layers, 4) == trained
     model = find_model("Qwen/Qwen3-30B-A3B")
-    assert expert_adapters(model.widths, model.layers, 8) == pytest.approx(315e6, rel=0.002)  # docs/lora.md
+    assert expert_adapters(model.widths, model.layers, 8) == pytest.approx(315e6, rel=0.002)  # docs/start/lora.md
 
 
 def test_a_model_is_found_by_id_short_name_file_directory_and_in_the_cache(

@@ -1,4 +1,4 @@
-"""Bytes that travel, against arithmetic by hand (docs/multinode.md, docs/layouts.md) and rings walked edge by edge."""
+"""Bytes that travel, against arithmetic by hand (docs/operate/multinode.md, docs/choose/layouts.md), and rings."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def _case(shape: tuple[int, int] = (1, 4096), ranks: int = 16, **settings: Any) 
 
 
 def test_experts_of_two_nodes_travel_as_the_docs_say() -> None:
-    # docs/multinode.md: 2 x 72 MiB gathered and 144 MiB of gradients; 288 MiB all-reduced; 3.3 rows of 4 KiB.
+    # docs/operate/multinode.md: 2 x 72 MiB gathered and 144 MiB of gradients; 288 MiB all-reduced; 3.3 rows of 4 KiB.
     assert expert_gather(_case(ep=8)) == Traffic(0.0, 72 * MIB)
     experts = 48 * 128 * 3 * 2048 * 768
     copies = copies_sum(_case(ep=8, replicate=2))
@@ -62,7 +62,7 @@ def test_rings_leave_nodes_as_often_as_they_are_drawn(ep: int, node: int, ranks:
 
 
 def test_exchanges_of_sequences_and_matrices_are_those_of_the_docs() -> None:
-    # docs/layouts.md: 288 MiB per layer and direction at cp=2 and 64k tokens; 64 MiB at 4 x 4096 tokens and tp=2.
+    # docs/choose/layouts.md: 288 MiB per layer and direction at cp=2 and 64k tokens; 64 MiB at 4 x 4096 and tp=2.
     assert sequence_exchange(_case((1, 65_536), 2, cp=2)).link == 288 * MIB
     assert tensor_exchange(_case((4, 4096), 2, tp=2)).link == 64 * MIB
     assert sequence_exchange(_case()) == tensor_exchange(_case()) == Traffic()

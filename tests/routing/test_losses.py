@@ -165,7 +165,8 @@ def _own_loop() -> list[str]:
     (loss + router_losses(model, device()).float()).backward()
     logged = step_routers(model, device())
     optimizer.step()
-    wrong = [f"{logged} and not {values}"] if [*logged.values()] != pytest.approx(values, rel=1e-5) else []
+    found = [float(value) for value in logged.values()]
+    wrong = [f"{logged} and not {values}"] if found != pytest.approx(values, rel=1e-5) else []
     before = dict(tiny_model().named_parameters())
     for (name, param), wanted in zip(model.named_parameters(), expected.parameters(), strict=True):
         moved = param.full_tensor().double().cpu() - before[name]

@@ -134,10 +134,10 @@ def test_every_measure_is_that_of_counting_token_by_token(ep: int) -> None:
 
 def test_layers_may_be_left_out_and_large_batches_are_counted_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     logits, counted_T = _pass(1, 0)
-    whole = RoutingSummary(EXPERTS)
+    whole = RoutingSummary(EXPERTS).to(device())
     whole.update(_routed(logits, counted_T))
     monkeypatch.setattr("lightning_ep.routing.metrics._AT_ONCE", 1)
-    parts = RoutingSummary(EXPERTS)
+    parts = RoutingSummary(EXPERTS).to(device())
     first, second, third = _routed(logits, counted_T)
     parts.update([first, None, third])
     assert parts.compute()["tokens_M"].tolist()[1] == 0

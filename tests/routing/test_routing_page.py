@@ -1,4 +1,4 @@
-"""docs/routing.md does what it says."""
+"""docs/operate/routing.md does what it says."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import yaml
 from lightning_ep import callbacks
 from tests.reference import batches, tiny_model
 
-PAGE = (Path(__file__).parents[2] / "docs" / "routing.md").read_text()
+PAGE = (Path(__file__).parents[2] / "docs" / "operate" / "routing.md").read_text()
 
 
 def test_the_blocks_of_the_page_run_as_printed(

@@ -101,7 +101,7 @@ def _same(module: Any, reference: nn.ModuleDict) -> None:
 
 
 class _Sums(_Module):
-    """As docs/training.md has it."""
+    """As docs/operate/training.md has it."""
 
     tokens: Any = 0
 

@@ -231,7 +231,11 @@ def test_a_state_of_torchs_adamw_does_not_turn_it_off() -> None:
 def test_is_refused_before_anything_runs(tmp_path: Path, flags: dict[str, Any], message: str) -> None:
     module = Given()
     trainer = quiet(
-        tmp_path, strategy=ExpertParallelStrategy(), devices=1, max_epochs=2, **{"precision": "bf16-true", **flags}
+        tmp_path,
+        strategy=ExpertParallelStrategy(),
+        devices=1,
+        max_epochs=2,
+        **{"precision": "bf16-true", **flags},
     )
     with pytest.raises(ValueError, match=message):
         trainer.fit(module, loader(4))

@@ -22,7 +22,7 @@ from tests.reference import tiny_model
 from tests.tiny import SMALL, TinyModule, loader
 
 H100 = GPUS["H100"]
-PAGE = (Path(__file__).parents[2] / "docs" / "planning.md").read_text()
+PAGE = (Path(__file__).parents[2] / "docs" / "choose" / "planning.md").read_text()
 
 
 class _AdamW(TinyModule):

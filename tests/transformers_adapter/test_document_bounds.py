@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.fsdp import MixedPrecisionPolicy
-from transformers import AutoConfig, AutoModelForCausalLM, masking_utils
+from transformers import AutoConfig, masking_utils
 
 from lightning_ep import ParallelLayout, from_config, parallelize, shard_sequence
 from lightning_ep import transformers_adapter as adapter
@@ -24,7 +24,7 @@ from lightning_ep.ops.packed_attention import documents_mask, has_kernel, kernel
 from lightning_ep.trainer import cost_warnings
 from lightning_ep.transformers_adapter import document_bounds
 from tests.documents import PACKED, kernel_on_cpu
-from tests.hub.every_family import tiny_config_of
+from tests.hub.every_family import auto_class_of, tiny_config_of
 from tests.rank_process import on_cuda
 from tests.ranks import assert_ranks_agree, device, run_ranks
 from tests.reference import VOCAB, family_model, grad_or_zero, relative_error, tiny_model
@@ -190,6 +190,9 @@ ALL_TOLD = [
     "afmoe", "aria_text", "beam", "cohere2_moe", "dots1", "ernie4_5_moe", "exaone_moe", "flex_olmo", "glm4_moe",
     "granitemoe", "granitemoeshared", "hunyuan_v1_moe", "hy_v3", "kolibri1", "laguna", "mellum", "minimax_m2",
     "mixtral", "olmoe", "phimoe", "qwen2_moe", "qwen3_moe", "solar_open",
+    # the text in models of images, too
+    "aria", "deepseek_ocr2", "ernie4_5_vl_moe", "glm4v_moe", "kimi_k25", "llava",
+    "qwen3_omni_moe_thinker", "qwen3_vl_moe", "step3p7",
 ]  # fmt: skip
 
 
@@ -201,7 +204,7 @@ def test_every_family_that_is_told_keeps_documents_apart(family: str) -> None:
     if getattr(config, "sliding_window", None):
         config.sliding_window = 3
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config, experts_implementation="eager").double().eval()
+    model = auto_class_of(config).from_config(config, experts_implementation="eager").double().eval()
     for name, param in model.named_parameters():
         if "norm" not in name:
             torch.nn.init.normal_(param, std=0.3)
@@ -213,7 +216,7 @@ def test_every_family_that_is_told_keeps_documents_apart(family: str) -> None:
         adapter.use_bounds_of_documents(model)
         adapter.keep_documents_apart(model)
         found = model(ids, position_ids=positions).logits.flatten(0, 1)
-    assert len(calls) == config.num_hidden_layers
+    assert len(calls) == config.get_text_config().num_hidden_layers
     torch.testing.assert_close(found, torch.cat(apart), rtol=1e-5, atol=1e-5)  # some route in fp32
 
 

@@ -18,13 +18,30 @@ _log = logging.getLogger(__name__)
 _WORKS: dict[tuple[object, ...], bool] = {}
 
 _ROWS, _COLS, _DEPTH = 128, 256, 64  # of a tile; one per multiprocessor fits with three stages
+_RANKS = 16  # of a low-rank product, at a time: as few as tensor cores multiply, and more would not fit beside the tile
+
+
+@triton.jit
+def _low_rank(
+    low, factor, e, row, end, col, first, factor_stride, rank_stride, col_stride,
+    B: tl.constexpr, RANK: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, RANKS: tl.constexpr,
+):  # fmt: skip
+    """The operands of a tile's low-rank product, from a rank on."""
+    rows, cols, ranks = row + tl.arange(0, ROWS), col + tl.arange(0, COLS), first + tl.arange(0, RANKS)
+    inside = ranks < RANK
+    low_tile = tl.load(
+        low + (rows * RANK)[:, None] + ranks[None, :], mask=(rows < end)[:, None] & inside[None, :], other=0.0
+    )
+    at = e.to(tl.int64) * factor_stride + ranks[:, None] * rank_stride + cols[None, :] * col_stride
+    return low_tile, tl.load(factor + at, mask=inside[:, None] & (cols < B)[None, :], other=0.0)
 
 
 @triton.jit
 def _grouped_mm_kernel(
-    x, weight, out_tiles, out, offsets,
+    x, weight, out_tiles, out, offsets, low, factor, factor_stride, rank_stride, col_stride,
     A: tl.constexpr, B: tl.constexpr, EXPERTS: tl.constexpr, BINS: tl.constexpr, TRANSPOSED: tl.constexpr,
-    ROWS: tl.constexpr, COLS: tl.constexpr, DEPTH: tl.constexpr, SPECIALIZE: tl.constexpr,
+    RANK: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, DEPTH: tl.constexpr, RANKS: tl.constexpr,
+    SPECIALIZE: tl.constexpr,
 ):  # fmt: skip
     # How many tiles of rows every expert has; each program finds the expert of a tile by itself.
     expert = tl.arange(0, BINS)
@@ -41,6 +58,10 @@ def _grouped_mm_kernel(
         e = tl.sum(before.to(tl.int32), axis=0)
         end = tl.sum(tl.where(expert <= e, counts, 0), axis=0)
         row = tl.sum(tl.where(before, counts - tiles * ROWS, 0), axis=0) + down * ROWS
+        if RANK > 0:  # before the loop, under which the first ones arrive
+            low_tile, factor_tile = _low_rank(
+                low, factor, e, row, end, col, 0, factor_stride, rank_stride, col_stride, B, RANK, ROWS, COLS, RANKS
+            )
         total = tl.zeros((ROWS, COLS), tl.float32)
         for k in tl.range(0, A, DEPTH):
             x_tile = x.load([row, k])
@@ -48,6 +69,14 @@ def _grouped_mm_kernel(
                 total = tl.dot(x_tile, weight.load([e * B + col, k]).T, total)
             else:
                 total = tl.dot(x_tile, weight.load([e * A + k, col]), total)
+        if RANK > 0:
+            total = tl.dot(low_tile, factor_tile, total)
+            for first in range(RANKS, RANK, RANKS):
+                low_tile, factor_tile = _low_rank(
+                    low, factor, e, row, end, col, first, factor_stride, rank_stride, col_stride,
+                    B, RANK, ROWS, COLS, RANKS,
+                )  # fmt: skip
+                total = tl.dot(low_tile, factor_tile, total)
         result = total.to(out.dtype.element_ty)
         if row + ROWS <= end:
             out_tiles.store([row, col], result)
@@ -58,13 +87,15 @@ def _grouped_mm_kernel(
             tl.store(out + rows[:, None].to(tl.int64) * B + cols[None, :], result, mask=mask)
 
 
-def serves(x_PA: Tensor, weight_EAB: Tensor) -> bool:
+def serves(x_PA: Tensor, weight_EAB: Tensor, beside: tuple[Tensor, Tensor] | None = None) -> bool:
     """Whether the kernel takes these operands: bf16 on Hopper, sizes that its loads can address, and it works."""
     _, a, b = weight_EAB.shape
     stored = weight_EAB.is_contiguous() or weight_EAB.transpose(1, 2).is_contiguous()
-    addressable = a % _DEPTH == 0 and b % 8 == 0 and x_PA.is_contiguous() and stored and x_PA.shape[0] > 0
-    bf16 = x_PA.dtype == weight_EAB.dtype == torch.bfloat16
-    return addressable and bf16 and x_PA.is_cuda and _is_hopper(x_PA.device) and _works(weight_EAB)
+    contiguous = all(rows.is_contiguous() for rows in (x_PA, *(beside or ())[:1]))
+    addressable = a % _DEPTH == 0 and b % 8 == 0 and contiguous and stored and x_PA.shape[0] > 0
+    bf16 = all(t.dtype == torch.bfloat16 for t in (x_PA, weight_EAB, *(beside or ())))
+    factor_ERB = None if beside is None else beside[1]
+    return addressable and bf16 and x_PA.is_cuda and _is_hopper(x_PA.device) and _works(weight_EAB, factor_ERB)
 
 
 @cache
@@ -72,45 +103,72 @@ def _is_hopper(device: torch.device) -> bool:
     return torch.cuda.get_device_capability(device) == (9, 0)
 
 
-def _works(weight_EAB: Tensor) -> bool:
+def _works(weight_EAB: Tensor, factor_ERB: Tensor | None = None) -> bool:
     """Whether Triton makes a kernel for these sizes that fits the chip and computes what torch does.
 
     Tried once per size: Triton 3.6 makes one that is too large for tiles of a single step, and what other versions make
     of warp specialisation has not been seen.
     """
-    key = (*weight_EAB.shape, weight_EAB.is_contiguous(), weight_EAB.device)
+    operands = (weight_EAB,) if factor_ERB is None else (weight_EAB, factor_ERB)
+    key = (*((*operand.shape, operand.is_contiguous()) for operand in operands), weight_EAB.device)
     if key not in _WORKS:
-        num_experts, a, _ = weight_EAB.shape
-        num_rows = _ROWS + 72  # of the first expert: a whole tile and a part of one
-        x_PA = (torch.arange(num_rows * a, device=weight_EAB.device) % 17 - 8).to(weight_EAB.dtype).view(num_rows, a)
-        ends_E = torch.full((num_experts,), num_rows, dtype=torch.int32, device=weight_EAB.device)
         try:
-            difference = grouped_mm(x_PA, weight_EAB, ends_E).float() - (expected := (x_PA @ weight_EAB[0]).float())
-            reason = "" if difference.norm() <= 1e-2 * expected.norm() else "its results differ"
+            reason = "" if _agrees(*operands) else "its results differ"
         except torch.OutOfMemoryError:
             raise  # says nothing of the kernel
         except (OutOfResources, RuntimeError) as error:
             reason = str(error).partition("\n")[0]
         if reason:
-            _log.warning(f"No grouped GEMM of lightning_ep for weights {key[:3]}, torch's instead: {reason}")
+            sizes = " and ".join(str(tuple(operand.shape)) for operand in operands)
+            _log.warning(f"No grouped GEMM of lightning_ep for weights {sizes}, torch's instead: {reason}")
         _WORKS[key] = not reason
     return _WORKS[key]
 
 
-def grouped_mm(x_PA: Tensor, weight_EAB: Tensor, offsets_E: Tensor, programs: int | None = None) -> Tensor:
+def _agrees(weight_EAB: Tensor, factor_ERB: Tensor | None = None) -> bool:
+    num_rows = _ROWS + 72  # of the first expert: a whole tile and a part of one
+    ends_E = torch.full(weight_EAB.shape[:1], num_rows, dtype=torch.int32, device=weight_EAB.device)
+    x_PA, beside = _numbers(num_rows, weight_EAB), None
+    expected = (x_PA @ weight_EAB[0]).float()
+    if factor_ERB is not None:
+        # Like it, but with other numbers: the factor of an adapter that begins is zero.
+        like_ERB = torch.empty_like(factor_ERB).copy_(_numbers(factor_ERB.shape[2], factor_ERB).t() / 32)
+        beside = (_numbers(num_rows, factor_ERB), like_ERB)
+        expected += (beside[0] @ like_ERB[0]).float()
+    difference = grouped_mm(x_PA, weight_EAB, ends_E, beside).float() - expected
+    return bool(difference.norm() <= 1e-2 * expected.norm())
+
+
+def _numbers(num_rows: int, weight_EAB: Tensor) -> Tensor:
+    """Rows ``[num_rows, A]`` to try a weight with."""
+    numbers = torch.arange(num_rows * weight_EAB.shape[1], device=weight_EAB.device) % 17 - 8
+    return numbers.to(weight_EAB.dtype).view(num_rows, -1)
+
+
+def grouped_mm(
+    x_PA: Tensor,
+    weight_EAB: Tensor,
+    offsets_E: Tensor,
+    beside: tuple[Tensor, Tensor] | None = None,
+    programs: int | None = None,
+) -> Tensor:
     """See `lightning_ep.ops.grouped_mm.grouped_mm`."""
     num_experts, a, b = weight_EAB.shape
     transposed = not weight_EAB.is_contiguous()
     stored = weight_EAB.transpose(1, 2) if transposed else weight_EAB
     tile = [_COLS, _DEPTH] if transposed else [_DEPTH, _COLS]
     out_PB = x_PA.new_empty(x_PA.shape[0], b)
+    low_PR, factor_ERB = beside or (out_PB, weight_EAB)  # which are then not read
+    rank = low_PR.shape[1] if beside else 0
     _grouped_mm_kernel[(programs or multiprocessors(x_PA.device),)](
         TensorDescriptor.from_tensor(x_PA, [_ROWS, _DEPTH]),
         TensorDescriptor.from_tensor(stored.reshape(-1, stored.shape[2]), tile),
         TensorDescriptor.from_tensor(out_PB, [_ROWS, _COLS]),
         out_PB,
         offsets_E,
-        a, b, num_experts, triton.next_power_of_2(num_experts), transposed, _ROWS, _COLS, _DEPTH, True,
+        low_PR, factor_ERB, *factor_ERB.stride(),
+        a, b, num_experts, triton.next_power_of_2(num_experts), transposed, rank,
+        _ROWS, _COLS, _DEPTH, _RANKS, True,
         num_warps=8,
         num_stages=3,
     )  # fmt: skip

@@ -1,0 +1,309 @@
+"""A LightningDataModule of conversations with images."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Literal
+
+from transformers import AutoConfig
+from typing_extensions import override
+
+from lightning_ep import transformers_adapter as adapter
+from lightning_ep.data.chat import ChatDataModule
+from lightning_ep.data.chat_template import ChatTemplate, Rendered
+from lightning_ep.data.collate import Collate
+from lightning_ep.data.conversations import Conversation, MalformedRow, conversation
+from lightning_ep.data.images import Image, ImageFile, RowImages
+from lightning_ep.data.preparation import Rows
+from lightning_ep.data.rendering import RendersConversations
+from lightning_ep.data.row_files import Row, Source
+from lightning_ep.data.tokenizers import checkpoint_of
+from lightning_ep.data.vision_windows import VisionWindows, batch_of, rows_of
+from lightning_ep.hub.companions import PROCESSOR_FILES, read_files, write_files_to
+from lightning_ep.hub.meta_models import small_files
+
+_ROWS_PER_TASK = 32  # each may be megabytes
+_SIZES = 1000  # of which the text is kept, 10 KB each
+
+
+class VisionChatDataModule(ChatDataModule):
+    """Conversations with images in them, through the model's processor; only what the assistant writes is learnt.
+
+    Rows are those of `ChatDataModule`, in whose messages images may be: as parts, or as ``<image>`` in a text, for the
+    images of the row's column ``images``. An image is a path, a data URL, or bytes (``{"bytes": ...}``, as columns of
+    images of `datasets` have them). Rows without images may be among them (docs/start/images.md shows each form).
+
+    Preparing looks at every image, so that one that is missing or broken is refused with its file and line. Workers
+    decode them again when a batch is made; the cache has their paths, and the bytes of those that came as bytes.
+
+    Batches are ``input_ids`` and ``labels``, int64 ``[batch_size, sequence_length]``, ``position_ids`` of the same
+    shape or, for models with places in time, height and width, ``[4, batch_size, sequence_length]``, and what the image
+    processor gives for all images of the batch (``pixel_values``, ``image_grid_thw``), if it has any. Each document has
+    the positions, and attends to the tokens, that it would alone.
+
+    Args:
+        source: One source or several; see `ChatDataModule`.
+        validation_source: Rows to validate on. Default: ``validation_fraction`` of each source is held out.
+        image_folder: Where paths of images go on from. Default: the directory of the row's file.
+        min_pixels: The least pixels (height x width) that an image is scaled to. Default: the processor's.
+        max_pixels: The most; an image of Qwen3-VL is a token per 1,024 pixels. Default: the processor's.
+        pack: Let documents share a row of ``sequence_length``. Without it each has a row, and rows of a batch are as
+            long as its longest document: for models with linear attention (Qwen3.5), which cannot keep documents apart.
+        chat_template: As in `ChatDataModule`, like all that follow.
+        template_kwargs: Variables of the template.
+        split_turns: Make a sample of each assistant's turn.
+        too_long: Longer conversations lose whole turns, with their images, or are left out.
+        malformed: Rows that cannot be read or rendered, also for an image, are refused, or left out and counted.
+        num_workers: Processes per loader that decode images.
+        **packed: Those of `PackedDataModule`.
+
+    Raises:
+        ValueError: As `ChatDataModule`; and in ``prepare_data`` if the checkpoint has no processor of images, or pixels
+            are given that it does not know.
+    """
+
+    kind = "vision"
+
+    def __init__(
+        self,
+        source: str | Source | list[str | Source],
+        validation_source: str | Source | list[str | Source] | None = None,
+        image_folder: str | None = None,
+        min_pixels: int | None = None,
+        max_pixels: int | None = None,
+        pack: bool = True,
+        chat_template: str | None = None,
+        template_kwargs: dict[str, Any] | None = None,
+        split_turns: bool = False,
+        too_long: Literal["shorten", "drop"] = "shorten",
+        malformed: Literal["refuse", "skip"] = "refuse",
+        num_workers: int = 4,
+        **packed: Any,
+    ) -> None:
+        super().__init__(
+            source,
+            validation_source,
+            chat_template=chat_template,
+            template_kwargs=template_kwargs,
+            split_turns=split_turns,
+            too_long=too_long,
+            malformed=malformed,
+            num_workers=num_workers,
+            **packed,
+        )
+        self.image_folder = image_folder
+        self.min_pixels = min_pixels
+        self.max_pixels = max_pixels
+        self.packs = pack
+        self.processor: Any = None
+
+    @override
+    def prepare_data(self) -> None:
+        if self._predicts:
+            raise ValueError(
+                "predict takes documents one by one, which VisionChatDataModule does not give: validate instead, or "
+                "pass a DataLoader of your own."
+            )
+        super().prepare_data()
+
+    @override
+    def sources(self) -> Sequence[Rows]:
+        return [replace(rows, rows_per_task=_ROWS_PER_TASK) for rows in super().sources()]
+
+    @override
+    def validation_sources(self) -> Sequence[Rows] | None:
+        found = super().validation_sources()
+        return None if found is None else [replace(rows, rows_per_task=_ROWS_PER_TASK) for rows in found]
+
+    @override
+    def settings(self) -> Sequence[object]:
+        own = (self.image_folder, self.min_pixels, self.max_pixels, self.packs, self._files_of_processor())
+        return *super().settings(), *own
+
+    @override
+    def use_tokenizer(self, directory: Path) -> None:
+        self._directory_of_processor = directory
+        super().use_tokenizer(directory)
+
+    @override
+    def check(self) -> None:
+        if find_spec("PIL") is None:
+            raise ValueError("VisionChatDataModule reads images with Pillow: pip install 'lightning-ep[vision]'.")
+        pixels = self.min_pixels, self.max_pixels
+        self.processor = adapter.load_processor(self._directory_of_processor, self.tokenizer, *pixels)
+        if self.processor is None or getattr(self.processor, "image_token", None) is None:
+            raise ValueError(
+                f"{self._directory_of_processor} has no processor that gives images places in a text (no "
+                "preprocessor_config.json, or of another kind). ChatDataModule reads conversations without images."
+            )
+        self.placeholders = list(self.processor.image_token_ids)
+        super().check()
+
+    @override
+    def renders(self, template: ChatTemplate) -> RendersConversations:
+        return _RendersImages(
+            self.tokenizer,
+            template,
+            self.sequence_length,
+            self.split_turns,
+            self.too_long,
+            self.malformed,
+            ImageTexts(self.processor),
+        )
+
+    @override
+    def read_row(self, row: Row) -> Conversation:
+        folder = Path(self.image_folder).expanduser() if self.image_folder is not None else row.folder or Path()
+        images = RowImages(row.columns(), row.where, folder)
+        read = conversation(row.columns(), row.where, images.content)
+        images.check_used()
+        return read
+
+    @override
+    def setup(self, stage: str | None = None) -> None:
+        super().setup(stage)
+        positions = adapter.ImagePositions(self._model_config())
+        shared = self.processor, positions
+        self.train_dataset = VisionWindows(self.train_dataset, ImageFile(self.directory / "train"), *shared)
+        if self.val_dataset is not None:
+            self.val_dataset = VisionWindows(self.val_dataset, ImageFile(self.directory / "val"), *shared)
+
+    @override
+    def collate_function(self) -> Collate:
+        return batch_of if self.packs else rows_of
+
+    @property
+    def saved_with_model(self) -> Any:
+        """The tokenizer, and the processor's files with the pixels that are set."""
+        return _WithProcessor(self.tokenizer, self._files_with_pixels())
+
+    def _model_config(self) -> Any:
+        config = getattr(self._module(), "model_config", None)
+        checkpoint = checkpoint_of(self._module()) or self._tokenizer_source
+        if config is None and checkpoint is not None:
+            config = AutoConfig.from_pretrained(small_files(checkpoint))
+        if config is None:
+            raise ValueError(
+                "VisionChatDataModule needs the model's configuration, which says where the tokens of an image are. "
+                "Give the module an attribute `model_config` or `pretrained_path`, as CausalLM has."
+            )
+        return config
+
+    def _files_of_processor(self) -> dict[str, bytes]:
+        files = self._tokenizer_files()
+        return read_files(files[0].parent, PROCESSOR_FILES) if files else {}
+
+    def _files_with_pixels(self) -> dict[str, bytes]:
+        files = self._files_of_processor()
+        size = self.processor.image_processor.size
+        for name, content in files.items():
+            values = json.loads(content)
+            of_images = values.get("image_processor", values if name == "preprocessor_config.json" else None)
+            if of_images is not None and adapter.sets_pixels(self.processor.image_processor):
+                of_images["size"] = {key: size[key] for key in ("shortest_edge", "longest_edge")}
+                of_images.pop("min_pixels", None)
+                of_images.pop("max_pixels", None)
+                files[name] = json.dumps(values, indent=2).encode()
+        return files
+
+
+@dataclass(frozen=True)
+class _WithProcessor:
+    """What is saved with a model in place of a tokenizer."""
+
+    tokenizer: Any
+    files: dict[str, bytes]
+
+    @property
+    def eos_token_id(self) -> int | None:
+        return self.tokenizer.eos_token_id
+
+    def save_pretrained(self, directory: str) -> None:
+        self.tokenizer.save_pretrained(directory)
+        write_files_to(Path(directory), self.files)
+
+
+class ImageTexts:
+    """What a processor writes into a text in place of an image, which depends on the image's size alone.
+
+    Args:
+        processor: The model's.
+    """
+
+    def __init__(self, processor: Any) -> None:
+        self._processor = processor
+        self._token: str = processor.image_token
+        self._others = [token for name in ("video_token", "audio_token") if (token := getattr(processor, name, None))]
+        self._text = lru_cache(_SIZES)(self._written)  # looked up by size, of which many images have the same
+
+    def expand(self, rendered: Rendered, images: Sequence[Image]) -> Rendered:
+        """A text with all places of its images, as the processor would write it.
+
+        Raises:
+            ValueError: If the text has other numbers of places than there are images, or one in what is learnt; or if
+                an image cannot be scaled.
+        """
+        text, spans = rendered.text, rendered.spans
+        if found := [token for token in self._others if token in text]:
+            raise ValueError(f"it says {found[0]!r}, by which the model knows a clip of sound or a video.")
+        places = [match.start() for match in re.finditer(re.escape(self._token), text)]
+        if len(places) != len(images):
+            raise ValueError(
+                f"the chat template writes {len(places)} times {self._token!r}, where an image belongs, and the "
+                f"conversation has {len(images)} images. A text may not say that token, and the template has to write "
+                "it for every image."
+            )
+        if any(begin <= place < end for place in places for begin, end in spans):
+            raise ValueError(f"{self._token!r} stands in what the assistant says.")
+        whole, written, last = "", [], 0
+        for place, image in zip(places, images, strict=True):
+            assert image.size is not None
+            whole += text[last:place] + self._text(image.size)
+            last = place + len(self._token)
+            written.append((last, len(whole) - last))  # from here on, so much further
+        whole += text[last:]
+
+        def moved(place: int) -> int:
+            return place + next((further for begin, further in reversed(written) if begin <= place), 0)
+
+        return rendered._replace(text=whole, spans=[(moved(b), moved(e)) for b, e in spans], images=images)
+
+    def _written(self, size: tuple[int, int]) -> str:
+        import PIL.Image
+
+        blank = self._processor.image_processor(images=[PIL.Image.new("RGB", size)], return_tensors="pt")
+        return self._processor.replace_image_token(blank, image_idx=0)
+
+
+@dataclass(frozen=True)
+class _RendersImages(RendersConversations):
+    """Makes samples of conversations whose messages have parts with images."""
+
+    images: ImageTexts | None = None
+
+    @override
+    def render(self, conversation: Conversation) -> Rendered:
+        assert self.images is not None
+        rendered = super().render(conversation._replace(messages=[_bare(m) for m in conversation.messages]))
+        images = [part["image"] for message in conversation.messages for part in _parts(message) if "image" in part]
+        try:
+            return self.images.expand(rendered, images)
+        except ValueError as error:
+            raise MalformedRow(f"{conversation.where}: {error}") from error
+
+
+def _parts(message: dict[str, Any]) -> list[dict[str, Any]]:
+    return message["content"] if isinstance(message["content"], list) else []
+
+
+def _bare(message: dict[str, Any]) -> dict[str, Any]:
+    """A message as templates take it: they write a place for an image and look at nothing of it."""
+    if not (parts := _parts(message)):
+        return message
+    return {**message, "content": [{k: v for k, v in part.items() if k != "image"} for part in parts]}

@@ -1,0 +1,42 @@
+"""docs/start/first_run.md: what its commands print and leave behind."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lightning_ep_start import recipes
+from tests.docs.pages import ROOT, block
+
+PAGE = "docs/start/first_run.md"
+
+
+def _run(root: Path, *words: str) -> str:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", "LIGHTNING_EP_CACHE": str(root)}
+    command = [sys.executable, "-m", "lightning_ep", *words]
+    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_the_first_run_prints_what_the_page_shows(tmp_path: Path) -> None:
+    few = ["--trainer.max_steps", "2", "--trainer.val_check_interval", "2", "--trainer.limit_val_batches", "1"]
+    _, *words = block(PAGE, "lightning-ep fit --config quickstart\n").split()
+    assert block(PAGE, "Training starts:") in _run(tmp_path, *words, *few)
+    assert (tmp_path / "runs/quickstart/checkpoints/last.ckpt").is_dir()
+    for name in ("metrics.csv", "config.yaml"):
+        assert (tmp_path / "runs/quickstart/version_0" / name).is_file()
+
+
+def test_recipes_are_shown_and_copied(tmp_path: Path) -> None:
+    shown, copied, _ = block(PAGE, "lightning-ep recipes show").splitlines()
+    text = recipes.files()["quickstart"].read_text()
+    assert _run(tmp_path, *shown.split()[1:]) == text
+    _run(tmp_path, *copied.split()[1:])
+    assert (tmp_path / "quickstart.yaml").read_text() == text
