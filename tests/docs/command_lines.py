@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib.util
+import inspect
 import io
 import shlex
 import tomllib
@@ -96,7 +97,7 @@ def _module(name: str, words: list[str]) -> None:
     if not name.startswith("benchmarks."):
         return
     module = importlib.import_module(name)
-    if hasattr(module, "argparse"):
+    if inspect.signature(module.main).parameters:
         with (
             mock.patch.object(argparse.ArgumentParser, "parse_args", _only_parse),
             mock.patch("sys.argv", [name, *words]),
