@@ -17,6 +17,7 @@ import multiprocessing
 import re
 import statistics
 import sysconfig
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from functools import partial
@@ -227,20 +228,25 @@ def summary(runs: Sequence[Record]) -> str:
 
 
 def draw(runs: Sequence[Record], path: Path) -> None:
-    """Validation losses of every run, and their distances from those of fp32 with the same seed."""
+    """Validation losses of every run; and how far those of the ways that keep up are from the mean of fp32's seeds."""
     import matplotlib.pyplot as plt
 
     plt.rc("svg", fonttype="none", hashsalt="benchmarks")
-    fp32 = {run["seed"]: dict(run["validation"]) for run in runs if run["way"] == FP32}
+    fp32: defaultdict[int, list[float]] = defaultdict(list)
+    for step, loss in (point for run in runs if run["way"] == FP32 for point in run["validation"]):
+        fp32[step].append(loss)
     figure, (losses, apart) = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
-    for colour, (way, found) in zip(("#333333", "#1f77b4", "#d62728"), by_way(runs), strict=False):
+    for colour, width, (way, found) in zip(
+        ("#bbbbbb", "#1f77b4", "#d62728"), (4, 1.2, 1.2), by_way(runs), strict=False
+    ):
         for number, run in enumerate(found):
             steps, values = zip(*run["validation"], strict=True)
-            losses.plot(steps, values, color=colour, linewidth=1.3, label=way if number == 0 else None)
-            differences = [value - fp32[run["seed"]][step] for step, value in run["validation"]]
-            apart.plot(steps, differences, color=colour, linewidth=1.3)
-    losses.set(title="validation loss, nats per token", xlabel="steps")
-    apart.set(title="minus that of fp32 masters, same seed", xlabel="steps")
+            losses.plot(steps, values, color=colour, linewidth=width, label=way if number == 0 else None)
+            if way != NEAREST:
+                differences = [value - statistics.fmean(fp32[step]) for step, value in run["validation"]]
+                apart.plot(steps, differences, color=colour, linewidth=width)
+    losses.set(title="validation loss, nats per token", xlabel="step")
+    apart.set(title="the same, minus the mean of fp32 masters", xlabel="step")
     losses.legend()
     figure.savefig(path, metadata={"Date": None})
 

@@ -5,17 +5,17 @@ from __future__ import annotations
 from typing import Any
 
 from jinja2 import TemplateError
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 from typing_extensions import override
 
-from lightning_ep.callbacks.in_step import generate_in_step, generation_tokenizer
+from lightning_ep.callbacks.in_step import OfValidations, generate_in_step, generation_tokenizer
 from lightning_ep.distributed.console import print_once
 
 _TAG = "samples"
 
 
-class GenerateSamples(Callback):
+class GenerateSamples(OfValidations):
     """Prints continuations of fixed prompts, or answers to fixed questions, after validation.
 
     They go to TensorBoard and W&B too, as text under "samples", where the Trainer has these loggers. All ranks generate
@@ -58,17 +58,12 @@ class GenerateSamples(Callback):
                 f"every_n_validations={every_n_validations} and max_new_tokens={max_new_tokens} must be at least 1, and"
                 f" temperature={temperature} must not be negative."
             )
+        super().__init__(every_n_validations)
         self.prompts = prompts
         self.chat = chat
-        self.every_n_validations = every_n_validations
         self.max_new_tokens = max_new_tokens
         self.temperature = temperature
         self.tokenizer = tokenizer
-        self._validations = 0
-
-    @override
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self._validations = 0
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -76,15 +71,13 @@ class GenerateSamples(Callback):
 
     @override
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_validation_start(trainer, pl_module)
         # here and not in `setup`: models are often built later, in `configure_model`
         self._ids(trainer, pl_module)
 
     @override
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.sanity_checking:
-            return
-        self._validations += 1
-        if self._validations % self.every_n_validations == 0:
+        if self.due:
             texts = self._generate(trainer, pl_module)
             print_once(
                 trainer, "\n".join(f"--- sample at step {trainer.global_step}\n{text}" for text in texts) + "\n---"

@@ -8,17 +8,17 @@ from itertools import islice
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from torchmetrics import Metric
 from typing_extensions import override
 
-from lightning_ep.callbacks.in_step import generate_in_step, generation_tokenizer
+from lightning_ep.callbacks.in_step import OfValidations, generate_in_step, generation_tokenizer
 from lightning_ep.data.resumable_loader import data_ranks
 from lightning_ep.data.windows import last_answers
 from lightning_ep.distributed.agreement import from_all_ranks
 
 
-class GradeAnswers(Callback):
+class GradeAnswers(OfValidations):
     """Has the model answer questions of the validation data, and logs how good its answers are.
 
     The questions are the first documents of every rank's validation batches, of any data module whose batches have
@@ -61,20 +61,15 @@ class GradeAnswers(Callback):
         least["every_n_validations"] = every_n_validations
         if wrong := {key: value for key, value in least.items() if value < 1}:
             raise ValueError(f"{', '.join(f'{key}={value}' for key, value in wrong.items())} must be at least 1.")
+        super().__init__(every_n_validations)
         self.metric = metric
         self.samples = samples
         self.max_new_tokens = max_new_tokens
         self.batch_size = batch_size
-        self.every_n_validations = every_n_validations
         self.name = name or ("val/exact_match" if metric is None else f"val/{type(metric).__name__}")
         self.tokenizer = tokenizer
-        self._validations = 0
         self._wanted = 0
         self._asked: list[tuple[list[int], list[int]]] = []
-
-    @override
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self._validations = 0
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -82,11 +77,10 @@ class GradeAnswers(Callback):
 
     @override
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_validation_start(trainer, pl_module)
         self._check(trainer, pl_module)
-        self._validations += not trainer.sanity_checking
-        due = not trainer.sanity_checking and self._validations % self.every_n_validations == 0
         rank, ranks = data_ranks(trainer)
-        self._wanted = len(range(rank, self.samples, ranks)) if due else 0
+        self._wanted = len(range(rank, self.samples, ranks)) if self.due else 0
         self._asked = []
 
     @override
@@ -101,7 +95,7 @@ class GradeAnswers(Callback):
 
     @override
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.sanity_checking or self._validations % self.every_n_validations:
+        if not self.due:
             return
         answers, expected = self._answer(trainer, pl_module)
         if not answers:

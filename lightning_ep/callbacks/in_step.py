@@ -6,12 +6,36 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.seed import isolate_rng
+from typing_extensions import override
 
 from lightning_ep import transformers_adapter as adapter
 from lightning_ep.context_parallel import whole_sequences
 from lightning_ep.data.tokenizers import check_vocabulary, ends_of
+
+
+class OfValidations(Callback):
+    """Has something to do in every n-th validation, of which sanity checks are none.
+
+    Attributes:
+        every_n_validations: n, counted from the start of each stage.
+        due: Whether there is something to do in the validation that runs, or ran last.
+    """
+
+    def __init__(self, every_n_validations: int) -> None:
+        self.every_n_validations = every_n_validations
+        self.due = False
+        self._validations = 0
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._validations = 0
+
+    @override
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._validations += not trainer.sanity_checking
+        self.due = not trainer.sanity_checking and self._validations % self.every_n_validations == 0
 
 
 def generation_tokenizer(name: str, given: Any | None, trainer: Trainer, module: LightningModule) -> Any:

@@ -7,6 +7,8 @@ import math
 import re
 import statistics
 import warnings
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -184,6 +186,42 @@ def test_a_hot_expert_and_a_dead_layer_are_named_in_pictures_and_once_in_a_warni
     assert str(tmp_path / "routing") in warned
     for name in ("expert_load", "load_curves", "straggler_factor"):
         assert (tmp_path / "routing" / f"{name}.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def _logged(root: Path, logger: Callable[[], Any]) -> None:
+    trainer = quiet(root, callbacks=[ExpertLoadMonitor()], logger=logger(), max_steps=2, log_every_n_steps=1)
+    trainer.fit(Planted(), DataLoader(Padded(8), batch_size=2))
+
+
+PICTURES = ("expert_load", "load_curves", "straggler_factor")
+
+
+@pytest.mark.slow
+def test_pictures_are_in_the_event_file_of_tensorboard(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run_ranks(2, _logged, tmp_path, partial(TensorBoardLogger, tmp_path, "run", 0), init_process_group=False)
+    events = EventAccumulator(str(tmp_path / "run" / "version_0"), size_guidance={"images": 0})
+    events.Reload()
+    for name in PICTURES:
+        (image,) = events.Images(f"routing/{name}")
+        assert image.encoded_image_string[:4] == b"\x89PNG"
+        assert image.step == 2
+        assert image.width > 500
+        assert len(image.encoded_image_string) > 10_000, "it is not blank"
+    assert [event.step for event in events.Scalars("routing/entropy")] == [0, 1]
+
+
+@pytest.mark.slow
+def test_pictures_are_in_the_files_of_wandb_offline(tmp_path: Path) -> None:
+    run_ranks(2, _logged, tmp_path, partial(WandbLogger, "run", tmp_path, offline=True), init_process_group=False)
+    (media,) = tmp_path.glob("wandb/offline-run-*/files/media/images/routing")
+    (folder,) = tmp_path.rglob("straggler_factor.png")
+    for name in PICTURES:
+        (image,) = media.glob(f"{name}_*.png")
+        assert image.read_bytes() == (folder.parent / f"{name}.png").read_bytes()
+        assert image.read_bytes()[:4] == b"\x89PNG"
 
 
 def test_pictures_go_to_tensorboard_and_wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
