@@ -16,6 +16,7 @@ CASES = [
     {"causal": False, "accumulate": 3, "clip": 0.2},
     {"causal": True, "accumulate": 1, "clip": 0.2},
 ]
+STOCK = [{"ep": 1, "fsdp": 2, "replicate": 2}, {"ep": 1, "tp": 2}]  # meshes of three dimensions, and split matrices
 
 
 @pytest.mark.parametrize(
@@ -39,7 +40,7 @@ CASES = [
     ],
 )
 def test_training_equals_one_process(world: int, layout: dict[str, int]) -> None:
-    assert_trains_like_one_process(world, layout, CASES)
+    assert_trains_like_one_process(world, layout, [{**case, "stock": layout in STOCK} for case in CASES])
 
 
 COMBINED = [

@@ -26,6 +26,7 @@ from lightning_ep.transformers_adapter.attention_interface import (
     forward_source,
     is_flash_attention,
 )
+from lightning_ep.transformers_adapter.cache_argument import given_cache, takes_cache
 from lightning_ep.transformers_adapter.document_bounds import bounds_as_mask, takes_bounds
 from lightning_ep.transformers_adapter.structure import decoder_layers, model_class
 
@@ -177,7 +178,7 @@ def keep_documents_apart(model: PreTrainedModel) -> None:
         if not isinstance(child, PreTrainedModel) or child.base_model is not child:
             continue
         names = list(inspect.signature(child.forward).parameters)
-        if {"position_ids", "past_key_values"} <= set(names):
+        if "position_ids" in names and takes_cache(names):
             forward = _Forward(names, _recurrent(child), _looks_for_documents(child), _reads_bounds(child))
             child.register_forward_pre_hook(partial(_enter, forward), with_kwargs=True)
 
@@ -230,7 +231,7 @@ def _enter(
             "whose label is -100."
         )
     positions: Any = call.get("position_ids")
-    mask, past = call.get("attention_mask"), call.get("past_key_values")
+    mask, past = call.get("attention_mask"), given_cache(call)
     if isinstance(positions, Tensor) and positions.ndim == 3 and positions.shape[0] == 4:
         positions = positions[0]  # of text, before time, height and width
     name, bounds = attention_implementation(model), call.get("cu_seq_lens_q") is not None
