@@ -15,6 +15,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, Dataset
 
 from lightning_ep import CausalLM, ExpertParallelStrategy, LoRA, add_adapter
@@ -40,8 +41,12 @@ class ShardSGD(torch.optim.SGD):
         for group in self.param_groups:
             for param in group["params"]:
                 if param.grad is not None:
-                    param._local_tensor.add_(param.grad._local_tensor, alpha=-group["lr"])
+                    _shard(param).add_(_shard(param.grad), alpha=-group["lr"])
         return loss
+
+
+def _shard(tensor: Tensor) -> Tensor:
+    return tensor._local_tensor if isinstance(tensor, DTensor) else tensor
 
 
 class UserModule(L.LightningModule):
@@ -164,7 +169,7 @@ def _fit(
     clip: float | None,
     precision: str = "32-true",
     implementation: str = "fused",
-    compile: bool = False,
+    compile: str | None = None,
     recompute: Any = "none",
     overrides: dict[str, Any] | None = None,
     length: int = 12,
@@ -174,7 +179,7 @@ def _fit(
 ) -> Trace:
     torch.use_deterministic_algorithms(False)
     strategy = ExpertParallelStrategy(
-        **layout, experts_implementation=implementation, compile=compile, activation_checkpointing=recompute
+        **layout, experts_implementation=implementation, compile=bool(compile), activation_checkpointing=recompute
     )
     overrides = overrides or {}
     lora = None if adapter is None else lora_like_peft(adapter)
@@ -188,6 +193,8 @@ def _fit(
     with tempfile.TemporaryDirectory() as root, pytest.MonkeyPatch.context() as patch:
         if grouped_parameters is not None:
             patch.setattr(layer_groups, "_GROUPED_PARAMETERS", grouped_parameters)
+        if compile is not None:
+            patch.setattr(torch, "compile", functools.partial(torch.compile, backend=compile))
         trainer = L.Trainer(
             strategy=strategy,
             accelerator=accelerator(),

@@ -58,6 +58,7 @@ def test_bf16_mixed_is_within_bf16_tolerance(world: int, ep: int) -> None:
     assert_trains_like_one_process(world, {"ep": ep}, BF16)
 
 
-def test_compiled_layers_train_alike() -> None:
-    case = {"causal": True, "accumulate": 1, "clip": 0.2, "compile": True}
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_compiled_layers_train_alike(backend: str) -> None:
+    case = {"causal": True, "accumulate": 1, "clip": 0.2, "compile": backend}
     assert_trains_like_one_process(2, {"ep": 2}, [case], timeout=110)

@@ -168,7 +168,8 @@ def _train(
     head = adapter.recall(module.model, loss_module._Head)  # type: ignore[arg-type]
     assert head is not None
     assert head.gives_the_logits == fused
-    expected = _expected(wrap, overrides)
+    with torch.compiler.set_stance("force_eager"):
+        expected = _expected(wrap, overrides)
     assert module.losses == pytest.approx(expected["losses"], rel=tolerance)
     assert module.gradients.keys() == expected["gradients"].keys()
     for name, grad in expected["gradients"].items():

@@ -141,7 +141,7 @@ def _compare(ep: int) -> list[str]:
     return wrong
 
 
-@pytest.mark.parametrize(("world", "ep"), [(1, 1), (2, 2), (4, 2)])
+@pytest.mark.parametrize(("world", "ep"), [(1, 1), (2, 2), pytest.param(4, 2, marks=pytest.mark.slow)])
 def test_gradients_are_equal_and_nothing_runs_twice_that_need_not(world: int, ep: int) -> None:
     assert_ranks_agree(world, _compare, ep)
 
