@@ -48,7 +48,7 @@ def test_models_with_dense_layers_ties_and_extreme_top_k(world: int, ep: int) ->
     assert_trains_like_one_process(world, {"ep": ep}, MODELS)
 
 
-@pytest.mark.parametrize(("world", "ep"), [(1, 1), (2, 2), (4, 2)])
+@pytest.mark.parametrize(("world", "ep"), [(1, 1), (2, 2), (2, 1), pytest.param(4, 2, marks=pytest.mark.slow)])
 def test_layers_that_are_gathered_alone_or_together(world: int, ep: int) -> None:
     assert_trains_like_one_process(world, {"ep": ep}, GROUPS)
 
