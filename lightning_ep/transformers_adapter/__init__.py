@@ -6,8 +6,7 @@ document (`packing`) and how attention is told (`document_bounds`), what the cac
 (`cache_argument`), how random weights are drawn (`initialization`), what is fp32 in a bf16 model (`dtypes`), how
 weights come in and leave (`conversion`), what is remembered of a model (`record`), how conversations are written for it
 (`chat_templates`), and how images are given to it (`processors`). Everyone else uses them through this package, which
-imports nothing of ours but `ops` and
-`distributed`.
+imports nothing of ours but `ops` and `distributed`.
 """
 
 from lightning_ep.transformers_adapter.attention_interface import (
