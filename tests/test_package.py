@@ -89,7 +89,7 @@ def _bounds(built: Path, library: str, extra: str) -> SpecifierSet:
     return found
 
 
-@pytest.mark.parametrize("library", ["jsonargparse", "lightning", "peft", "transformers"])
+@pytest.mark.parametrize("library", ["jsonargparse", "lightning", "peft", "torch", "transformers"])
 def test_libraries_whose_next_version_may_break_the_package_are_bounded_above(built: Path, library: str) -> None:
     assert not _bounds(built, library, "lora").contains("1000.0")
 
