@@ -2,7 +2,7 @@
 
     torchrun --nproc-per-node 2 -m benchmarks.disk weights --directory /local/disk --layers 12  # 16 GB
     torchrun --nproc-per-node 2 -m benchmarks.disk checkpoints --directory /local/disk --layers 1
-    torchrun --nproc-per-node 2 -m benchmarks.disk whole-way --directory /local/disk --layers 48  # 61 GB, twice
+    torchrun --nproc-per-node 2 -m benchmarks.disk whole-way --directory /local/disk --layers 48 --tokens 4x4096
     torchrun --nproc-per-node 2 -m benchmarks.disk weights --directory /tmp --sizes tiny --device cpu  # to try it
 
 `weights` saves a model of random bf16 weights in the hub's layout with all ranks, synced, and compares a sequential

@@ -22,13 +22,14 @@ _EPS = (1, 2, 4, 8, 16)
 
 
 class Measured(NamedTuple):
-    """A case, its tokens/s per GPU and GiB as measured, and as estimated."""
+    """A case, its tokens/s per GPU and GiB as measured, and as estimated; GiB that torch's allocator was limited to."""
 
     case: Case
     rate: int
     gib: float
     estimated_rate: float
     estimated_gib: float
+    cap_gib: float | None
 
 
 def measured() -> Iterator[Measured]:
@@ -36,19 +37,22 @@ def measured() -> Iterator[Measured]:
     for row in csv.DictReader((ROOT / "benchmarks" / "results" / "measured.csv").open()):
         names = ("layers", "batch", "sequence", "ranks", "ep", "cp", "lora_rank")
         settings: dict[str, Any] = {name: int(row[name]) for name in names}
-        settings |= {"recompute": row["recompute"], "lora_experts": row["lora_experts"] != "no"}
+        settings |= {"recompute": row["recompute"], "precision": row["precision"]}
+        settings["lora_experts"] = row["lora_experts"] != "no"
         case = Case(QWEN3_30B_A3B, **settings)
-        gib = peak_gib(case, allocatable_gib(GPUS["H200"], float(row["cap_gib"]) if row["cap_gib"] else None))
-        yield Measured(case, int(row["rate"]), float(row["gib"]), tokens_per_second(case, GPUS["H200"]), gib)
+        cap_gib = float(row["cap_gib"]) if row["cap_gib"] else None
+        estimated = tokens_per_second(case, GPUS["H200"]), peak_gib(case, allocatable_gib(GPUS["H200"], cap_gib))
+        yield Measured(case, int(row["rate"]), float(row["gib"]), *estimated, cap_gib)
 
 
 def estimates() -> str:
     """Estimates beside what was measured."""
     rows = []
-    for case, rate, gib, estimated_rate, estimated_gib in measured():
+    for case, rate, gib, estimated_rate, estimated_gib, _ in measured():
         lora = f"LoRA of {'all' if case.lora_experts else 'attention'} r={case.lora_rank}" if case.lora_rank else ""
         again = case.recompute if case.recompute != "none" else ""
-        layout = (f"ep={case.ep}", f"cp={case.cp}" if case.cp > 1 else "", again, lora)
+        short = "8 bytes per parameter" if case.precision == "bf16-true" else ""
+        layout = (f"ep={case.ep}", f"cp={case.cp}" if case.cp > 1 else "", again, lora, short)
         rows.append({
             "GPUs, layers": f"{case.ranks}, {case.layers}",
             "tokens per GPU": f"{case.batch} x {case.sequence:,}" + (" on both" if case.cp > 1 else ""),

@@ -7,8 +7,11 @@ It writes them into the page. What was measured at full size is set in bold, all
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
+from typing import Any
 
+from benchmarks.planning import measured
 from lightning_ep.planner import find_model
 from lightning_ep.planner.candidates import Request, choose, fitting
 from lightning_ep.planner.devices import GPUS
@@ -26,16 +29,18 @@ MODELS = (
     "Qwen/Qwen3-235B-A22B",
 )
 MACHINES = ((1, "H100"), (1, "H200"), (2, "H200"), (4, "H100"), (8, "H100"), (8, "H200"), (16, "H100"), (64, "H100"))
-METHODS = {
+ALL_WEIGHTS: dict[str, Any] = {"lora_rank": 0, "lora_experts": True, "precision": "bf16-mixed"}
+METHODS: dict[str, dict[str, Any]] = {
     "LoRA of attention and experts, r=8": {"lora_rank": 8},
     "All weights, 16 bytes per parameter": {},
     "All weights, 8 bytes per parameter": {"precision": "bf16-true"},
 }
-# Of the whole model, benchmarks/results/2026-11-29-lora.md and 2026-11-29-bf16.md: tokens/s per GPU, and GiB.
-# One GPU of 80 GB is an H200 whose allocator was limited to 76 GiB.
+# Tokens/s per GPU and GiB of all of Qwen3-30B-A3B. A GPU of 80 GB is an H200 whose allocator was limited to 76 GiB.
 MEASURED = {
-    ("LoRA of attention and experts, r=8", "Qwen/Qwen3-30B-A3B", 1, "H100"): (15_060, 67.8),
-    ("All weights, 8 bytes per parameter", "Qwen/Qwen3-30B-A3B", 2, "H200"): (12_983, 122.0),
+    (method, "Qwen/Qwen3-30B-A3B", one.case.ranks, "H100" if one.cap_gib else "H200"): (one.rate, one.gib)
+    for one in measured()
+    for method, settings in METHODS.items()
+    if one.case.layers == 48 and one.case == dataclasses.replace(one.case, **{**ALL_WEIGHTS, **settings})
 }
 
 
@@ -44,7 +49,7 @@ def cell(method: str, model: str, ranks: int, gpu: str) -> str:
     if (method, model, ranks, gpu) in MEASURED:
         rate, gib = MEASURED[method, model, ranks, gpu]
         return f"**{rate:,}** ({gib:.0f})"
-    request = Request(find_model(model), GPUS[gpu], ranks, **METHODS[method])  # type: ignore[arg-type]
+    request = Request(find_model(model), GPUS[gpu], ranks, **METHODS[method])
     found = fitting(request)
     if not found:
         return ""

@@ -247,7 +247,7 @@ class Steps:
         """What belongs to no transformers model: a value head for example, or a model of plain PyTorch."""
         _needs("shard_beside", all(isinstance(m, FSDPModule) for m in self.models), "models that are under FSDP")
         for child in [*self.plain, *_outside(self.module, [*self.models, *self.plain])]:
-            shard_beside(child, self._meshes, self._mp_policy)
+            shard_beside(child, self._meshes, self._mp_policy, self.models)
 
     def sum_gradients(self) -> None:
         """Lets every group sum."""

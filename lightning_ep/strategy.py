@@ -38,6 +38,7 @@ from lightning_ep.distributed.apart import ApartError, Watch
 from lightning_ep.distributed.progress import Progress
 from lightning_ep.fsdp.accumulation import forget_gradients, set_gradient_sync
 from lightning_ep.fsdp.groups import own_master_weights
+from lightning_ep.fsdp.optional_parts import OptionalParts, parts_in
 from lightning_ep.hub.initialize import has_meta_tensors, materialize
 from lightning_ep.hub.load import stream_pretrained
 from lightning_ep.layers.recompute import ActivationCheckpointing, check_mode
@@ -137,6 +138,7 @@ class ExpertParallelStrategy(ModelParallelStrategy):
         self._layout: ParallelLayout | None = None
         self._meshes: Meshes | None = None
         self._masters: ModelMasterWeights | None = None
+        self._optional_parts: list[OptionalParts] = []
         self._hooks_checked = False
         self._progress = Progress()
         self._refusal: ValueError | None = None
@@ -313,6 +315,7 @@ class ExpertParallelStrategy(ModelParallelStrategy):
         if has_meta_tensors(module):
             stream_pretrained(module, self.root_device)
             materialize(module, self.root_device, self._common_seed())
+        self._optional_parts = parts_in(module)
         self.model_to_device()
         self.barrier()
         if trainer.state.fn == TrainerFn.FITTING:
@@ -492,17 +495,22 @@ class ExpertParallelStrategy(ModelParallelStrategy):
     @override
     def validation_step(self, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
         self._note_step("validation at training")
-        return super().validation_step(*args, **kwargs)
+        return self._settled(super().validation_step(*args, **kwargs))
 
     @override
     def test_step(self, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
         self._note_step("test at training")
-        return super().test_step(*args, **kwargs)
+        return self._settled(super().test_step(*args, **kwargs))
 
     @override
     def predict_step(self, *args: Any, **kwargs: Any) -> STEP_OUTPUT:
         self._note_step("prediction at training")
-        return super().predict_step(*args, **kwargs)
+        return self._settled(super().predict_step(*args, **kwargs))
+
+    def _settled(self, output: STEP_OUTPUT) -> STEP_OUTPUT:
+        for parts in self._optional_parts:
+            parts.settle()
+        return output
 
     def _note_step(self, stage: str) -> None:
         assert self.lightning_module is not None

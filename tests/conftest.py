@@ -28,6 +28,7 @@ _HOST = {
     *(
         "cli",
         "data",
+        "docs",
         "planner",
         "distributed.test_failures",
         "test_configurations",
@@ -41,6 +42,8 @@ _HOST = {
 """Folders and modules whose ranks show on GPUs what they show on CPUs: files, loaders, decisions, messages."""
 _NOT_OF_THE_HOST = {"data.test_validation_sources"}
 """Modules in these folders that do more."""
+_ADAPTERS = {"LoRA", "add_adapter", "adapted_by_peft", "lora_like_peft", "peft", "put_in"}
+"""What tests name that put PEFT's modules into models."""
 _ON_CUDA = os.environ.get("LIGHTNING_EP_TEST_DEVICE") == "cuda"
 
 
@@ -130,6 +133,13 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if left_out:
         config.hook.pytest_deselected(items=left_out)
         items[:] = [item for item in items if item not in left_out]
+    adapting = [item for item in items if _reaches(item, _ADAPTERS)]
+    if adapting:
+        from tests.reference import why_no_adapters
+
+        if (reason := why_no_adapters()) is not None:
+            for item in adapting:
+                item.add_marker(pytest.mark.skip(reason=reason))
     long: Counter[str] = Counter()
     for item in items:
         marked = any(map(item.get_closest_marker, ("slow", "gpu", "fault_injection")))

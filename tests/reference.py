@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import copy
+import functools
+from importlib.metadata import version
 from typing import Any
 
 import peft
 import torch
 import torch.nn.functional as F
+import transformers
 from lightning.fabric.plugins.precision.utils import _DtypeContextManager
+from packaging.version import Version
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.integrations.peft import MIN_PEFT_VERSION
 from transformers.models.qwen3_moe import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 VOCAB = 128
@@ -64,6 +69,15 @@ def family_model(family: str, config: dict[str, Any], attention: str = "eager", 
                     param.normal_(std=std)
     model.set_experts_implementation("eager")
     return model
+
+
+@functools.cache
+def why_no_adapters() -> str | None:
+    """What keeps transformers from this PEFT, if anything: a new minor may ask for one that is yet to come."""
+    found = version("peft")
+    if Version(found) >= Version(MIN_PEFT_VERSION):
+        return None
+    return f"transformers {transformers.__version__} needs PEFT {MIN_PEFT_VERSION}, and {found} is installed"
 
 
 ADAPTERS: dict[str, dict[str, Any]] = {

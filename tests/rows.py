@@ -155,9 +155,14 @@ def whole(param: Tensor) -> Tensor:
 
 def wrong_gradients(plain: Iterable[tuple[str, Tensor]], sharded: Iterable[Tensor], tolerance: float) -> list[str]:
     """Parameters whose summed gradients are not one process's, when every rank has had the same batch."""
+    return wrong_sums({name: grad_or_zero(param) for name, param in plain}, sharded, tolerance)
+
+
+def wrong_sums(expected: dict[str, Tensor], sharded: Iterable[Tensor], tolerance: float) -> list[str]:
+    """The same with the one process's gradients, in the order of the parameters."""
     world, wrong = dist.get_world_size(), []
-    for (name, param), other in zip(plain, sharded, strict=True):
-        found = torch.zeros_like(param) if other.grad is None else whole(other.grad) / world
-        if not (error := relative_error(found, grad_or_zero(param))) <= tolerance:
+    for (name, grad), param in zip(expected.items(), sharded, strict=True):
+        found = torch.zeros_like(grad) if param.grad is None else whole(param.grad) / world
+        if not (error := relative_error(found, grad)) <= tolerance:
             wrong.append(f"{name} {error:.1e}")
     return wrong

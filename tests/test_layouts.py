@@ -16,6 +16,7 @@ CASES = [
     {"causal": False, "accumulate": 3, "clip": 0.2},
     {"causal": True, "accumulate": 1, "clip": 0.2},
 ]
+STOCK = [{"ep": 1, "fsdp": 2, "replicate": 2}, {"ep": 1, "tp": 2}]  # meshes of three dimensions, and split matrices
 
 
 @pytest.mark.parametrize(
@@ -29,7 +30,8 @@ CASES = [
         (2, {"ep": 2, "cp": 2}),
         (4, {"ep": 2, "fsdp": 2, "cp": 2}),
         (4, {"ep": 4, "cp": 4}),  # more than the two KV heads
-        (8, {"ep": 2, "fsdp": 2, "replicate": 2, "cp": 2}),
+        (4, {"ep": 2, "replicate": 2, "cp": 2}),
+        pytest.param(8, {"ep": 2, "fsdp": 2, "replicate": 2, "cp": 2}, marks=pytest.mark.slow),
         (2, {"ep": 1, "tp": 2}),
         (2, {"ep": 2, "tp": 2}),
         pytest.param(4, {"ep": 4, "tp": 2}, marks=pytest.mark.slow),
@@ -39,7 +41,7 @@ CASES = [
     ],
 )
 def test_training_equals_one_process(world: int, layout: dict[str, int]) -> None:
-    assert_trains_like_one_process(world, layout, CASES)
+    assert_trains_like_one_process(world, layout, [{**case, "stock": layout in STOCK} for case in CASES])
 
 
 COMBINED = [
@@ -50,17 +52,27 @@ COMBINED = [
 ]
 
 
+# Each case on a layout that the others leave something of: all on all are slow.
+PAIRS = [
+    ({"ep": 4, "tp": 2, "cp": 2}, COMBINED[0:4:2]),
+    ({"ep": 1, "fsdp": 2, "replicate": 2, "tp": 2}, COMBINED[1:4:2]),
+    ({"ep": 2, "cp": 2}, COMBINED[0:4:3]),
+]
+
+
 @pytest.mark.parametrize(
-    ("world", "layout"),
-    [(4, {"ep": 4, "tp": 2, "cp": 2}), (4, {"ep": 1, "fsdp": 2, "replicate": 2, "tp": 2}), (4, {"ep": 2, "cp": 2})],
+    ("layout", "cases"),
+    [*PAIRS, *(pytest.param(layout, COMBINED, marks=pytest.mark.slow) for layout, _ in PAIRS)],
 )
-def test_layouts_combine_with_recompute_accumulation_and_precision(world: int, layout: dict[str, int]) -> None:
-    assert_trains_like_one_process(world, layout, COMBINED)
+def test_layouts_combine_with_recompute_accumulation_and_precision(
+    layout: dict[str, int], cases: list[dict[str, Any]]
+) -> None:
+    assert_trains_like_one_process(4, layout, cases)
 
 
 @pytest.mark.slow
 def test_layouts_combine_with_compiled_layers() -> None:
-    case = {"causal": True, "accumulate": 1, "clip": 0.2, "compile": True, "recompute": "full"}
+    case = {"causal": True, "accumulate": 1, "clip": 0.2, "compile": "inductor", "recompute": "full"}
     layout = {"ep": 4, "tp": 2, "cp": 2}
     assert_trains_like_one_process(4, layout, [case], timeout=110)
 

@@ -129,16 +129,17 @@ def _plain(checkpoint: Path, rows: list[Any], seen: list[Any], frozen: set[str])
 
 
 def _trains_like_transformers(
-    tmp_path: Path, family: str, tolerance: float = 1e-5, world: int = 2, strategy: Any = None, **options: Any
+    tmp_path: Path, family: str, tolerance: float = 1e-5, data_ranks: int = 2, strategy: Any = None, **options: Any
 ) -> list[str]:
     checkpoint = write_vision_checkpoint(tmp_path / "tiny", family)
     rows = conversations(tmp_path / "pictures")
     source = write_rows(tmp_path / "rows.jsonl", rows)
     given = (checkpoint, source, tmp_path, options, strategy or {"ep": 2})
-    results = run_ranks(world, _fit, *given, init_process_group=False, timeout=100)
-    seen = [result[0] for result in results]
+    results = run_ranks(2, _fit, *given, init_process_group=False, timeout=100)
+    seen = [result[0] for result in results][:data_ranks]
     of_ranks = [[has for _, has in of_rank] for of_rank in seen]
-    assert any(one != other for one, other in zip(*of_ranks[:2], strict=True)), "no step has an image on one rank alone"
+    alone = data_ranks == 1 or any(one != other for one, other in zip(*of_ranks, strict=True))
+    assert alone, "no step has an image on one rank alone"
     frozen, (gradients, weights) = results[0][3], results[0][2]
     losses, plain_gradients, plain_weights = _plain(checkpoint, rows, seen, frozen)
     assert set(gradients) == set(plain_gradients)
@@ -198,8 +199,13 @@ def test_in_bf16(family: str, mode: str, tmp_path: Path) -> None:
     assert _trains_like_transformers(tmp_path, family, 0.3, strategy=strategy, **options) == []
 
 
-@pytest.mark.parametrize(("sizes", "reason"), [({"tp": 2}, "visual"), ({"cp": 2}, "other than a language model")])
-def test_what_splits_matrices_or_sequences_is_refused(sizes: dict[str, int], reason: str) -> None:
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["qwen3_vl_moe", "qwen3_omni_moe_thinker"])
+def test_matrices_of_the_text_are_split(family: str, tmp_path: Path) -> None:
+    assert _trains_like_transformers(tmp_path, family, strategy={"ep": 2, "tp": 2}, data_ranks=1, freeze=[]) == []
+
+
+def test_sequences_with_images_are_not_split() -> None:
     model = vision_model(vision_config())
-    with pytest.raises(ValueError, match=reason):
-        check(model, ParallelLayout.resolve(2, "auto", 2, 2, **sizes), expert_plan(model))
+    with pytest.raises(ValueError, match="parts other than a language model"):
+        check(model, ParallelLayout.resolve(2, "auto", 2, 2, cp=2), expert_plan(model))

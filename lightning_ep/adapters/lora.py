@@ -9,8 +9,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+import transformers
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.integrations.peft import MIN_PEFT_VERSION
 
 from lightning_ep import transformers_adapter as adapter
 from lightning_ep.adapters.pretrained import fill_adapter, find_adapter, read_config
@@ -206,6 +208,12 @@ def _check_version() -> None:
         raise ImportError(
             f"peft {peft.__version__} is installed, and LoRA is known to work with {'.'.join(map(str, _BEFORE))}: "
             "pip install 'lightning-ep[lora]'."
+        )
+    if found < tuple(int(part) for part in MIN_PEFT_VERSION.split(".")[:2]):
+        raise ImportError(
+            f"transformers {transformers.__version__} takes adapters of peft {MIN_PEFT_VERSION} or later, and LoRA is "
+            f"known to work with {'.'.join(map(str, _BEFORE))}: pip install 'lightning-ep[lora]', which brings the "
+            "transformers before."
         )
 
 

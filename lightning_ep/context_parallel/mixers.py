@@ -13,7 +13,7 @@ from lightning_ep import transformers_adapter as adapter
 from lightning_ep.context_parallel.exchange import SequencePeers
 from lightning_ep.context_parallel.sequence import KEY, NO_PIECE, SequencePiece
 
-_CACHES = {"cache_params", "past_key_values"}
+_CACHES = {"cache_params", *adapter.CACHE_NAMES}
 _PACKED = (
     "position_ids restart inside a row, as those of packed documents do, but {name} passes on a state from token to "
     "token: documents would see what came before them in the row. Give every document a row of its own (padded on the "

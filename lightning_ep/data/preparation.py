@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
+import torch
 from tqdm import tqdm
 
 from lightning_ep.data.document_files import DocumentFiles, Documents
@@ -240,6 +241,7 @@ def _begin_worker(work: _Work) -> None:
     global _work
     _work = work
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # each process is a thread's worth; and its warning of forks is gone
+    torch.set_num_threads(1)  # OpenMP's threads are not in a fork: images would wait for them
 
 
 def _do(task: tuple[int, int, int]) -> Made:

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
@@ -16,10 +14,11 @@ from typing_extensions import override
 
 from lightning_ep import transformers_adapter as adapter
 from lightning_ep.data.chat import ChatDataModule
-from lightning_ep.data.chat_template import ChatTemplate, Rendered
+from lightning_ep.data.chat_template import ChatTemplate
 from lightning_ep.data.collate import Collate
-from lightning_ep.data.conversations import Conversation, MalformedRow, conversation
-from lightning_ep.data.images import Image, ImageFile, RowImages
+from lightning_ep.data.conversations import Conversation, conversation
+from lightning_ep.data.image_texts import ImageTexts, RendersImages
+from lightning_ep.data.images import ImageFile, RowImages
 from lightning_ep.data.preparation import Rows
 from lightning_ep.data.rendering import RendersConversations
 from lightning_ep.data.row_files import Row, Source
@@ -29,7 +28,6 @@ from lightning_ep.hub.companions import PROCESSOR_FILES, read_files, write_files
 from lightning_ep.hub.meta_models import small_files
 
 _ROWS_PER_TASK = 32  # each may be megabytes
-_SIZES = 1000  # of which the text is kept, 10 KB each
 
 
 class VisionChatDataModule(ChatDataModule):
@@ -123,8 +121,9 @@ class VisionChatDataModule(ChatDataModule):
 
     @override
     def settings(self) -> Sequence[object]:
-        own = (self.image_folder, self.min_pixels, self.max_pixels, self.packs, self._files_of_processor())
-        return *super().settings(), *own
+        # Paths of images go on from here where they and those of sources are relative, and are kept as they are then.
+        own = (str(Path.cwd()), self.image_folder, self.min_pixels, self.max_pixels, self.packs)
+        return *super().settings(), *own, self._files_of_processor()
 
     @override
     def use_tokenizer(self, directory: Path) -> None:
@@ -147,7 +146,7 @@ class VisionChatDataModule(ChatDataModule):
 
     @override
     def renders(self, template: ChatTemplate) -> RendersConversations:
-        return _RendersImages(
+        return RendersImages(
             self.tokenizer,
             template,
             self.sequence_length,
@@ -168,7 +167,13 @@ class VisionChatDataModule(ChatDataModule):
     @override
     def setup(self, stage: str | None = None) -> None:
         super().setup(stage)
-        positions = adapter.ImagePositions(self._model_config())
+        config = self._model_config()
+        positions = adapter.ImagePositions(config)
+        if positions.masks_by_images:
+            raise ValueError(
+                f"Models of the type {config.model_type!r} let tokens of an image see one another, by masks that are "
+                "not known here for packed conversations. Train on batches of your own: CausalLM takes any."
+            )
         shared = self.processor, positions
         self.train_dataset = VisionWindows(self.train_dataset, ImageFile(self.directory / "train"), *shared)
         if self.val_dataset is not None:
@@ -227,83 +232,3 @@ class _WithProcessor:
     def save_pretrained(self, directory: str) -> None:
         self.tokenizer.save_pretrained(directory)
         write_files_to(Path(directory), self.files)
-
-
-class ImageTexts:
-    """What a processor writes into a text in place of an image, which depends on the image's size alone.
-
-    Args:
-        processor: The model's.
-    """
-
-    def __init__(self, processor: Any) -> None:
-        self._processor = processor
-        self._token: str = processor.image_token
-        self._others = [token for name in ("video_token", "audio_token") if (token := getattr(processor, name, None))]
-        self._text = lru_cache(_SIZES)(self._written)  # looked up by size, of which many images have the same
-
-    def expand(self, rendered: Rendered, images: Sequence[Image]) -> Rendered:
-        """A text with all places of its images, as the processor would write it.
-
-        Raises:
-            ValueError: If the text has other numbers of places than there are images, or one in what is learnt; or if
-                an image cannot be scaled.
-        """
-        text, spans = rendered.text, rendered.spans
-        if found := [token for token in self._others if token in text]:
-            raise ValueError(f"it says {found[0]!r}, by which the model knows a clip of sound or a video.")
-        places = [match.start() for match in re.finditer(re.escape(self._token), text)]
-        if len(places) != len(images):
-            raise ValueError(
-                f"the chat template writes {len(places)} times {self._token!r}, where an image belongs, and the "
-                f"conversation has {len(images)} images. A text may not say that token, and the template has to write "
-                "it for every image."
-            )
-        if any(begin <= place < end for place in places for begin, end in spans):
-            raise ValueError(f"{self._token!r} stands in what the assistant says.")
-        whole, written, last = "", [], 0
-        for place, image in zip(places, images, strict=True):
-            assert image.size is not None
-            whole += text[last:place] + self._text(image.size)
-            last = place + len(self._token)
-            written.append((last, len(whole) - last))  # from here on, so much further
-        whole += text[last:]
-
-        def moved(place: int) -> int:
-            return place + next((further for begin, further in reversed(written) if begin <= place), 0)
-
-        return rendered._replace(text=whole, spans=[(moved(b), moved(e)) for b, e in spans], images=images)
-
-    def _written(self, size: tuple[int, int]) -> str:
-        import PIL.Image
-
-        blank = self._processor.image_processor(images=[PIL.Image.new("RGB", size)], return_tensors="pt")
-        return self._processor.replace_image_token(blank, image_idx=0)
-
-
-@dataclass(frozen=True)
-class _RendersImages(RendersConversations):
-    """Makes samples of conversations whose messages have parts with images."""
-
-    images: ImageTexts | None = None
-
-    @override
-    def render(self, conversation: Conversation) -> Rendered:
-        assert self.images is not None
-        rendered = super().render(conversation._replace(messages=[_bare(m) for m in conversation.messages]))
-        images = [part["image"] for message in conversation.messages for part in _parts(message) if "image" in part]
-        try:
-            return self.images.expand(rendered, images)
-        except ValueError as error:
-            raise MalformedRow(f"{conversation.where}: {error}") from error
-
-
-def _parts(message: dict[str, Any]) -> list[dict[str, Any]]:
-    return message["content"] if isinstance(message["content"], list) else []
-
-
-def _bare(message: dict[str, Any]) -> dict[str, Any]:
-    """A message as templates take it: they write a place for an image and look at nothing of it."""
-    if not (parts := _parts(message)):
-        return message
-    return {**message, "content": [{k: v for k, v in part.items() if k != "image"} for part in parts]}

@@ -186,10 +186,13 @@ def _holder(model: nn.Module, name: str) -> tuple[nn.Module, str]:
     return model.get_submodule(module), key
 
 
-def shard_beside(module: nn.Module, meshes: Meshes, mp_policy: MixedPrecisionPolicy) -> None:
+def shard_beside(
+    module: nn.Module, meshes: Meshes, mp_policy: MixedPrecisionPolicy, models: Collection[PreTrainedModel] = ()
+) -> None:
     """Shards a module that belongs to no transformers model: a value head, or a model of plain PyTorch.
 
-    It is a root of its own; layers of a model around its experts are groups.
+    Beside one transformers model it is an optional part of that. Else it is a root of its own, which all ranks call
+    equally often; layers of a model around its experts are groups.
     """
     ignored = {param for experts in unmanaged_experts(module) for param in experts.parameters()}
     shard = partial(fully_shard, mesh=meshes.all_shards, mp_policy=mp_policy, ignored_params=ignored)
@@ -199,6 +202,13 @@ def shard_beside(module: nn.Module, meshes: Meshes, mp_policy: MixedPrecisionPol
         shard(group)
         watch_layers(group, mp_policy)
     shard(module, reshard_after_forward=True)
+    if len(models) == 1 and not layers and dist.get_world_size() > 1:
+        (model,) = models
+        parts = adapter.recall(model, OptionalParts)
+        if parts is None:
+            parts = OptionalParts(model, [], [], model.get_input_embeddings(), mp_policy)
+        parts.adopt(module, mp_policy)
+        return
     watch_root(module, layers)
     chain_prefetches(module, None, groups)
 

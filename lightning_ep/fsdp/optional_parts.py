@@ -9,13 +9,17 @@ What to reduce is agreed there, parameter by parameter: one that has a gradient 
 the others; one that has none on any keeps ``grad=None``, as on one process, where AdamW would otherwise decay it. It is
 an all-reduce of a few hundred bytes between hosts, once per window, for models with such parts that train.
 
+A module beside the model (a value head) is one of its parts, too, which every rank gathers behind the beginning of the
+model's forward: steps may call it on some ranks only, once the model was called, and in the model's backward. What
+backward comes to it alone ends like one of the root.
+
 Behind a frozen embedding, hidden states would need a gradient on those ranks only whose batch has an image, and
 backward come to the decoder on those only: `OptionalParts` has them need one on all.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -63,7 +67,10 @@ class OptionalParts:
             for module in unit:
                 enter = partial(_enter, fsdp.state_of(root), fsdp.group_of(unit[0]), mp_policy)
                 module.register_forward_pre_hook(enter, prepend=True, with_kwargs=True)
+        self._root, self._beside = root, list[Group]()
         embedding.register_forward_hook(self._need_gradient)
+        root.register_forward_pre_hook(lambda *_: self._gather_beside())  # behind FSDP's, which gathers the root
+        fsdp.after_entering(fsdp.state_of(root), self._gather_beside)
         root.register_forward_hook(lambda module, args, output: self._leave_forward(output))
         fsdp.after_every_forward(fsdp.state_of(root), self._leave_forward)
         # Models return what a tower gave, too, which backward reaches last.
@@ -71,6 +78,53 @@ class OptionalParts:
         for state in fsdp.states_in(root):
             fsdp.before_backward_ends(state, self.end_backward)
         adapter.remember(root, self)
+
+    def adopt(self, module: nn.Module, mp_policy: MixedPrecisionPolicy) -> None:
+        """Makes a module beside the model one of its parts: a value head, which some ranks' steps do not call.
+
+        It is gathered behind the beginning of every forward of the root, where all ranks come by, and reduced with it.
+
+        Args:
+            module: To which `fully_shard` was applied.
+            mp_policy: The policy that it was given.
+        """
+        state, group = fsdp.state_of(module), fsdp.group_of(module)
+        if group is None:
+            return
+        fsdp.leave_alone(state)
+        fsdp.adopt(fsdp.state_of(self._root), state)
+        self._beside.append(group)
+        self._agreed.append(group)
+
+        def enter(module: nn.Module, args: Any, kwargs: Any) -> Any:
+            fsdp.make_root(fsdp.state_of(self._root))
+            self._gather_beside()
+            return cast_inputs(mp_policy, args, kwargs)
+
+        module.register_forward_pre_hook(enter, prepend=True, with_kwargs=True)
+        module.register_forward_hook(lambda module, args, output: self._leave_beside(output))
+        fsdp.before_backward_ends(state, self.end_backward)
+
+    def settle(self) -> None:
+        """Shards what is beside the model, behind a step without gradients in which a rank may not have called it."""
+        for group in self._beside:
+            fsdp.let_go(group)
+
+    def _gather_beside(self) -> None:
+        for group in self._beside:  # all, in one order, whichever is called first
+            fsdp.gather(group)
+
+    def _leave_beside(self, output: Any) -> None:
+        if not torch.is_grad_enabled():
+            self.settle()
+            return
+        for tensor in _tensors(output):
+            if tensor.requires_grad:
+                tensor.register_hook(self._backward_beside)
+
+    def _backward_beside(self, grad: Tensor) -> None:
+        self._gather_beside()
+        fsdp.end_with_this_backward(fsdp.state_of(self._root))
 
     def end_backward(self) -> None:
         """Agrees on what the groups reduce that no backward has reduced yet; every rank must call it."""
@@ -116,11 +170,21 @@ class OptionalParts:
                 fsdp.let_go(group)
 
 
+def parts_in(module: nn.Module) -> list[OptionalParts]:
+    """The optional parts of the models in a module."""
+    return [found for child in module.modules() if (found := adapter.recall(child, OptionalParts)) is not None]
+
+
 def _has_gradient(output: Any) -> bool:
+    return any(tensor.requires_grad for tensor in _tensors(output))
+
+
+def _tensors(output: Any) -> Iterator[Tensor]:
     if isinstance(output, Tensor):
-        return output.requires_grad
-    values = output.values() if isinstance(output, Mapping) else output
-    return isinstance(output, Mapping | tuple | list) and any(map(_has_gradient, values))
+        yield output
+    elif isinstance(output, Mapping | tuple | list):
+        for value in output.values() if isinstance(output, Mapping) else output:
+            yield from _tensors(value)
 
 
 def _enter(

@@ -134,6 +134,23 @@ def let_go(group: Group) -> None:
     _drop_gathered_ahead(group)
 
 
+def adopt(root: State, state: State) -> None:
+    """Makes a state one of those below a root that is not known yet, though its module is none of the root's."""
+    init = root._lazy_init
+
+    @functools.wraps(init)
+    def initialized() -> None:
+        begun = root._is_root is not None
+        init()
+        if not begun:
+            state._is_root = False
+            root._state_ctx.all_states.append(state)
+            root._init_shared_state()
+            state._fsdp_param_group.lazy_init()
+
+    root._lazy_init = initialized
+
+
 def know_gradients(group: Group) -> None:
     """Has a group that was gathered ahead, and was never used yet, know what it computes with and its gradients."""
     if group._all_gather_result is not None and any(_unsharded(param) is None for param in group.fsdp_params):
@@ -158,6 +175,24 @@ def before_every_forward(state: State, function: Callable[[], None]) -> None:
         return enter(*args)
 
     state._pre_forward = entered
+
+
+def after_entering(state: State, function: Callable[[], None]) -> None:
+    """Calls ``function`` once such a forward has been entered, and its root gathered."""
+    enter = state._pre_forward
+
+    @functools.wraps(enter)
+    def entered(*args: Any) -> Any:
+        found = enter(*args)
+        function()
+        return found
+
+    state._pre_forward = entered
+
+
+def end_with_this_backward(root: State) -> None:
+    """Has the end of the backward that runs be that of the root's, also if it does not come to the root."""
+    root._register_root_post_backward_final_callback()
 
 
 def after_every_forward(state: State, function: Callable[[Any], None]) -> None:

@@ -36,6 +36,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
+from lightning_ep import transformers_adapter as adapter
 from lightning_ep.layers.compilation import compile_forward
 from lightning_ep.moe.dispatch import ExplainedOutOfMemoryError
 from lightning_ep.moe.experts import expert_context
@@ -89,7 +90,7 @@ def checkpoint_layer(
 
     @functools.wraps(layer.forward)
     def checkpointed(*args: Any, **kwargs: Any) -> Any:
-        _refuse_unfilled(kwargs.get("past_key_values"), unfilled)
+        _refuse_unfilled(adapter.given_cache(kwargs), unfilled)
         if not torch.is_grad_enabled():
             return forward(*args, **kwargs)
         function = functools.partial(forward, **_without_cache(kwargs, unfilled))
@@ -101,7 +102,7 @@ def checkpoint_layer(
 
 def _without_cache(kwargs: Mapping[str, Any], unfilled: WeakSet[Any]) -> dict[str, Any]:
     """A cache would be filled twice, so it is left empty: mostly it is one that the model made and nobody reads."""
-    cache = kwargs.get("past_key_values")
+    cache = adapter.given_cache(kwargs)
     if cache is None:
         return dict(kwargs)
     if cache.get_seq_length() > 0:
@@ -110,7 +111,7 @@ def _without_cache(kwargs: Mapping[str, Any], unfilled: WeakSet[Any]) -> dict[st
             "would add theirs a second time. Use activation_checkpointing='none', or no cache."
         )
     unfilled.add(cache)
-    return {**kwargs, "past_key_values": None}
+    return adapter.without_cache(kwargs)
 
 
 def _refuse_unfilled(cache: Any, unfilled: WeakSet[Any]) -> None:

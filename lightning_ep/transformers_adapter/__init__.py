@@ -2,11 +2,11 @@
 
 One file for each question: where things are in a model (`structure`), who runs experts (`experts_interface`) and
 attention (`attention_interface`), how routers score and what can be added to them (`routers`), which tokens are one
-document (`packing`) and how attention is told (`document_bounds`), how random weights are drawn
-(`initialization`), what is fp32 in a bf16 model (`dtypes`), how weights come in and leave (`conversion`), what is
-remembered of a model (`record`), how conversations are written for it (`chat_templates`), and how images are given to
-it (`processors`). Everyone else uses them through this package, which imports nothing of ours but `ops` and
-`distributed`.
+document (`packing`) and how attention is told (`document_bounds`), what the cache of a call is called
+(`cache_argument`), how random weights are drawn (`initialization`), what is fp32 in a bf16 model (`dtypes`), how
+weights come in and leave (`conversion`), what is remembered of a model (`record`), how conversations are written for it
+(`chat_templates`), and how images are given to it (`processors`). Everyone else uses them through this package, which
+imports nothing of ours but `ops` and `distributed`.
 """
 
 from lightning_ep.transformers_adapter.attention_interface import (
@@ -23,6 +23,7 @@ from lightning_ep.transformers_adapter.attention_interface import (
     why_not_context_parallel,
     without_packing,
 )
+from lightning_ep.transformers_adapter.cache_argument import CACHE_NAMES, given_cache, without_cache
 from lightning_ep.transformers_adapter.chat_templates import marks_generation, render_chat
 from lightning_ep.transformers_adapter.config_keys import near, unknown_keys
 from lightning_ep.transformers_adapter.conversion import (
@@ -100,7 +101,10 @@ from lightning_ep.transformers_adapter.structure import (
 )
 
 __all__ = [
+    "CACHE_NAMES",
     "Blueprint",
+    "given_cache",
+    "without_cache",
     "add_selection_bias",
     "correction_bias",
     "leave_out_balancing_loss",

@@ -47,9 +47,9 @@ def use_bounds_of_documents(model: PreTrainedModel) -> None:
 
 def why_not_bounds(model: PreTrainedModel) -> str | None:
     """What keeps a model's attention from being told bounds of documents in place of a mask, None if nothing does."""
-    around, model = (model, model.base_model), text_model(model)
-    if model not in around and any(re.search(_MAKES_ANY_MASK, forward_source(model_class(outer))) for outer in around):  # type: ignore[arg-type]
+    if makes_masks_around_text(model):
         return "what is around its text model makes masks"
+    model = text_model(model)
     if (name := attention_implementation(model)) != "sdpa":
         return f"its attention implementation is {name!r}"
     if (reason := why_not_causal(model)) is not None:
@@ -65,6 +65,13 @@ def why_not_bounds(model: PreTrainedModel) -> str | None:
     if re.search(_ASKS_FOR_THE_NAME, _file_source(model)):
         return "its code asks for the name of the attention implementation"
     return None
+
+
+def makes_masks_around_text(model: PreTrainedModel) -> bool:
+    """Whether the parts around a model's text say who sees whom in it, as where tokens of an image see one another."""
+    text, around = text_model(model), (model, model.base_model)
+    sources = [forward_source(model_class(outer)) for outer in around if outer is not text]  # type: ignore[arg-type]  # hashable
+    return text not in around and any(re.search(_MAKES_ANY_MASK, source) for source in sources)
 
 
 def is_told_documents(model: PreTrainedModel) -> bool:

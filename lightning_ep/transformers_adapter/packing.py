@@ -26,6 +26,7 @@ from lightning_ep.transformers_adapter.attention_interface import (
     forward_source,
     is_flash_attention,
 )
+from lightning_ep.transformers_adapter.cache_argument import given_cache, takes_cache
 from lightning_ep.transformers_adapter.document_bounds import bounds_as_mask, takes_bounds
 from lightning_ep.transformers_adapter.structure import decoder_layers, model_class, text_model
 
@@ -184,7 +185,7 @@ def keep_documents_apart(model: PreTrainedModel) -> None:
         if not isinstance(child, PreTrainedModel) or child.base_model is not child:
             continue
         names = list(inspect.signature(child.forward).parameters)
-        if {"position_ids", "past_key_values"} <= set(names):
+        if "position_ids" in names and takes_cache(names):
             forward = _Forward(names, _recurrent(child), _looks_for_documents(child), _reads_bounds(child))
             child.register_forward_pre_hook(partial(_enter, forward), with_kwargs=True)
 
@@ -237,7 +238,7 @@ def _enter(
             "whose label is -100."
         )
     positions: Any = call.get("position_ids")
-    mask, past = call.get("attention_mask"), call.get("past_key_values")
+    mask, past = call.get("attention_mask"), given_cache(call)
     given, positions = positions, _in_text(positions)
     name, bounds = attention_implementation(text_model(model)), call.get("cu_seq_lens_q") is not None
     if name not in ALL_MASK_ATTENTION_FUNCTIONS or (past is not None and past.get_seq_length() > 0):

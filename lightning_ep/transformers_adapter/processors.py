@@ -22,6 +22,8 @@ from transformers import (
     PreTrainedModel,
 )
 
+from lightning_ep.transformers_adapter.document_bounds import makes_masks_around_text
+
 _AUTO_CLASSES = (
     (AutoModelForCausalLM, MODEL_FOR_CAUSAL_LM_MAPPING),
     (AutoModelForImageTextToText, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING),
@@ -56,7 +58,7 @@ def load_processor(
         ValueError: If pixels are given to a processor that scales images otherwise, or more at least than at most.
     """
     # Here, since it imports Pillow, which texts do without.
-    from transformers import AutoFeatureExtractor, AutoImageProcessor
+    from transformers import AutoFeatureExtractor, AutoImageProcessor, ProcessorMixin
 
     if (cls := _processor_class(directory)) is None:
         return None
@@ -77,7 +79,12 @@ def load_processor(
             parts[part] = AutoFeatureExtractor.from_pretrained(directory)
         else:
             parts[part] = None
-    return WithoutVideos(**parts) if "image_processor" in parts else None
+    if "image_processor" not in parts or cls.replace_image_token is ProcessorMixin.replace_image_token:
+        return None  # it does not say what stands in a text for an image
+    file = directory / _NAMED_IN[0]
+    settings = json.loads(file.read_text()) if file.exists() else {}
+    own = set(inspect.signature(cls.__init__).parameters) - set(parts)
+    return WithoutVideos(**parts, **{name: value for name, value in settings.items() if name in own})
 
 
 def _processor_class(directory: Path) -> Any | None:
@@ -122,12 +129,16 @@ class ImagePositions:
 
     Args:
         config: The model's.
+
+    Attributes:
+        masks_by_images: Whether who sees whom depends on where images are, beyond what is before what.
     """
 
     def __init__(self, config: PreTrainedConfig) -> None:
         with torch.device("meta"):
             model: PreTrainedModel = auto_class_of(config).from_config(config)
         self._takes = set(inspect.signature(model.forward).parameters)
+        self.masks_by_images = makes_masks_around_text(model)
         self._model: Any = next((m for m in model.modules() if hasattr(m, "get_rope_index")), None)
 
     @property

@@ -185,7 +185,7 @@ def encode_in_forward(model: PreTrainedModel) -> None:
 
     There ranks without an image would not come to the towers' collectives.
     """
-    model._supports_mm_encoder_outputs = lambda: False  # type: ignore[method-assign]
+    model._supports_mm_encoder_outputs = lambda: False  # type: ignore[assignment]
 
 
 def wrap_deepstack(decoder: nn.Module, wrap: Callable[[Callable[..., Tensor]], Callable[..., Tensor]]) -> None:

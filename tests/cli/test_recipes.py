@@ -9,7 +9,6 @@ import re
 import stat
 import subprocess
 import sys
-import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -203,29 +202,6 @@ def test_what_needs_no_torch_does_not_import_it(
     assert shown in done.stdout + done.stderr
 
 
-@pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("wheel")
-    done = _python("-m", "hatchling", "build", "-t", "wheel", "-d", str(folder), cwd=REPOSITORY)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return next(folder.glob("*.whl"))
-
-
-def test_a_wheel_holds_them(wheel: Path, tmp_path: Path, empty: Path) -> None:
-    with zipfile.ZipFile(wheel) as archive:
-        held = {info.filename: info.external_attr >> 16 for info in archive.infolist() if "recipes/" in info.filename}
-        archive.extractall(tmp_path / "site")
-    assert held.keys() == {f"lightning_ep/recipes/{path.name}" for path in (RECIPES | SCRIPTS).values()}
-    assert all(bool(mode & stat.S_IXUSR) == name.endswith(".sh") for name, mode in held.items()), "what pip restores"
-    code = "import lightning_ep_start.recipes as r; print(*r.files().values(), sep='\\n')"
-    found = _python("-c", code, path=tmp_path / "site", cwd=empty).stdout.splitlines()
-    assert {Path(file).parent for file in found} == {tmp_path / "site" / "lightning_ep" / "recipes"}
-    done = _python(
-        "-m", "lightning_ep", "fit", "--config", "quickstart", "--print_config", path=tmp_path / "site", cwd=empty
-    )
-    assert yaml.safe_load(done.stdout)["trainer"]["max_steps"] == 600
-
-
 @pytest.mark.parametrize(
     ("name", "warm_up", "peak", "last"),
     [
@@ -322,6 +298,7 @@ def test_published_weights_are_fine_tuned_on_chats_and_exported(nodes: int, empt
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(400)
 def test_published_weights_are_fine_tuned_on_images_and_exported(empty: Path) -> None:
     """What the run says of the validation data at its end, transformers says of them with what came out."""
     published = write_vision_checkpoint(empty / "published")

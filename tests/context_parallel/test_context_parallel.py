@@ -208,7 +208,7 @@ def test_bf16_and_replayed_layers() -> None:
 
 @pytest.mark.slow
 def test_compiled_layers_train_alike() -> None:
-    case = {"causal": True, "accumulate": 1, "clip": 0.2, "compile": True}
+    case = {"causal": True, "accumulate": 1, "clip": 0.2, "compile": "inductor"}
     layout = {"ep": 2, "cp": 2}
     assert_trains_like_one_process(2, layout, [case], timeout=110)
 

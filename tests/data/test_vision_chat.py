@@ -19,19 +19,21 @@ from transformers import AutoModelForImageTextToText
 
 from lightning_ep import CausalLM
 from lightning_ep.callbacks import GradeAnswers
-from lightning_ep.data import ChatDataModule, VisionChatDataModule
+from lightning_ep.data import ChatDataModule, VisionChatDataModule, vision_chat
 from lightning_ep.data.conversations import MalformedRow
 from lightning_ep.data.preview import preview
 from lightning_ep.data.vision_windows import documents_in
 from lightning_ep.loss import summed_loss
 from lightning_ep.ops.cross_entropy import shifted
 from lightning_ep.transformers_adapter import (
+    ImagePositions,
     is_told_documents,
     keep_documents_apart,
     load_processor,
     use_bounds_of_documents,
 )
 from tests.data.test_chat import fitted
+from tests.hub.every_family import tiny_config_of
 from tests.ranks import REPOSITORY
 from tests.reference import relative_error
 from tests.vision import (
@@ -380,3 +382,21 @@ def test_the_page_says_what_can_be_read_and_what_a_preview_shows(
         fitted(CausalLM(str(checkpoint)), module, tmp_path, enable_model_summary=True)
     (shown,) = (line for line in page.splitlines() if line.startswith("  tower "))
     assert " ".join(shown.split()) in " ".join(caplog.text.split())
+
+
+def test_what_is_prepared_does_not_depend_on_the_number_of_processes(
+    checkpoint: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(vision_chat, "_ROWS_PER_TASK", 2)
+    source = write_rows(tmp_path / "rows.jsonl", chats(folder))
+    one, two = (
+        prepared(source, checkpoint, tmp_path, cache_dir=str(tmp_path / f"cache{processes}"), num_proc=processes)
+        for processes in (1, 2)
+    )
+    for name in ("images.arrow", "windows.arrow"):
+        assert (one.directory / "train" / name).read_bytes() == (two.directory / "train" / name).read_bytes()
+
+
+@pytest.mark.parametrize("family", ["qwen3_vl_moe", "qwen3_omni_moe_thinker", "qwen3_5_moe", "gemma4"])
+def test_models_whose_images_change_who_sees_whom_are_known(family: str) -> None:
+    assert ImagePositions(tiny_config_of(family)).masks_by_images == (family == "gemma4")

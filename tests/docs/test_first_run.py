@@ -1,8 +1,10 @@
-"""docs/start/first_run.md: what its commands print and leave behind."""
+"""first_run.md and lora.md of docs/start: what their commands print and leave behind."""
 
 from __future__ import annotations
 
+import json
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -40,3 +42,20 @@ def test_recipes_are_shown_and_copied(tmp_path: Path) -> None:
     assert _run(tmp_path, *shown.split()[1:]) == text
     _run(tmp_path, *copied.split()[1:])
     assert (tmp_path / "quickstart.yaml").read_text() == text
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_adapters_are_trained_with_an_eye_on_experts(tmp_path: Path) -> None:
+    """The block of lora.md, with fewer steps and chats that it does not show."""
+    rows = [[("user", f"What is {n}?"), ("assistant", f"It is {n}.")] for n in range(60)]
+    chats = [{"messages": [{"role": role, "content": text} for role, text in row]} for row in rows]
+    (tmp_path / "my_chats.jsonl").write_text("".join(json.dumps(chat) + "\n" for chat in chats))
+    lines = block("docs/start/lora.md", "lightning-ep fit --config quickstart").replace("\\\n", " ").splitlines()
+    base, adapters, asked = (shlex.split(line)[1:] for line in lines)
+    _run(tmp_path, *base, "--trainer.max_steps", "2", "--trainer.val_check_interval", "2")
+    _run(tmp_path, *adapters, "--trainer.max_steps", "5", "--trainer.val_check_interval", "5")
+    run = tmp_path / "runs/lora_quickstart/version_0"
+    assert "routing/max_violation" in (run / "metrics.csv").read_text()
+    assert list((run / "routing").glob("*.png"))
+    assert _run(tmp_path, *asked, "--max_new_tokens", "4")

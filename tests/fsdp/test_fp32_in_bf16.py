@@ -160,8 +160,12 @@ def parameters_of_attention_and_routers(root: Path) -> None:
 
 @row()
 def norms_and_connections_between_layers_and_the_head(root: Path) -> None:
-    _check(root, "hy_v4")
     _check(root, "deepseek_v4")
+
+
+@row(slow=True)
+def the_same_of_another_family(root: Path) -> None:
+    _check(root, "hy_v4")
 
 
 @row()

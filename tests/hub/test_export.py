@@ -120,7 +120,7 @@ def _export(paths: list[str], root: Path, ep: int, dtype: torch.dtype | None, fi
         export_sharded(model, root / Path(path).name, dtype)
 
 
-@pytest.mark.parametrize(("world", "ep"), [(2, 2), (4, 2)])
+@pytest.mark.parametrize(("world", "ep"), [(2, 2), pytest.param(4, 2, marks=pytest.mark.slow)])
 def test_what_was_not_trained_comes_out_as_it_went_in(tmp_path: Path, world: int, ep: int) -> None:
     paths = []
     for family in FAMILIES:

@@ -16,12 +16,14 @@ from tests.ranks import device, run_ranks
 from tests.reference import batches, tiny_model
 
 
-def _train(mode: str, compile: bool, hook_before: int | None, hooked: tuple[int, ...] = ()) -> tuple[float, int]:
+def _train(
+    mode: str, compile: bool, hook_before: int | None, hooked: tuple[int, ...] = (), backend: str = "aot_eager"
+) -> tuple[float, int]:
     """The last loss of a model of three layers, which share their graphs, and how many of these there were."""
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+        patch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
         model, layout = tiny_model(num_hidden_layers=3), ParallelLayout.resolve(1, "auto", 1, 1)
         parallelize(model, layout, device(), compile=compile, activation_checkpointing=mode)
     for step in range(2):
@@ -43,19 +45,19 @@ def test_a_layer_is_one_graph_before_its_experts_and_one_behind(mode: str) -> No
 
 
 @pytest.mark.parametrize(
-    ("hooked", "hook_before", "mode"),
+    ("hooked", "hook_before", "mode", "backend"),
     [
-        ((1,), 1, "none"),  # layers that share graphs until one of them differs
-        ((0, 1, 2), 0, "full"),
+        # Dynamo alone decides whose hooks run: with "eager" its graphs run as they are, in a third of the time.
+        ((1,), 1, "none", "eager"),  # layers that share graphs until one of them differs
+        ((0, 1, 2), 0, "full", "eager"),
         *(
-            pytest.param(*case, marks=pytest.mark.slow)
+            pytest.param(*case, "aot_eager", marks=pytest.mark.slow)
             for case in itertools.product([(0, 1, 2), (1,)], [0, 1], ["none", "full"])
-            if case not in (((1,), 1, "none"), ((0, 1, 2), 0, "full"))
         ),
     ],
 )
-def test_hooks_inside_a_layer_run(mode: str, hook_before: int, hooked: tuple[int, ...]) -> None:
-    ((loss, _),) = run_ranks(1, _train, mode, True, hook_before, hooked)
+def test_hooks_inside_a_layer_run(mode: str, hook_before: int, hooked: tuple[int, ...], backend: str) -> None:
+    ((loss, _),) = run_ranks(1, _train, mode, True, hook_before, hooked, backend)
     ((eager, _),) = run_ranks(1, _train, mode, False, hook_before, hooked)
     ((without, _),) = run_ranks(1, _train, mode, False, None)
     assert loss == pytest.approx(eager, rel=1e-5)

@@ -303,7 +303,7 @@ def test_gradients_of_factors(counts: list[int], features: int, rank: int, index
     tokens = num_rows // 2 + 1 if indexed else num_rows
     row_P = torch.randint(0, tokens, (num_rows,), device=DEVICE).int() if indexed else None
     x = torch.randn(tokens, features + 8, device=DEVICE).to(dtype)[:, :features]
-    low = torch.randn(num_rows, rank + 3, device=DEVICE).to(dtype)
+    low = torch.randn(num_rows, rank + 8, device=DEVICE).to(dtype)  # rows of 16 numbers, too, are copied ahead
     for rank_first in (True, False):
         shape = (len(counts), rank, features) if rank_first else (len(counts), features, rank)
         out = torch.full(shape, float("nan"), device=DEVICE)

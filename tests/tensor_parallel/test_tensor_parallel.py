@@ -42,7 +42,7 @@ def test_models_lengths_and_precisions() -> None:
 
 @pytest.mark.slow
 def test_compiled_layers_train_alike() -> None:
-    case = {"causal": True, "accumulate": 1, "clip": 0.2, "compile": True, "length": 11}
+    case = {"causal": True, "accumulate": 1, "clip": 0.2, "compile": "inductor", "length": 11}
     layout = {"ep": 2, "tp": 2}
     assert_trains_like_one_process(2, layout, [case], timeout=110)
 

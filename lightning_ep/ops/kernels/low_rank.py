@@ -8,7 +8,7 @@ from torch import Tensor
 
 from lightning_ep.ops.kernels.slots import with_unit_stride
 
-_ROWS, _DEPTH, _COLS = 64, 128, 128  # of a tile
+_ROWS, _COLS, _DEPTH_BYTES = 64, 128, 256  # of a tile, whose stages in fp32 fit into the smallest chips that way
 _LEAST, _RANKS = 16, 64  # ranks that tensor cores multiply at once, at least; that a tile has, at most
 # Strides over ranks are constants: so the compiler sees that rows of 8 numbers can be copied ahead, 16 bytes at once.
 
@@ -53,7 +53,8 @@ def project(x_PA: Tensor, factor_EAR: Tensor, scale: float, offsets_E: Tensor) -
     grid = (triton.cdiv(num_rows, _ROWS) + num_experts, triton.cdiv(rank, ranks))  # each expert may cut one tile
     _project_kernel[grid](
         x_PA, factor_EAR, out_PR, offsets_E, features, x_PA.stride(0), factor_EAR.stride(0), scale,
-        rank, *factor_EAR.stride()[1:], num_experts, triton.next_power_of_2(num_experts), _ROWS, _DEPTH, ranks,
+        rank, *factor_EAR.stride()[1:], num_experts, triton.next_power_of_2(num_experts), _ROWS,
+        _DEPTH_BYTES // x_PA.element_size(), ranks,
         num_warps=4,
         num_stages=4,
     )  # fmt: skip
@@ -99,7 +100,7 @@ def outer_(out_EAR: Tensor, x_NA: Tensor, low_PR: Tensor, offsets_E: Tensor, row
         features, x_NA.stride(0), out_EAR.stride(0), rank, low_PR.stride(0), *out_EAR.stride()[1:],
         row_P is not None, _ROWS, _COLS, ranks,
         num_warps=4,
-        num_stages=4 if row_P is None else 6,  # two of which go to the rows' numbers
+        num_stages=4,
     )  # fmt: skip
 
 
