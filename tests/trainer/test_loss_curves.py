@@ -1,8 +1,8 @@
 """Fine-tuning in 8 bytes per parameter learns what fp32 masters learn, and bf16 rounded to the nearest does not.
 
-In small what `benchmarks.rounding` does with four layers, whose curves docs/training.md shows: a model that was trained
-on source code goes on with docstrings, at a rate at which most updates are lost to rounding. The reference is torch's
-AdamW on fp32 copies of the weights; all compute gradients with bf16 weights.
+In small what `benchmarks.rounding` does with four layers, whose curves docs/operate/training.md shows: a model that was
+trained on source code goes on with docstrings, at a rate at which most updates are lost to rounding. The reference is
+torch's AdamW on fp32 copies of the weights; all compute gradients with bf16 weights.
 """
 
 from __future__ import annotations
