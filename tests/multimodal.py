@@ -41,6 +41,7 @@ def _places(side: int) -> Tensor:
 
 IMAGES: dict[str, Callable[[Any], Inputs]] = {
     "aria": lambda c: _picture(c),
+    "dots3_note": lambda c: _patches(c),
     "ernie4_5_vl_moe": lambda c: _patches(c, 1),
     "gemma4": lambda c: {"pixel_values": _random(1, 16, 48), "image_position_ids": _places(4)},
     "glm4v_moe": lambda c: _patches(c, 2),

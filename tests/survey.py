@@ -334,6 +334,7 @@ def path_of(family: str) -> str:
 
 # What of transformers a "no" comes from, by words of the message.
 _UPSTREAM = {
+    "were still running": "`Dots3NoteVisionMoE`: experts in a tower, whose exchanges only ranks with an image enter",
     "no expert dimension": "`MuseSparkExperts` holds a norm that all its experts share (modeling_muse_spark.py)",
     "are one parameter": "`_tied_weights_keys` ties the experts of encoder and decoder (modeling_diffusion_gemma.py)",
     "layer_scalar is on the meta": "only the constructor of `DiffusionGemmaEncoderTextLayer` sets this buffer",

@@ -167,7 +167,7 @@ def test_with_experts_over_fsdp_and_copies(replicate: int) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(330)  # that of the ranks must come first
-@pytest.mark.parametrize("family", IMAGES)
+@pytest.mark.parametrize("family", [family for family in IMAGES if family != "dots3_note"])  # experts in its tower
 def test_every_family(family: str) -> None:
     # Without steps: linear attention in fp32 makes more of what two weights differ by.
     assert_ranks_agree(2, _trains_like_one_process, family, ONCE, "nothing", "none", 1, False, 0.0, timeout=300)
