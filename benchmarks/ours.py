@@ -6,6 +6,7 @@ With names that users know, and no others: ``lightning_ep`` may be that of an ol
 from __future__ import annotations
 
 import functools
+import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,8 @@ class _Steps(Callback):
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if importlib.util.find_spec("lightning_ep.routing") is None:
+            return  # older commits, of which it stays unknown
         from lightning_ep.routing import RoutingCounts
 
         counts = RoutingCounts(pl_module)
