@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import re
@@ -136,6 +137,20 @@ def _is_up(address: str) -> bool:
         return requests.get(f"{address}/health", timeout=5).ok
     except requests.ConnectionError:
         return False
+
+
+def test_chats_of_ones_own_go_on_from_it(run: Run) -> None:
+    """The second command of docs/start/chats.md for a CPU, on chats whose answers have another form."""
+    folder = run.base.parent
+    pairs = {f"What comes after {number}?": f"Answer: {number + 1}." for number in range(100, 300)}
+    chats = [[{"role": "user", "content": q}, {"role": "assistant", "content": a}] for q, a in pairs.items()]
+    (folder / "my_chats.jsonl").write_text("".join(json.dumps({"messages": chat}) + "\n" for chat in chats))
+    _fit(folder, "--config", "chats_quickstart", "--data.source", "my_chats.jsonl")
+    answers = _answers(folder / "exports" / "my_chats", list(pairs)[::5])
+    assert sum(re.fullmatch(r"Answer: \d+\.", answer) is not None for answer in answers) >= 36, answers
+    with (folder / "runs" / "chats_quickstart" / "version_0" / "metrics.csv").open() as file:
+        graded = [row["val/exact_match"] for row in csv.DictReader(file) if row.get("val/exact_match")]
+    assert len(graded) == 3, "30 epochs, of which every tenth is validated"
 
 
 def test_transformers_serve_answers_over_http_what_transformers_answers(run: Run, tmp_path: Path) -> None:

@@ -99,8 +99,10 @@ class HuggingFaceExport(Callback):
         if not self._ended:
             # Lightning has no hook here while the model is still on its device.
             rank_zero_warn(
-                f"{self.path} was not written: the checkpoint of this run has no training step left to do. Run "
-                f"`lightning-ep export {trainer.ckpt_path} {self.path}` instead."
+                f"Nothing was trained, and {self.path} was not written: {trainer.ckpt_path}, from which this run went "
+                "on, has no training step left to do. If it is another run's, give this one a directory of its own "
+                "(dirpath of ModelCheckpoint); if you want what it holds, run `lightning-ep export "
+                f"{trainer.ckpt_path} {self.path}`."
             )
 
 

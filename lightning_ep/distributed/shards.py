@@ -91,6 +91,18 @@ def local_tensor(tensor: Tensor) -> Tensor:
     return tensor._local_tensor if isinstance(tensor, DTensor) else tensor.detach()
 
 
+def in_memory_order_of(tensor: Tensor, like: Tensor) -> Tensor:
+    """``tensor``, or a copy whose elements lie in memory as those of ``like``, of the same shape, do.
+
+    Autograd promises it of gradients, but only looks at strides that a DTensor says it has. Fused optimizers read
+    parameter and gradient in the order of memory, and do not ask: each element would get another one's update.
+    """
+    strides = zip(tensor.shape, tensor.stride(), like.stride(), strict=True)
+    if all(one == other for size, one, other in strides if size > 1):
+        return tensor
+    return torch.empty_like(like, dtype=tensor.dtype, requires_grad=False).copy_(tensor)
+
+
 def whole(tensor: Tensor) -> Tensor:
     """All of ``tensor`` on the CPU, detached. Every rank of its mesh must call it."""
     if not isinstance(tensor, DTensor):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from lightning_ep.distributed.shards import local_tensor
+from lightning_ep.distributed.shards import in_memory_order_of, local_tensor
 
 _STEPS_TO_PEAK = 2  # the first makes the optimizer's state
 _SPARE = 0.1  # of the GPU's memory stays free beside kept copies: rows of a step with an unlucky router
@@ -125,6 +125,8 @@ def widen_gradient(param: Tensor) -> None:
 
 
 def _like(local: Tensor, param: Tensor) -> Tensor:
+    # Kernels of others differentiate transposed and broadcast weights, whose gradients have any strides.
+    local = in_memory_order_of(local, local_tensor(param))
     if not isinstance(param, DTensor):
         return local
     spec = param._spec

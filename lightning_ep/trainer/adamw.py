@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 from typing_extensions import override
 
-from lightning_ep.distributed.shards import local_tensor
+from lightning_ep.distributed.shards import in_memory_order_of, local_tensor
 from lightning_ep.ops.adamw import Rule, Update, adamw_, adamw_rounded_
 from lightning_ep.trainer.random_bits import Streams, in_rows
 
@@ -129,7 +129,10 @@ class AdamW(torch.optim.AdamW):
             if not params:
                 continue
             torch._foreach_add_(steps, 1)
-            local = ([local_tensor(t) for t in tensors] for tensors in (params, grads, exp_avgs, exp_avg_sqs, steps))
+            mine = [local_tensor(param) for param in params]
+            # Gradients that users have set themselves may lie in memory in any order.
+            of_mine = [in_memory_order_of(local_tensor(g), p) for g, p in zip(grads, mine, strict=True)]
+            local = (mine, of_mine, *([local_tensor(t) for t in ts] for ts in (exp_avgs, exp_avg_sqs, steps)))
             rule = Rule(float(group["lr"]), group["betas"], group["eps"], group["weight_decay"])
             updates = dict(zip(params, (Update(*tensors) for tensors in zip(*local, strict=True)), strict=True))
             if group["stochastic_rounding"]:

@@ -5,18 +5,20 @@ from __future__ import annotations
 import copy
 import os
 import re
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from lightning_ep import ExpertParallelStrategy, ParallelLayout, expert_plan, parallelize
+from lightning_ep import AdamW, ExpertParallelStrategy, ParallelLayout, expert_plan, parallelize
 from lightning_ep.moe.experts import is_parallel_experts
 from lightning_ep.moe.own_plan import resolve_plan
 from lightning_ep.parallelize import check
@@ -109,6 +111,59 @@ def _gradients(ep: int, mode: Any, compile: bool) -> list[str]:
 )
 def test_gradients_of_plain_models_equal_one_process(world: int, ep: int, mode: str, compile: bool) -> None:
     assert_ranks_agree(world, _gradients, ep, mode, compile)
+
+
+class _Whole(nn.Module):
+    """Experts as one product each, of whose gradients none has its parameter's strides."""
+
+    def __init__(self, transposed: bool) -> None:
+        super().__init__()
+        self.transposed = transposed
+        size, width = 32, 64  # of the page's model
+        inner, outer = (8, size, width), (8, width, size)
+        self.up = nn.Parameter(torch.randn(outer if transposed else inner) * size**-0.5)
+        self.down = nn.Parameter(torch.randn(inner if transposed else outer) * width**-0.5)
+
+    def forward(self, hidden_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
+        if self.transposed:
+            every = hidden_TH.expand(len(self.up), -1, -1)
+            out_ETH = F.silu(every @ self.up.transpose(1, 2)) @ self.down.transpose(1, 2)
+        else:
+            out_ETH = torch.einsum("etd,edh->eth", F.silu(torch.einsum("th,ehd->etd", hidden_TH, self.up)), self.down)
+        chosen_TKH = out_ETH.transpose(0, 1).gather(1, ids_TK[..., None].expand(-1, -1, hidden_TH.shape[-1]))
+        return (chosen_TKH * weights_TK[..., None]).sum(1)
+
+
+def _adamw(transposed: bool, optimizer: Any) -> list[str]:
+    rank, world = dist.get_rank(), dist.get_world_size()
+    plain = _decoder()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        for layer in plain.layers:
+            layer.moe.experts = _Whole(transposed)
+    model = copy.deepcopy(plain)
+    parallelize(model, ParallelLayout(world, ep=world), device(), plan={"layers.*.moe.experts": "experts"})
+    # eps: without it a gradient of 1e-12 would be a whole step, in either direction.
+    ours, reference = optimizer(model.parameters()), torch.optim.AdamW(plain.parameters(), lr=1e-2, eps=1e-4)
+    wrong = []
+    for step in range(3):
+        batches = [_ids(world * step + other) for other in range(world)]
+        (_loss(model, batches[rank].to(device())) / world).backward()
+        sum(_loss(plain, ids) / world for ids in batches).backward()  # type: ignore[union-attr]
+        for name, param in model.named_parameters():
+            one, other = param.to_local(), param.grad.to_local()  # type: ignore[attr-defined]
+            if one.stride() != other.stride():
+                wrong.append(f"{name}: {one.stride()}, its gradient {other.stride()}")
+        for one in (ours, reference):
+            one.step()
+            one.zero_grad()
+    return [*wrong, *(one for one in _differences(model, plain, gradients=False) if "experts" in one)]
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("optimizer", [AdamW, partial(torch.optim.AdamW, fused=True)], ids=["ours", "torch's"])
+def test_fused_optimizers_step_experts_whose_kernels_transpose(transposed: bool, optimizer: Any) -> None:
+    assert_ranks_agree(2, _adamw, transposed, partial(optimizer, lr=1e-2, eps=1e-4))
 
 
 def test_a_pattern_that_matches_nothing_is_refused_with_what_is_near() -> None:
