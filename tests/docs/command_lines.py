@@ -52,6 +52,8 @@ def _parts(words: list[str]) -> Iterator[list[str]]:
 
 def _parse(words: list[str]) -> None:
     program, *rest = words
+    if "/bin/" in program and "venv" in program:  # of an environment that the page makes
+        program = program.rpartition("/")[2]
     if program == "lightning-ep":
         _ours(rest)
     elif program == "torchrun":
@@ -63,6 +65,8 @@ def _parse(words: list[str]) -> None:
             _module(rest[module + 1], rest[module + 2 :])
     elif program in ("python", "python3") and rest[:1] == ["-m"]:
         _module(rest[1], rest[2:])
+    elif program == "python" and rest[0] == "-c":
+        compile(rest[1], "page", "exec")
     elif program == "python":
         _exists(rest[0])
     elif program == "pytest":

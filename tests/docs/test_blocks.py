@@ -22,6 +22,7 @@ from lightning_ep_start import COMMANDS, DATA_COMMANDS, TRAINER_COMMANDS, recipe
 from tests.docs.command_lines import why_not
 from tests.docs.pages import PAGES, ROOT, Block, block, blocks, commands
 from tests.ranks import run_ranks
+from tests.reference import why_no_adapters
 from tests.talking import write_talking
 from tests.tiny import TinyModule, loader, quiet
 
@@ -240,6 +241,7 @@ def test_resume_saves_and_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert again.global_step == 2, "it starts anew, from those weights"
 
 
+@pytest.mark.skipif(why_no_adapters() is not None, reason=str(why_no_adapters()))
 def test_lora_is_a_call_in_a_module(tmp_path: Path) -> None:
     write_talking(tmp_path / "tiny")
     code = block("docs/start/lora.md", "self.model =")
