@@ -63,6 +63,7 @@ In a recipe:
              of lightning_ep.routing.
   optimizer  lightning_ep.AdamW, or any of torch's
   data       lightning_ep.data.ChatDataModule teaches what the assistant says in chats.
+             lightning_ep.data.VisionChatDataModule has images in conversations,
              lightning_ep.data.PromptCompletionDataModule teaches completions, and
              lightning_ep.data.PreferenceDataModule which of two answers is better.
              lightning_ep.data.TextDataModule teaches texts, and

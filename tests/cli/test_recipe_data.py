@@ -254,7 +254,7 @@ def test_help_of_both_needs_no_torch() -> None:
         (["--help"], "prepare      Prepare a recipe's data on CPUs"),
         (["prepare", "--help"], "usage: lightning-ep prepare CONFIG"),
         (["preview", "--help"], "lightning-ep preview quickstart"),
-        (["preview"], "preview needs a YAML file or the name of a recipe (continued_pretraining"),
+        (["preview"], "preview needs a YAML file or the name of a recipe (chats_quickstart"),
         (["preview", "quickstar"], "(did you mean quickstart?)"),
     ):
         command = [sys.executable, "-X", "importtime", "-c", program, *words]
