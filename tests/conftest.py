@@ -143,7 +143,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     long: Counter[str] = Counter()
     for item in items:
         marked = any(map(item.get_closest_marker, ("slow", "gpu", "fault_injection")))
-        if marked or _reaches(item, _PROCESSES):
+        if marked or _ON_CUDA or _reaches(item, _PROCESSES):  # on a GPU kernels are compiled in the test's process
             long[_module(item)] += 1
         else:
             item.add_marker("quick")
