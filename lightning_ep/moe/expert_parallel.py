@@ -116,7 +116,10 @@ class ExpertParallel(ParallelStyle):
         fused = self.experts_implementation in ("auto", "fused")
         reason = adapter.why_not_fused(module) if fused else None
         if reason is not None:
-            _say_once(f"{type(module).__name__} runs transformers' kernels instead of the fused experts: {reason}.")
+            _say_once(
+                f"{type(module).__name__} computes by its own forward or transformers' kernels, not by the fused "
+                f"experts: {reason}."
+            )
         if fused and reason is None:
             return adapter.fused_form(module)
         return None, tuple(name for name, _ in module.named_parameters(recurse=False))

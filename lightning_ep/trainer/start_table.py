@@ -77,7 +77,7 @@ def _facts(
         factors = f"{groups} data rank{'s' * (groups > 1)} x {times} micro-batch{'es' * (times > 1)}"
         tokens = math.prod(shape) * groups * times
         yield "batch", f"{shape[0]} x {shape[1]:,} tokens x {factors} = {tokens:,} tokens per step"
-    yield "precision", f"{trainer.precision}: {_PRECISION[str(trainer.precision)]}"
+    yield "precision", f"{trainer.precision}: {_precision(module)}"
     again = "nothing is recomputed" if mode == "none" else f"{mode} recompute"
     yield "layers", f"{again}, {'compiled' if compile else 'not compiled'}"
     for model in models:
@@ -85,6 +85,13 @@ def _facts(
         yield "attention", _attention(model, layout)
     for optimizer in trainer.optimizers:
         yield "optimizer", f"{type(optimizer).__module__.partition('.')[0]}'s {type(optimizer).__name__}"
+
+
+def _precision(module: LightningModule) -> str:
+    said = _PRECISION[str(module.trainer.precision)]
+    if any(p.dtype == torch.bfloat16 and not p.requires_grad for p in module.parameters()):
+        said = said.replace("weights in fp32", "trained weights in fp32, frozen ones in bf16")
+    return said
 
 
 def _parameters(model: PreTrainedModel) -> str:

@@ -12,7 +12,7 @@ import lightning as L
 import pytest
 import torch
 
-from lightning_ep import ExpertParallelStrategy, LoRA, ParallelLayout, add_adapter
+from lightning_ep import CausalLM, ExpertParallelStrategy, LoRA, ParallelLayout, add_adapter
 from lightning_ep.planner import QWEN3_30B_A3B, Case, find_model, peak_gib, read_widths, tokens_per_second
 from lightning_ep.planner.candidates import Request, better, estimate
 from lightning_ep.planner.devices import GPUS
@@ -71,6 +71,13 @@ def test_a_run_says_once_what_it_does(tmp_path: Path, said: list[str]) -> None:
     assert rows["experts"].startswith("fused kernels (in PyTorch, without a GPU), 4 of a layer on a rank")
     assert rows["attention"].startswith("sdpa; packed documents would cost a mask: ")
     assert (rows["optimizer"], rows["estimates"]) == ("torch's SGD", "none: there is no GPU")
+
+
+def test_frozen_weights_are_said_to_be_in_bf16(tmp_path: Path, said: list[str]) -> None:
+    module = _fit(tmp_path, CausalLM(tiny_model(**SMALL).config, False, adapter=LoRA(r=2)))
+    assert _rows(said[0])["precision"].startswith("bf16-mixed: trained weights in fp32, frozen ones in bf16, ")
+    dtypes = {(p.requires_grad, p.dtype) for p in module.parameters()}
+    assert dtypes == {(True, torch.float32), (False, torch.bfloat16)}
 
 
 def test_a_run_without_a_model_summary_says_nothing(tmp_path: Path, said: list[str]) -> None:
