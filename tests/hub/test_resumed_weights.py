@@ -98,7 +98,7 @@ def _run(root: Path, hub: str, options: dict[str, Any]) -> dict[str, Any]:
     with warnings.catch_warnings(record=True) as caught:
         trainer(2, export).fit(resumed, _data(), ckpt_path=saved)
     found["fit"] = (*count.take(), _same(_state(resumed), trained))
-    told = any(f"Run `lightning-ep export {saved} {root}/exported`" in str(warning.message) for warning in caught)
+    told = any(f"run `lightning-ep export {saved} {root}/exported`" in str(warning.message) for warning in caught)
     assert told == (os.environ["RANK"] == "0")
     again = trainer(3, export)
     again.fit(resumed, _data(), ckpt_path=saved)  # a module that another Trainer has sharded, and a run after a run
