@@ -97,6 +97,8 @@ def in_memory_order_of(tensor: Tensor, like: Tensor) -> Tensor:
     Autograd promises it of gradients, but only looks at strides that a DTensor says it has. Fused optimizers read
     parameter and gradient in the order of memory, and do not ask: each element would get another one's update.
     """
+    if tensor.stride() == like.stride():  # nearly always, and asked of every parameter in every step
+        return tensor
     strides = zip(tensor.shape, tensor.stride(), like.stride(), strict=True)
     if all(one == other for size, one, other in strides if size > 1):
         return tensor
