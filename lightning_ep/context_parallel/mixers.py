@@ -13,7 +13,6 @@ from lightning_ep import transformers_adapter as adapter
 from lightning_ep.context_parallel.exchange import SequencePeers
 from lightning_ep.context_parallel.sequence import KEY, NO_PIECE, SequencePiece
 
-_CACHES = {"cache_params", *adapter.CACHE_NAMES}
 _PACKED = (
     "position_ids restart inside a row, as those of packed documents do, but {name} passes on a state from token to "
     "token: documents would see what came before them in the row. Give every document a row of its own (padded on the "
@@ -42,7 +41,7 @@ def _forward(model: PreTrainedModel, whole: Any, name: str, hidden_states: Tenso
     if piece.documents.by_positions:
         raise ValueError(_PACKED.format(name=name))
     # Padding of all tokens, and no cache: none could be gone on with.
-    kwargs |= dict.fromkeys(_CACHES & kwargs.keys()) | {"attention_mask": piece.attention_mask}
+    kwargs |= dict.fromkeys(adapter.STATE_NAMES & kwargs.keys()) | {"attention_mask": piece.attention_mask}
     length = hidden_states.shape[1]
     out_BSH = whole(hidden_states=gather_sequence(hidden_states, piece.peers, name), **kwargs)
     return out_BSH.narrow(1, piece.peers.rank * length, length)

@@ -164,8 +164,7 @@ class WholeSequence(ParallelStyle):
         return module
 
 
-_CACHES = ("past_key_values", "cache_params")
-_OF_LENGTH = ("position_embeddings", "position_ids", "attention_mask", *_CACHES)
+_OF_LENGTH = ("position_embeddings", "position_ids", "attention_mask", *sorted(adapter.STATE_NAMES))
 
 
 def _length(told: dict[str, Any], of_forward: SequenceLength) -> int:
@@ -179,7 +178,7 @@ def _length(told: dict[str, Any], of_forward: SequenceLength) -> int:
         return int((positions if isinstance(positions, Tensor) else positions[0]).shape[-2])
     if ids is not None:
         return int(ids.shape[-1])
-    if any(told[name] is not None for name in _CACHES):
+    if any(told[name] is not None for name in adapter.STATE_NAMES):
         return of_forward.value
     return 0 if mask is None else int(mask.shape[-1])
 

@@ -23,7 +23,7 @@ from lightning_ep.transformers_adapter.attention_interface import (
     why_not_context_parallel,
     without_packing,
 )
-from lightning_ep.transformers_adapter.cache_argument import CACHE_NAMES, given_cache, without_cache
+from lightning_ep.transformers_adapter.cache_argument import STATE_NAMES, given_cache, without_cache
 from lightning_ep.transformers_adapter.chat_templates import marks_generation, render_chat
 from lightning_ep.transformers_adapter.config_keys import near, unknown_keys
 from lightning_ep.transformers_adapter.conversion import (
@@ -101,7 +101,7 @@ from lightning_ep.transformers_adapter.structure import (
 )
 
 __all__ = [
-    "CACHE_NAMES",
+    "STATE_NAMES",
     "Blueprint",
     "given_cache",
     "without_cache",

@@ -9,6 +9,8 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 CACHE_NAMES = frozenset({"cache", "past_key_values"})
+STATE_NAMES = CACHE_NAMES | {"cache_params"}
+"""Those of layers of any kind, whose cache may be a state."""
 
 
 def takes_cache(names: Iterable[str]) -> bool:
