@@ -5,6 +5,9 @@ from lightning_ep_start import __version__, answer_first
 # `python -m lightning_ep --help` and `lightning-ep plan` need nothing of what follows, which takes seconds.
 answer_first()
 
+import gc
+import os
+
 from lightning.pytorch.strategies import StrategyRegistry
 
 from lightning_ep.adapters import LoRA, add_adapter
@@ -45,3 +48,7 @@ __all__ = [
 for _name in ("expert_parallel", "ep"):
     if _name not in StrategyRegistry:
         StrategyRegistry.register(_name, ExpertParallelStrategy, "Experts over EP, everything under FSDP2.")
+
+# What is garbage at a fork stays so in the child. A process group of a run before (in a notebook, or a script that fits
+# twice) waits, when it is collected, for threads that only the parent has: a worker of a loader would hang, or crash.
+os.register_at_fork(after_in_child=gc.freeze)
