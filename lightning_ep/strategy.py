@@ -58,7 +58,7 @@ from lightning_ep.trainer.memory_advice import add_memory_advice
 from lightning_ep.trainer.nonfinite import NonfiniteGuard
 from lightning_ep.trainer.precision import ShardedPrecision
 from lightning_ep.trainer.ready_optimizers import prepare_optimizers
-from lightning_ep.trainer.refusals import refuse_other_processes, refuse_unsupported
+from lightning_ep.trainer.refusals import refuse_existing, refuse_other_processes, refuse_unsupported
 from lightning_ep.trainer.schedules import tell_total_steps
 from lightning_ep.trainer.signals import AgreeOnSignals, Interrupted
 from lightning_ep.trainer.start_table import say_start
@@ -141,7 +141,7 @@ class ExpertParallelStrategy(ModelParallelStrategy):
         self._optional_parts: list[OptionalParts] = []
         self._hooks_checked = False
         self._progress = Progress()
-        self._refusal: ValueError | None = None
+        self._refusal: ValueError | FileExistsError | None = None
         self._async_save = async_save
         self._checkpoints: RunCheckpoints | None = None
         self._signals: AgreeOnSignals | None = None
@@ -225,7 +225,8 @@ class ExpertParallelStrategy(ModelParallelStrategy):
         trainer = self.lightning_module.trainer
         try:
             refuse_unsupported(trainer, self._layer_sync)
-        except ValueError as refusal:
+            refuse_existing(trainer.callbacks, trainer.state.fn)  # type: ignore[attr-defined]
+        except (ValueError, FileExistsError) as refusal:
             self._refusal = refusal
             raise
         for loop in (trainer.validate_loop, trainer.test_loop, trainer.predict_loop):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
 from typing import Any
 
 from lightning.fabric.plugins import ClusterEnvironment
@@ -97,6 +99,27 @@ def _refuse_lonely_node(per_node: int, num_nodes: int) -> None:
             f"node with `torchrun --nnodes={num_nodes} --nproc-per-node={per_node} --rdzv-backend=c10d "
             "--rdzv-endpoint=FIRST_NODE:29500 --rdzv-id=JOB ...` or with srun, or set all three."
         )
+
+
+class WritesSomethingNew(ABC):
+    """A callback that writes, when a stage ends, what must not be there before it.
+
+    Attributes:
+        writes_after: The stage, as Lightning calls its function: fit, validate, test or predict.
+    """
+
+    writes_after: str
+
+    @abstractmethod
+    def refuse_existing(self) -> None:
+        """Raises FileExistsError if it is there already."""
+
+
+def refuse_existing(callbacks: Iterable[Any], stage: str | None) -> None:
+    """Raises FileExistsError, before data and model are made, for what could not be written at the end."""
+    for callback in callbacks:
+        if isinstance(callback, WritesSomethingNew) and callback.writes_after == stage:
+            callback.refuse_existing()
 
 
 def refuse_unsupported(trainer: Trainer, layer_sync: object | None) -> None:
