@@ -207,7 +207,7 @@ def _where_they_differ(sources: dict[str, Measures], names: Sequence[str]) -> st
 
 def _draw(folder: Path, every: Measures, sources: dict[str, Measures], layers: Sequence[str]) -> str:
     if not pictures.available():
-        return "no pictures: matplotlib is not installed. `pip install 'lightning-ep[pictures]'` brings it."
+        return "no pictures: matplotlib is not installed. `pip install matplotlib` brings it."
     folder.mkdir(parents=True, exist_ok=True)
     figure, _ = pictures.heat_map(every.load_ME, layers)
     paths = [pictures.save(figure, folder / "expert_load.png")]
