@@ -112,8 +112,7 @@ def test_a_loop_goes_on_from_its_checkpoint_on_another_number_of_ranks(
     begin, end = block(SAVING, "from saving import").split("    ...  # a step, with the batch of this number\n")
     exporting = block(SAVING, 'export("exports/plain"')
     ours = {
-        "torch.optim.SGD(model.parameters(), lr=0.1)": "AdamW(model.parameters(), lr=1e-2)",  # with moments
-        "import ParallelLayout": "import AdamW, ParallelLayout",
+        "parameters(), lr=0.1)": "parameters(), lr=0.1, momentum=0.9)",  # which is state to resume
         "for step in range(20):\n": begin,
         "dist.destroy_process_group()\n": f"{end}{exporting}dist.destroy_process_group()\n",
     }
@@ -125,8 +124,8 @@ def test_a_loop_goes_on_from_its_checkpoint_on_another_number_of_ranks(
     _files(tmp_path / "whole")
     (whole, expected), _ = run_ranks(2, _script, tmp_path / "whole", code, {}, init_process_group=False)
     assert [len(before), len(after)] == [2, 2]
-    assert before + after == pytest.approx(whole, rel=1e-4)
-    assert all(relative_error(weights[name], weight) < 1e-4 for name, weight in expected.items())
+    assert before + after == pytest.approx(whole, rel=1e-5)
+    assert all(relative_error(weights[name], weight) < 1e-5 for name, weight in expected.items())
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
     names: dict[str, Any] = {}
