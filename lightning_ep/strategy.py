@@ -58,7 +58,7 @@ from lightning_ep.trainer.memory_advice import add_memory_advice
 from lightning_ep.trainer.nonfinite import NonfiniteGuard
 from lightning_ep.trainer.precision import ShardedPrecision
 from lightning_ep.trainer.ready_optimizers import prepare_optimizers
-from lightning_ep.trainer.refusals import refuse_existing, refuse_other_processes, refuse_unsupported
+from lightning_ep.trainer.refusals import refuse_other_processes, refuse_unsupported
 from lightning_ep.trainer.schedules import tell_total_steps
 from lightning_ep.trainer.signals import AgreeOnSignals, Interrupted
 from lightning_ep.trainer.start_table import say_start
@@ -225,7 +225,6 @@ class ExpertParallelStrategy(ModelParallelStrategy):
         trainer = self.lightning_module.trainer
         try:
             refuse_unsupported(trainer, self._layer_sync)
-            refuse_existing(trainer.callbacks, trainer.state.fn)  # type: ignore[attr-defined]
         except (ValueError, FileExistsError) as refusal:
             self._refusal = refusal
             raise

@@ -18,7 +18,7 @@ from lightning_ep.hub.beneath import is_adapted
 from lightning_ep.hub.companions import tokenizer_of
 from lightning_ep.hub.directory import ExportDtype, refuse_existing
 from lightning_ep.hub.export import check_export, export_sharded
-from lightning_ep.trainer.refusals import WritesSomethingNew
+from lightning_ep.hub.new_files import WritesSomethingNew
 
 
 class HuggingFaceExport(Callback, WritesSomethingNew):

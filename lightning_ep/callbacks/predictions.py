@@ -16,7 +16,7 @@ from typing_extensions import override
 from lightning_ep.data.resumable_loader import data_ranks
 from lightning_ep.distributed.agreement import to_first_rank
 from lightning_ep.distributed.console import print_once
-from lightning_ep.trainer.refusals import WritesSomethingNew
+from lightning_ep.hub.new_files import WritesSomethingNew
 
 _Key = tuple[int, int, int, int]  # dataloader, sample, _NUMBERED, 0; or dataloader, batch, data rank, row
 _NUMBERED = -1

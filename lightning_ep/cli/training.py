@@ -22,7 +22,7 @@ import lightning_ep.data
 from lightning_ep.callbacks import WritePredictions
 from lightning_ep.cli.display import add_defaults, leave_out_tips
 from lightning_ep.cli.mistakes import OneLineParser, refusal
-from lightning_ep.trainer.refusals import refuse_existing
+from lightning_ep.hub.new_files import refuse_existing
 from lightning_ep.trainer.signals import KnowsCommand
 from lightning_ep_start import SENTENCES, TRAINER_COMMANDS, fail
 

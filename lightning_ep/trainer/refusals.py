@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import sys
-from abc import ABC, abstractmethod
-from collections.abc import Iterable
 from typing import Any
 
 from lightning.fabric.plugins import ClusterEnvironment
@@ -16,6 +14,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.optim import Optimizer
 
+from lightning_ep.hub.new_files import refuse_existing
 from lightning_ep.trainer.loss_scale import denominator_of
 
 _AVERAGE = (
@@ -101,29 +100,9 @@ def _refuse_lonely_node(per_node: int, num_nodes: int) -> None:
         )
 
 
-class WritesSomethingNew(ABC):
-    """A callback that writes, when a stage ends, what must not be there before it.
-
-    Attributes:
-        writes_after: The stage, as Lightning calls its function: fit, validate, test or predict.
-    """
-
-    writes_after: str
-
-    @abstractmethod
-    def refuse_existing(self) -> None:
-        """Raises FileExistsError if it is there already."""
-
-
-def refuse_existing(callbacks: Iterable[Any], stage: str | None) -> None:
-    """Raises FileExistsError, before data and model are made, for what could not be written at the end."""
-    for callback in callbacks:
-        if isinstance(callback, WritesSomethingNew) and callback.writes_after == stage:
-            callback.refuse_existing()
-
-
 def refuse_unsupported(trainer: Trainer, layer_sync: object | None) -> None:
-    """Raises ValueError for callbacks and flags that cannot work with sharded experts."""
+    """Raises ValueError for what cannot work with sharded experts, FileExistsError for what could not be written."""
+    refuse_existing(trainer.callbacks, trainer.state.fn)  # type: ignore[attr-defined]
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         for name in (cls.__name__ for cls in type(callback).__mro__ if cls.__module__.startswith("lightning.")):
             if name in _CALLBACKS:
