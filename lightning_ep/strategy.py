@@ -141,7 +141,7 @@ class ExpertParallelStrategy(ModelParallelStrategy):
         self._optional_parts: list[OptionalParts] = []
         self._hooks_checked = False
         self._progress = Progress()
-        self._refusal: ValueError | None = None
+        self._refusal: ValueError | FileExistsError | None = None
         self._async_save = async_save
         self._checkpoints: RunCheckpoints | None = None
         self._signals: AgreeOnSignals | None = None
@@ -225,7 +225,7 @@ class ExpertParallelStrategy(ModelParallelStrategy):
         trainer = self.lightning_module.trainer
         try:
             refuse_unsupported(trainer, self._layer_sync)
-        except ValueError as refusal:
+        except (ValueError, FileExistsError) as refusal:
             self._refusal = refusal
             raise
         for loop in (trainer.validate_loop, trainer.test_loop, trainer.predict_loop):

@@ -43,7 +43,7 @@ OURS = [
     ("callbacks/grade.py", {"distributed_available_fn"}, "a copy of the metric"),
     ("cli/compared.py", {"manual_seed"}, "a generator of its own"),
     ("cli/compared.py", {"set_experts_implementation"}, "the model that the command has built"),
-    ("cli/generation.py", {"chat_template", "response_template"}, "the tokenizer that the command has loaded"),
+    ("cli/chats.py", {"chat_template", "response_template"}, "the tokenizer that the command has loaded"),
     ("cli/generation.py", {"manual_seed"}, "the command's process"),
     ("tensor_parallel/styles.py", {"value"}, "a SequenceLength"),
     (
@@ -67,7 +67,11 @@ OURS = [
     ("data/resumable_loader.py", {"manual_seed"}, "a generator of its own"),
     ("distributed/agreement.py", {"__cause__"}, "an exception that it raises"),
     ("data/preference.py", {"dropped", "notes"}, "a Samples"),
-    ("hub/adapter_files.py", {"inference_mode", "target_modules", "target_parameters"}, "a copy of a LoraConfig"),
+    (
+        "hub/adapter_files.py",
+        {"base_model_name_or_path", "inference_mode", "target_modules", "target_parameters"},
+        "a copy of a LoraConfig",
+    ),
     ("hub/adapter_files.py", {"places"}, "what it remembers of a model"),
     ("hub/beneath.py", {"beside", "problems", "tensors"}, "a Beneath"),
     ("hub/companions.py", {"eos_token_id"}, "a copy of the generation config"),

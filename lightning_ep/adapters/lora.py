@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     import peft
 
 _BEFORE = (0, 21)  # PEFT's wrapper of fused experts is read and replaced: other versions have not been
+_INSTALL = f"pip install 'peft=={'.'.join(map(str, _BEFORE))}.*'"
 _NOT_FOR_EXPERTS = ("lora_dropout", "use_dora", "lora_bias")
 
 
@@ -202,18 +203,17 @@ def _check_version() -> None:
     try:
         import peft
     except ImportError:
-        raise ImportError("LoRA needs PEFT: pip install 'lightning-ep[lora]'.") from None
+        raise ImportError(f"LoRA needs PEFT: {_INSTALL}.") from None
     found = tuple(int(part) for part in peft.__version__.split(".")[:2])
     if found != _BEFORE:
         raise ImportError(
             f"peft {peft.__version__} is installed, and LoRA is known to work with {'.'.join(map(str, _BEFORE))}: "
-            "pip install 'lightning-ep[lora]'."
+            f"{_INSTALL}."
         )
     if found < tuple(int(part) for part in MIN_PEFT_VERSION.split(".")[:2]):
         raise ImportError(
             f"transformers {transformers.__version__} takes adapters of peft {MIN_PEFT_VERSION} or later, and LoRA is "
-            f"known to work with {'.'.join(map(str, _BEFORE))}: pip install 'lightning-ep[lora]', which brings the "
-            "transformers before."
+            f"known to work with {'.'.join(map(str, _BEFORE))}: {_INSTALL} 'transformers<5.24'."
         )
 
 

@@ -38,7 +38,7 @@ class ExpertLoadMonitor(Callback):
     Pictures are drawn after 10 logged steps, then as often as it takes less than 0.3 % of the time, and at the end,
     into ``routing/`` of the log directory: ``expert_load.png``, ``load_curves.png`` and, of several ranks,
     ``straggler_factor.png``. TensorBoard and Weights & Biases get them, too. They need matplotlib:
-    ``pip install "lightning-ep[pictures]"``. docs/operate/routing.md says how to read them.
+    ``pip install matplotlib``. docs/operate/routing.md says how to read them.
 
     A layer is named in a warning once, if in the last 10 logged steps its tokens went to hardly more experts than one
     token goes to, or experts that should have got many got none.
@@ -67,8 +67,7 @@ class ExpertLoadMonitor(Callback):
         self._folder = Path(trainer.log_dir or trainer.default_root_dir) / "routing"
         if not pictures.available():
             rank_zero_info(
-                "ExpertLoadMonitor draws no pictures: matplotlib is not installed. "
-                "`pip install 'lightning-ep[pictures]'` brings it."
+                "ExpertLoadMonitor draws no pictures: matplotlib is not installed. `pip install matplotlib` brings it."
             )
 
     @override

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from itertools import islice
 from typing import Any
 
 from jinja2 import TemplateError
@@ -9,14 +11,17 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 from typing_extensions import override
 
-from lightning_ep.callbacks.in_step import OfValidations, generate_in_step, generation_tokenizer
+from lightning_ep.callbacks.in_step import OfValidations, generate_in_step, generation_tokenizer, refuse_placeholders
+from lightning_ep.data.windows import last_answers
+from lightning_ep.distributed.agreement import from_all_ranks
 from lightning_ep.distributed.console import print_once
 
 _TAG = "samples"
+_OF_DATA = 2  # questions of the data that are answered
 
 
 class GenerateSamples(OfValidations):
-    """Prints continuations of fixed prompts, or answers to fixed questions, after validation.
+    """Prints continuations of fixed prompts, or answers to questions, after validation.
 
     They go to TensorBoard and W&B too, as text under "samples", where the Trainer has these loggers. All ranks generate
     for the same prompts together, from the same random state, because every forward of a sharded model is a collective.
@@ -26,7 +31,8 @@ class GenerateSamples(OfValidations):
 
     Args:
         prompts: Texts to continue. With ``chat`` what a user says, or a whole conversation up to there: a list of dicts
-            of ``role`` and ``content``.
+            of ``role`` and ``content``. Default: the first questions of the validation data, as `GradeAnswers` finds
+            them; what is expected is printed beside the answers.
         chat: Put prompts into the tokenizer's chat template, and have them answered.
         every_n_validations: Generate after every n-th validation.
         max_new_tokens: Tokens to add to each prompt at most.
@@ -36,22 +42,24 @@ class GenerateSamples(OfValidations):
     Raises:
         ValueError: If an argument is out of its range.
         ValueError: At the start of ``fit`` or ``validate``, if the tokenizer has more tokens than the model, or no chat
-            template, or that refuses a prompt.
+            template, or that refuses a prompt; in a validation, if there are neither prompts nor questions in the data.
         TypeError: At the start of ``fit`` or ``validate``, if there is no tokenizer, or no ``model`` that can generate.
     """
 
     def __init__(
         self,
-        prompts: list[str | list[dict[str, Any]]],
+        prompts: list[str | list[dict[str, Any]]] | None = None,
         chat: bool = False,
         every_n_validations: int = 1,
         max_new_tokens: int = 64,
         temperature: float = 0.8,
         tokenizer: Any | None = None,
     ) -> None:
-        if not prompts or not all(prompts):
+        if prompts is None and chat:
+            raise ValueError("chat=True is for prompts: questions of the data are in its template. Give prompts too.")
+        if prompts is not None and (not prompts or not all(prompts)):
             raise ValueError(f"prompts={prompts!r} must be at least one text, and none may be empty.")
-        if not chat and not all(isinstance(prompt, str) for prompt in prompts):
+        if prompts is not None and not chat and not all(isinstance(prompt, str) for prompt in prompts):
             raise ValueError("prompts that are lists of messages are for chats: set chat=True.")
         if every_n_validations < 1 or max_new_tokens < 1 or temperature < 0:
             raise ValueError(
@@ -64,16 +72,26 @@ class GenerateSamples(OfValidations):
         self.max_new_tokens = max_new_tokens
         self.temperature = temperature
         self.tokenizer = tokenizer
+        self._questions: list[tuple[list[int], list[int]]] = []  # of the data, with what is expected
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._ids(trainer, pl_module)  # the first validation may be hours away
+        self._prompts(trainer, pl_module)  # the first validation may be hours away
 
     @override
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_validation_start(trainer, pl_module)
         # here and not in `setup`: models are often built later, in `configure_model`
-        self._ids(trainer, pl_module)
+        self._prompts(trainer, pl_module)
+        self._questions = []
+
+    @override
+    def on_validation_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        missing = _OF_DATA - len(self._questions) if self.prompts is None and self.due else 0
+        if missing and isinstance(batch, Mapping) and {"input_ids", "labels"} <= batch.keys():
+            self._questions += islice(last_answers(batch), missing)
 
     @override
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -85,9 +103,12 @@ class GenerateSamples(OfValidations):
             if trainer.is_global_zero:
                 self._log(trainer, texts)
 
-    def _ids(self, trainer: Trainer, pl_module: LightningModule) -> tuple[Any, list[list[int]]]:
-        """The tokenizer, and the prompts' ids."""
+    def _prompts(self, trainer: Trainer, pl_module: LightningModule) -> tuple[Any, list[list[int]]]:
+        """The tokenizer, and the ids of prompts, of which there are none where they come from the data."""
         tokenizer = generation_tokenizer(type(self).__name__, self.tokenizer, trainer, pl_module)
+        if self.prompts is None:
+            refuse_placeholders(type(self).__name__, trainer)
+            return tokenizer, []
         if not self.chat:
             return tokenizer, tokenizer(self.prompts)["input_ids"]
         if not getattr(tokenizer, "chat_template", None):
@@ -106,14 +127,29 @@ class GenerateSamples(OfValidations):
 
     def _generate(self, trainer: Trainer, pl_module: LightningModule) -> list[str]:
         """Each prompt with what follows it."""
-        tokenizer, prompts = self._ids(trainer, pl_module)
+        tokenizer, prompts = self._prompts(trainer, pl_module)
+        # All ranks answer those of one; the first may have none.
+        questions = next(filter(None, from_all_ranks(self._questions)), []) if self.prompts is None else []
+        if self.prompts is None and not questions:
+            raise ValueError(
+                "GenerateSamples found no question: no document of the validation batches has supervised tokens behind "
+                "others. Chats and pairs of texts have them; for other data give prompts."
+            )
+        prompts = prompts or [question for question, _ in questions]
         found = generate_in_step(trainer, pl_module, tokenizer, prompts, self.max_new_tokens, self.temperature)
+
+        def text(ids: list[int]) -> str:
+            return tokenizer.decode(ids, skip_special_tokens=True)
+
+        if self.prompts is None:
+            return [
+                f"{text(question).strip()}\n> {text(answer).strip()}\n(expected: {text(expected).strip()})"
+                for (question, expected), answer in zip(questions, found, strict=True)
+            ]
         if not self.chat:
-            whole = [[*prompt, *ids] for prompt, ids in zip(prompts, found, strict=True)]
-            return [tokenizer.decode(ids, skip_special_tokens=True) for ids in whole]
+            return [text([*prompt, *ids]) for prompt, ids in zip(prompts, found, strict=True)]
         asked = [_conversation(prompt)[-1]["content"] for prompt in self.prompts]
-        answers = [tokenizer.decode(ids, skip_special_tokens=True) for ids in found]
-        return [f"{question}\n> {answer}" for question, answer in zip(asked, answers, strict=True)]
+        return [f"{question}\n> {text(answer)}" for question, answer in zip(asked, found, strict=True)]
 
     def _log(self, trainer: Trainer, texts: list[str]) -> None:
         step = trainer.global_step

@@ -12,7 +12,7 @@ from lightning.pytorch import LightningModule, Trainer
 from torchmetrics import Metric
 from typing_extensions import override
 
-from lightning_ep.callbacks.in_step import OfValidations, generate_in_step, generation_tokenizer
+from lightning_ep.callbacks.in_step import OfValidations, generate_in_step, generation_tokenizer, refuse_placeholders
 from lightning_ep.data.resumable_loader import data_ranks
 from lightning_ep.data.windows import last_answers
 from lightning_ep.distributed.agreement import from_all_ranks
@@ -109,11 +109,7 @@ class GradeAnswers(OfValidations):
 
     def _check(self, trainer: Trainer, pl_module: LightningModule) -> None:
         generation_tokenizer(type(self).__name__, self.tokenizer, trainer, pl_module)
-        if len(getattr(trainer.datamodule, "placeholders", ())):  # type: ignore[attr-defined]
-            raise ValueError(
-                f"GradeAnswers asks with texts alone, and the questions of {type(trainer.datamodule).__name__} have "  # type: ignore[attr-defined]
-                "images in them. Leave it out: val/loss is what there is of these data."
-            )
+        refuse_placeholders(type(self).__name__, trainer)
         try:
             _values(self._metric(), ["an answer"], ["the answer"])
         except Exception as error:

@@ -18,9 +18,10 @@ from lightning_ep.hub.beneath import is_adapted
 from lightning_ep.hub.companions import tokenizer_of
 from lightning_ep.hub.directory import ExportDtype, refuse_existing
 from lightning_ep.hub.export import check_export, export_sharded
+from lightning_ep.hub.new_files import WritesSomethingNew
 
 
-class HuggingFaceExport(Callback):
+class HuggingFaceExport(Callback, WritesSomethingNew):
     """Writes the model, or its adapter, at the end of ``fit`` as a directory that transformers, PEFT and vLLM read.
 
     The weights are in the hub's layout (per-expert names), in safetensors files that the ranks write side by side, with
@@ -38,13 +39,15 @@ class HuggingFaceExport(Callback):
         adapter_format: ``"peft"``, or ``"vllm"`` for experts under the names that vLLM reads.
 
     Raises:
-        FileExistsError: At the start of ``fit``, if ``path`` is there already and not empty.
+        FileExistsError: Before data and model are made, if ``path`` is there already and not empty.
         ValueError: At the start of ``fit``, if the module does not contain exactly one transformers model, or the
             datamodule's tokenizer has more tokens than the model.
         CheckpointError: At the start of ``fit``, for all else that the export would fail for: replaced modules, which
             no config describes, adapters that are no sums (DoRA) or that vLLM does not read, a directory that cannot
             be written, a disk that is too small.
     """
+
+    writes_after = "fit"
 
     def __init__(
         self,
@@ -71,8 +74,12 @@ class HuggingFaceExport(Callback):
         return is_adapted(model) and not self.merge
 
     @override
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def refuse_existing(self) -> None:
         refuse_existing(Path(self.path))
+
+    @override
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.refuse_existing()
         model, tokenizer = _model(pl_module), tokenizer_of(trainer)
         if tokenizer is not None:
             check_vocabulary(tokenizer, model.config, "Export, and train, with the tokenizer of the model.")

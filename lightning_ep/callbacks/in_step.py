@@ -68,6 +68,16 @@ def generation_tokenizer(name: str, given: Any | None, trainer: Trainer, module:
     return tokenizer
 
 
+def refuse_placeholders(name: str, trainer: Trainer) -> None:
+    """Raises ValueError if a callback of that name would ask questions of the data that have more than text in them."""
+    datamodule = getattr(trainer, "datamodule", None)
+    if len(getattr(datamodule, "placeholders", ())):
+        raise ValueError(
+            f"{name} asks with texts alone, and the questions of {type(datamodule).__name__} have images in them. "
+            "Leave it out: val/loss is what there is of these data."
+        )
+
+
 def generate_in_step(
     trainer: Trainer,
     module: LightningModule,

@@ -16,12 +16,13 @@ from typing_extensions import override
 from lightning_ep.data.resumable_loader import data_ranks
 from lightning_ep.distributed.agreement import to_first_rank
 from lightning_ep.distributed.console import print_once
+from lightning_ep.hub.new_files import WritesSomethingNew
 
 _Key = tuple[int, int, int, int]  # dataloader, sample, _NUMBERED, 0; or dataloader, batch, data rank, row
 _NUMBERED = -1
 
 
-class WritePredictions(BasePredictionWriter):
+class WritePredictions(BasePredictionWriter, WritesSomethingNew):
     """Writes predictions as JSON lines: one for each sample, once, in the order of the data, from all ranks.
 
     ``predict_step`` returns a dict whose values have one entry per sample of the batch, tensors or lists; with
@@ -38,6 +39,8 @@ class WritePredictions(BasePredictionWriter):
         TypeError: At the first batch, if ``predict_step`` returns something else.
     """
 
+    writes_after = "predict"
+
     def __init__(self, path: str) -> None:
         super().__init__("batch")
         self.path = path
@@ -48,8 +51,8 @@ class WritePredictions(BasePredictionWriter):
         if stage == "predict":
             self.refuse_existing()
 
+    @override
     def refuse_existing(self) -> None:
-        """Raises FileExistsError if the file is there already."""
         if Path(self.path).exists():
             raise FileExistsError(f"{self.path} exists already and is not replaced; remove it, or name another file.")
 

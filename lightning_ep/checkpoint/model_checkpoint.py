@@ -7,6 +7,7 @@ from typing import Any
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.utilities import rank_zero_warn
 
 from lightning_ep.checkpoint.saver import Checkpoints
 from lightning_ep.distributed.decisions import check_shared
@@ -17,7 +18,8 @@ _METHODS = ("_link_checkpoint", "file_exists", "_monitor_candidates")
 class AdoptedCallbacks:
     """Every ModelCheckpoint of a run: what it links, sees on the disk, decides by and makes names of.
 
-    It swaps its ``last`` link atomically, sees checkpoints being written behind, and has rank 0's metrics everywhere.
+    It swaps its ``last`` link atomically, also one of an earlier run, sees checkpoints being written behind, and has
+    rank 0's metrics everywhere.
 
     Args:
         trainer: Its Trainer.
@@ -41,12 +43,28 @@ def _adopt(callback: ModelCheckpoint, checkpoints: Checkpoints) -> None:
         # Lightning removes the old link first, and links to what an asynchronous save has not written yet.
         checkpoints.link(Path(linkpath), Path(filepath))
 
+    warned = False
+
     def file_exists(filepath: Any, trainer: Trainer) -> bool:
         # By this Lightning finds a name that is free.
-        pending = checkpoints.pending
-        return (pending is not None and pending == Path(filepath)) or type(callback).file_exists(
-            callback, filepath, trainer
-        )
+        nonlocal warned
+        path, pending = Path(filepath), checkpoints.pending
+        if pending is not None and pending == path:
+            return True
+        if not type(callback).file_exists(callback, filepath, trainer):
+            return False
+        if callback.save_last == "link":
+            # What a link of an earlier run points to stays when the link moves, and `last` is the newest of all runs.
+            is_link = trainer.is_global_zero and path.is_symlink()
+            return not trainer.strategy.reduce_boolean_decision(is_link, all=False)
+        is_last = callback.save_last and path.stem == callback.CHECKPOINT_NAME_LAST
+        if is_last and str(path) != callback.last_model_path and not warned:
+            warned = True
+            rank_zero_warn(
+                f"{path} is another run's and stays: the last checkpoint of this run gets the next name, as "
+                f'{path.stem}-v1.ckpt. With ModelCheckpoint(save_last="link") `last` is the newest of all runs.'
+            )
+        return True
 
     def monitor_candidates(trainer: Trainer) -> dict[str, Any]:
         # By these it decides, and makes the names of files: a metric that is not synced would give each rank its own.

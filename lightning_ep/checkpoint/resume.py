@@ -91,6 +91,15 @@ class Resume:
                 "from its weights, load them with `trainer.validate(module, dataloaders, ckpt_path=...)` and call "
                 "`trainer.fit(module)` of the same trainer without ckpt_path instead."
             )
+        # Lightning finds it once the model has been built, or finds nothing to train.
+        begun = self.metadata["loops"]["fit_loop"]["epoch_progress"]["current"]["ready"]
+        last = trainer.max_epochs
+        if last is not None and 0 <= last < begun:
+            raise CheckpointError(
+                f"{self.path} is of epoch {begun} of its run, and this one is to end after max_epochs={last}, which "
+                f"counts those before, too. Set max_epochs to {begun + last} for {last} more; to train anew, leave "
+                "ckpt_path out, and give the run a directory of its own (dirpath of ModelCheckpoint)."
+            )
         if self.is_directory:
             ranks = self._alone(lambda: deserialize(self.path / RANKS, weights_only=True))
             self.metadata["optimizer_states"] = []  # Lightning asks for them; `restore_optimizers` reads the tensors

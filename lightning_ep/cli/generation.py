@@ -10,11 +10,10 @@ from datetime import timedelta
 from typing import Any
 
 import torch
-from jinja2 import TemplateError
 from transformers import TextStreamer
 
-from lightning_ep.cli.opened import Opened, opened
-from lightning_ep.data.template_text import template_text
+from lightning_ep.cli.chats import ChatOptions, opened_for_chats
+from lightning_ep.cli.opened import Opened
 from lightning_ep.data.tokenizers import ends_of
 from lightning_ep.distributed.agreement import Ranks
 
@@ -26,8 +25,6 @@ def generate(
     prompt: str | None = None,
     chat: bool = False,
     system: str | None = None,
-    chat_template: str | None = None,
-    template_kwargs: dict[str, Any] | None = None,
     max_new_tokens: int = 512,
     temperature: float = 0.0,
     top_p: float = 1.0,
@@ -44,15 +41,11 @@ def generate(
         prompt: The text to go on from, or the user's message.
         chat: Put what is said into the model's chat template. The option alone is enough.
         system: The system message of the chat.
-        chat_template: Another chat template (Jinja) than the one that is saved with the model: a file, or "plain",
-            which we ship.
-        template_kwargs: Variables of the chat template: --template_kwargs.enable_thinking false. Default: what is saved
-            with the model.
         max_new_tokens: Tokens to generate at most.
         temperature: Divides the logits before sampling; 0 takes the most likely token.
         top_p: Sample among the most likely tokens that have this probability together.
         seed: Of the sampling.
-        **opening: Options of `opened`.
+        **opening: Options of `opened_for_chats`.
 
     Raises:
         ValueError: If an argument is out of its range, or the chat has no template.
@@ -63,14 +56,13 @@ def generate(
             f"max_new_tokens={max_new_tokens} must be at least 1, temperature={temperature} must not be negative, and "
             f"top_p={top_p} must be above 0 and at most 1."
         )
-    given = {"system": system, "chat_template": chat_template, "template_kwargs": template_kwargs}
+    given = {"system": system} | {name: opening.get(name) for name in ("chat_template", "template_kwargs")}
     if not chat and (names := [f"--{name}" for name, value in given.items() if value is not None]):
         raise ValueError(f"{', '.join(names)} is for chats: add --chat.")
     sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
-    template = template_text(chat_template) if chat_template is not None else None
-    with opened(checkpoint, **opening) as found:
+    with opened_for_chats(checkpoint, **opening) as (found, chats):
         writer = Writer(found, max_new_tokens, sampling if temperature else {"do_sample": False})
-        answer = Conversation(writer, system, template, template_kwargs or {}).answer if chat else writer.go_on
+        answer = Conversation(writer, system, chats).answer if chat else writer.go_on
         torch.manual_seed(seed)
         with contextlib.suppress(KeyboardInterrupt):
             for text in [prompt] if prompt is not None else _lines():
@@ -132,41 +124,23 @@ class Conversation:
     Args:
         writer: What generates.
         system: The system message.
-        template: A template in place of the model's.
-        variables: The template's variables.
-
-    Raises:
-        ValueError: If there is no template.
+        chats: How chats become tokens.
     """
 
-    def __init__(self, writer: Writer, system: str | None, template: str | None, variables: dict[str, Any]) -> None:
+    def __init__(self, writer: Writer, system: str | None, chats: ChatOptions) -> None:
         self._writer = writer
         self._messages = [{"role": "system", "content": system}] if system is not None else []
-        self._variables = variables
-        if template is not None:
-            writer.tokenizer.chat_template = template
-            writer.tokenizer.response_template = None  # what answers to the saved one look like
-        if not writer.tokenizer.chat_template:
-            raise ValueError(
-                "the model's tokenizer has no chat template: give the one that it was trained with as --chat_template, "
-                "a file or 'plain', or leave --chat out."
-            )
+        self._chats = chats
 
     def answer(self, text: str) -> None:
         """Prints the answer to a user's message.
 
         Raises:
-            ValueError: If the template refuses the conversation.
+            ValueError: If there is no template, or it refuses the conversation.
         """
         self._messages.append({"role": "user", "content": text})
         tokenizer = self._writer.tokenizer
-        try:
-            # The template writes every special token that there is to be.
-            prompt = tokenizer.apply_chat_template(
-                self._messages, add_generation_prompt=True, return_dict=False, **self._variables
-            )
-        except TemplateError as error:
-            raise ValueError(f"the chat template refuses the conversation: {error}") from error
+        prompt = self._chats.ids(tokenizer, self._messages, answer_follows=True)
         ids = self._writer.write(prompt)
         if getattr(tokenizer, "response_template", None):
             self._messages.append({"content": "", **tokenizer.parse_response(ids, prefix=prompt)})

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from lightning_ep.cli.chats import ChatOptions, opened_for_chats
 from lightning_ep.cli.generation import model_length
-from lightning_ep.cli.opened import Opened, opened
+from lightning_ep.cli.opened import Opened
 from lightning_ep.cli.perplexity import batches_of, read_documents
 from lightning_ep.data.conversations import conversation
 from lightning_ep.data.row_files import Row, open_source
@@ -47,22 +48,24 @@ def routing(
             "text" or a chat under "messages". Each is a source.
         sequence_length: Tokens of a window. Default: the positions that the model was made for.
         output: Folder for the pictures.
-        **opening: Options of `opened`.
+        **opening: Options of `opened_for_chats`.
 
     Raises:
-        ValueError: If a file is not as described, or the model has no experts.
+        ValueError: If a file is not as described, the model has no experts, or chats have no template.
         CheckpointError: If there is no such checkpoint, it is damaged, or it has no tokenizer.
     """
     if sequence_length is not None and sequence_length < 1:
         raise ValueError(f"sequence_length={sequence_length} must be at least 1.")
     paths = [Path(file) for file in files]
     rows = {name: _rows(path) for name, path in zip(_names(paths), paths, strict=True)}
-    with opened(checkpoint, **opening) as found:
+    with opened_for_chats(checkpoint, **opening) as (found, chats):
         length = sequence_length or model_length(found.model.config)
         if math.isinf(length):
             raise ValueError("the model's configuration does not say how long its sequences are: --sequence_length.")
         watched = Watched(found.model, found.layout, found.rank, training=False)
-        sums = {name: _sums(found, watched, name, list(_ids(found, of)), int(length)) for name, of in rows.items()}
+        sums = {
+            name: _sums(found, watched, name, list(_ids(found, chats, of)), int(length)) for name, of in rows.items()
+        }
         if found.rank == 0:
             sources = {name: watched.metric.measures(sums_MC) for name, sums_MC in sums.items()}
             every = watched.metric.measures(torch.stack(list(sums.values())).sum(0))
@@ -92,15 +95,13 @@ def _rows(path: Path) -> list[str | Row]:
     return list(read_documents(path))
 
 
-def _ids(found: Opened, rows: Sequence[str | Row]) -> Iterator[list[int]]:
+def _ids(found: Opened, chats: ChatOptions, rows: Sequence[str | Row]) -> Iterator[list[int]]:
     for row in rows:
         if isinstance(row, str):
             yield found.tokenizer(row, verbose=False)["input_ids"]
             continue
-        if not found.tokenizer.chat_template:
-            raise ValueError("the model's tokenizer has no chat template, by which chats become text.")
         chat = conversation(row.columns(), row.where)
-        yield found.tokenizer.apply_chat_template(chat.messages, tools=chat.tools, return_dict=False)
+        yield chats.ids(found.tokenizer, chat.messages, chat.tools)
 
 
 @torch.no_grad()
@@ -206,7 +207,7 @@ def _where_they_differ(sources: dict[str, Measures], names: Sequence[str]) -> st
 
 def _draw(folder: Path, every: Measures, sources: dict[str, Measures], layers: Sequence[str]) -> str:
     if not pictures.available():
-        return "no pictures: matplotlib is not installed. `pip install 'lightning-ep[pictures]'` brings it."
+        return "no pictures: matplotlib is not installed. `pip install matplotlib` brings it."
     folder.mkdir(parents=True, exist_ok=True)
     figure, _ = pictures.heat_map(every.load_ME, layers)
     paths = [pictures.save(figure, folder / "expert_load.png")]

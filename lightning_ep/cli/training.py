@@ -22,6 +22,7 @@ import lightning_ep.data
 from lightning_ep.callbacks import WritePredictions
 from lightning_ep.cli.display import add_defaults, leave_out_tips
 from lightning_ep.cli.mistakes import OneLineParser, refusal
+from lightning_ep.hub.new_files import refuse_existing
 from lightning_ep.trainer.signals import KnowsCommand
 from lightning_ep_start import SENTENCES, TRAINER_COMMANDS, fail
 
@@ -106,11 +107,11 @@ class CLI(LightningCLI):
         config = self.config_init[self.subcommand]
         add_defaults(config["trainer"])
         if (output := config.get("output")) is not None:
-            writer = WritePredictions(output)
-            writer.refuse_existing()
-            config["trainer"]["callbacks"].append(writer)
+            config["trainer"]["callbacks"].append(WritePredictions(output))
             config["return_predictions"] = False  # they would be kept until the end
-        return super().instantiate_trainer(**kwargs)
+        trainer = super().instantiate_trainer(**kwargs)
+        refuse_existing(trainer.callbacks, self.subcommand)  # type: ignore[attr-defined]  # before processes start
+        return trainer
 
 
 def run(args: list[str], prog: str, kind: type[CLI] = CLI) -> CLI:

@@ -133,7 +133,7 @@ class VisionChatDataModule(ChatDataModule):
     @override
     def check(self) -> None:
         if find_spec("PIL") is None:
-            raise ValueError("VisionChatDataModule reads images with Pillow: pip install 'lightning-ep[vision]'.")
+            raise ValueError("VisionChatDataModule reads images with Pillow: pip install pillow.")
         pixels = self.min_pixels, self.max_pixels
         self.processor = adapter.load_processor(self._directory_of_processor, self.tokenizer, *pixels)
         if self.processor is None or getattr(self.processor, "image_token", None) is None:

@@ -25,7 +25,7 @@ from lightning_ep.hub.directory import HubDirectory, check_place, check_same_pat
 from lightning_ep.hub.errors import CheckpointError
 from lightning_ep.hub.meta_models import meta_model
 from lightning_ep.hub.problems import Problems
-from lightning_ep.hub.source import source_directory
+from lightning_ep.hub.source import found_from_anywhere, source_directory
 from lightning_ep.hub.trace import Piece
 from lightning_ep.hub.writer import plan_groups
 from lightning_ep.moe.adapted import ExpertFactor, flat
@@ -147,6 +147,8 @@ def write_adapters(
         config.target_modules = sorted({name.rpartition(".")[2] for name in modules})
         config.target_parameters = None
     config.inference_mode = True
+    if config.base_model_name_or_path:  # PEFT keeps what was typed
+        config.base_model_name_or_path = found_from_anywhere(config.base_model_name_or_path)
     config.save_pretrained(str(directory.temporary))
     # Copies, since tied weights share memory, which safetensors refuses.
     contents = {key: tensor.to(dtype or tensor.dtype, copy=True).contiguous() for key, tensor in tensors.items()}
@@ -285,6 +287,13 @@ def _on_meta(state: dict[str, Tensor]) -> dict[str, Tensor]:
 def _card(name: str, config: Any, file_format: AdapterFormat, chats: bool) -> str:
     """The README of an adapter: what the hub reads of it, and how to use and upload it."""
     base: str | None = config.base_model_name_or_path
+    on_hub = base is not None and not Path(base).is_absolute()
+    of = f"`{base}`" if on_hub else "a model that is not on the hub"
+    if base is not None and not on_hub:
+        of += (
+            f": where this was written it was `{base}`. Elsewhere put that model's place into `adapter_config.json`, "
+            "as `base_model_name_or_path`"
+        )
     rank = next((size for size in _RANKS_IN_VLLM if size >= config.r), config.r)
     served = f"vllm serve {base or 'BASE'} --enable-lora --max-lora-rank {rank} --lora-modules {name}=."
     talk = "lightning-ep generate . --chat" if chats else 'lightning-ep generate . --prompt "Once upon a time"'
@@ -311,15 +320,14 @@ model = AutoPeftModelForCausalLM.from_pretrained(".")
 """
     return f"""---
 library_name: peft
-{f"base_model: {base}" if base else ""}
-tags:
+{f"base_model: {base}{chr(10)}" if on_hub else ""}tags:
 - lora
 - lightning_ep
 ---
 
 # {name}
 
-An adapter (LoRA) of `{base or "a model that is not on the hub"}`, exported by lightning_ep.
+An adapter (LoRA), exported by lightning_ep, of {of}.
 
 {use}
 Upload it to the Hugging Face hub (after `hf auth login`):

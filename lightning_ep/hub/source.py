@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -24,7 +25,7 @@ class Source:
         model: The model as its class builds it.
         loading: Transforms from the hub's layout to the model's.
         saving: Those that can be reverted.
-        typed: What the user has called it, a hub id or a path.
+        typed: What the user has called it, as it is found from anywhere (`found_from_anywhere`).
         revision: That on the hub.
         new_head: What the checkpoint lacks around the base model is drawn, and what it has there is passed over.
     """
@@ -81,7 +82,7 @@ def remember_source(
     """Makes `stream_pretrained` fill ``model``, which is on meta and as its class built it, from ``directory``."""
     # The transforms are looked up by class, and FSDP replaces the classes.
     loading, saving = adapter.hub_transforms(model), adapter.hub_transforms(model, saving=True)
-    typed = typed or str(directory)
+    typed = found_from_anywhere(typed or str(directory))
     source = Source(directory, adapter.blueprint(model), loading, saving, typed, revision, new_head)
     adapter.remember(model, source)
     for prefix, child in model.named_modules():
@@ -93,6 +94,15 @@ def remember_source(
                 source.note(name, tensor)
         if names:
             adapter.remember(child, Origin(names))
+
+
+def found_from_anywhere(model: str) -> str:
+    """A name of a model for files that are read in other directories: a hub id as it is, of a directory the whole path.
+
+    A relative path would mean another place there, and one of two parts a model on the hub.
+    """
+    path = os.path.expanduser(model)
+    return os.path.abspath(path) if os.path.isdir(path) else model
 
 
 def source_directory(model: PreTrainedModel) -> Path | None:

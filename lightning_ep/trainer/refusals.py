@@ -14,6 +14,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.optim import Optimizer
 
+from lightning_ep.hub.new_files import refuse_existing
 from lightning_ep.trainer.loss_scale import denominator_of
 
 _AVERAGE = (
@@ -100,7 +101,8 @@ def _refuse_lonely_node(per_node: int, num_nodes: int) -> None:
 
 
 def refuse_unsupported(trainer: Trainer, layer_sync: object | None) -> None:
-    """Raises ValueError for callbacks and flags that cannot work with sharded experts."""
+    """Raises ValueError for what cannot work with sharded experts, FileExistsError for what could not be written."""
+    refuse_existing(trainer.callbacks, trainer.state.fn)  # type: ignore[attr-defined]
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         for name in (cls.__name__ for cls in type(callback).__mro__ if cls.__module__.startswith("lightning.")):
             if name in _CALLBACKS:

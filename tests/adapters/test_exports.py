@@ -13,6 +13,7 @@ from typing import Any
 import peft
 import pytest
 import torch
+import yaml
 from lightning.pytorch.callbacks import ModelCheckpoint
 from safetensors.torch import load_file
 from torch import Tensor
@@ -25,6 +26,7 @@ from lightning_ep.cli.saved_model import match
 from lightning_ep.hub.adapter_files import check_adapters, export_adapters
 from lightning_ep.hub.errors import CheckpointError
 from lightning_ep.hub.export import check_export, export_sharded
+from lightning_ep.hub.frozen_base import describe_bases, note_bases
 from tests.hub_files import FAMILIES, family_model, refused_in_one_line
 from tests.ranks import run_ranks
 from tests.reference import adapted_by_peft, relative_error, tiny_config
@@ -164,6 +166,33 @@ def test_an_adapter_of_peft_goes_through_unchanged_and_to_vllm(tmp_path: Path) -
     assert _same(tmp_path / "peft", tmp_path / "again")
     cli.main(["export", str(tmp_path / "peft"), str(tmp_path / "vllm"), "--format", "vllm"])
     assert "base_model.model.model.layers.1.mlp.experts.7.up_proj.lora_B.weight" in _tensors(tmp_path / "vllm")
+
+
+def _head(directory: Path) -> Any:
+    """What the hub reads of a model card."""
+    return yaml.safe_load((directory / "README.md").read_text().split("---\n")[1])
+
+
+def test_an_adapter_names_a_base_of_this_machine_so_that_other_directories_find_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_talking(tmp_path / "hub")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+    adapted = adapted_by_peft(_model(Path("hub")), "both")
+    adapted.save_pretrained("peft")
+    assert json.loads(Path("peft/adapter_config.json").read_text())["base_model_name_or_path"] == "hub"
+    cli.main(["export", "peft", "out"])
+    ours = add_adapter(from_pretrained("hub"), LoRA(r=2))
+    note_bases(ours)
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert json.loads(Path("../out/adapter_config.json").read_text())["base_model_name_or_path"] == str(
+        tmp_path / "hub"
+    )
+    assert [base["model"] for base in describe_bases(ours).values()] == [str(tmp_path / "hub")]  # in checkpoints
+    assert _said("generate", "../out", "--prompt", "zeta eta", "--max_new_tokens", "3")
+    assert "base_model" not in _head(Path("../out")), "the hub takes ids there"
+    assert f"it was `{tmp_path / 'hub'}`" in Path("../out/README.md").read_text()
 
 
 def _evaluated(root: Path) -> list[Any]:
@@ -341,6 +370,8 @@ def test_an_adapter_answers_over_the_revision_that_it_names(tmp_path: Path, monk
     cli.main(["export", str(tmp_path / "peft"), str(tmp_path / "merged"), "--merge"])
     prompt = AutoTokenizer.from_pretrained(old)("zeta eta")["input_ids"]
     expected = greedy(tmp_path / "merged", prompt, 12)
+    cli.main(["export", str(tmp_path / "peft"), str(tmp_path / "again")])
+    assert _head(tmp_path / "again")["base_model"] == "owner/name"
     over_main = peft.PeftModel.from_pretrained(_model(repository / "snapshots" / "main"), tmp_path / "peft")
     over_main.merge_and_unload().save_pretrained(tmp_path / "over main")
     AutoTokenizer.from_pretrained(old).save_pretrained(tmp_path / "over main")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 from pathlib import Path
 from typing import Any
 
@@ -161,6 +163,38 @@ def test_answers_are_the_last_supervised_tokens_of_documents(documents: Any) -> 
     assert list(last_answers({"input_ids": ids, "labels": labels})) == [([0, 1, 2, 3], [4, 5])]
     assert not list(last_answers({"input_ids": ids, "labels": torch.full_like(ids, -100)}))
     assert not list(last_answers({"input_ids": ids, "labels": ids})), "nothing is asked"
+
+
+def _answered(root: Path, hub: Path, windows: list[dict[str, Tensor]]) -> str:
+    callback = GenerateSamples(max_new_tokens=LENGTH, temperature=0, tokenizer=AutoTokenizer.from_pretrained(hub))
+    trainer = quiet(root, strategy=ExpertParallelStrategy(ep=2), callbacks=[callback])
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        trainer.validate(CausalLM(str(hub)), DataLoader(windows, batch_size=1), verbose=False)
+    return printed.getvalue()
+
+
+def test_without_prompts_questions_of_the_data_are_answered_on_all_ranks(
+    documents: Any, hub: Path, tmp_path: Path
+) -> None:
+    first, second = run_ranks(2, _answered, tmp_path, hub, _windows(documents), init_process_group=False)
+    tokenizer = AutoTokenizer.from_pretrained(hub)
+    expected = ""
+    for prompt, answer in documents[:2]:  # of which the first is no answer of the model's
+        question, said, right = (tokenizer.decode(x, skip_special_tokens=True).strip() for x in (
+            prompt, greedy_ids(hub, prompt, LENGTH), answer
+        ))  # fmt: skip
+        expected += f"--- sample at step 0\n{question}\n> {said}\n(expected: {right})\n"
+    assert first == f"{expected}---\n"
+    assert second == ""
+
+
+def test_data_without_questions_are_refused_where_there_are_no_prompts(hub: Path) -> None:
+    callback = GenerateSamples(tokenizer=AutoTokenizer.from_pretrained(hub))
+    with pytest.raises(ValueError, match=r"GenerateSamples found no question.*for other data give prompts"):
+        _validate(hub, callback)
+    with pytest.raises(ValueError, match="chat=True is for prompts"):
+        GenerateSamples(chat=True)
 
 
 class Number(Metric):

@@ -34,6 +34,14 @@ class _Losses(L.Callback):
             self.losses.append(trainer.callback_metrics["train/loss"].item())
 
 
+class _NotesOptimizers(TinyModule):
+    optimizers_made = False
+
+    def configure_optimizers(self) -> Any:
+        self.optimizers_made = True
+        return super().configure_optimizers()
+
+
 def _fit(root: Path, steps: int, resume: str | None, save_at: int | None, ep: int = 2, **options: Any) -> list[float]:
     L.seed_everything(3, verbose=False)
     losses = _Losses()
@@ -206,6 +214,51 @@ def _newer(root: Path) -> None:
         torch.distributed.barrier()
         with pytest.raises(CheckpointError, match=f"format {files.FORMAT + 1}.*upgrade"):
             quiet(root).validate(TinyModule(), loader(2), ckpt_path=path, verbose=False)
+
+
+def test_fewer_epochs_than_are_done_are_refused_before_anything_is_sharded(tmp_path: Path) -> None:
+    checkpoint = ModelCheckpoint(tmp_path / "saved", save_last="link")
+    quiet(tmp_path, strategy=ExpertParallelStrategy(ep=1), max_epochs=2, callbacks=[checkpoint]).fit(
+        TinyModule(), loader(4)
+    )
+    module = _NotesOptimizers()
+    trainer = quiet(
+        tmp_path,
+        strategy=ExpertParallelStrategy(ep=1),
+        max_epochs=1,
+        callbacks=[ModelCheckpoint(tmp_path / "saved", save_last="link")],
+    )
+    said = r"last\.ckpt is of epoch 2 of its run, .* max_epochs=1, .* Set max_epochs to 3 for 1 more"
+    with pytest.raises(CheckpointError, match=said):
+        trainer.fit(module, loader(4), ckpt_path="last")
+    assert not module.optimizers_made
+    again = quiet(
+        tmp_path,
+        strategy=ExpertParallelStrategy(ep=1),
+        max_epochs=3,
+        callbacks=[ModelCheckpoint(tmp_path / "saved", save_last="link")],
+    )
+    again.fit(TinyModule(), loader(4), ckpt_path="last")
+    assert again.current_epoch == 3
+    assert sorted(path.name for path in (tmp_path / "saved").iterdir()) == ["epoch=2-step=6.ckpt", "last.ckpt"]
+
+
+def test_last_is_the_newest_of_several_runs_and_loses_none(tmp_path: Path) -> None:
+    def run(save_last: Any) -> Any:
+        keep = ModelCheckpoint(tmp_path, filename="{step}", save_last=save_last)
+        trainer = quiet(tmp_path, strategy=ExpertParallelStrategy(ep=1), max_epochs=1, callbacks=[keep])
+        trainer.fit(TinyModule(), loader(4))
+        return keep.last_model_path, (tmp_path / "last.ckpt").resolve().name
+
+    assert [run("link"), run("link")] == [
+        (str(tmp_path / "last.ckpt"), "step=2.ckpt"),
+        (str(tmp_path / "last.ckpt"), "step=2-v1.ckpt"),
+    ]
+    assert {path.name for path in tmp_path.glob("*.ckpt")} == {"last.ckpt", "step=2.ckpt", "step=2-v1.ckpt"}
+    (tmp_path / "last.ckpt").unlink()
+    run(True)
+    with pytest.warns(UserWarning, match=r"last\.ckpt is another run's and stays: .*as last-v1\.ckpt"):
+        assert run(True) == (str(tmp_path / "last-v1.ckpt"), "last.ckpt")
 
 
 def test_a_newer_format_is_refused(tmp_path: Path) -> None:

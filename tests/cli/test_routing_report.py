@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from lightning_ep import cli
+from tests.hub_files import refused_in_one_line
 from tests.ranks import run_ranks
 from tests.talking import on_two_ranks, write_talking
 
@@ -102,6 +103,21 @@ def test_every_source_is_counted_as_transformers_routes_it(
     ):
         assert lift[int(layer), int(expert)] > 1.5
     assert {path.name for path in tmp_path.iterdir()} == {"expert_load.png", "specialisation.png"}
+
+
+def test_chats_are_rendered_by_the_template_that_generate_takes(hub: Path, files: list[str], tmp_path: Path) -> None:
+    write_talking(tmp_path / "base", template=None, max_position_embeddings=64)
+    template = "{% for m in messages %}{{ m.content * times }}{% endfor %}"
+    (tmp_path / "own.jinja").write_text(template)
+    arguments = [str(tmp_path / "base"), files[1], "--sequence_length", str(LENGTH), "--output", str(tmp_path / "out")]
+    options = ["--chat_template", str(tmp_path / "own.jinja"), "--template_kwargs.times", "2"]
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "base")
+    written = [
+        tokenizer("".join(m["content"] * 2 for m in chat), add_special_tokens=False)["input_ids"] for chat in CHATS
+    ]
+    assert _row(_printed([*arguments, *options]), "tokens") == [sum(map(len, written))]
+    with refused_in_one_line(ValueError, "has no chat template: give .* as --chat_template"):
+        cli.main(["routing", *arguments])
 
 
 @pytest.mark.parametrize(

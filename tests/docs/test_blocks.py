@@ -8,6 +8,7 @@ import json
 import os
 import re
 from collections import Counter
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -164,12 +165,21 @@ def test_parts_of_recipes_train(tmp_path: Path) -> None:
         assert "train/loss" in (tmp_path / f"runs/{number}/version_0/metrics.csv").read_text(), one
 
 
+@cache
+def _files_of_pages() -> dict[str, str]:
+    """The Python files that pages have a reader make, by name."""
+    return {one.file: one.text for one in EVERY if one.language == "python" and one.file is not None}
+
+
 @of("python")
 def test_python_compiles_and_its_imports_exist(block: Block) -> None:
     if block.how == "excerpt":
         return
     for node in ast.walk(ast.parse(block.text)):
-        if isinstance(node, ast.ImportFrom) and node.module:
+        if isinstance(node, ast.ImportFrom) and (text := _files_of_pages().get(f"{node.module}.py")) is not None:
+            defined = {part.name for part in ast.parse(text).body if isinstance(part, ast.ClassDef | ast.FunctionDef)}
+            assert {alias.name for alias in node.names} <= defined, f"{block}: {node.module}.py has {defined}"
+        elif isinstance(node, ast.ImportFrom) and node.module:
             module = importlib.import_module(node.module)
             for alias in node.names:
                 if not hasattr(module, alias.name):

@@ -1,23 +1,33 @@
-"""The pages on code of one's own: extend/module.md, extend/loop.md, coming_from/lightning.md."""
+"""The pages on code of one's own: module.md, loop.md and saving.md of extend, coming_from/lightning.md."""
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
+import re
+import sys
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import pytest
+import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM
 
+from lightning_ep.data.corpus import train_tokenizer
 from tests.docs.pages import block
 from tests.hub_files import write_checkpoint
 from tests.ranks import run_ranks
+from tests.reference import relative_error
 from tests.tiny import loader
 
-MODULE, LOOP = "docs/extend/module.md", "docs/extend/loop.md"
+MODULE, LOOP, SAVING = "docs/extend/module.md", "docs/extend/loop.md", "docs/extend/saving.md"
+FIRST = "import torch\nimport torch.distributed as dist\n\n"
+PLAIN = "import torch\nimport torch.distributed as dist\nimport torch.nn.functional"
 
 
 class Batches(L.LightningDataModule):
@@ -51,7 +61,7 @@ def test_the_module_of_the_page_trains(tmp_path: Path, monkeypatch: pytest.Monke
 def _loop(root: Path) -> tuple[float, float]:
     os.chdir(root)
     names: dict[str, Any] = {}
-    exec(block(LOOP, "import torch\n"), names)
+    exec(block(LOOP, FIRST), names)
     return names["losses"][0], names["losses"][-1]
 
 
@@ -62,27 +72,79 @@ def test_the_loop_of_the_page_trains_on_two_ranks(tmp_path: Path) -> None:
     assert model.config.num_experts == 8
 
 
-def _plain(root: Path) -> tuple[float, float, int]:
-    """The loop, with the model of plans.md in the place of its own."""
+def _files(root: Path) -> None:
+    """The files that the pages have one make, beside one another."""
+    (root / "decoder.py").write_text(block("docs/extend/plans.md", "import torch\n"))
+    (root / "saving.py").write_text(block(SAVING, "from pathlib import Path\n"))
+
+
+def _script(root: Path, code: str, given: dict[str, Any]) -> tuple[list[float], dict[str, Tensor]]:
+    """Runs a program as torchrun does: the losses that it prints, and the whole weights of its plain model."""
     os.chdir(root)
-    loop, own = block(LOOP, "import torch\n"), block(LOOP, "model = Decoder()")
-    before, _, after = loop.partition("config = {")
-    layout = after[after.index("layout =") : after.index("parallelize(model")]
-    steps = after[after.index("optimizer =") : after.index("if rank == 0")]
-    loss = "model(input_ids=batch, labels=batch, use_cache=False).loss"
-    mine = "F.cross_entropy(model(batch[:, :-1]).flatten(0, 1), batch[:, 1:].flatten())"
-    names: dict[str, Any] = {}
-    exec(block("docs/extend/plans.md", "import lightning as L"), names)
-    exec(before + layout + own + _replaced(steps, {loss: mine}), names)
-    held = len(names["model"].layers[0].moe.experts.up.to_local())
+    sys.path.insert(0, str(root))
+    names, printed = given, io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        exec(code.removesuffix("dist.destroy_process_group()\n"), names)
+    plain = hasattr(names["model"], "layers")
+    weights = {name: p.full_tensor().detach() for name, p in names["model"].named_parameters()} if plain else {}
+    if plain and (world := dist.get_world_size()) > 1:
+        assert len(names["model"].layers[0].moe.experts.up.to_local()) == 8 // world, "a rank holds its experts"
     dist.destroy_process_group()
-    return names["losses"][0], names["losses"][-1], held
+    return [float(loss) for loss in re.findall(r"loss (\d+\.\d+)", printed.getvalue())], weights
 
 
-def test_a_plain_model_trains_in_that_loop(tmp_path: Path) -> None:
-    for first, last, held in run_ranks(2, _plain, tmp_path, init_process_group=False):
-        assert last < first
-        assert held == 4, "half of its eight experts"
+def test_a_plain_model_trains_on_two_ranks_as_on_one(tmp_path: Path) -> None:
+    _files(tmp_path)
+    code = block(LOOP, PLAIN)
+    ((one, expected),) = run_ranks(1, _script, tmp_path, code, {}, init_process_group=False)
+    (two, found), (nothing, _) = run_ranks(2, _script, tmp_path, code, {}, init_process_group=False)
+    assert len(one) == 4
+    assert two == pytest.approx(one, rel=1e-5)
+    assert nothing == []
+    assert all(relative_error(found[name], weight) < 1e-5 for name, weight in expected.items())
+
+
+def test_a_loop_goes_on_from_its_checkpoint_on_another_number_of_ranks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _files(tmp_path)
+    plain = block(LOOP, PLAIN)
+    begin, end = block(SAVING, "from saving import").split("    ...  # a step, with the batch of this number\n")
+    exporting = block(SAVING, 'export("exports/plain"')
+    ours = {
+        "parameters(), lr=0.1)": "parameters(), lr=0.1, momentum=0.9)",  # which is state to resume
+        "for step in range(20):\n": begin,
+        "dist.destroy_process_group()\n": f"{end}{exporting}dist.destroy_process_group()\n",
+    }
+    code = _replaced(plain, ours)
+    half = _replaced(code, {"range(done, 20)": "range(done, 10)"})
+    (before, _), _ = run_ranks(2, _script, tmp_path, half, {}, init_process_group=False)
+    ((after, weights),) = run_ranks(1, _script, tmp_path, code, {}, init_process_group=False)
+    (tmp_path / "whole").mkdir()
+    _files(tmp_path / "whole")
+    (whole, expected), _ = run_ranks(2, _script, tmp_path / "whole", code, {}, init_process_group=False)
+    assert [len(before), len(after)] == [2, 2]
+    assert before + after == pytest.approx(whole, rel=1e-5)
+    assert all(relative_error(weights[name], weight) < 1e-5 for name, weight in expected.items())
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    names: dict[str, Any] = {}
+    exec(block(SAVING, "from decoder import"), names)
+    loaded = dict(names["model"].named_parameters())
+    assert loaded.keys() == weights.keys()
+    assert all(torch.equal(loaded[name], weight) for name, weight in weights.items())
+
+
+def test_a_loop_writes_what_transformers_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    saving = 'model.save_pretrained("exports/mine")  # all ranks: each writes its own files\n'
+    code = _replaced(block(LOOP, FIRST), {saving: block(SAVING, "model.save_pretrained")})
+    tokenizer = train_tokenizer(iter(["zeta eta theta " * 50]), 262)
+    run_ranks(2, _script, tmp_path, code, {"tokenizer": tokenizer}, init_process_group=False)
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    exec(block(SAVING, "from transformers import"), names)
+    assert names["model"].config.num_experts == 8
+    assert names["tokenizer"]("zeta eta")["input_ids"] == tokenizer("zeta eta")["input_ids"]
 
 
 def test_strategies_by_name_and_by_class() -> None:

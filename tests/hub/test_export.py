@@ -278,7 +278,10 @@ def test_an_existing_directory_is_refused_before_training(tmp_path: Path) -> Non
         tmp_path, strategy=ExpertParallelStrategy(ep=1), callbacks=[HuggingFaceExport(str(tmp_path / "out"))]
     )
     with pytest.raises(FileExistsError, match="is not replaced"):
-        trainer.fit(CausalLM(str(tmp_path / "hub")), DataLoader(_Batches(4)))
+        trainer.fit(CausalLM(str(tmp_path / "no model that could be opened")), DataLoader(_Batches(4)))
+    recipe = ["--config", "sft_quickstart", "--trainer.callbacks+=lightning_ep.callbacks.HuggingFaceExport"]
+    with refused_in_one_line(FileExistsError, "is not replaced"):  # one process has not started another
+        cli.main(["fit", *recipe, "--trainer.callbacks.path", str(tmp_path / "out"), "--trainer.devices", "100"])
     with refused_in_one_line(FileExistsError, "is not replaced"):
         cli.main(["export", str(tmp_path), str(tmp_path / "out")])
 

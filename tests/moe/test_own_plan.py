@@ -32,9 +32,12 @@ PLAN: dict[str, Any] = {"model.layers.*.moe.experts": "experts"}
 
 def _page() -> dict[str, Any]:
     """What the code of the page defines."""
-    (code,) = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
+    decoder, code = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
     names: dict[str, Any] = {"__name__": "page"}
-    exec(code, names)
+    exec(decoder, names)
+    printed = "from decoder import Decoder\n"
+    assert printed in code
+    exec(code.replace(printed, ""), names)
     return names
 
 
