@@ -13,6 +13,13 @@ def test_pictures_are_those_that_the_script_draws() -> None:
         assert path.read_text() == content, "python docs/_ext/pictures.py draws it"
 
 
+def test_the_curves_are_those_of_the_record() -> None:
+    curves = extension("curves")
+    assert len(curves.curves()) == 9
+    assert curves.description() in curves.PICTURE.read_text(), "python docs/_ext/curves.py draws it"
+    assert f"({curves.PICTURE.name})" in (ROOT / "docs/operate/training.md").read_text()
+
+
 def test_pages_that_are_named_in_files_exist() -> None:
     """In messages, comments, recipes and the README. (Links among pages are looked at by docs/_ext/check.py.)"""
     files = [ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
