@@ -1,6 +1,6 @@
 """Loss curves of bf16 weights that are rounded stochastically, beside fp32 masters and bf16 rounded to the nearest.
 
-    python -m benchmarks.rounding --sizes small --jobs 9
+    python -m benchmarks.rounding --sizes small
     python -m benchmarks.rounding --sizes tiny --layers 2 --device cpu  # 10 minutes on 2 quiet cores
 
 A model is trained on the source code of the standard library with fp32 weights; then, from there, on that of
@@ -12,11 +12,10 @@ and the random bits). Each run adds a record with its validation losses. Runs th
 from __future__ import annotations
 
 import argparse
-import multiprocessing
+import itertools
 import statistics
 import sysconfig
 from collections import defaultdict
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -46,22 +45,17 @@ TEXTS = {  # what is learnt before, and then; tokens per window, and windows per
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Trains the base and what is missing of the runs, each in a process of its own, and writes the tables."""
+    """Trains the base and what is missing of the runs, and writes the tables."""
     made = parser("rounding", __doc__, layers=4, sizes=sorted(TEXTS))
     made.add_argument("--steps", type=int, default=500, help="of each run, and of the base")
     made.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
-    made.add_argument("--jobs", type=int, default=1, help="runs at a time, on the same device")
     options = made.parse_args(arguments)
     done = {(run["way"], run["seed"]) for run in _known(options)}
-    missing = [(way, seed) for seed in options.seeds for way in WAYS if (way, seed) not in done]
-    if missing:
-        _check_text(options)
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(options.jobs, context, max_tasks_per_child=1) as processes:
-        if missing and not _base(options).is_dir():
-            print(processes.submit(train_base, options).result(), flush=True)
-        for run in as_completed([processes.submit(train_one, options, *which) for which in missing]):
-            append(options.json, run.result())
+    for way, seed in itertools.product(WAYS, options.seeds):
+        if (way, seed) not in done:
+            if not _base(options).is_dir():
+                train_base(options)
+            append(options.json, train_one(options, way, seed))
     runs = _known(options)
     print(write(options.json, [summary(runs), by_step(runs)], runs))
 
@@ -79,19 +73,14 @@ def _base(options: argparse.Namespace) -> Path:
 
 
 def _texts(options: argparse.Namespace) -> tuple[TextDataModule, TextDataModule]:
-    """What the base learns, and then the runs, in its tokens; both prepared."""
+    """What the base learns, and then the runs, in its tokens; raises ValueError if a run would see some text twice."""
     before, then, sequence, batch = TEXTS[options.sizes]
     cache, vocabulary = str(_base(options).parent / "cache"), SIZES[options.sizes]["vocab_size"]
     base = TextDataModule(before, sequence, batch, vocab_size=vocabulary, cache_dir=cache)
     base.prepare_data()
     runs = TextDataModule(then, sequence, batch, tokenizer=str(base.directory / "tokenizer"), cache_dir=cache)
     runs.prepare_data()
-    return base, runs
-
-
-def _check_text(options: argparse.Namespace) -> None:
-    """Raises ValueError if a run would see some text twice."""
-    for data in _texts(options):
+    for data in (base, runs):
         data.setup()
         batches = data.batches_per_epoch(1) or 0
         if options.steps > batches:
@@ -99,6 +88,7 @@ def _check_text(options: argparse.Namespace) -> None:
                 f"--steps {options.steps} is more than an epoch: {data.source} has {batches} batches of text, none of "
                 f"which may come twice. Take --steps {batches} or fewer."
             )
+    return base, runs
 
 
 def _trainer(options: argparse.Namespace, precision: str, callback: L.Callback, **settings: Any) -> L.Trainer:
@@ -108,8 +98,9 @@ def _trainer(options: argparse.Namespace, precision: str, callback: L.Callback, 
     )  # fmt: skip
 
 
-def train_base(options: argparse.Namespace) -> str:
+def train_base(options: argparse.Namespace) -> None:
     """Trains with fp32 weights and exports these and the tokenizer."""
+    text, _ = _texts(options)
     config = model_config(options.sizes, options.layers)
     config.tie_word_embeddings = True
     L.seed_everything(0)
@@ -117,8 +108,8 @@ def train_base(options: argparse.Namespace) -> str:
     schedule = partial(Schedule, warmup=0.05, end=0.1)
     module = CausalLM(config, pretrained=False, optimizer=optimizer, lr_scheduler=schedule)
     trainer = _trainer(options, "bf16-mixed", HuggingFaceExport(str(_base(options))), limit_val_batches=0)
-    trainer.fit(module, datamodule=_texts(options)[0])
-    return f"base: {trainer.callback_metrics['train/loss']:.3f} after {options.steps} steps"
+    trainer.fit(module, datamodule=text)
+    print(f"base: {trainer.callback_metrics['train/loss']:.3f} after {options.steps} steps", flush=True)
 
 
 class _Run(L.Callback):
@@ -145,6 +136,7 @@ def train_one(options: argparse.Namespace, way: str, seed: int) -> Record:
     trainer = _trainer(options, precision, run, **every)
     trainer.validate(module, datamodule=data, verbose=False)
     trainer.fit(module, datamodule=data)
+    print(f"{way}, seed {seed}: {run.losses[0][1]} to {run.losses[-1][1]}", flush=True)
     record = {"way": way, "seed": seed, "sizes": options.sizes, "validation": run.losses}
     return {**record, **provenance(), "machine": machine(torch.device(options.device))}
 
