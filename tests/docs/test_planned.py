@@ -1,4 +1,4 @@
-"""docs/choose shows what the planner says today: tables, a picture, and the output of its commands."""
+"""docs/choose/planning.md and resources.md show what the planner says today: tables, a picture, output of commands."""
 
 from __future__ import annotations
 
