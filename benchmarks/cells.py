@@ -20,10 +20,14 @@ _TRAINERS = (  # by pattern, as on the command line
 )
 TRAINERS = ", ".join(written for _, written in _TRAINERS)
 
-SIZES: dict[str, dict[str, int]] = {  # as transformers names them
+SIZES: dict[str, dict[str, Any]] = {  # as transformers names them
     "qwen3-30b-a3b": {
         "hidden_size": 2048, "num_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": 768,
         "num_attention_heads": 32, "num_key_value_heads": 4, "head_dim": 128, "vocab_size": 151_936,
+    },
+    "small": {
+        "hidden_size": 512, "num_experts": 16, "num_experts_per_tok": 4, "moe_intermediate_size": 256,
+        "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 64, "vocab_size": 4096,
     },
     "tiny": {
         "hidden_size": 32, "num_experts": 8, "num_experts_per_tok": 4, "moe_intermediate_size": 16,
@@ -32,6 +36,7 @@ SIZES: dict[str, dict[str, int]] = {  # as transformers names them
 }  # fmt: skip
 DATA = RANDOM, CHATS, BOUNDARIES = "random", "chats", "boundaries"
 EXCHANGES = COLLECTIVE, LEFT_OUT = "collective", "none"
+_OF_OURS = ("data", "balanced", "accumulate", "exchange", "monitor", "tree")  # fields that peers leave as they are
 
 
 @dataclass(frozen=True)
@@ -71,21 +76,12 @@ class Cell:
             raise ValueError(f"{self.trainer} exchanges parts of sequences too: only those of tokens can be left out.")
         if self.ours:
             return
-        if (self.data, self.balanced, self.accumulate, self.exchange, self.monitor) != (
-            RANDOM,
-            False,
-            1,
-            COLLECTIVE,
-            0,
-        ):
-            raise ValueError(
-                f"{self.trainer} knows random tokens, its own routing and exchanges, and one micro-batch per step: "
-                f"{OURS}N alone has others here."
-            )
+        changed = [name for name in _OF_OURS if getattr(self, name) != getattr(Cell, name)]
+        if changed:
+            found = ", ".join(f"{name}={getattr(self, name)!r}" for name in changed)
+            raise ValueError(f"{self.trainer} knows no {found}: only {OURS}N does.")
         if (self.base == PEFT) != (self.lora is not None):
             raise ValueError(f"{self.trainer}, lora={self.lora!r}: of the peers {PEFT} trains adapters, and only it.")
-        if self.tree is not None:
-            raise ValueError(f"{self.trainer} is not in {self.tree}: only {OURS}N can run another commit's code.")
 
     @property
     def base(self) -> str:
@@ -158,7 +154,7 @@ def model_config(sizes: str, layers: int, positions: int = 40_960) -> Any:
     from transformers.models.qwen3_moe import Qwen3MoeConfig
 
     return Qwen3MoeConfig(
-        **SIZES[sizes], intermediate_size=3 * SIZES[sizes]["hidden_size"],  # type: ignore[arg-type]
+        **SIZES[sizes], intermediate_size=3 * SIZES[sizes]["hidden_size"],
         num_hidden_layers=layers, norm_topk_prob=True, tie_word_embeddings=False, max_position_embeddings=positions,
         rope_parameters={"rope_type": "default", "rope_theta": 1e6}, architectures=["Qwen3MoeForCausalLM"],
     )  # fmt: skip

@@ -24,18 +24,17 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor.parallel import parallelize_module
 from torch.profiler import ProfilerActivity, profile
+from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.models.gpt_oss.configuration_gpt_oss import GptOssConfig
-from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
-from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
 from benchmarks.cells import SIZES, model_config
-from benchmarks.measure import device_kernels, elapsed_ms, mark, quantile, summary, synchronize
-from benchmarks.records import parser, publish
+from benchmarks.measure import device_kernels, elapsed_ms, mark, summary, synchronize
+from benchmarks.records import machine, parser, provenance, publish, quantile
 from benchmarks.workload import max_over_mean
 from lightning_ep import AdamW, ExpertParallel
 from lightning_ep.ops.cross_entropy import linear_cross_entropy
 from lightning_ep.ops.packed_attention import attend_documents, documents_mask
+from lightning_ep.transformers_adapter import experts_modules
 
 GPT_OSS = {  # experts with biases, interleaved and clamped; measured as a layer alone
     "gpt-oss-20b": {
@@ -69,7 +68,8 @@ def main(arguments: list[str] | None = None) -> None:
     size = options.layers if options.layer == "adamw" else options.tokens
     found = measures[options.layer](options.sizes, size, device, options.repeats)
     unit = "layers" if options.layer == "adamw" else "tokens"
-    publish(options.json, f"{options.layer}, {size:,} {unit} of {options.sizes}", found, device)
+    title = f"{options.layer}, {size:,} {unit} of {options.sizes}"
+    print(publish(options.json, {**provenance(), "machine": machine(device), "title": title, "rows": found}))
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -172,15 +172,15 @@ def our_experts(sizes: str, device: torch.device, implementation: str = "fused")
 def transformers_experts(sizes: str, device: torch.device, implementation: str) -> nn.Module:
     """transformers' own experts module with random weights."""
     if sizes in GPT_OSS:
-        widths = {**GPT_OSS[sizes], "intermediate_size": GPT_OSS[sizes]["moe_intermediate_size"]}
-        widths["num_local_experts"] = widths.pop("num_experts")
-        config: Any = GptOssConfig(**widths)  # type: ignore[arg-type]
+        inner = GPT_OSS[sizes]["moe_intermediate_size"]
+        config = AutoConfig.for_model("gpt_oss", **GPT_OSS[sizes], intermediate_size=inner, num_hidden_layers=1)
     else:
         config = model_config(sizes, layers=1)
-    config._experts_implementation = implementation
-    torch.manual_seed(0)
     with torch.device("meta"):
-        experts = (GptOssExperts if sizes in GPT_OSS else Qwen3MoeExperts)(config)
+        model = AutoModelForCausalLM.from_config(config)
+    model.set_experts_implementation(implementation)
+    (experts,) = experts_modules(model).values()
+    torch.manual_seed(0)
     for name, param in experts.named_parameters():
         setattr(experts, name, nn.Parameter(random(device, *param.shape, std=0.02)))
     return experts

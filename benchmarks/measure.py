@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.cells import Cell
-from benchmarks.records import machine
+from benchmarks.records import machine, rates
 
 _HOST_STEPS = 3
 _PROFILED_STEPS = 2  # the first one warms the profiler up
@@ -80,11 +80,6 @@ def mark(device: torch.device) -> Any:
 def elapsed_ms(before: Any, after: Any) -> float:
     """Milliseconds between two marks, of a device that is done."""
     return (after - before) * 1e3 if isinstance(before, float) else before.elapsed_time(after)
-
-
-def quantile(values: list[float], q: float) -> float:
-    """The ``q``-quantile, interpolated linearly."""
-    return torch.tensor(values, dtype=torch.float64).quantile(q).item()
 
 
 # ---------------------------------------------------------------------- a rank
@@ -175,12 +170,6 @@ def merge(cell: Cell, ranks: list[dict[str, Any]]) -> dict[str, Any]:
     return record
 
 
-def rates(cell: Cell, steps_ms: list[float]) -> dict[str, float]:
-    """Tokens per second and GPU of steps of a cell: median, 10th and 90th percentile."""
-    times = {"": statistics.median(steps_ms), "_p10": quantile(steps_ms, 0.9), "_p90": quantile(steps_ms, 0.1)}
-    return {"step_ms": times[""]} | {f"tokens_per_second{of}": cell.tokens / ms * 1e3 for of, ms in times.items()}
-
-
 # ---------------------------------------------------------------------- kernels
 
 
@@ -207,7 +196,6 @@ def summary(kernels: list[Kernel]) -> dict[str, Any]:
     Copies within one rank, which replace NCCL in groups of one, are no communication. Kernels that overlap count once
     in ``gpu_busy_ms``, each in full in ``by_kind``.
     """
-    communication = [kernel for kernel in kernels if kernel.name.startswith("nccl")]
     computation = [kernel for kernel in kernels if not kernel.name.startswith("nccl")]
     by_kind: defaultdict[str, float] = defaultdict(float)
     for name, start, end in kernels:
@@ -216,7 +204,7 @@ def summary(kernels: list[Kernel]) -> dict[str, Any]:
     busy = _covered(kernels)
     return {
         "gpu_busy_ms": busy / 1e3,
-        "communication_ms": _covered(communication) / 1e3,
+        "communication_ms": _covered([kernel for kernel in kernels if kernel.name.startswith("nccl")]) / 1e3,
         "exposed_communication_ms": (busy - _covered(computation)) / 1e3,
         "launches": len(kernels),
         "by_kind": dict(sorted(by_kind.items(), key=lambda item: -item[1])),

@@ -1,220 +1,154 @@
 """Loss curves of bf16 weights that are rounded stochastically, beside fp32 masters and bf16 rounded to the nearest.
 
-    python -m benchmarks.rounding curves --folder runs/rounding --sizes 4-layers --jobs 9
-    python -m benchmarks.rounding curves --folder runs/tiny --sizes tiny --device cpu  # 10 minutes on 2 cores
-    python -m benchmarks.rounding plot --folder runs/rounding --picture docs/operate/rounding.svg
+    python -m benchmarks.rounding --sizes small
+    python -m benchmarks.rounding --sizes tiny --layers 2 --device cpu  # 10 minutes on 2 quiet cores
 
-A model is trained on the source code of the standard library with fp32 weights; then, from there, on the docstrings of
-installed packages at a learning rate of 1e-5, for less than an epoch, in every way with every seed (the order of the
-data, and the random bits). ``runs.jsonl`` in the folder gets a line per run: the training loss of each step and some
-validation losses, nats per token. Runs that it holds are not repeated.
+A model is trained on the source code of the standard library with fp32 weights; then, from there, on that of
+transformers at a learning rate of 1e-5, for less than an epoch, in every way with every seed (the order of the data,
+and the random bits). Each run adds a record with its validation losses. Runs that the file holds are not repeated.
+`docs/_ext/curves.py` draws the second table of a record that is published.
 """
 
 from __future__ import annotations
 
 import argparse
-import multiprocessing
-import re
+import itertools
 import statistics
 import sysconfig
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
-from torch import Tensor
-from typing_extensions import override
 
+from benchmarks.cells import SIZES, model_config
 from benchmarks.ours import quiet_trainer
-from benchmarks.records import Record, append, machine, provenance, read, table
+from benchmarks.records import Record, append, machine, parser, provenance, read, table, write
 from lightning_ep import AdamW, CausalLM, ExpertParallelStrategy, Schedule
 from lightning_ep.callbacks import HuggingFaceExport
 from lightning_ep.data import TextDataModule
-from lightning_ep.data.resumable_loader import ResumableLoader
 
-FP32, STOCHASTIC, NEAREST = "fp32 masters", "bf16, stochastic", "bf16, nearest"
+FP32 = "fp32 masters"
 WAYS: dict[str, tuple[str, dict[str, Any]]] = {
     FP32: ("bf16-mixed", {}),
-    STOCHASTIC: ("bf16-true", {"stochastic_rounding": True}),
-    NEAREST: ("bf16-true", {}),
+    "bf16, stochastic": ("bf16-true", {"stochastic_rounding": True}),
+    "bf16, nearest": ("bf16-true", {}),
 }
-LEARNING_RATE = 1e-5
-VALIDATIONS = 10  # in a run, and one before it
-SIZES: dict[str, dict[str, Any]] = {
-    "4-layers": {
-        "model": {
-            "vocab_size": 4096, "hidden_size": 512, "num_hidden_layers": 4, "num_attention_heads": 8,
-            "num_key_value_heads": 4, "head_dim": 64, "num_experts": 16, "num_experts_per_tok": 4,
-            "moe_intermediate_size": 256,
-        },
-        "sequence": 512, "batch": 16, "base_steps": 1000, "bytes": 60_000_000, "validation_batches": 8,
-    },
-    "tiny": {
-        "model": {
-            "vocab_size": 512, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
-            "num_key_value_heads": 2, "head_dim": 16, "num_experts": 8, "num_experts_per_tok": 2,
-            "moe_intermediate_size": 64,
-        },
-        "sequence": 64, "batch": 8, "base_steps": 600, "bytes": 2_500_000, "validation_batches": 16,
-    },
-}  # fmt: skip
-# Whose docstrings are read, until there are enough of them.
-PACKAGES = "transformers torch numpy scipy pandas matplotlib sklearn datasets networkx sympy".split()  # noqa: SIM905
-_DOCSTRING = re.compile(r'"""(.{200,}?)"""', re.DOTALL)
+VALIDATIONS, VALIDATION_BATCHES = 10, 8  # in a run, and one before it; of each
+_STDLIB, _PACKAGES = (sysconfig.get_paths()[kind] for kind in ("stdlib", "purelib"))
+TEXTS = {  # what is learnt before, and then; tokens per window, and windows per batch
+    "small": ("stdlib", f"{_PACKAGES}/transformers/**/*.py", 512, 16),
+    "tiny": (f"{_STDLIB}/[a-d]*.py", f"{_PACKAGES}/transformers/models/b*/*.py", 64, 8),
+}
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Trains the base and what is missing of the runs, and prints how far they are from one another; or draws them."""
-    parser = argparse.ArgumentParser("python -m benchmarks.rounding", description=__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("what", choices=["curves", "plot"])
-    parser.add_argument("--folder", type=Path, required=True)
-    parser.add_argument("--sizes", default="tiny", choices=sorted(SIZES))
-    parser.add_argument("--steps", type=int, default=500)
-    parser.add_argument("--base-steps", type=int, help="default: the size's")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
-    parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=list(WAYS))
-    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, on the same device")
-    parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
-    parser.add_argument("--picture", type=Path, help="the SVG to draw")
-    options = parser.parse_args(arguments)
-    if options.what == "curves":
-        curves(options)
-    runs = read(options.folder / "runs.jsonl")
-    print(summary(runs))
-    if options.picture:
-        draw(runs, options.picture)
+    """Trains the base and what is missing of the runs, and writes the tables."""
+    made = parser("rounding", __doc__, layers=4, sizes=sorted(TEXTS))
+    made.add_argument("--steps", type=int, default=500, help="of each run, and of the base")
+    made.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    options = made.parse_args(arguments)
+    done = {(run["way"], run["seed"]) for run in _known(options)}
+    for way, seed in itertools.product(WAYS, options.seeds):
+        if (way, seed) not in done:
+            if not _base(options).is_dir():
+                train_base(options)
+            append(options.json, train_one(options, way, seed))
+    runs = _known(options)
+    print(write(options.json, [summary(runs), by_step(runs)], runs))
 
 
-def curves(options: argparse.Namespace) -> None:
-    """Trains what the folder does not hold, each in a process of its own; raises the error of one that failed."""
-    texts = write_docstrings(options.folder / "docstrings", SIZES[options.sizes]["bytes"])
-    print(f"{texts / 1e6:.1f} MB of docstrings", flush=True)
-    path = options.folder / "runs.jsonl"
-    if not (options.folder / "base").is_dir():
-        print(_alone(train_base, options), flush=True)
-    _data(options, seed=0).prepare_data()  # once, before several runs look for it
-    known = {(run["way"], run["seed"]) for run in read(path)}
-    missing = [(way, seed) for seed in options.seeds for way in options.ways if (way, seed) not in known]
-    with ThreadPoolExecutor(options.jobs) as threads:
-        for run in as_completed([threads.submit(_alone, train_one, options, *which) for which in missing]):
-            append(path, run.result())
+def _known(options: argparse.Namespace) -> list[Record]:
+    runs = [run for run in read(options.json) if run["sizes"] == options.sizes]
+    return sorted(runs, key=lambda run: (list(WAYS).index(run["way"]), run["seed"]))
 
 
-def _alone(function: Callable[..., Any], *arguments: Any) -> Any:
-    """What a function returns in a process of its own."""
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(function, *arguments).result()
+# ---------------------------------------------------------------------- the runs
 
 
-def write_docstrings(folder: Path, most: int) -> int:
-    """Writes the longer docstrings of installed packages, a file for each module, up to so many bytes; returns them."""
-    root, size = Path(sysconfig.get_paths()["purelib"]), 0
-    if folder.is_dir():
-        return sum(file.stat().st_size for file in folder.iterdir())
-    folder.mkdir(parents=True)
-    for number, path in enumerate(path for name in PACKAGES for path in sorted((root / name).rglob("*.py"))):
-        text = "\n\n".join(_DOCSTRING.findall(path.read_text(encoding="utf-8", errors="ignore")))
-        if text and size < most:
-            (folder / f"{number:06d}.txt").write_text(text, encoding="utf-8")
-            size += len(text.encode())
-    return size
+def _base(options: argparse.Namespace) -> Path:
+    return options.json.with_suffix("") / options.sizes / "base"
 
 
-class _Ordered(TextDataModule):
-    """Whose seed is of the order of the training windows alone: every run is validated on the same text."""
-
-    order = 0
-
-    @override
-    def train_dataloader(self) -> ResumableLoader:
-        self.seed, split = self.order, self.seed
-        try:
-            return super().train_dataloader()
-        finally:
-            self.seed = split
-
-
-def _data(options: argparse.Namespace, seed: int) -> TextDataModule:
-    """The docstrings."""
-    base, cache = str(options.folder / "base"), str(options.folder / "cache")
-    size, texts = SIZES[options.sizes], str(options.folder / "docstrings")
-    data = _Ordered(texts, size["sequence"], size["batch"], tokenizer=base, cache_dir=cache, validation_fraction=0.05)
-    data.order = seed
-    return data
+def _texts(options: argparse.Namespace) -> tuple[TextDataModule, TextDataModule]:
+    """What the base learns, and then the runs, in its tokens; raises ValueError if a run would see some text twice."""
+    before, then, sequence, batch = TEXTS[options.sizes]
+    cache, vocabulary = str(_base(options).parent / "cache"), SIZES[options.sizes]["vocab_size"]
+    base = TextDataModule(before, sequence, batch, vocab_size=vocabulary, cache_dir=cache)
+    base.prepare_data()
+    runs = TextDataModule(then, sequence, batch, tokenizer=str(base.directory / "tokenizer"), cache_dir=cache)
+    runs.prepare_data()
+    for data in (base, runs):
+        data.setup()
+        batches = data.batches_per_epoch(1) or 0
+        if options.steps > batches:
+            raise ValueError(
+                f"--steps {options.steps} is more than an epoch: {data.source} has {batches} batches of text, none of "
+                f"which may come twice. Take --steps {batches} or fewer."
+            )
+    return base, runs
 
 
-def _trainer(
-    options: argparse.Namespace, precision: str, steps: int, callback: L.Callback, **settings: Any
-) -> L.Trainer:
+def _trainer(options: argparse.Namespace, precision: str, callback: L.Callback, **settings: Any) -> L.Trainer:
     return quiet_trainer(
-        ExpertParallelStrategy(ep=1), options.device, 1, precision=precision, max_steps=steps, callbacks=[callback],
-        check_val_every_n_epoch=None, num_sanity_val_steps=0, **settings,
+        ExpertParallelStrategy(ep=1), options.device, 1, precision=precision, max_steps=options.steps,
+        callbacks=[callback], check_val_every_n_epoch=None, num_sanity_val_steps=0, **settings,
     )  # fmt: skip
 
 
-def train_base(options: argparse.Namespace) -> str:
-    """Trains on source code and exports weights and tokenizer to ``base``."""
-    size, cache = SIZES[options.sizes], str(options.folder / "cache")
-    config = {"model_type": "qwen3_moe", "norm_topk_prob": True, "tie_word_embeddings": True, **size["model"]}
+def train_base(options: argparse.Namespace) -> None:
+    """Trains with fp32 weights and exports these and the tokenizer."""
+    text, _ = _texts(options)
+    config = model_config(options.sizes, options.layers)
+    config.tie_word_embeddings = True
     L.seed_everything(0)
     optimizer = partial(AdamW, lr=2e-3, betas=(0.9, 0.95), weight_decay=0.1)
     schedule = partial(Schedule, warmup=0.05, end=0.1)
     module = CausalLM(config, pretrained=False, optimizer=optimizer, lr_scheduler=schedule)
-    vocabulary = size["model"]["vocab_size"]
-    data = TextDataModule("stdlib", size["sequence"], size["batch"], vocab_size=vocabulary, cache_dir=cache)
-    steps = options.base_steps or size["base_steps"]
-    trainer = _trainer(
-        options, "bf16-mixed", steps, HuggingFaceExport(str(options.folder / "base")), limit_val_batches=0
-    )
-    trainer.fit(module, datamodule=data)
-    return f"base: {trainer.callback_metrics['train/loss']:.3f} after {steps} steps"
+    trainer = _trainer(options, "bf16-mixed", HuggingFaceExport(str(_base(options))), limit_val_batches=0)
+    trainer.fit(module, datamodule=text)
+    print(f"base: {trainer.callback_metrics['train/loss']:.3f} after {options.steps} steps", flush=True)
 
 
-class _Losses(L.Callback):
-    """What is logged, without waiting for it in each step."""
+class _Run(L.Callback):
+    """Gives the training text a seed's order, and keeps validation losses."""
 
-    def __init__(self) -> None:
-        self.train: list[Tensor] = []
-        self.validation: list[tuple[int, float]] = []
+    def __init__(self, seed: int) -> None:
+        self._seed = seed
+        self.losses: list[tuple[int, float]] = []
 
-    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
-        self.train.append(trainer.callback_metrics["train/loss"].clone())
+    def on_fit_start(self, trainer: L.Trainer, *_: Any) -> None:
+        trainer.datamodule.seed = self._seed  # type: ignore[attr-defined]  # what is held out is drawn already
 
     def on_validation_end(self, trainer: L.Trainer, *_: Any) -> None:
-        self.validation.append((trainer.global_step, round(float(trainer.callback_metrics["val/loss"]), 5)))
+        self.losses.append((trainer.global_step, round(float(trainer.callback_metrics["val/loss"]), 5)))
 
 
 def train_one(options: argparse.Namespace, way: str, seed: int) -> Record:
     """Trains in one way with one seed and returns its record."""
     precision, flags = WAYS[way]
     L.seed_everything(seed)
-    optimizer = partial(AdamW, lr=LEARNING_RATE, weight_decay=0.1, **flags)
-    module, data, losses = CausalLM(str(options.folder / "base"), optimizer=optimizer), _data(options, seed), _Losses()
-    batches, every = SIZES[options.sizes]["validation_batches"], options.steps // VALIDATIONS
-    trainer = _trainer(options, precision, options.steps, losses, limit_val_batches=batches, val_check_interval=every)
+    optimizer = partial(AdamW, lr=1e-5, weight_decay=0.1, **flags)
+    module, data, run = CausalLM(str(_base(options)), optimizer=optimizer), _texts(options)[1], _Run(seed)
+    every = {"val_check_interval": options.steps // VALIDATIONS, "limit_val_batches": VALIDATION_BATCHES}
+    trainer = _trainer(options, precision, run, **every)
     trainer.validate(module, datamodule=data, verbose=False)
     trainer.fit(module, datamodule=data)
-    assert options.steps <= trainer.num_training_batches, "less than an epoch: no text comes twice"
-    train = [round(loss, 5) for loss in torch.stack(losses.train).tolist()]
-    record = {"way": way, "seed": seed, "sizes": options.sizes, "train": train, "validation": losses.validation}
+    print(f"{way}, seed {seed}: {run.losses[0][1]} to {run.losses[-1][1]}", flush=True)
+    record = {"way": way, "seed": seed, "sizes": options.sizes, "validation": run.losses}
     return {**record, **provenance(), "machine": machine(torch.device(options.device))}
 
 
-def by_way(runs: Sequence[Record]) -> Iterator[tuple[str, list[Record]]]:
-    """The ways that there are, each with its runs in order of seeds."""
-    for way in WAYS:
-        if found := sorted((run for run in runs if run["way"] == way), key=lambda run: run["seed"]):
-            yield way, found
+# ---------------------------------------------------------------------- tables
 
 
-def summary(runs: Sequence[Record]) -> str:
+def summary(runs: list[Record]) -> str:
     """Last validation losses; what each way learnt of what fp32 learnt; and its distance from fp32, seed by seed."""
-    ends = {way: {run["seed"]: run["validation"][-1][1] for run in found} for way, found in by_way(runs)}
+    ends: dict[str, dict[int, float]] = defaultdict(dict)
+    for run in runs:
+        ends[run["way"]][run["seed"]] = run["validation"][-1][1]
     before, rows = runs[0]["validation"][0][1], []
     for way, end in ends.items():
         learnt = (before - statistics.fmean(end.values())) / (before - statistics.fmean(ends[FP32].values()))
@@ -224,31 +158,14 @@ def summary(runs: Sequence[Record]) -> str:
             "learnt of fp32's": f"{learnt:.3f}",
             "paired difference from fp32": ", ".join(f"{end[seed] - ends[FP32][seed]:+.5f}" for seed in end),
         })  # fmt: skip
-    return f"before: {before:.5f}\n{table(rows)}"
+    return f"before: {before:.5f}\n\n{table(rows)}"
 
 
-def draw(runs: Sequence[Record], path: Path) -> None:
-    """Validation losses of every run; and how far those of the ways that keep up are from the mean of fp32's seeds."""
-    import matplotlib.pyplot as plt
-
-    plt.rc("svg", fonttype="none", hashsalt="benchmarks")
-    fp32: defaultdict[int, list[float]] = defaultdict(list)
-    for step, loss in (point for run in runs if run["way"] == FP32 for point in run["validation"]):
-        fp32[step].append(loss)
-    figure, (losses, apart) = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
-    for colour, width, (way, found) in zip(
-        ("#bbbbbb", "#1f77b4", "#d62728"), (4, 1.2, 1.2), by_way(runs), strict=False
-    ):
-        for number, run in enumerate(found):
-            steps, values = zip(*run["validation"], strict=True)
-            losses.plot(steps, values, color=colour, linewidth=width, label=way if number == 0 else None)
-            if way != NEAREST:
-                differences = [value - statistics.fmean(fp32[step]) for step, value in run["validation"]]
-                apart.plot(steps, differences, color=colour, linewidth=width)
-    losses.set(title="validation loss, nats per token", xlabel="step")
-    apart.set(title="the same, minus the mean of fp32 masters", xlabel="step")
-    losses.legend()
-    figure.savefig(path, metadata={"Date": None})
+def by_step(runs: list[Record]) -> str:
+    """Validation losses of every run, nats per token."""
+    keys = [{"weights": run["way"], "seed": str(run["seed"])} for run in runs]
+    losses = [{str(step): f"{loss:.5f}" for step, loss in run["validation"]} for run in runs]
+    return table([key | found for key, found in zip(keys, losses, strict=True)])
 
 
 if __name__ == "__main__":

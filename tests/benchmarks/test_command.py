@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import records, tables, train
+from benchmarks import records, train
 from benchmarks.cells import Cell
 
 H200 = "NVIDIA H200"
@@ -160,7 +160,7 @@ def _records(cells: list[Cell]) -> list[dict[str, Any]]:
 def test_table_compares_with_the_best_peer_of_the_same_shape() -> None:
     trainers = ("transformers/fsdp2", "transformers/ep", "lightning_ep/ep=2")
     cells = [*map(_tiny, trainers), _tiny("transformers/ep", batch=4)]
-    text = "\n".join([*tables.overview(_records(cells)), records.runs(_records(cells))])
+    text = "\n".join([*records.overview(_records(cells)), records.runs(_records(cells))])
     assert "| lightning_ep/ep=2 | 2x16 | 300 (300 to 300) | 1.50 |" in text
     assert "| transformers/fsdp2 | 2x16 | 100 (100 to 100) | 0.50 |" in text
     assert "| transformers/ep | 4x16 | 400 (400 to 400) | 1.00 |" in text
@@ -169,16 +169,16 @@ def test_table_compares_with_the_best_peer_of_the_same_shape() -> None:
 
 def test_recompute_is_compared_with_as_much_recompute() -> None:
     trainers = ("transformers/fsdp2", "transformers/ep+full", "lightning_ep/ep=2", "lightning_ep/ep=2+full")
-    records = _records([_tiny(trainer) for trainer in trainers])
-    assert [tables.best_peer(record, records) for record in records[2:]] == [100, 200]
-    assert [tables.best_peer(record, records[1:]) for record in records[2:]] == [None, 200]
+    found = _records([_tiny(trainer) for trainer in trainers])
+    assert [records.best_peer(record, found) for record in found[2:]] == [100, 200]
+    assert [records.best_peer(record, found[1:]) for record in found[2:]] == [None, 200]
 
 
 def test_table_has_estimate_and_measurement_side_by_side() -> None:
     record = _records([_tiny("lightning_ep/ep=2", memory_cap_gib=76.0)])[0]
     record |= {"estimate_tokens_per_second": 80.0, "estimate_peak_gib": 60.0}
     record |= {"peak_allocated_gib": 66.25, "peak_reserved_gib": 70.0, "mfu": 0.4}
-    lines = tables.overview([record])[0].splitlines()
+    lines = records.overview([record])[0].splitlines()
     assert lines[2].startswith(
         "| trainer | per GPU | tokens/s per GPU | of estimate | MFU | peak GiB (reserved) | GiB, e"
     )
@@ -188,10 +188,10 @@ def test_table_has_estimate_and_measurement_side_by_side() -> None:
 
 
 def test_table_tells_steps_that_a_monitor_looks_at() -> None:
-    records = _records([_tiny("lightning_ep/ep=2", monitor=3), _tiny("lightning_ep/ep=2")])
-    for record in records:  # the warm-up has one step: these are the second to the seventh
+    found = _records([_tiny("lightning_ep/ep=2", monitor=3), _tiny("lightning_ep/ep=2")])
+    for record in found:  # the warm-up has one step: these are the second to the seventh
         record |= {"steps_ms": [1.0, 2.0, 1.0, 1.0, 4.0, 1.0]}
-    first, second = tables.overview(records)[0].splitlines()[4:]
+    first, second = records.overview(found)[0].splitlines()[4:]
     assert first.endswith("| 1.0 | 3.0 | 5.00 to 4.00 |")
     assert second.endswith("| 1.0 |  | 5.00 to 4.00 |")
 
@@ -200,7 +200,7 @@ def test_table_shows_kernels_by_kind() -> None:
     first, second = _records([_tiny("lightning_ep/ep=2"), _tiny("transformers/ep")])
     first |= {"by_kind": {"attention": 4.0, "grouped GEMM": 3.0}, "launches": 7}
     second |= {"by_kind": {"grouped GEMM": 5.0}, "launches": 9}
-    text = "\n".join(tables.overview([first, second]))
+    text = "\n".join(records.overview([first, second]))
     assert "| GPU ms of a step by kind of kernel (rank 0) | per GPU | attention | grouped GEMM | launches |" in text
     assert "| lightning_ep/ep=2 | 2x16 | 4.0 | 3.0 | 7 |" in text
     assert "| transformers/ep | 2x16 | 0.0 | 5.0 | 9 |" in text
@@ -209,12 +209,12 @@ def test_table_shows_kernels_by_kind() -> None:
 def test_comparison_pairs_turns_and_tells_what_failed() -> None:
     cells = [turn for batch in (2, 4) for turn in _tiny("lightning_ep/ep=2", batch=batch).in_turns("/old")]
     found = _records(cells)  # old 100, new 200, new 300, old 400; and so on
-    text = "\n".join(tables.comparison(found))
+    text = "\n".join(records.comparison(found))
     assert "**old is aaa, new is bbb; medians" in text
     # Medians of steps of both turns: 1 / (mean of 1/100 and 1/400), 1 / (mean of 1/200 and 1/300).
     assert "| lightning_ep/ep=2 | 2x16 | 160 (108 to 308) | 240 (207 to 286) | 1.500 | 2.000, 0.750 |" in text
     found[5] = {**found[5], "status": "failed", "error": "why"}
-    text = "\n".join(tables.comparison(found))
+    text = "\n".join(records.comparison(found))
     assert "| 4x16 |" not in text
     assert "- lightning_ep/ep=2 4x16, turn 1 with this tree: failed: `why`" in text
 
@@ -239,6 +239,18 @@ def test_a_record_says_which_commit_ran(tmp_path: Path, monkeypatch: pytest.Monk
     assert records.commit(tmp_path) == name
     (tmp_path / "more").write_text("")
     assert records.commit(tmp_path) == f"{name}+changes"
+
+
+def test_a_run_that_is_cut_has_kept_its_rows_once(tmp_path: Path) -> None:
+    path = tmp_path / "r.jsonl"
+    other = {"title": "other", "date": "2026-01-01", "rows": [{"stage": "save", "s": "1"}]}
+    run = {"title": "this", "date": "2026-01-02"}
+    records.publish(path, other)
+    records.publish(path, {**run, "rows": [{"stage": "save", "s": "2"}]})
+    page = records.publish(path, {**run, "rows": [{"stage": "save", "s": "2"}, {"stage": "load", "s": "3"}]})
+    assert [(record["title"], len(record["rows"])) for record in records.read(path)] == [("other", 1), ("this", 2)]
+    assert page.count("| save | 2 |") == page.count("| load | 3 |") == 1
+    assert path.with_suffix(".md").read_text() == page + "\n"
 
 
 def test_records_from_before_a_field_was_there_are_found(tmp_path: Path) -> None:

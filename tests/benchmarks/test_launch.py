@@ -12,7 +12,7 @@ import torch
 
 from benchmarks import measure
 from benchmarks.cells import SIZES, Cell
-from benchmarks.launch import estimates, mfu, run_cell
+from benchmarks.train import estimates, mfu, run_cell
 
 H200 = "NVIDIA H200"
 
@@ -119,7 +119,20 @@ def test_cells_of_a_node_have_estimates_and_none_is_hopeless(trainer: str) -> No
     assert estimates(Cell("transformers/fsdp2+full", 4, 4096, 8, layers=48), H200) == {}
 
 
+def test_what_takes_more_micro_batches_or_adapters_is_estimated_too() -> None:
+    plain, more = (Cell("lightning_ep/ep=2", 4, 4096, 2, layers=12, accumulate=n) for n in (1, 8))
+    rates = [estimates(cell, H200)["estimate_tokens_per_second"] for cell in (plain, more)]
+    assert rates[0] < rates[1]
+    adapters = [Cell("lightning_ep/ep=2+full", 4, 4096, 2, layers=48, lora=lora) for lora in ("attention,8", "all,8")]
+    assert len({estimates(cell, H200)["estimate_peak_gib"] for cell in adapters}) == 2
+
+
 def test_nothing_is_estimated_of_what_the_planner_does_not_know() -> None:
-    for trainer in ("lightning_ep/ep=2,tp=2", "lightning_ep/ep=3", "torchtitan/ep"):
-        assert estimates(Cell(trainer, 4, 4096, 2), H200) == {}
+    for cell in (
+        Cell("lightning_ep/ep=3", 4, 4096, 2),
+        Cell("torchtitan/ep", 4, 4096, 2),
+        Cell("lightning_ep/ep=2", 4, 4096, 2, data="chats"),
+        Cell("lightning_ep/ep=2", 4, 4096, 2, exchange="none"),
+    ):
+        assert estimates(cell, H200) == {}
     assert estimates(Cell("lightning_ep/ep=2", 4, 4096, 2), "CPU") == {}

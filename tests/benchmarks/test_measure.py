@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from benchmarks.cells import Cell
-from benchmarks.measure import Kernel, Meter, merge, quantile, summary
+from benchmarks.measure import Kernel, Meter, merge, summary
+from benchmarks.records import quantile
 
 CELL = Cell("lightning_ep/ep=2", 2, 16, 2, "tiny", 1, steps=3, warmup=1, device="cpu")
 

@@ -1,37 +1,23 @@
-"""Pictures and tables that programs make are those of today; pages and keys that are named exist."""
+"""Pictures that a program draws are those of today; pages and keys that are named exist."""
 
 from __future__ import annotations
 
-import importlib
 import re
 
-import pytest
-
-from benchmarks.resources import MEASURED, METHODS, PAGE, section
 from tests.docs.command_lines import why_not
-from tests.docs.pages import ROOT
+from tests.docs.pages import ROOT, extension
 
 
-def test_pictures_are_those_that_the_script_draws(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.syspath_prepend(ROOT / "docs/_ext")
-    for path, content in importlib.import_module("pictures").files().items():
+def test_pictures_are_those_that_the_script_draws() -> None:
+    for path, content in extension("pictures").files().items():
         assert path.read_text() == content, "python docs/_ext/pictures.py draws it"
 
 
-LONG = "All weights, 8 bytes per parameter", "LoRA of attention and experts, r=8"
-
-
-@pytest.mark.parametrize(
-    "method", [pytest.param(one, marks=pytest.mark.slow if one in LONG else ()) for one in METHODS]
-)
-def test_what_fits_where_is_what_the_planner_says(method: str) -> None:
-    assert section(method) in PAGE.read_text(), "python -m benchmarks.resources writes it"
-
-
-def test_what_is_bold_was_measured() -> None:
-    records = "".join(path.read_text() for path in (ROOT / "benchmarks/results").glob("*.md"))
-    for rate, gib in MEASURED.values():
-        assert re.search(rf"\| {rate:,}\b.*\| {gib}\b", records)
+def test_the_curves_are_those_of_the_record() -> None:
+    curves = extension("curves")
+    assert len(curves.curves()) == 9
+    assert curves.description() in curves.PICTURE.read_text(), "python docs/_ext/curves.py draws it"
+    assert f"({curves.PICTURE.name})" in (ROOT / "docs/operate/training.md").read_text()
 
 
 def test_pages_that_are_named_in_files_exist() -> None:
