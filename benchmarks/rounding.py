@@ -1,7 +1,7 @@
 """Loss curves of bf16 weights that are rounded stochastically, beside fp32 masters and bf16 rounded to the nearest.
 
     python -m benchmarks.rounding --sizes small
-    python -m benchmarks.rounding --sizes tiny --layers 2 --device cpu  # 10 minutes on 2 quiet cores
+    python -m benchmarks.rounding --sizes tiny --layers 2 --device cpu  # minutes
 
 A model is trained on the source code of the standard library with fp32 weights; then, from there, on that of
 transformers at a learning rate of 1e-5, for less than an epoch, in every way with every seed (the order of the data,
