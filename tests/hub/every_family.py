@@ -162,7 +162,7 @@ def shrunk(config: PreTrainedConfig) -> PreTrainedConfig:
             arguments[name] = shrunk(value)
         elif name in _SIZES and isinstance(value, int):
             arguments[name] = _SIZES[name]
-    return type(config)(**{**arguments, **_MORE.get(config.model_type, {})})
+    return type(config)(**{**arguments, **_MORE.get(config.model_type or type(config).__name__, {})})
 
 
 def auto_class_of(config: PreTrainedConfig) -> Any:
