@@ -35,7 +35,7 @@ from lightning_ep import transformers_adapter as adapter
 from lightning_ep.hub.export import export_sharded
 from lightning_ep.hub.initialize import materialize
 from tests.hub.every_family import FAMILIES, auto_class_of, tiny_config_of
-from tests.multimodal import IMAGES, image_batch, multimodal_model, text_batch
+from tests.multimodal import IMAGES, called, image_batch, multimodal_model, text_batch
 from tests.parity import as_peft
 from tests.ranks import RankFailure, device, run_ranks
 from tests.reference import grad_or_zero, relative_error
@@ -46,14 +46,14 @@ _TOLERANCE = 2e-5  # of fp32; linear attention makes more of a rounding than sof
 
 
 def _batch(family: str, model: nn.Module, seed: int) -> Inputs:
-    batch, known = text_batch(seed), inspect.signature(model.forward).parameters
+    batch, known = text_batch(seed), inspect.signature(called(model).forward).parameters
     return {key: value for key, value in batch.items() if key in known} | (
         {"use_cache": False} if "use_cache" in known or "kwargs" in known else {}
     )
 
 
 def _loss(model: nn.Module, batch: Inputs) -> Tensor:
-    output = model(**batch)
+    output = called(model)(**batch)
     loss = getattr(output, "loss", None)
     if loss is not None:
         return loss
@@ -328,7 +328,8 @@ def path_of(family: str) -> str:
     with torch.device("meta"):
         config = tiny_config_of(family)
         model = auto_class_of(config).from_config(config)
-    reasons = {adapter.why_not_fused(module) for module in adapter.experts_modules(model).values()}
+    models = adapter.called_models(model).values()
+    reasons = {adapter.why_not_fused(experts) for part in models for experts in adapter.experts_modules(part).values()}
     return "fused" if reasons == {None} else ", ".join(sorted(str(reason or "fused") for reason in reasons))
 
 
