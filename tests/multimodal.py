@@ -53,7 +53,8 @@ IMAGES: dict[str, Callable[[Any], Inputs]] = {
     "minimax_m3_vl": lambda c: _patches(c, 2),
     "mistral_large4": lambda c: {"pixel_values": _random(1, 3, 56, 56), "image_sizes": torch.tensor([[56, 56]])},
     "nemo_speechlm": lambda c: {
-        "input_features": _random(1, 32, 128), "input_features_mask": torch.ones(1, 32, dtype=torch.long),
+        "input_features": _random(1, 32, 128),
+        "input_features_mask": torch.ones(1, 32, dtype=torch.long),
     },
     "nemotron_h_omni": lambda c: {"pixel_values": _random(16, 588), "image_grid_hw": torch.tensor([[4, 4]])},
     "qwen3_5_moe": lambda c: _patches(c, 2),
