@@ -93,7 +93,7 @@ class TowerExperts:
         return args, {**kwargs, "hidden_states": self._meet(_Call(), kwargs["hidden_states"])}
 
     def _meet(self, mine: _Call, hidden: Tensor) -> Tensor:
-        """``hidden``, once the others' calls that come before ``mine`` are entered: a backward enters them behind it."""
+        """``hidden``, once what others call before ``mine`` is entered; a backward enters it behind ``hidden``."""
         while (first := self._first_of(mine)) != mine:
             hidden = hidden + self._enter(first, hidden.device).sum().to(hidden.dtype) * 0
         return hidden
