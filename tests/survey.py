@@ -491,9 +491,8 @@ def page(rows: dict[str, dict[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-_WHY = """In brackets is where a change is needed: in transformers, or here. Files are below `transformers/models/`, with
-lines of 5.23.0.
-"""
+_WHY = """In brackets is where a change is needed: in transformers, or here. Files are below `transformers/models/`, lines of 5.23.0.
+"""  # noqa: E501
 
 _HEAD = """# Which models work
 

@@ -80,9 +80,16 @@ class TowerExperts:
         context = expert_context(experts)
         trained = any(holder.get_parameter(name).requires_grad for holder, name in context.params)
         trains = torch.is_grad_enabled() and (trained or hidden.requires_grad or weights.requires_grad)
-        dtypes = [_DTYPES.index(tensor.dtype) for tensor in args]
-        leaves = trains and context.leave is not None
-        call = _Call(place + 1, hidden.shape[-1], ids.shape[-1], *dtypes, int(trains), int(leaves))
+        call = _Call(
+            experts=place + 1,
+            width=hidden.shape[-1],
+            top_k=ids.shape[-1],
+            hidden=_DTYPES.index(hidden.dtype),
+            ids=_DTYPES.index(ids.dtype),
+            weights=_DTYPES.index(weights.dtype),
+            trains=int(trains),
+            leaves=int(trains and context.leave is not None),
+        )
         return self._meet(call, hidden), ids, weights
 
     def _before_text(self, layer: nn.Module, args: Any, kwargs: Any) -> Any:

@@ -41,10 +41,10 @@ def test_with_experts_over_fsdp_and_copies(replicate: int) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(330)  # that of the ranks must come first
+@pytest.mark.timeout(630)  # that of the ranks must come first
 def test_compiled() -> None:
-    arguments = (FAMILY, TURNS[:3], "nothing", "none", 1, False, _STAYS, True)
-    assert_ranks_agree(2, trains_like_one_process, *arguments, timeout=300)
+    arguments = (FAMILY, TURNS[:1], "nothing", "none", 1, False, _STAYS, True)
+    assert_ranks_agree(2, trains_like_one_process, *arguments, timeout=600)
 
 
 def _image_and_video(plain: Any, seed: int) -> dict[str, torch.Tensor]:
