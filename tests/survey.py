@@ -1,9 +1,9 @@
 """What works with which family: every stage of its life on two ranks, against one process.
 
-Writes docs/reference/models.md.
+Writes docs/reference/models.md from tests/survey.jsonl, which keeps what was found.
 
-python -m tests.survey                      # all families, about half an hour on two cores; writes the page
-python -m tests.survey mixtral gpt_oss      # prints these rows
+python -m tests.survey mixtral gpt_oss --page docs/reference/models.md    # these rows anew
+python -m tests.survey --page docs/reference/models.md     # what the record lacks; of all families half an hour
 """
 
 from __future__ import annotations
@@ -15,8 +15,9 @@ import json
 import re
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from copy import deepcopy
+from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -27,7 +28,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
 from lightning_ep import LoRA, ParallelLayout, add_adapter, from_pretrained, parallelize, shard_sequence
@@ -35,25 +36,26 @@ from lightning_ep import transformers_adapter as adapter
 from lightning_ep.hub.export import export_sharded
 from lightning_ep.hub.initialize import materialize
 from tests.hub.every_family import FAMILIES, auto_class_of, tiny_config_of
-from tests.multimodal import IMAGES, image_batch, multimodal_model, text_batch
+from tests.multimodal import IMAGES, called, image_batch, multimodal_model, text_batch
 from tests.parity import as_peft
 from tests.ranks import RankFailure, device, run_ranks
 from tests.reference import grad_or_zero, relative_error
 
 Inputs = dict[str, Any]
 Change = Callable[[Any], Any]
+RECORD = Path(__file__).with_suffix(".jsonl")
 _TOLERANCE = 2e-5  # of fp32; linear attention makes more of a rounding than softmax does
 
 
 def _batch(family: str, model: nn.Module, seed: int) -> Inputs:
-    batch, known = text_batch(seed), inspect.signature(model.forward).parameters
+    batch, known = text_batch(seed), inspect.signature(called(model).forward).parameters
     return {key: value for key, value in batch.items() if key in known} | (
         {"use_cache": False} if "use_cache" in known or "kwargs" in known else {}
     )
 
 
 def _loss(model: nn.Module, batch: Inputs) -> Tensor:
-    output = model(**batch)
+    output = called(model)(**batch)
     loss = getattr(output, "loss", None)
     if loss is not None:
         return loss
@@ -328,45 +330,147 @@ def path_of(family: str) -> str:
     with torch.device("meta"):
         config = tiny_config_of(family)
         model = auto_class_of(config).from_config(config)
-    reasons = {adapter.why_not_fused(module) for module in adapter.experts_modules(model).values()}
+    models = adapter.called_models(model).values()
+    reasons = {adapter.why_not_fused(experts) for part in models for experts in adapter.experts_modules(part).values()}
     return "fused" if reasons == {None} else ", ".join(sorted(str(reason or "fused") for reason in reasons))
 
 
-# What of transformers a "no" comes from, by words of the message.
-_UPSTREAM = {
-    "were still running": "`Dots3NoteVisionMoE`: experts in a tower, whose exchanges only ranks with an image enter",
-    "no expert dimension": "`MuseSparkExperts` holds a norm that all its experts share (modeling_muse_spark.py)",
-    "are one parameter": "`_tied_weights_keys` ties the experts of encoder and decoder (modeling_diffusion_gemma.py)",
-    "layer_scalar is on the meta": "only the constructor of `DiffusionGemmaEncoderTextLayer` sets this buffer",
-    "belongs to no experts": "the tied experts, again",
-    "no tensor-parallel plan": "`base_model_tp_plan` of the family's configuration is empty, or names no attention",
-    "does not cover": "`base_model_tp_plan` leaves it out: a tower, or linear attention",
-    "has the style": "a style of transformers/distributed/tensor_parallel.py that `tensor_parallel/styles.py` lacks",
-    "no row-wise layer": "the tower's plan in `base_model_tp_plan`",
-    "splits the input of": "the plan's `o_proj` is of the softmax layers, and linear attention has one of that name",
-    "beside hidden states": "an argument of the decoder layer's `forward`",
-    "subclass of nn.Embedding": "the embedding scales what it gives, in a class of the family's own",
-    "inputs are no tokens": "the forward puts features in the places of tokens of the whole sequence",
-    "layers of the types": "`layer_types` of the configuration; only masks of softmax attention are known",
-    "attention interface": "the mixer calls no `ALL_ATTENTION_FUNCTIONS` (modeling file of the family)",
-    "is not causal": "`is_causal = False` in the attention of the family",
+@dataclass(frozen=True)
+class _Cause:
+    """Where a "no" comes from.
+
+    Attributes:
+        what: In words.
+        upstream: Whether transformers has to change first; else it is not done here.
+        file: Which file of a family says so: ``"model"``, or ``"config"`` (that of its text).
+        lines: The line there, as regular expressions, of which the first that is there counts.
+    """
+
+    what: str
+    upstream: bool
+    file: str
+    lines: tuple[str, ...]
+
+
+# By words of the message.
+_CAUSES = {
+    "no expert dimension": _Cause(
+        "a norm that all experts share is inside of them", False, "model", ("self.post_expert_norm =",)
+    ),
+    "are one parameter": _Cause(
+        "it ties the experts of encoder and decoder", True, "model", ("_tied_weights_keys = {",)
+    ),
+    "layer_scalar is on the meta": _Cause(
+        "only its constructor sets this buffer, no rule does", True, "model", (r"layer_scalar = nn\.Buffer",)
+    ),
+    "belongs to no experts": _Cause("the tied experts, again", True, "model", ("_tied_weights_keys = {",)),
+    "leave this parameter unset": _Cause(
+        "`_init_weights` has the thinker's router and not the talker's, which stays as its constructor leaves it",
+        True,
+        "model",
+        ("class Qwen3OmniMoeTalkerTextTopKRouter",),
+    ),
+    "no tensor-parallel plan": _Cause(
+        "`base_model_tp_plan` is missing, empty, or names no attention",
+        True,
+        "config",
+        ("base_model_tp_plan", "^class .*Config"),
+    ),
+    "does not cover": _Cause(
+        "`base_model_tp_plan` leaves it out: a tower, or linear attention", True, "config", ("base_model_tp_plan",)
+    ),
+    "inside of another module": _Cause(
+        "a whole model is declared to be one block", True, "model", ('^        "Qwen3OmniMoeTalkerCodePredictorModel',)
+    ),
+    "has the style": _Cause("`tensor_parallel/styles.py` lacks it", False, "config", ('"embedding_colwise"',)),
+    "splits the input of": _Cause(
+        "the plan's `o_proj` is of the softmax layers, and linear attention has one of that name",
+        True,
+        "config",
+        ('self_attn.o_proj"',),
+    ),
+    "beside hidden states": _Cause(
+        "an argument of the decoder layer's `forward`",
+        False,
+        "model",
+        (r"^        (moe_mm_token_type_ids|per_layer_input): ",),
+    ),
+    "inputs are no tokens": _Cause(
+        "the forward puts features in the places of tokens of the whole sequence",
+        False,
+        "model",
+        (r"inputs_embeds\.masked_scatter", "masked_scatter", r"inputs_embeds\[", "inputs_embeds = torch.where"),
+    ),
+    "layers of the types": _Cause(
+        "only masks of softmax attention are known",
+        False,
+        "config",
+        (r"self\.layer_types = ", r"^    layer_types", "layer_types"),
+    ),
+    "attention interface": _Cause(
+        "the mixer calls no `ALL_ATTENTION_FUNCTIONS`", False, "model", (r"^class \w*Mixer\(", r"^class \w*Attention\(")
+    ),
+    "is not causal": _Cause("only causal attention is split", False, "model", ("is_causal = False",)),
 }
 
 
-def _why(message: str) -> str:
+def _why(message: str) -> tuple[str, _Cause]:
     """The rule in a refusal, without what it says of one model and what to do instead, and where it comes from."""
     rule = re.sub(r"^\w+: ([ct]p=2 (does not fit|cannot serve) \S+ \(\S+\): )?", "", message)
     rule = re.split(r" Expert parallelism needs no such plan| Use cp=1|, of modules that|, so that? |\. ", rule)[0]
-    rule = re.sub(r"(?<![\w.'])(model|layers|encoder|decoder)(\.\w+)+", "a module", rule).rstrip(".")
-    reference = next((what for words, what in _UPSTREAM.items() if words in message), "not known")
-    return f"{rule}: {reference}"
+    rule = re.sub(r"(?<![\w.'])(model|layers|encoder|decoder|talker|code_predictor)(\.\w+)+", "a module", rule)
+    return rule.rstrip("."), next(cause for words, cause in _CAUSES.items() if words in message)
+
+
+def _line(family: str, cause: _Cause) -> str:
+    """The file of transformers and the line that a cause names, of one family."""
+    config = tiny_config_of(family)
+    model = auto_class_of(config)._model_mapping[type(config)]
+    owners = [type(config.get_text_config()), type(config)] if cause.file == "config" else [model]
+    for line in cause.lines:
+        for path in (Path(inspect.getfile(owner)) for owner in owners):
+            for number, text in enumerate(path.read_text().splitlines(), 1):
+                if re.search(line, text):
+                    return f"{path.parent.name}/{path.name}:{number}"
+    raise LookupError(f"{cause.lines} are in no file of {family}: {owners}")
+
+
+def _directories(family: str) -> set[str]:
+    """The directories of transformers whose plan for experts a family uses."""
+
+    def inside(config: Any) -> Iterator[str]:
+        if "ep_dispatch_experts" in (getattr(type(config), "base_model_ep_plan", None) or {}).values():
+            yield Path(inspect.getfile(type(config))).parent.name
+        for part in vars(config).values():
+            if isinstance(part, PreTrainedConfig):
+                yield from inside(part)
+
+    return set(inside(tiny_config_of(family)))
+
+
+def _summary(rows: dict[str, dict[str, Any]]) -> str:
+    """How many directories do all that is no split of attention."""
+    of, failing = {family: _directories(family) for family in rows}, dict[str, list[str]]()
+    for family, row in rows.items():
+        found = row["found"]
+        stages = [stage for stage in STAGES if found.get(stage) and stage not in ("tp", "cp")]
+        own = {where for where in of[family] if family.startswith(where)} or of[family]
+        for where in own if stages else ():
+            failing.setdefault(where, []).append(f"`{family}`: {', '.join(stages)}")
+    said = "; ".join(what for where in sorted(failing) for what in failing[where])
+    number = len(set().union(*of.values()))
+    return (
+        f"Of {number} directories of transformers with such a plan {number - len(failing)} pass every column but `tp` "
+        f"and `cp`, which split attention and are refused by name where it cannot be split. The others: {said}."
+    )
 
 
 def page(rows: dict[str, dict[str, Any]]) -> str:
     """docs/reference/models.md of what `survey` has found."""
     stages = list(STAGES)
-    lines = [_HEAD, f"| model type | {' | '.join(stages)} | experts |", f"|---|{'---|' * (len(stages) + 1)}"]
-    whys: dict[str, dict[str, list[str]]] = {}
+    lines = [_HEAD, _summary(rows), ""]
+    lines += [f"| model type | {' | '.join(stages)} | experts |", f"|---|{'---|' * (len(stages) + 1)}"]
+    whys: dict[tuple[str, _Cause], dict[str, list[str]]] = {}
     paths: dict[str, list[str]] = {}
     for family, row in rows.items():
         found = row["found"]
@@ -376,19 +480,25 @@ def page(rows: dict[str, dict[str, Any]]) -> str:
             whys.setdefault(_why(found[stage]), {}).setdefault(family, []).append(stage)
         if row["path"] != "fused":
             paths.setdefault(row["path"], []).append(f"`{family}`")
-    lines += ["", "## Why not", ""]
-    for why, families in whys.items():
+    lines += ["", "## Why not", "", _WHY]
+    for (rule, cause), families in whys.items():
         concerned = ", ".join(stage for stage in stages if any(stage in found for found in families.values()))
-        lines.append(f"- **{concerned}**: {why}. {', '.join(f'`{family}`' for family in families)}.")
+        whose = "transformers" if cause.upstream else "here"
+        where = ", ".join(f"`{family}` ({_line(family, cause)})" for family in families)
+        lines.append(f"- **{concerned}** ({whose}): {rule}: {cause.what}. {where}.")
     lines += ["", "## Why transformers' kernels", ""]
     lines += [f"- {why}: {', '.join(families)}." for why, families in sorted(paths.items())]
     return "\n".join(lines) + "\n"
 
 
+_WHY = """In brackets is where a change is needed: in transformers, or here. Files are below `transformers/models/`, lines of 5.23.0.
+"""  # noqa: E501
+
 _HEAD = """# Which models work
 
 Every model type with an expert-parallel plan that transformers 5.23 can build from a tiny configuration of its own class, on two
-ranks (gloo, `ep=2`), against one process. Written by `python -m tests.survey --page docs/reference/models.md`, which trains, saves and loads them;
+ranks (gloo, `ep=2`), against one process. Written by `python -m tests.survey --page docs/reference/models.md`, which trains, saves and loads them
+(`python -m tests.survey FAMILY --page docs/reference/models.md` does one anew; `tests/survey.jsonl` keeps what was found);
 `tests/test_every_family.py` compares these rows with what is so today (ten families, the others with `-m slow`).
 
 | | yes means |
@@ -409,21 +519,19 @@ A family with experts that is not here declares no plan: a [plan of one's own](.
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("families", nargs="*", default=FAMILIES)
-    parser.add_argument("--stages", nargs="*", help="only these")
-    parser.add_argument("--record", type=Path, default=Path("runs/survey.jsonl"), help="goes on with what it lacks")
+    parser.add_argument("families", nargs="*", help="these anew; default: all that the record lacks")
+    parser.add_argument("--stages", nargs="*", help="only these; others stay as the record has them")
+    parser.add_argument("--record", type=Path, default=RECORD, help="what was found, a line per family")
     parser.add_argument("--page", type=Path, help="is written from the record")
     arguments = parser.parse_args()
-    arguments.record.parent.mkdir(parents=True, exist_ok=True)
     lines = arguments.record.read_text().splitlines() if arguments.record.exists() else []
     rows = {row["family"]: row for row in map(json.loads, lines)}
-    for family in arguments.families:
-        if family in rows and arguments.page is not None:
-            continue
+    for family in arguments.families or [family for family in FAMILIES if family not in rows]:
         began, found = time.perf_counter(), survey(family, arguments.stages)
-        rows[family] = {"family": family, "path": path_of(family), "found": found}
-        with arguments.record.open("a") as record:
-            record.write(json.dumps(rows[family]) + "\n")
+        before = rows.get(family, {}).get("found", {}) if arguments.stages else {}
+        rows[family] = {"family": family, "path": path_of(family), "found": {**before, **found}}
+        known = {name: rows[name] for name in FAMILIES if name in rows}
+        arguments.record.write_text("".join(f"{json.dumps(row)}\n" for row in known.values()))
         no = {name: what for name, what in found.items() if what}
         seconds = time.perf_counter() - began
         print(f"{family}: {len(found) - len(no)} of {len(found)} ({seconds:.0f} s, {rows[family]['path']})", flush=True)

@@ -35,6 +35,7 @@ IN_PLACE = {"add", "append", "clear", "discard", "extend", "insert", "pop", "rem
 # What looks like such a change and is made to an object of ours: file, what is set, whose it is.
 OURS = [
     ("moe/idle_experts.py", {"leave"}, "an ExpertContext"),
+    ("moe/tower_experts.py", {"leave"}, "an ExpertContext"),
     ("adapters/lora.py", {"base_model_name_or_path", "revision"}, "a LoraConfig that it has made"),
     ("adapters/pretrained.py", {"inference_mode", "init_lora_weights"}, "a LoraConfig that it has read"),
     ("causal_lm.py", {"model"}, "a CausalLM"),

@@ -8,7 +8,6 @@ from functools import partial
 
 import torch
 import torch.distributed as dist
-from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
@@ -23,6 +22,7 @@ from lightning_ep.layout import Meshes
 from lightning_ep.moe.experts import expert_context, is_parallel_experts
 from lightning_ep.moe.idle_experts import EntersAll, blocks_apart
 from lightning_ep.moe.master_weights import ModelMasterWeights
+from lightning_ep.moe.tower_experts import TowerExperts
 
 # Up to this many parameters are gathered and reduced together: 320 MB in bf16, a millisecond between GPUs of a node.
 # FSDP's hooks take the host about 4 ms per group and step, more than the GPU needs for a layer of few tokens.
@@ -145,12 +145,6 @@ def shard_dense(model: PreTrainedModel, meshes: Meshes, mp_policy: MixedPrecisio
     for unit in towers:
         shard(unit)
     units += towers
-    if any(is_parallel_experts(child) for child in beside):
-        rank_zero_warn(
-            f"{adapter.model_class(model).__name__} has experts in a tower, and ranks exchange its tokens when it is "
-            "called. In every micro-batch either all ranks must have an image (a clip, a video), and equally often, or "
-            "none: else they wait for one another for ever."
-        )
     # Said explicitly: by default a root stays gathered until a backward comes to it. After validation none comes, and
     # an optimizer built then would get plain copies of its parameters and train nothing; nor does it come in steps
     # that freeze the model, and the next forward would use weights from before the optimizer step.
@@ -165,7 +159,9 @@ def shard_dense(model: PreTrainedModel, meshes: Meshes, mp_policy: MixedPrecisio
             adapter.keep_recording(child)
     if units:
         idle = [EntersAll(layer, found) for layer, found in blocks.items() if found]
-        OptionalParts(model, units, idle, embedding, mp_policy)
+        optional = OptionalParts(model, units, idle, embedding, mp_policy)
+        if any(map(is_parallel_experts, beside)):
+            TowerExperts(parts, text[0], optional.hosts)
         adapter.encode_in_forward(model)
 
 

@@ -44,6 +44,9 @@ class OptionalParts:
         layers: Layers that may leave out experts.
         embedding: The input embedding.
         mp_policy: The policy of the units.
+
+    Attributes:
+        hosts: All ranks, over their hosts.
     """
 
     def __init__(
@@ -61,7 +64,7 @@ class OptionalParts:
         self._layers = layers
         self._waiting = False
         # Over the hosts: what they say to one another would wait on a GPU for all that was launched before.
-        self._hosts = dist.group.WORLD if dist.get_backend() == "gloo" else dist.new_group(backend="gloo")
+        self.hosts = dist.group.WORLD if dist.get_backend() == "gloo" else dist.new_group(backend="gloo")
         for unit in units:
             fsdp.leave_alone(fsdp.state_of(unit[0]))
             for module in unit:
@@ -146,7 +149,7 @@ class OptionalParts:
         found += [[experts in layer.used for experts in layer.experts] for layer in self._layers]
         anywhere = torch.tensor([has for part in found for has in part], dtype=torch.uint8)
         if len(anywhere):
-            dist.all_reduce(anywhere, dist.ReduceOp.MAX, group=self._hosts)
+            dist.all_reduce(anywhere, dist.ReduceOp.MAX, group=self.hosts)
         of_any = [part.tolist() for part in anywhere.bool().split([len(part) for part in found])]
         for group, wanted in zip(self._agreed, of_any[: len(self._agreed)], strict=True):
             fsdp.add_gradients(group, wanted)

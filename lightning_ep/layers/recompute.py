@@ -80,7 +80,7 @@ def checkpoint_layer(
             # A graph break of its own, at which the layer's code really calls the router. It runs as it is: its few
             # kernels cost the host less than another graph.
             router.forward = torch.compiler.disable(router.forward)
-    for module in experts:
+    for module in experts if mode == "full" else ():
         expert_context(module).leave = left_to_checkpoint
     for module in (*routers, *experts):
         # What `nn.Module.compile` sets, too: called in place of the module and its hooks.
@@ -94,8 +94,7 @@ def checkpoint_layer(
         if not torch.is_grad_enabled():
             return forward(*args, **kwargs)
         function = functools.partial(forward, **_without_cache(kwargs, unfilled))
-        contexts = functools.partial(_contexts, mode)
-        return checkpoint(function, *args, use_reentrant=False, context_fn=contexts)
+        return checkpoint(function, *args, use_reentrant=False, context_fn=_contexts)
 
     layer.forward = checkpointed
 
@@ -123,13 +122,13 @@ def _refuse_unfilled(cache: Any, unfilled: WeakSet[Any]) -> None:
 
 
 def left_to_checkpoint(hidden: Tensor) -> Later | None:
-    """Leaves the hidden states of the experts that are running to the checkpoint around them, if it is a ``full`` one.
+    """Leaves the hidden states of the experts that are running to the checkpoint around them.
 
     Returns:
         What gives them back in backward, once; None where the experts must keep their tensors themselves.
     """
     active = _active.get()
-    return active.leave(hidden) if isinstance(active, _Recording) and active.mode == "full" else None
+    return active.leave(hidden) if isinstance(active, _Recording) else None
 
 
 @dataclass
@@ -198,8 +197,7 @@ class _Call:
 class _Recording:
     """The context of the first run: notes every call, and how much the layer saves."""
 
-    def __init__(self, mode: ActivationCheckpointing, calls: list[_Call]) -> None:
-        self.mode = mode
+    def __init__(self, calls: list[_Call]) -> None:
         self._calls = calls
         self._num_saved = 0
 
@@ -308,9 +306,9 @@ def _generator(device: torch.device) -> torch.Generator:
 _active: ContextVar[_Recording | _Replay | None] = ContextVar("lightning_ep_checkpoint", default=None)
 
 
-def _contexts(mode: ActivationCheckpointing) -> tuple[_Recording, _Replay]:
+def _contexts() -> tuple[_Recording, _Replay]:
     calls: list[_Call] = []
-    return _Recording(mode, calls), _Replay(calls)
+    return _Recording(calls), _Replay(calls)
 
 
 @torch.compiler.disable

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
 from lightning_ep.transformers_adapter.record import recall, remember
@@ -201,13 +202,18 @@ def wrap_deepstack(decoder: nn.Module, wrap: Callable[[Callable[..., Tensor]], C
 
 
 def attention_modules(model: PreTrainedModel) -> dict[str, nn.Module]:
-    """What mixes the tokens of a sequence in decoder layers, by name: what takes positions, masks or a cache."""
+    """What mixes the tokens of a sequence in decoder layers, by name: what takes positions, masks or a cache.
+
+    A family may declare a whole model to be one block (Qwen3-Omni's predictor of codes); its layers are no mixers.
+    """
     layers = set(decoder_layers(model))
     inside = {child for layer in layers for child in layer.modules()} - layers
     return {
         name: child
         for name, child in model.named_modules()
-        if child in inside and set(inspect.signature(child.forward).parameters) & _OF_SEQUENCES
+        if child in inside
+        and not isinstance(child, PreTrainedModel | GradientCheckpointingLayer)
+        and set(inspect.signature(child.forward).parameters) & _OF_SEQUENCES
     }
 
 

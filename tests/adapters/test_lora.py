@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from lightning_ep import CausalLM, LoRA, add_adapter, from_config, from_pretrained, parallelize
 from lightning_ep.hub.errors import CheckpointError
-from tests.hub.every_family import tiny_config_of
+from tests.hub.every_family import auto_class_of, tiny_config_of
 from tests.hub_files import full_state, layout, write_checkpoint
 from tests.parity import as_peft, lora_like_peft
 from tests.ranks import assert_ranks_agree, device
@@ -50,6 +50,15 @@ def test_attention_is_found_in_other_families(family: str) -> None:
         "deepseek_v3": {"q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj", "o_proj"},
     }
     assert adapted == expected[family]
+
+
+def test_a_model_that_a_family_declares_to_be_one_block_is_no_attention() -> None:
+    with torch.device("meta"):
+        config = tiny_config_of("qwen3_omni_moe")
+        model = add_adapter(auto_class_of(config).from_config(config), LoRA(experts=False))
+    adapted = {name.split(".lora_")[0] for name, param in model.named_parameters() if param.requires_grad}
+    assert "talker.code_predictor.model.layers.0.self_attn.q_proj" in adapted
+    assert not [name for name in adapted if ".mlp." in name]
 
 
 # ---------------------------------------------------------------------------------------------------- what is refused

@@ -18,10 +18,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM
 
+from lightning_ep import ParallelLayout, parallelize
 from lightning_ep.data.corpus import train_tokenizer
 from tests.docs.pages import block
 from tests.hub_files import write_checkpoint
-from tests.ranks import run_ranks
+from tests.ranks import assert_ranks_agree, device, run_ranks
 from tests.reference import relative_error
 from tests.tiny import loader
 
@@ -152,3 +153,26 @@ def test_strategies_by_name_and_by_class() -> None:
     exec(_replaced(block("docs/coming_from/lightning.md", "from lightning.pytorch"), ON_A_CPU), names)
     named = L.Trainer(strategy="ep", devices=1, accelerator="cpu")
     assert type(named.strategy) is type(names["trainer"].strategy)
+
+
+def _saved_by_hand(root: Path) -> list[str]:
+    os.chdir(root)
+    model = AutoModelForCausalLM.from_pretrained("tiny")
+    parallelize(model, ParallelLayout.resolve(2, 1, 2, 2), device())
+    if dist.get_rank() == 0:
+        torch.save(model.state_dict(), "shards.pt")
+    exec(block("docs/operate/checkpoints.md", "import torch\nimport torch.distributed"), {"model": model})
+    return []
+
+
+def test_whole_weights_are_gathered_for_torch_save(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path / "tiny")
+    assert_ranks_agree(2, _saved_by_hand, tmp_path)
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "tiny")
+    whole, expected = torch.load(tmp_path / "weights.pt"), plain.state_dict()
+    assert whole.keys() == expected.keys()
+    assert all(torch.equal(whole[name], value) for name, value in expected.items())
+    with pytest.raises(
+        RuntimeError, match=r"got mixed torch\.Tensor and DTensor"
+    ):  # the page says what comes otherwise
+        plain.load_state_dict(torch.load(tmp_path / "shards.pt"))
