@@ -112,7 +112,7 @@ class GradeAnswers(OfValidations):
         if len(getattr(trainer.datamodule, "placeholders", ())):  # type: ignore[attr-defined]
             raise ValueError(
                 f"GradeAnswers asks with texts alone, and the questions of {type(trainer.datamodule).__name__} have "  # type: ignore[attr-defined]
-                "images in them. Leave it out: val/loss is what there is of these data."
+                "images or sound in them. Leave it out: val/loss is what there is of these data."
             )
         try:
             _values(self._metric(), ["an answer"], ["the answer"])
