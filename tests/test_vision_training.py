@@ -157,7 +157,11 @@ def trains_like_transformers(
     frozen, (gradients, weights) = results[0][3], results[0][2]
     losses, plain_gradients, plain_weights = _plain(checkpoint, rows, seen, frozen, plain_inputs)
     pairs = [(f"loss {i}", *pair) for i, pair in enumerate(zip(results[0][1], losses, strict=True))]
-    for step, (ours, plain) in enumerate(zip(gradients, plain_gradients, strict=True)):
+    first = next(step for step, has in enumerate(zip(*of_ranks, strict=True)) if any(has))
+    # In bf16 none behind the first with an image or a clip: routers on their ways apart send tokens elsewhere.
+    compared = STEPS if tolerance <= 1e-3 else first + 1
+    assert len(gradients) == len(plain_gradients) == STEPS
+    for step, (ours, plain) in enumerate(zip(gradients[:compared], plain_gradients, strict=False)):
         assert set(ours) == set(plain), step
         pairs += [(f"gradient {step} of {name}", ours[name], plain[name]) for name in plain if not vanishes(name)]
     pairs += [(f"weight of {name}", weights[name], plain) for name, plain in plain_weights.items()]

@@ -58,7 +58,7 @@ class Medium(ABC):
 
     def looked_at(self) -> Self:
         """With its size; raises as `decoded`."""
-        return replace(self, size=self._size_of(self._read()))
+        return replace(self, size=self.size_of(self._read()))
 
     def decoded(self) -> Any:
         """What is in the file.
@@ -67,9 +67,9 @@ class Medium(ABC):
             MalformedRow: If there is no such file, it cannot be read, or is of another size than it was.
         """
         found = self._read()
-        if self.size is not None and (size := self._size_of(found)) != self.size:
+        if self.size is not None and (size := self.size_of(found)) != self.size:
             raise MalformedRow(
-                f"{self.where}: {self.path} has {self._said(size)}, and had {self._said(self.size)} when the data was "
+                f"{self.where}: {self.path} has {self.said(size)}, and had {self.said(self.size)} when the data was "
                 "prepared: prepare it in another `cache_dir`."
             )
         return found
@@ -77,7 +77,7 @@ class Medium(ABC):
     def _read(self) -> Any:
         try:
             with open(self.path, "rb") if self.path is not None else io.BytesIO(self.data or b"") as file:
-                return self._decode(file)
+                return self.decode(file)
         except FileNotFoundError as error:
             raise MalformedRow(f"{self.where}: there is no file {self.path}.") from error
         except OSError as error:  # a directory, or nothing that we may read
@@ -88,13 +88,16 @@ class Medium(ABC):
         return self.path or f"{len(self.data or b''):,} bytes"
 
     @abstractmethod
-    def _decode(self, file: BinaryIO) -> Any: ...
+    def decode(self, file: BinaryIO) -> Any:
+        """What is in an open file; raises MalformedRow."""
 
     @abstractmethod
-    def _size_of(self, decoded: Any) -> tuple[int, int]: ...
+    def size_of(self, decoded: Any) -> tuple[int, int]:
+        """The size of what `decode` returned."""
 
     @abstractmethod
-    def _said(self, size: tuple[int, int]) -> str: ...
+    def said(self, size: tuple[int, int]) -> str:
+        """A size in words, with its unit."""
 
 
 class Image(Medium):
@@ -103,7 +106,7 @@ class Image(Medium):
     kind = "image"
 
     @override
-    def _decode(self, file: BinaryIO) -> Picture:
+    def decode(self, file: BinaryIO) -> Picture:
         import PIL.Image
         import PIL.ImageOps
 
@@ -115,11 +118,11 @@ class Image(Medium):
             raise MalformedRow(f"{self.where}: {self._name} cannot be decoded as an image: {error}") from error
 
     @override
-    def _size_of(self, decoded: Picture) -> tuple[int, int]:
+    def size_of(self, decoded: Picture) -> tuple[int, int]:
         return decoded.size
 
     @override
-    def _said(self, size: tuple[int, int]) -> str:
+    def said(self, size: tuple[int, int]) -> str:
         return " x ".join(map(str, size)) + " pixels"
 
 
@@ -154,7 +157,7 @@ class Clip(Medium):
         return math.ceil(samples * rate / own)
 
     @override
-    def _decode(self, file: BinaryIO) -> tuple[np.ndarray, int]:
+    def decode(self, file: BinaryIO) -> tuple[np.ndarray, int]:
         if find_spec("soundfile") is None:
             raise ModuleNotFoundError(f"{self.where}: sound is read with soundfile: pip install 'lightning-ep[audio]'.")
         import soundfile
@@ -178,11 +181,11 @@ class Clip(Medium):
         return np.ascontiguousarray(samples_SC.T.mean(axis=0)), rate
 
     @override
-    def _size_of(self, decoded: tuple[np.ndarray, int]) -> tuple[int, int]:
+    def size_of(self, decoded: tuple[np.ndarray, int]) -> tuple[int, int]:
         return len(decoded[0]), decoded[1]
 
     @override
-    def _said(self, size: tuple[int, int]) -> str:
+    def said(self, size: tuple[int, int]) -> str:
         return f"{size[0]:,} samples ({size[1]:,} per second)"
 
 

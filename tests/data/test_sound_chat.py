@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import base64
+import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +13,21 @@ import pytest
 import soundfile
 import torch
 from datasets import Audio, Dataset, Features, List, Value
+from jsonargparse import ArgumentParser
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from transformers import AutoModelForMultimodalLM, AutoTokenizer
+from transformers import (
+    AutoModelForMultimodalLM,
+    AutoTokenizer,
+    Qwen3OmniMoeConfig,
+    Qwen3OmniMoeForConditionalGeneration,
+    Qwen3OmniMoeThinkerForConditionalGeneration,
+)
 from transformers.audio_utils import load_audio
 
 from lightning_ep import CausalLM
-from lightning_ep.data import media
+from lightning_ep import transformers_adapter as adapter
+from lightning_ep.data import VisionChatDataModule, media, vision_chat
 from lightning_ep.data.conversations import MalformedRow
 from lightning_ep.data.media import Clip
 from lightning_ep.data.preview import preview
@@ -29,9 +39,11 @@ from lightning_ep.transformers_adapter import (
     load_processor,
     use_bounds_of_documents,
 )
+from tests.data.test_chat import fitted
 from tests.data.test_vision_chat import data, documents, prepared
+from tests.docs.pages import blocks
 from tests.reference import relative_error
-from tests.sound import RATE, clip, heard, plain_inputs, write_thinker_checkpoint
+from tests.sound import RATE, clip, heard, plain_inputs, thinker_config, write_thinker_checkpoint
 from tests.vision import picture, summed_plain_loss, vanishes, write_rows, write_vision_checkpoint
 
 MEDIA = ("pixel_values", "image_grid_thw", "input_features", "feature_attention_mask")
@@ -57,20 +69,21 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     clip(path / "short.wav", 0.6, 4)
     picture(path / "wide.png", (40, 24))
     picture(path / "square.png", (24, 24), 1)
+    picture(path / "tall.png", (20, 70), 2)
     return path
 
 
 def chats(folder: Path) -> list[list[dict[str, Any]]]:
     """One clip, several, none, with images, in later turns, of several formats and rates."""
     one, two, long, other = (folder / name for name in ("one.wav", "two.flac", "long.wav", "other.wav"))
-    wide, square = folder / "wide.png", folder / "square.png"
+    wide, square, tall = (folder / name for name in ("wide.png", "square.png", "tall.png"))
     later = [*heard(wide, "What is it?", answer="A dog."), *heard("And this? ", other, square, answer="Its bark.")]
     return [
         heard(one, "What is it?"),
         heard("Compare ", two, " and ", one, "!", answer="The first is longer."),
         heard("Hello there.", answer="Hi! How are you?"),
         later,
-        [{"role": "system", "content": "Be brief."}, *heard(one, square, two, "Equal?", answer="No.")],
+        [{"role": "system", "content": "Be brief."}, *heard(one, tall, two, "Equal?", answer="No.")],
         heard(long, "And this?", answer="A long one."),
         heard(square, "What is it?", answer="A square."),
     ]
@@ -90,7 +103,7 @@ def test_every_document_is_what_transformers_makes_of_it_alone(
 ) -> None:
     rows = chats(folder)
     source = write_rows(tmp_path / "rows.jsonl", rows)
-    (batch,) = prepared(source, checkpoint, tmp_path, sequence_length=300, batch_size=2).train_dataloader()
+    (batch,) = prepared(source, checkpoint, tmp_path, sequence_length=512, batch_size=2).train_dataloader()
     assert len(batch["input_ids"]) == 2
     model = AutoModelForMultimodalLM.from_pretrained(checkpoint)
     alone, found = one_by_one(rows, processor), list(documents(batch))
@@ -372,10 +385,23 @@ def test_what_is_not_installed_is_named(
         data(source, checkpoint, tmp_path, malformed="skip").prepare_data()
 
 
-def test_workers_make_the_same_batches(checkpoint: Path, folder: Path, tmp_path: Path) -> None:
+def test_workers_prepare_and_make_the_same_batches(
+    checkpoint: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(vision_chat, "_ROWS_PER_TASK", 2)
     source = write_rows(tmp_path / "rows.jsonl", chats(folder))
     none, two = (
-        list(prepared(source, checkpoint, tmp_path, num_workers=workers).train_dataloader()) for workers in (0, 2)
+        list(
+            prepared(
+                source,
+                checkpoint,
+                tmp_path,
+                num_workers=number,
+                num_proc=max(number, 1),
+                cache_dir=str(tmp_path / str(number)),
+            ).train_dataloader()
+        )
+        for number in (0, 2)
     )
     assert sum("input_features" in batch for batch in none) > 1
     for one, other in zip(none, two, strict=True):
@@ -388,3 +414,58 @@ def test_a_preview_shows_a_clip_as_its_length(checkpoint: Path, folder: Path, tm
     module.trains = CausalLM(str(checkpoint))
     shown = "\n".join(preview(module, colour=False))
     assert "<|audio_start|><|audio_pad|> x 13<|audio_end|>What is it?<|im_end|>" in shown
+
+
+def test_the_thinker_comes_out_of_the_whole_model(checkpoint: Path, folder: Path, tmp_path: Path) -> None:
+    config = Qwen3OmniMoeConfig(thinker_config=thinker_config().to_dict(), enable_audio_output=False)
+    whole = Qwen3OmniMoeForConditionalGeneration(config)
+    whole.save_pretrained(tmp_path / "whole")
+    mine = tmp_path / "mine"
+    shutil.copytree(checkpoint, mine, ignore=shutil.ignore_patterns("*.safetensors*", "config.json"))
+    Qwen3OmniMoeThinkerForConditionalGeneration.from_pretrained(tmp_path / "whole", dtype="auto").save_pretrained(mine)
+    module = CausalLM(str(mine), optimizer=partial(torch.optim.SGD, lr=0.1))
+    source = write_rows(tmp_path / "rows.jsonl", chats(folder)[:1])
+    fitted(module, data(source, mine, tmp_path, tokenizer=None), tmp_path)
+    params = dict(module.model.named_parameters())
+    for name, param in whole.thinker.named_parameters():
+        trained = not name.startswith(("model.visual.", "model.audio_tower.")) or adapter.projects(name.split(".")[2])
+        assert params[name].requires_grad == trained, name
+        assert trained or torch.equal(params[name].full_tensor(), param), name
+    changed = params["model.audio_tower.proj2.weight"].full_tensor()
+    assert not torch.equal(changed, whole.thinker.model.audio_tower.proj2.weight)
+
+
+def test_the_page_says_how_sound_is_given_and_what_trains(
+    checkpoint: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    mine = test_the_page_says_how_sound_is_given_and_what_trains.__name__
+    rows, shown, settings, tower = (b.text for b in blocks("docs/start/images.md") if b.by.endswith(f"::{mine}"))
+    (tmp_path / "my_chats.jsonl").write_text(rows)
+    clip(tmp_path / "bark.wav", 2.0, rate=44_100, channels=2)
+    picture(tmp_path / "dog.png", (40, 24))
+    parser = ArgumentParser()
+    parser.add_subclass_arguments(CausalLM, "model")
+    parser.add_subclass_arguments(VisionChatDataModule, "data")
+    built = parser.instantiate(parser.parse_string(settings))
+    assert built.model._freeze == ["model.visual", "model.audio_tower"]
+    module = built.data
+    small = {"source": str(tmp_path / "my_chats.jsonl"), "cache_dir": str(tmp_path / "cache"), "num_proc": 1}
+    small |= {"validation_fraction": 0.0, "sequence_length": 128, "batch_size": 1, "num_workers": 0}
+    for name, value in small.items():
+        setattr(module, name, value)
+    module.trains = CausalLM(str(checkpoint))
+    assert shown.rstrip() in "\n".join(preview(module, colour=False))
+    module.prepare_data()
+    module.setup("fit")
+    windows = [module.train_dataset[index] for index in range(len(module.train_dataset))]
+    clips = frames_of({name: [window[name] for window in windows] for name in MEDIA[2:]})
+    assert len(clips) == 4
+    assert all(torch.equal(one, clips[0]) for one in clips)
+    with caplog.at_level("INFO"):
+        fitted(CausalLM(str(checkpoint)), module, tmp_path, enable_model_summary=True)
+    assert " ".join(tower.split()) in " ".join(caplog.text.split())
+    frozen = CausalLM(str(checkpoint), freeze=built.model._freeze)
+    fitted(frozen, module, tmp_path)
+    kept = {name for name, param in frozen.model.named_parameters() if not param.requires_grad}
+    towers = ("model.visual.", "model.audio_tower.")
+    assert kept == {name for name, _ in frozen.model.named_parameters() if name.startswith(towers)}

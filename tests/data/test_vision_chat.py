@@ -356,6 +356,7 @@ def test_the_page_says_what_can_be_read_and_what_a_preview_shows(
     checkpoint: Path, folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     page = (REPOSITORY / "docs" / "start" / "images.md").read_text()
+    page = page[: page.index("## Sound")]
     blocks = dict(re.findall(r"```(json|yaml|)\n(.*?)```", page[: page.index("## Training")], re.S))
     (tmp_path / "my_chats.jsonl").write_text(blocks["json"])
     picture(tmp_path / "cat.png", (40, 24))
