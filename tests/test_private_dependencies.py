@@ -203,6 +203,7 @@ UNDOCUMENTED = [
     "transformers:ProcessorMixin.check_argument_for_proper_class",
     "transformers:ProcessorMixin.create_mm_token_type_ids",
     "transformers:ProcessorMixin.get_attributes",
+    "transformers:ProcessorMixin.replace_audio_token",
     "transformers:ProcessorMixin.replace_image_token",
     "transformers:Qwen3VLMoeModel.get_rope_index",
     "transformers:Qwen3OmniMoeThinkerForConditionalGeneration.get_rope_index",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from tests.vision import (
     picture,
     plain_inputs,
     summed_plain_loss,
+    vanishes,
     vision_config,
     vision_model,
     write_rows,
@@ -33,16 +35,17 @@ from tests.vision import (
 )
 
 LR, STEPS = 0.02, 3
+PlainInputs = Callable[[list[dict[str, Any]], Any], dict[str, Tensor]]
 
 
 class Watched(CausalLM):
-    """CausalLM that keeps the tokens of every batch, and whether it had an image."""
+    """CausalLM that keeps the tokens of every batch, and whether it had an image (a clip)."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.seen: list[tuple[list[list[int]], bool]] = []
         self.losses: list[Tensor] = []
-        self.gradients: dict[str, Tensor] = {}
+        self.gradients: list[dict[str, Tensor]] = []
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         places = batch["position_ids"]
@@ -51,13 +54,12 @@ class Watched(CausalLM):
             for row, place in zip(batch["input_ids"], places[0] if places.ndim == 3 else places, strict=True)
             for begin, end in documents_in(place)
         ]
-        self.seen.append((rows, "pixel_values" in batch))
+        self.seen.append((rows, not {"pixel_values", "input_features"}.isdisjoint(batch)))
         return super().training_step(batch, batch_idx)
 
     def on_before_optimizer_step(self, optimizer: Any) -> None:
-        if not self.gradients:
-            pairs = self.model.named_parameters()  # type: ignore[union-attr]
-            self.gradients = {n: p.grad.full_tensor().clone() for n, p in pairs if p.grad is not None}
+        pairs = self.model.named_parameters()  # type: ignore[union-attr]
+        self.gradients.append({n: p.grad.full_tensor().clone() for n, p in pairs if p.grad is not None})
 
     def log_step(self, optimizer: Any) -> None:
         assert self._train_loss is not None
@@ -105,7 +107,7 @@ def _fit(checkpoint: Path, source: Path, path: Path, options: dict[str, Any], st
     return module.seen, module.losses, (module.gradients, weights) if rank == 0 else None, frozen
 
 
-def _plain(checkpoint: Path, rows: list[Any], seen: list[Any], frozen: set[str]) -> Any:
+def _plain(checkpoint: Path, rows: list[Any], seen: list[Any], frozen: set[str], plain_inputs: PlainInputs) -> Any:
     """The same steps on one process, a conversation at a time, by transformers alone."""
     processor = load_processor(checkpoint, AutoTokenizer.from_pretrained(checkpoint))
     alone = {tuple(inputs["input_ids"][0].tolist()): inputs for row in rows if (inputs := plain_inputs(row, processor))}
@@ -114,37 +116,54 @@ def _plain(checkpoint: Path, rows: list[Any], seen: list[Any], frozen: set[str])
         param.requires_grad_(name not in frozen)
     optimizer = torch.optim.SGD(model.parameters(), lr=LR)
     losses: list[Tensor] = []
-    gradients: dict[str, Tensor] = {}
+    gradients: list[dict[str, Tensor]] = []
     for step in range(STEPS):
         rows_of_step = [tuple(row) for of_rank in seen for row in of_rank[step][0]]  # with padding, or of nothing else
         found = [alone[key] for row in rows_of_step for key in alone if row[: len(key)] == key]
         tokens = sum(int((inputs["labels"] != -100).sum()) for inputs in found)
         loss = torch.stack([summed_plain_loss(model, inputs) for inputs in found]).sum() / tokens
         loss.backward()
-        gradients = gradients or {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+        gradients.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
         optimizer.step()
         optimizer.zero_grad()
         losses.append(loss.detach())
     return losses, gradients, {name: param.detach() for name, param in model.named_parameters()}
 
 
-def _trains_like_transformers(
-    tmp_path: Path, family: str, tolerance: float = 1e-5, data_ranks: int = 2, strategy: Any = None, **options: Any
-) -> list[str]:
+def _trains_like_transformers(tmp_path: Path, family: str, *args: Any, **options: Any) -> list[str]:
     checkpoint = write_vision_checkpoint(tmp_path / "tiny", family)
     rows = conversations(tmp_path / "pictures")
+    return trains_like_transformers(tmp_path, checkpoint, rows, plain_inputs, *args, **options)
+
+
+def trains_like_transformers(
+    tmp_path: Path,
+    checkpoint: Path,
+    rows: list[Any],
+    plain_inputs: PlainInputs,
+    tolerance: float = 1e-5,
+    data_ranks: int = 2,
+    strategy: Any = None,
+    **options: Any,
+) -> list[str]:
+    """What is wrong with a run on two ranks, of which one alone has an image or a clip in some steps."""
     source = write_rows(tmp_path / "rows.jsonl", rows)
     given = (checkpoint, source, tmp_path, options, strategy or {"ep": 2})
     results = run_ranks(2, _fit, *given, init_process_group=False, timeout=100)
     seen = [result[0] for result in results][:data_ranks]
     of_ranks = [[has for _, has in of_rank] for of_rank in seen]
     alone = data_ranks == 1 or any(one != other for one, other in zip(*of_ranks, strict=True))
-    assert alone, "no step has an image on one rank alone"
+    assert alone, "no step has an image or a clip on one rank alone"
     frozen, (gradients, weights) = results[0][3], results[0][2]
-    losses, plain_gradients, plain_weights = _plain(checkpoint, rows, seen, frozen)
-    assert set(gradients) == set(plain_gradients)
+    losses, plain_gradients, plain_weights = _plain(checkpoint, rows, seen, frozen, plain_inputs)
     pairs = [(f"loss {i}", *pair) for i, pair in enumerate(zip(results[0][1], losses, strict=True))]
-    pairs += [(f"gradient of {name}", gradients[name], plain) for name, plain in plain_gradients.items()]
+    first = next(step for step, has in enumerate(zip(*of_ranks, strict=True)) if any(has))
+    # In bf16 none behind the first with an image or a clip: routers on their ways apart send tokens elsewhere.
+    compared = STEPS if tolerance <= 1e-3 else first + 1
+    assert len(gradients) == len(plain_gradients) == STEPS
+    for step, (ours, plain) in enumerate(zip(gradients[:compared], plain_gradients, strict=False)):
+        assert set(ours) == set(plain), step
+        pairs += [(f"gradient {step} of {name}", ours[name], plain[name]) for name in plain if not vanishes(name)]
     pairs += [(f"weight of {name}", weights[name], plain) for name, plain in plain_weights.items()]
     # What comes out is what transformers loads, with the processor.
     exported = dict(AutoModelForImageTextToText.from_pretrained(tmp_path / "export").named_parameters())

@@ -114,14 +114,19 @@ def plain_inputs(messages: list[dict[str, Any]], processor: Any) -> dict[str, to
     ]
     text = processor.tokenizer.apply_chat_template(bare, tokenize=False)
     inputs = dict(processor(images=pictures or None, text=[text], return_tensors="pt"))
-    ids = inputs["input_ids"][0].tolist()
-    header, end = (processor.tokenizer(t)["input_ids"] for t in ("<|im_start|>assistant\n", "<|im_end|>"))
+    return {**inputs, "labels": labels_of(inputs["input_ids"], processor.tokenizer)}
+
+
+def labels_of(input_ids: torch.Tensor, tokenizer: Any) -> torch.Tensor:
+    """``[1, L]``: what the assistant says of a conversation, and -100."""
+    ids = input_ids[0].tolist()
+    header, end = (tokenizer(text)["input_ids"] for text in ("<|im_start|>assistant\n", "<|im_end|>"))
     labels = [-100] * len(ids)
     for place in range(len(ids)):
         if ids[place - len(header) : place] == header:
             last = ids.index(end[0], place)
             labels[place : last + 1] = ids[place : last + 1]
-    return {**inputs, "labels": torch.tensor([labels])}
+    return torch.tensor([labels])
 
 
 def summed_plain_loss(model: PreTrainedModel, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -129,3 +134,8 @@ def summed_plain_loss(model: PreTrainedModel, inputs: dict[str, torch.Tensor]) -
     given = {name: value for name, value in inputs.items() if name != "labels"}
     logits = model(**given, use_cache=False).logits[0, :-1].float()
     return torch.nn.functional.cross_entropy(logits, inputs["labels"][0, 1:], ignore_index=-100, reduction="sum")
+
+
+def vanishes(name: str) -> bool:
+    """Whether a gradient is rounding alone: what is added to all keys of a tower for sound moves nothing."""
+    return "audio_tower" in name and name.endswith("k_proj.bias")

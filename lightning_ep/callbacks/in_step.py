@@ -73,8 +73,8 @@ def refuse_placeholders(name: str, trainer: Trainer) -> None:
     datamodule = getattr(trainer, "datamodule", None)
     if len(getattr(datamodule, "placeholders", ())):
         raise ValueError(
-            f"{name} asks with texts alone, and the questions of {type(datamodule).__name__} have images in them. "
-            "Leave it out: val/loss is what there is of these data."
+            f"{name} asks with texts alone, and the questions of {type(datamodule).__name__} have images or sound in "
+            "them. Leave it out: val/loss is what there is of these data."
         )
 
 

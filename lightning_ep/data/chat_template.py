@@ -54,13 +54,13 @@ class Rendered(NamedTuple):
         text: What is tokenized, without more special tokens.
         spans: Character ranges to be learnt, ascending.
         notes: How many turns are not learnt, by reason.
-        images: What the places for images in the text stand for, in order.
+        media: What the places for images and clips in the text stand for, in order.
     """
 
     text: str
     spans: list[Span]
     notes: Counter[str]
-    images: Sequence[Any] = ()
+    media: Sequence[Any] = ()
 
 
 class ChatTemplate:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from lightning_ep.data.images import Image, ImageWriter
+from lightning_ep.data.media import MediaWriter, Medium
 from lightning_ep.data.windows import Sample
 
 
@@ -18,19 +18,19 @@ class DocumentFiles:
 
     Args:
         scratch: A directory that is removed once they are in windows.
-        directory: Where their images stay, if they have any.
+        directory: Where their images and clips stay, if they have any.
     """
 
     def __init__(self, scratch: Path, directory: Path) -> None:
         self._paths = scratch / "tokens", scratch / "supervised"
-        self._images = ImageWriter(directory)
+        self._media = MediaWriter(directory)
         none = np.zeros(0, np.int64)
         self._lengths, self._parts, self._numbers = [none], [none], [none]
 
     def __enter__(self) -> DocumentFiles:
         with ExitStack() as stack:
             self._files = [stack.enter_context(path.open("wb")) for path in self._paths]
-            stack.enter_context(self._images)
+            stack.enter_context(self._media)
             self._open = stack.pop_all()
         return self
 
@@ -42,14 +42,14 @@ class DocumentFiles:
         tokens: np.ndarray,
         supervised: np.ndarray,
         lengths: np.ndarray,
-        images: Sequence[Image],
+        media: Sequence[Medium],
         numbers: np.ndarray,
         part: int,
     ) -> None:
         """Adds documents of one part; for the others see `Documents`."""
         for file, values in zip(self._files, (tokens, supervised), strict=True):
             file.write(values.tobytes())
-        self._images.add(images)
+        self._media.add(media)
         self._lengths.append(lengths)
         self._parts.append(np.full(len(lengths), part))
         self._numbers.append(numbers)
@@ -72,7 +72,7 @@ class Documents:
         supervised: bool, of each token.
         lengths: int64, of each document.
         parts: int64, the number of each document's part.
-        numbers: int64, how many images each document has.
+        numbers: int64, how many images and clips each document has.
     """
 
     tokens: np.ndarray
@@ -83,20 +83,20 @@ class Documents:
 
     def __post_init__(self) -> None:
         self._ends = np.cumsum(self.lengths)
-        self._image_ends = np.cumsum(self.numbers)
+        self._media_ends = np.cumsum(self.numbers)
 
     def __getitem__(self, index: int) -> Sample:
         begin, end = self._ends[index] - self.lengths[index], self._ends[index]
         return Sample(self.tokens[begin:end], self.supervised[begin:end])  # type: ignore[arg-type]  # arrays
 
     @property
-    def have_images(self) -> bool:
+    def have_media(self) -> bool:
         """Whether any document has one."""
         return bool(self.numbers.any())
 
-    def images(self, index: int) -> range:
-        """The images of a document, by their numbers in the file of all."""
-        end = int(self._image_ends[index])
+    def media(self, index: int) -> range:
+        """The images and clips of a document, by their numbers in the file of all."""
+        end = int(self._media_ends[index])
         return range(end - int(self.numbers[index]), end)
 
     def mixed(self, weights: Sequence[float], seed: int) -> np.ndarray:

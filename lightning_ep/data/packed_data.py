@@ -72,7 +72,7 @@ class PackedDataModule(LightningDataModule):
     across_documents = False
     """Whether documents see those before them in the window; batches have no ``position_ids`` then."""
     packs = True  # documents into windows
-    placeholders: Sequence[int] = ()  # tokens that stand for an image together: previews show how many
+    placeholders: Sequence[int] = ()  # tokens that stand for an image or a clip together: previews show how many
     trains: LightningModule | None = None
     """The module that will be trained, where there is no Trainer to ask: its weights say which tokenizer it is."""
 

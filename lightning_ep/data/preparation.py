@@ -24,12 +24,12 @@ from lightning_ep.data.document_files import DocumentFiles, Documents
 from lightning_ep.data.windows import COLUMNS, Fill, Sample, best_fit, fill_window
 
 if TYPE_CHECKING:
-    from lightning_ep.data.images import Image
+    from lightning_ep.data.media import Medium
 
 WINDOWS, COUNTS = "windows.arrow", "counts.json"
 """The files that `prepare` makes."""
 
-FORMAT = 2
+FORMAT = 3
 """Part of every cache's key: to be raised when the same rows give other windows."""
 
 _WINDOWS_PER_WRITE = 64
@@ -74,18 +74,18 @@ class Samples:
 
     Attributes:
         samples: The documents.
-        images: For each of them, what its places for images stand for, in order.
+        media: For each of them, what its places for images and clips stand for, in order.
         dropped: How many samples were left out, by reason.
         notes: How often something else happened that the log should say.
     """
 
     def __init__(self) -> None:
         self.samples: list[Sample] = []
-        self.images: list[Sequence[Image]] = []
+        self.media: list[Sequence[Medium]] = []
         self.dropped: Counter[str] = Counter()
         self.notes: Counter[str] = Counter()
 
-    def add(self, input_ids: Sequence[int], supervised: Sequence[bool], images: Sequence[Image] = ()) -> None:
+    def add(self, input_ids: Sequence[int], supervised: Sequence[bool], media: Sequence[Medium] = ()) -> None:
         """Adds a document; see `Sample`.
 
         Raises:
@@ -94,7 +94,7 @@ class Samples:
         if len(input_ids) != len(supervised):
             raise ValueError(f"A sample has {len(input_ids)} tokens and says of {len(supervised)} if they count.")
         self.samples.append(Sample(input_ids, supervised))
-        self.images.append(images)
+        self.media.append(media)
 
     def drop(self, reason: str, count: int = 1) -> None:
         """Counts samples that are left out; the log says "3 {reason}"."""
@@ -144,7 +144,7 @@ def prepare(
     with tempfile.TemporaryDirectory(dir=directory) as scratch:
         with DocumentFiles(Path(scratch), directory) as writer:
             for part, made in made_of(parts, make_samples, sequence_length, num_proc, description):
-                writer.add(made.tokens, made.supervised, made.lengths, made.images, made.numbers, part)
+                writer.add(made.tokens, made.supervised, made.lengths, made.media, made.numbers, part)
                 counts.add(made, parts[part].rows.name)
         documents = writer.documents()
         if shuffle_seed is not None:
@@ -172,7 +172,7 @@ class Made:
         tokens: int32, one document after the other.
         supervised: bool, of each token.
         lengths: int64, of each document.
-        images: Those of all documents, in order.
+        media: The images and clips of all documents, in order.
         numbers: int64, how many each document has.
         dropped: As in `Samples`.
         notes: As in `Samples`.
@@ -182,7 +182,7 @@ class Made:
     tokens: np.ndarray
     supervised: np.ndarray
     lengths: np.ndarray
-    images: list[Image]
+    media: list[Medium]
     numbers: np.ndarray
     dropped: Counter[str]
     notes: Counter[str]
@@ -190,22 +190,22 @@ class Made:
     @staticmethod
     def of(samples: Samples, rows: int, sequence_length: int) -> Made:
         """What is kept of samples: documents that a window holds, and that have a token to predict."""
-        kept, images = [], []
-        for sample, of_sample in zip(samples.samples, samples.images, strict=True):
+        kept, media = [], []
+        for sample, of_sample in zip(samples.samples, samples.media, strict=True):
             if len(sample.input_ids) > sequence_length:
                 samples.drop(f"longer than {sequence_length} tokens")
             elif not any(sample.supervised[1:]):
                 samples.drop("without supervised tokens")
             else:
                 kept.append(sample)
-                images.append(of_sample)
+                media.append(of_sample)
         return Made(
             rows,
             np.fromiter(chain.from_iterable(sample.input_ids for sample in kept), np.int32),
             np.fromiter(chain.from_iterable(sample.supervised for sample in kept), np.bool_),
             np.array([len(sample.input_ids) for sample in kept], np.int64),
-            [image for of_sample in images for image in of_sample],
-            np.array([len(of_sample) for of_sample in images], np.int64),
+            [medium for of_sample in media for medium in of_sample],
+            np.array([len(of_sample) for of_sample in media], np.int64),
             samples.dropped,
             samples.notes,
         )
@@ -331,24 +331,25 @@ def _pack(
     """
     fill, numbers = Fill(sequence_length), []
     values = pa.list_(pa.int32(), sequence_length)
+    media_type = pa.list_(pa.list_(pa.int64()))  # of each document its own
     schema = pa.schema([(name, values) for name in COLUMNS])
-    if documents.have_images:
-        schema = schema.append(pa.field("images", pa.list_(pa.int64())))
+    if documents.have_media:
+        schema = schema.append(pa.field("media", media_type))
     with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, schema) as stream:
         for order in orders:
             before, lengths = fill.windows, documents.lengths[order]
             windows = best_fit(lengths, sequence_length) if pack else iter([[place] for place in range(len(order))])
             while batch := list(islice(windows, _WINDOWS_PER_WRITE)):
-                filled, images = [], []
+                filled, media = [], []
                 for places in batch:
                     indices = order[places].tolist()
                     chosen = [documents[index] for index in indices]
                     filled.append(fill_window(chosen, sequence_length, pad_token_id))
-                    images.append([image for index in indices for image in documents.images(index)])
+                    media.append([list(documents.media(index)) for index in indices])
                     fill.add(filled[-1], len(chosen), sum(len(sample.input_ids) for sample in chosen))
                 columns = [pa.array(np.concatenate(column)) for column in zip(*filled, strict=True)]
                 arrays = [pa.FixedSizeListArray.from_arrays(column, sequence_length) for column in columns]
-                arrays += [pa.array(images, pa.list_(pa.int64()))] if documents.have_images else []
+                arrays += [pa.array(media, media_type)] if documents.have_media else []
                 stream.write_batch(pa.record_batch(arrays, schema=schema))
             numbers.append(fill.windows - before)
     return fill, numbers

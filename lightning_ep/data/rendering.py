@@ -68,7 +68,7 @@ class RendersConversations:
             for note, count in rendered.notes.items():
                 samples.note(note, count)
             learnt = tokens_within(encoding.offsets, rendered.spans).tolist()
-            samples.add(encoding.ids, learnt, rendered.images)
+            samples.add(encoding.ids, learnt, rendered.media)
 
     def _parts(self, whole: Conversation) -> Iterator[Conversation]:
         """What becomes a sample each, ending with a message that is learnt."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import glob
 import hashlib
 import json
+import re
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -292,7 +293,7 @@ class _Dataset:
         return _hash_of([Path(file["filename"]) for file in self._dataset.cache_files]) + self._name
 
     def read(self, indices: Sequence[int]) -> list[Row]:
-        if "Image(" in repr(self._dataset.features):  # as files have them, not decoded
+        if re.search(r"\b(Image|Audio)\(", repr(self._dataset.features)):  # as files have them, not decoded
             rows = self._dataset.with_format("arrow")[list(indices)].to_pylist()
         else:
             columns = self._dataset[list(indices)]

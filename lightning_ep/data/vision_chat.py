@@ -1,4 +1,4 @@
-"""A LightningDataModule of conversations with images."""
+"""A LightningDataModule of conversations with images and sound."""
 
 from __future__ import annotations
 
@@ -17,11 +17,12 @@ from lightning_ep.data.chat import ChatDataModule
 from lightning_ep.data.chat_template import ChatTemplate
 from lightning_ep.data.collate import Collate
 from lightning_ep.data.conversations import Conversation, conversation
-from lightning_ep.data.image_texts import ImageTexts, RendersImages
-from lightning_ep.data.images import ImageFile, RowImages
+from lightning_ep.data.media import MediaFile
+from lightning_ep.data.media_texts import MediaTexts, RendersMedia
 from lightning_ep.data.preparation import Rows
 from lightning_ep.data.rendering import RendersConversations
 from lightning_ep.data.row_files import Row, Source
+from lightning_ep.data.row_media import RowMedia
 from lightning_ep.data.tokenizers import checkpoint_of
 from lightning_ep.data.vision_windows import VisionWindows, batch_of, rows_of
 from lightning_ep.hub.companions import PROCESSOR_FILES, read_files, write_files_to
@@ -31,24 +32,26 @@ _ROWS_PER_TASK = 32  # each may be megabytes
 
 
 class VisionChatDataModule(ChatDataModule):
-    """Conversations with images in them, through the model's processor; only what the assistant writes is learnt.
+    """Conversations with images and sound, through the model's processor; only what the assistant writes is learnt.
 
-    Rows are those of `ChatDataModule`, in whose messages images may be: as parts, or as ``<image>`` in a text, for the
-    images of the row's column ``images``. An image is a path, a data URL, or bytes (``{"bytes": ...}``, as columns of
-    images of `datasets` have them). Rows without images may be among them (docs/start/images.md shows each form).
+    Rows are those of `ChatDataModule`, in whose messages images and, for models that hear, clips of sound may be: as
+    parts, or as ``<image>`` and ``<audio>`` in a text, for those of the row's columns ``images`` and ``audios``. Each
+    is a path, a data URL, or bytes (``{"bytes": ...}``, as columns of `datasets` have them). Rows without may be among
+    them (docs/start/images.md shows each form). Videos are refused.
 
-    Preparing looks at every image, so that one that is missing or broken is refused with its file and line. Workers
-    decode them again when a batch is made; the cache has their paths, and the bytes of those that came as bytes.
+    Preparing reads every image and clip, so that one that is missing or broken is refused with its file and line.
+    Workers decode them again when a batch is made; the cache has their paths, and the bytes of what came as bytes.
 
     Batches are ``input_ids`` and ``labels``, int64 ``[batch_size, sequence_length]``, ``position_ids`` of the same
-    shape or, for models with places in time, height and width, ``[4, batch_size, sequence_length]``, and what the image
-    processor gives for all images of the batch (``pixel_values``, ``image_grid_thw``), if it has any. Each document has
-    the positions, and attends to the tokens, that it would alone.
+    shape or, for models with places in time, height and width, ``[4, batch_size, sequence_length]``, and what the
+    processor gives for all images and clips of the batch, if it has any: ``pixel_values`` and ``image_grid_thw``;
+    ``input_features``, float32 ``[clips, mel bins, frames]``, and ``feature_attention_mask``, int ``[clips, frames]``.
+    Each document has the positions, and attends to the tokens, that it would alone.
 
     Args:
         source: One source or several; see `ChatDataModule`.
         validation_source: Rows to validate on. Default: ``validation_fraction`` of each source is held out.
-        image_folder: Where paths of images go on from. Default: the directory of the row's file.
+        image_folder: Where paths of images and clips go on from. Default: the directory of the row's file.
         min_pixels: The least pixels (height x width) that an image is scaled to. Default: the processor's.
         max_pixels: The most; an image of Qwen3-VL is a token per 1,024 pixels. Default: the processor's.
         pack: Let documents share a row of ``sequence_length``. Without it each has a row, and rows of a batch are as
@@ -56,14 +59,17 @@ class VisionChatDataModule(ChatDataModule):
         chat_template: As in `ChatDataModule`, like all that follow.
         template_kwargs: Variables of the template.
         split_turns: Make a sample of each assistant's turn.
-        too_long: Longer conversations lose whole turns, with their images, or are left out.
-        malformed: Rows that cannot be read or rendered, also for an image, are refused, or left out and counted.
-        num_workers: Processes per loader that decode images.
+        too_long: Longer conversations lose whole turns, with their images and clips, or are left out. A clip that is
+            longer than a window by itself is malformed, or left out with its conversation ("drop").
+        malformed: Rows that cannot be read or rendered, also for an image or clip, are refused, or left out and
+            counted.
+        num_workers: Processes per loader that decode images and clips.
         **packed: Those of `PackedDataModule`.
 
     Raises:
         ValueError: As `ChatDataModule`; and in ``prepare_data`` if the checkpoint has no processor of images, or pixels
             are given that it does not know.
+        ModuleNotFoundError: There, at the first clip, if what reads sound is not installed (the extra ``audio``).
     """
 
     kind = "vision"
@@ -121,7 +127,7 @@ class VisionChatDataModule(ChatDataModule):
 
     @override
     def settings(self) -> Sequence[object]:
-        # Paths of images go on from here where they and those of sources are relative, and are kept as they are then.
+        # Paths of media go on from here where they and those of sources are relative, and are kept as they are then.
         own = (str(Path.cwd()), self.image_folder, self.min_pixels, self.max_pixels, self.packs)
         return *super().settings(), *own, self._files_of_processor()
 
@@ -141,43 +147,46 @@ class VisionChatDataModule(ChatDataModule):
                 f"{self._directory_of_processor} has no processor that gives images places in a text (no "
                 "preprocessor_config.json, or of another kind). ChatDataModule reads conversations without images."
             )
+        self._media_texts = MediaTexts(self.processor)
         self.placeholders = list(self.processor.image_token_ids)
+        if "audio" in self._media_texts.kinds:
+            self.placeholders += self.processor.audio_token_ids
         super().check()
 
     @override
     def renders(self, template: ChatTemplate) -> RendersConversations:
-        return RendersImages(
+        return RendersMedia(
             self.tokenizer,
             template,
             self.sequence_length,
             self.split_turns,
             self.too_long,
             self.malformed,
-            ImageTexts(self.processor),
+            self._media_texts,
         )
 
     @override
     def read_row(self, row: Row) -> Conversation:
         folder = Path(self.image_folder).expanduser() if self.image_folder is not None else row.folder or Path()
-        images = RowImages(row.columns(), row.where, folder)
-        read = conversation(row.columns(), row.where, images.content)
-        images.check_used()
+        media = RowMedia(row.columns(), row.where, folder, self._media_texts.kinds)
+        read = conversation(row.columns(), row.where, media.content)
+        media.check_used()
         return read
 
     @override
     def setup(self, stage: str | None = None) -> None:
         super().setup(stage)
         config = self._model_config()
-        positions = adapter.ImagePositions(config)
+        positions = adapter.MediaPositions(config)
         if positions.masks_by_images:
             raise ValueError(
                 f"Models of the type {config.model_type!r} let tokens of an image see one another, by masks that are "
                 "not known here for packed conversations. Train on batches of your own: CausalLM takes any."
             )
         shared = self.processor, positions
-        self.train_dataset = VisionWindows(self.train_dataset, ImageFile(self.directory / "train"), *shared)
+        self.train_dataset = VisionWindows(self.train_dataset, MediaFile(self.directory / "train"), *shared)
         if self.val_dataset is not None:
-            self.val_dataset = VisionWindows(self.val_dataset, ImageFile(self.directory / "val"), *shared)
+            self.val_dataset = VisionWindows(self.val_dataset, MediaFile(self.directory / "val"), *shared)
 
     @override
     def collate_function(self) -> Collate:

@@ -5,8 +5,8 @@ attention (`attention_interface`), how routers score and what can be added to th
 document (`packing`) and how attention is told (`document_bounds`), what the cache of a call is called
 (`cache_argument`), how random weights are drawn (`initialization`), what is fp32 in a bf16 model (`dtypes`), how
 weights come in and leave (`conversion`), what is remembered of a model (`record`), how conversations are written for it
-(`chat_templates`), and how images are given to it (`processors`). Everyone else uses them through this package, which
-imports nothing of ours but `ops` and `distributed`.
+(`chat_templates`), and how images and sound are given to it (`processors`). Everyone else uses them through this
+package, which imports nothing of ours but `ops` and `distributed`.
 """
 
 from lightning_ep.transformers_adapter.attention_interface import (
@@ -64,7 +64,14 @@ from lightning_ep.transformers_adapter.packing import (
     note_packing,
     packing_of,
 )
-from lightning_ep.transformers_adapter.processors import ImagePositions, auto_class_of, load_processor, sets_pixels
+from lightning_ep.transformers_adapter.processors import (
+    MediaPositions,
+    audio_inputs,
+    auto_class_of,
+    load_processor,
+    sets_pixels,
+    takes_audio,
+)
 from lightning_ep.transformers_adapter.record import recall, remember
 from lightning_ep.transformers_adapter.routers import (
     Scoring,
@@ -116,7 +123,9 @@ __all__ = [
     "why_no_selection_bias",
     "CONTEXT_PARALLEL",
     "Conversion",
-    "ImagePositions",
+    "MediaPositions",
+    "audio_inputs",
+    "takes_audio",
     "auto_class_of",
     "load_processor",
     "sets_pixels",

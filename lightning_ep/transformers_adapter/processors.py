@@ -1,4 +1,4 @@
-"""Images beside texts: which class a multimodal model is, its processor, and where tokens of images are."""
+"""Images and sound beside texts: which class a multimodal model is, its processor, and where their tokens are."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import (
@@ -124,8 +125,40 @@ def sets_pixels(image_processor: Any) -> bool:
     return {"min_pixels", "max_pixels"} <= set(inspect.get_annotations(image_processor.valid_kwargs))
 
 
-class ImagePositions:
-    """Where the tokens of documents with images are, as the model would find out for each of them alone.
+def takes_audio(processor: Any) -> bool:
+    """Whether a processor gives clips of sound places in a text."""
+    from transformers import ProcessorMixin
+
+    named = getattr(processor, "audio_token", None) and getattr(processor, "feature_extractor", None)
+    return bool(named) and type(processor).replace_audio_token is not ProcessorMixin.replace_audio_token
+
+
+def audio_inputs(processor: Any, waveforms: Sequence[np.ndarray]) -> tuple[dict[str, Tensor], list[str]]:
+    """What a processor makes of the clips of one conversation.
+
+    Of all at once: they are padded to the longest, by which a clip may get a frame more, and its last one other values.
+
+    Args:
+        processor: One that `takes_audio`.
+        waveforms: float32 ``[samples]`` each, at the rate of the processor's feature extractor.
+
+    Returns:
+        What the model is given beside the text (``input_features``, float32 ``[clips, mel bins, frames]``, and
+        ``feature_attention_mask``, int ``[clips, frames]``); and what stands in the text for each clip.
+    """
+    given = processor(
+        text=[processor.audio_token * len(waveforms)],
+        audio=list(waveforms),
+        return_tensors="pt",
+        return_text_replacement_offsets=True,
+    )
+    (written,) = given.pop("text_replacement_offsets")
+    of_text = {*processor.tokenizer.model_input_names, "mm_token_type_ids"}
+    return {name: x for name, x in given.items() if name not in of_text}, [each["replacement"] for each in written]
+
+
+class MediaPositions:
+    """Where the tokens of documents with images and sound are, as the model would find out for each of them alone.
 
     Args:
         config: The model's.
@@ -150,19 +183,27 @@ class ImagePositions:
         """Whether the model's forward has an argument of that name."""
         return name in self._takes
 
-    def of(self, input_ids: Sequence[int], token_types: Sequence[int], grids: Tensor) -> Tensor:
+    def of(
+        self,
+        input_ids: Sequence[int],
+        token_types: Sequence[int],
+        grids: Tensor | None,
+        audio_lengths: Tensor | None = None,
+    ) -> Tensor:
         """Places of a document's tokens in time, height and width: int64 ``[3, L]``.
 
         Args:
             input_ids: Its tokens.
-            token_types: For each of them 1 where it stands for an image, else 0.
-            grids: int64 ``[images, 3]``, the patches of each of its images in these directions.
+            token_types: For each of them 1 where it stands for an image, 3 where for sound, else 0.
+            grids: int64 ``[images, 3]``, the patches of each of its images in these directions; None without images.
+            audio_lengths: int64 ``[clips]``, the frames of each of its clips; None without.
         """
         ids = torch.tensor([input_ids])
         known = set(inspect.signature(self._model.get_rope_index).parameters)
         given = {
             "mm_token_type_ids": torch.tensor([token_types]),
             "image_grid_thw": grids,
+            "audio_seqlens": audio_lengths,
             "attention_mask": torch.ones_like(ids),
         }
         positions, _ = self._model.get_rope_index(ids, **{key: x for key, x in given.items() if key in known})

@@ -26,7 +26,7 @@ from lightning_ep.data.vision_windows import documents_in
 from lightning_ep.loss import summed_loss
 from lightning_ep.ops.cross_entropy import shifted
 from lightning_ep.transformers_adapter import (
-    ImagePositions,
+    MediaPositions,
     is_told_documents,
     keep_documents_apart,
     load_processor,
@@ -220,7 +220,7 @@ MALFORMED = {
     "an image is a path, bytes or a data URL, not int": lambda folder: [_user({"type": "image", "image": 3})],
     "has 2 images, and its messages have 1 places": lambda folder: _column(folder, 2, "<image>What?"),
     "a place for image 2 of the row, which has 1": lambda folder: _column(folder, 1, "<image><image>What?"),
-    "has parts of the type 'video'": lambda folder: [_user({"type": "video", "video": "a.mp4"})],
+    "has the type 'video', and videos are not read": lambda folder: [_user({"type": "video", "video": "a.mp4"})],
     "an image is in what the assistant says": lambda folder: [
         _user({"type": "text", "text": "Draw."}),
         _user({"type": "image", "image": str(folder / "wide.png")}) | {"role": "assistant"},
@@ -356,6 +356,7 @@ def test_the_page_says_what_can_be_read_and_what_a_preview_shows(
     checkpoint: Path, folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     page = (REPOSITORY / "docs" / "start" / "images.md").read_text()
+    page = page[: page.index("## Sound")]
     blocks = dict(re.findall(r"```(json|yaml|)\n(.*?)```", page[: page.index("## Training")], re.S))
     (tmp_path / "my_chats.jsonl").write_text(blocks["json"])
     picture(tmp_path / "cat.png", (40, 24))
@@ -393,10 +394,10 @@ def test_what_is_prepared_does_not_depend_on_the_number_of_processes(
         prepared(source, checkpoint, tmp_path, cache_dir=str(tmp_path / f"cache{processes}"), num_proc=processes)
         for processes in (1, 2)
     )
-    for name in ("images.arrow", "windows.arrow"):
+    for name in ("media.arrow", "windows.arrow"):
         assert (one.directory / "train" / name).read_bytes() == (two.directory / "train" / name).read_bytes()
 
 
 @pytest.mark.parametrize("family", ["qwen3_vl_moe", "qwen3_omni_moe_thinker", "qwen3_5_moe", "gemma4"])
 def test_models_whose_images_change_who_sees_whom_are_known(family: str) -> None:
-    assert ImagePositions(tiny_config_of(family)).masks_by_images == (family == "gemma4")
+    assert MediaPositions(tiny_config_of(family)).masks_by_images == (family == "gemma4")
