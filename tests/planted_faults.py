@@ -114,6 +114,20 @@ MUTATIONS = (
         "total += norms.pow(norm_type).sum()",
         _NORMS,
     ),
+    Mutation(
+        "slots_are_written_before_they_are_read",
+        "moe/dispatch/copy_engine/ring.py",
+        "self._others, (number - SLOTS) % _NUMBERS)",
+        "self._others, (number - 2 * SLOTS) % _NUMBERS)",
+        "moe/test_copies.py::test_ranks_wait_for_one_that_is_late[_SlowReader]",
+    ),
+    Mutation(
+        "slots_are_read_before_they_are_written",
+        "moe/dispatch/copy_engine/ring.py",
+        "memory.wait(Lane.COPIES, Counter.READY, [rank], number)",
+        "memory.wait(Lane.COPIES, Counter.READY, [rank], number - 1)",
+        "moe/test_copies.py::test_ranks_wait_for_one_that_is_late[_SlowWriter]",
+    ),
     # ------------------------------------------------------------------------------------------------ steps
     Mutation(
         "lost_micro_batch",
@@ -182,8 +196,8 @@ MUTATIONS = (
     Mutation(
         "pairs_counted_as_sent",
         "moe/dispatch/all_to_all.py",
-        "num_pairs = sum(pairs & _COUNT for _, pairs in received)",
-        "num_pairs = sum(pairs & _COUNT for _, pairs in sent)",
+        "num_pairs = sum(pairs & COUNT for _, pairs in received)",
+        "num_pairs = sum(pairs & COUNT for _, pairs in by_sender[0])",
         _MOE,
     ),
     Mutation(

@@ -110,7 +110,7 @@ def run_ranks(
     # The store lives here, as it does in torchrun's agent: its port cannot be taken before the ranks connect.
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     crew = (None if alone else _crews.pop(world_size, None)) or _Crew(world_size, start_fork_server())
-    environments = [{**rank, **crew.gpus.environment} for rank in _rank_environments(world_size, store.port)]
+    environments = [{**rank, **crew.gpus.environment} for rank in rank_environments(world_size, store.port)]
     call = (function, args, init_process_group, environments, os.getcwd())
     crew.stores.append(store)
     try:
@@ -282,7 +282,7 @@ class _Crew:
 _crews: dict[int, _Crew] = {}
 
 
-def _rank_environments(world_size: int, port: int) -> list[dict[str, str]]:
+def rank_environments(world_size: int, port: int) -> list[dict[str, str]]:
     """The variables of every rank: those of the caller and those that torchrun sets."""
     common = {
         **os.environ,

@@ -67,6 +67,8 @@ OURS = [
     ("data/preparation.py", {"environ"}, "a worker process's own"),
     ("data/resumable_loader.py", {"manual_seed"}, "a generator of its own"),
     ("distributed/agreement.py", {"__cause__"}, "an exception that it raises"),
+    ("moe/dispatch/copy_engine/cuda.py", {"signal"}, "a Memory"),
+    ("moe/dispatch/copy_engine/ring.py", {"signal"}, "a Memory"),
     ("data/preference.py", {"dropped", "notes"}, "a Samples"),
     (
         "hub/adapter_files.py",

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
 import sys
 import sysconfig
 import threading
@@ -23,7 +22,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from lightning_ep.distributed.progress import Progress
+from lightning_ep.distributed.progress import Progress, end_process
 from lightning_ep.distributed.stacks import Call, calls_of, own_calls
 
 _PATIENCE = 6.0  # seconds on one line, twice, until ranks that all wait are said to wait for ever
@@ -178,7 +177,7 @@ class Watch:
         calls = calls_of(self._watched) if progress.moves == self._seen[0] else []
         still = self._standing(calls, progress)
         if self._rank != 0 and self._store.check(["verdict"]):
-            _end()
+            end_process()
         asks = still > _PATIENCE and bool(calls) and Place.of(calls, progress).waits
         asked = self._store.add("asked", int(asks))
         if asked == self._answered:
@@ -214,7 +213,7 @@ class Watch:
             self._store.set("verdict", "")
             time.sleep(_GRACE)
             if (calls := calls_of(self._watched)) and self._standing(calls, progress) > _GRACE:
-                _end()
+                end_process()
         self._warn(places)
 
     def _warn(self, places: dict[int, Place]) -> None:
@@ -234,10 +233,3 @@ def _join(thread: threading.Thread, ended: threading.Event) -> None:
     ended.set()
     if thread is not threading.current_thread():  # which may have held the last reference
         thread.join(2 * _GRACE)
-
-
-def _end() -> None:
-    # Without handlers of exit, which would wait for the process group.
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(1)

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import inspect
 from functools import cache
-from typing import Any
 
-import torch.distributed as dist
 from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
@@ -18,7 +16,7 @@ from lightning_ep import transformers_adapter as adapter
 from lightning_ep.distributed.progress import Progress
 from lightning_ep.layout import ParallelLayout
 from lightning_ep.moe.adapted import AdaptedExperts, experts_in
-from lightning_ep.moe.dispatch import AllToAllDispatcher, Dispatcher, LocalDispatcher
+from lightning_ep.moe.dispatch import build_dispatcher
 from lightning_ep.moe.experts import ExpertContext, spread_over_ranks
 from lightning_ep.ops.expert_form import ExpertForm
 from lightning_ep.ops.fused_experts import FusedExperts
@@ -92,7 +90,8 @@ class ExpertParallel(ParallelStyle):
         inside, adapted = experts_in(module), adapter.recall(module, AdaptedExperts)
         num_experts = adapter.number_of_experts(inside)
         assert num_experts is not None
-        dispatcher = self._build_dispatcher(num_experts, device_mesh.get_group())
+        where = device_mesh.get_group(), device_mesh.device_type
+        dispatcher = build_dispatcher(num_experts, *where, self.layer, self.progress)
         num_local = dispatcher.num_local_experts
         form, names = self._form(inside)
         factors = [] if adapted is None else adapted.holders
@@ -123,11 +122,6 @@ class ExpertParallel(ParallelStyle):
         if fused and reason is None:
             return adapter.fused_form(module)
         return None, tuple(name for name, _ in module.named_parameters(recurse=False))
-
-    def _build_dispatcher(self, num_experts: int, group: dist.ProcessGroup) -> Dispatcher[Any]:
-        if group.size() == 1:
-            return LocalDispatcher(num_experts, self.layer)
-        return AllToAllDispatcher(num_experts, group, self.layer, self.progress)
 
 
 def _keep_local(holder: nn.Module, name: str, mesh: DeviceMesh, num_local: int) -> None:
@@ -189,6 +183,7 @@ def expert_plan(
             'PyTorch: plan={"model.layers.*.moe.experts": "experts"}.'
         )
     plan: dict[str, ParallelStyle] = {}
+    progress = progress or Progress()  # one of all layers
     for outer, pretrained in models.items():
         experts = adapter.experts_modules(pretrained)
         if not experts:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from lightning_ep.planner import traffic
 from lightning_ep.planner.case import Case
 from lightning_ep.planner.counts import (
     expert_parameters,
@@ -13,6 +14,7 @@ from lightning_ep.planner.counts import (
 from lightning_ep.planner.widths import QWEN3_30B_A3B, ModelWidths
 
 _GIB = 2**30
+_OF_DEVICE = 1 / 16  # of the memory: more slots of exchanges there are not (`moe/dispatch/copy_engine/dispatcher.py`)
 _SPARE = 0.1  # of the memory, left free beside kept copies (`moe/master_weights.py`)
 
 # Kept per token and layer, KiB, from runs on one H200 (6 layers, 4 x 4096): what `full` keeps is the layer's input (4)
@@ -45,8 +47,23 @@ def memory_gib(case: Case, limit_gib: float) -> dict[str, float]:
     found = {name: size / _GIB for name, size in parts.items()}
     own = not case.managed_experts and case.precision == "bf16-mixed" and not case.lora_rank
     copies = 2 * local_parameters(case)[0] / _GIB if own else 0.0
+    slots = min(_slots(case) / _GIB, _OF_DEVICE * limit_gib)
+    if slots:
+        found["slots of exchanges"] = slots
     fits = sum(found.values()) + copies + _SPARE * limit_gib <= limit_gib
     return {**found, "copies of experts in bf16": copies if fits else 0.0}
+
+
+def _slots(case: Case) -> float:
+    """Bytes of what other GPUs of the node copy rows out of, where they do (`moe/dispatch/copy_engine`).
+
+    Each of two has room for a row, with the ids and weights of its slots, for every rank that a token may go to.
+    """
+    if not traffic.COPY_ENGINES or case.ep == 1 or case.node % case.ep != 0:
+        return 0.0
+    widths = case.widths
+    rows = max(min(widths.top_k, case.ep), case.skew * rows_received(widths, case.ep))
+    return 2 * case.tokens * rows * (2 * widths.hidden + 8 * widths.top_k)
 
 
 def _state(case: Case) -> dict[str, float]:

@@ -255,8 +255,8 @@ def _count_rows() -> tuple[int, int]:
     dispatcher = AllToAllDispatcher(EXPERTS, dist.group.WORLD, "experts", Progress())
     ids = torch.tensor([[0, 1, 2], [4, 5, 0]], device=device())
     plan, rows = dispatcher.route(ids, torch.ones(2, 3, device=device()), torch.ones(2, HIDDEN, device=device()), "hop")
-    assert rows.wait().shape == (sum(plan.recv_splits), HIDDEN)
-    return sum(plan.send_splits), plan.num_pairs
+    assert rows.wait().shape == (sum(plan.splits.recv), HIDDEN)
+    return sum(plan.splits.send), plan.num_pairs
 
 
 def test_a_token_travels_once_to_each_rank() -> None:
@@ -299,8 +299,8 @@ def _keeps_rows_for_backward(implementation: str) -> bool:
     received = []
 
     class Watched(AllToAllDispatcher):
-        def _exchange(self, *args: Any) -> Any:
-            found = super()._exchange(*args)
+        def exchange(self, *args: Any) -> Any:
+            found = super().exchange(*args)
             received.append(StorageWeakRef(found[0].untyped_storage()))
             return found
 
@@ -389,7 +389,7 @@ def test_rows_in_rank_space_are_kept_where_they_are_small(rank: int, again: int)
 @pytest.mark.parametrize(("hidden", "slots"), [(2048, 16), (33, 2), (1, 5)])
 def test_rows_and_numbers_share_a_tensor(hidden: int, slots: int, dtype: torch.dtype, slots_dtype: torch.dtype) -> None:
     packing = PackedRows(hidden, dtype, slots, slots_dtype)
-    packed = packing.empty(3, torch.device("cpu"))
+    packed = torch.empty(3, packing.width, dtype=torch.int32)
     rows, numbers = torch.randn(3, hidden).to(dtype), torch.randint(-(2**31), 2**31, (3, slots)).to(slots_dtype)
     packing.rows(packed).copy_(rows)
     packing.numbers(packed).copy_(numbers)

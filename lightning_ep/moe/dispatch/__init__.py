@@ -2,6 +2,7 @@
 
 from lightning_ep.moe.dispatch.all_to_all import AllToAllDispatcher
 from lightning_ep.moe.dispatch.base import Dispatcher, DispatchPlan, ExplainedOutOfMemoryError, Pending
+from lightning_ep.moe.dispatch.choice import build_dispatcher
 from lightning_ep.moe.dispatch.local import LocalDispatcher
 
 __all__ = [
@@ -11,4 +12,5 @@ __all__ = [
     "ExplainedOutOfMemoryError",
     "LocalDispatcher",
     "Pending",
+    "build_dispatcher",
 ]

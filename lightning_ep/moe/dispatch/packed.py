@@ -26,10 +26,10 @@ class PackedRows:
     slots: int
     slots_dtype: torch.dtype
 
-    def empty(self, num_rows: int, device: torch.device) -> Tensor:
-        """Room for rows: ``[N, W]``."""
-        width = self._begin + _aligned(self.slots * self.slots_dtype.itemsize)
-        return torch.empty(num_rows, width // torch.int32.itemsize, dtype=torch.int32, device=device)
+    @property
+    def width(self) -> int:
+        """``W``."""
+        return (self._begin + _aligned(self.slots * self.slots_dtype.itemsize)) // torch.int32.itemsize
 
     def rows(self, packed_NW: Tensor) -> Tensor:
         """The rows, a view ``[N, H]``."""
