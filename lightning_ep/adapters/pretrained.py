@@ -41,7 +41,10 @@ def _find(path: str) -> Path:
         try:
             directory = Path(snapshot_download(path, allow_patterns=[_CONFIG, _WEIGHTS]))
         except (OSError, ValueError) as error:
-            raise CheckpointError(f"{path!r} is no directory here and cannot be had from the hub: {error}") from error
+            raise CheckpointError(
+                f"{path!r} is no directory here (if a run of yours writes it, that comes first) and cannot be had from "
+                f"the hub: {error}"
+            ) from error
     missing = [name for name in (_CONFIG, _WEIGHTS) if not (directory / name).exists()]
     if missing:
         raise CheckpointError(

@@ -26,6 +26,10 @@ _SHAREGPT = {  # the values of "from" in ShareGPT's form, and in what grew from 
 class MalformedRow(ValueError):
     """A row that says nothing that can be trained on; the message begins with its file and line."""
 
+    def refused(self) -> MalformedRow:
+        """The same for a user who has not said what becomes of such rows."""
+        return type(self)(f"{self} Mend the row; or `malformed: skip` leaves out such rows, and counts them.")
+
 
 def text_of(content: Any, place: str, role: str) -> str:
     """What a message says, as a text; ``place`` is what errors call it.

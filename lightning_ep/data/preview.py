@@ -109,7 +109,7 @@ def _show(data: PackedDataModule, looked: dict[str, Looked], colour: bool) -> It
     windows = len(list(best_fit(lengths, data.window_length)))
     fill = sum(lengths) / max(1, windows * data.window_length)
     yield f"These documents fill {windows:,} windows of {data.window_length:,} tokens to {fill:.1%}."
-    yield "Counted are the first rows of each source; `lightning-ep prepare` counts all."
+    yield "Counted are the first rows of each source, held out or not; `lightning-ep prepare` counts all."
 
 
 def _choose(looked: dict[str, Looked], seed: int) -> list[Document]:

@@ -50,9 +50,9 @@ class RendersConversations:
         for whole in conversations:
             try:
                 made += [(part, self.render(part)) for part in self._parts(whole)]
-            except MalformedRow:
+            except MalformedRow as error:
                 if self.malformed == "refuse":
-                    raise
+                    raise error.refused() from error
                 samples.drop(MALFORMED)
         if not made:
             return

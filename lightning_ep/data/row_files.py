@@ -314,8 +314,10 @@ def _json_row(file: Path, line: int, text: bytes) -> Row:
     where = f"{file}:{line}"
     try:
         return _row(where, json.loads(text), file.parent)
-    except ValueError as error:  # JSON or UTF-8
-        return Row(where, {}, f"the line is no JSON: {error}")
+    except json.JSONDecodeError as error:  # says "line 1" itself
+        return Row(where, {}, f"the line is no JSON: {error.msg}, at column {error.colno}.")
+    except UnicodeDecodeError as error:
+        return Row(where, {}, f"the line is no JSON: {error}.")
 
 
 def _row(where: str, value: Any, folder: Path) -> Row:

@@ -62,9 +62,9 @@ class RowsDataModule(PackedDataModule):
         for row in rows:
             try:
                 conversations.append(self.read_row(row))
-            except MalformedRow:
+            except MalformedRow as error:
                 if self.malformed == "refuse":
-                    raise
+                    raise error.refused() from error
                 samples.drop(MALFORMED)
         self.add_samples(conversations, samples)
 

@@ -246,7 +246,10 @@ def _download(path: str, revision: str | None, patterns: list[str]) -> Path:
     try:
         return Path(snapshot_download(path, revision=revision, allow_patterns=patterns))
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path!r} is no directory here and cannot be had from the hub: {error}") from error
+        raise CheckpointError(
+            f"{path!r} is no directory here (if a run of yours writes it, that comes first) and cannot be had from "
+            f"the hub: {error}"
+        ) from error
 
 
 def _find(path: str, revision: str | None, code: bool) -> Path:

@@ -17,7 +17,7 @@ from lightning_ep.distributed.progress import Progress
 from lightning_ep.layout import ParallelLayout
 from lightning_ep.moe.adapted import AdaptedExperts, experts_in
 from lightning_ep.moe.dispatch import build_dispatcher
-from lightning_ep.moe.experts import ExpertContext, spread_over_ranks
+from lightning_ep.moe.experts import ExpertContext, is_parallel_experts, spread_over_ranks
 from lightning_ep.ops.expert_form import ExpertForm
 from lightning_ep.ops.fused_experts import FusedExperts
 from lightning_ep.ops.local_experts import LocalExperts
@@ -50,6 +50,8 @@ class ExpertParallel(ParallelStyle):
 
     def validate(self, module: nn.Module, num_ranks: int) -> None:
         """Raises ValueError, before anything is sharded, if ``module`` cannot be split over ``num_ranks``."""
+        if is_parallel_experts(module):
+            raise ValueError(f"{self.layer} is spread over ranks already: `parallelize` is called once for a model.")
         experts = experts_in(module)
         wrapped = [name for name, param in experts.named_parameters() if "." in name and param.ndim > 2]
         if wrapped:
@@ -73,6 +75,13 @@ class ExpertParallel(ParallelStyle):
                     f"{self.layer}.{name} of shape {tuple(param.shape)} has no expert dimension of size {num_experts} "
                     "in front, so it cannot be split over experts. Stack the weights of all experts into parameters of "
                     "shape [experts, ...], held by a module whose forward takes hidden states, ids and weights."
+                )
+        for name, buffer in experts.named_buffers():
+            if buffer.ndim > 0 and buffer.shape[0] == num_experts and not adapter.picks_its_implementation(experts):
+                raise ValueError(
+                    f"{self.layer}.{name} of shape {tuple(buffer.shape)} is a buffer with a row per expert, and a rank "
+                    "holds some of the experts, with ids of its own. Make it a parameter with `requires_grad=False`, "
+                    "of shape [experts, 1] at least, or keep it in the module around the experts."
                 )
         if self.experts_implementation == "fused":
             reason = adapter.why_not_fused(experts)
@@ -105,7 +114,8 @@ class ExpertParallel(ParallelStyle):
             experts = FusedExperts(num_local, adapters, form)
         else:
             function = adapter.local_experts_function(inside, self.experts_implementation)
-            experts = RegisteredExperts(inside, function, names, adapters, factors)
+            unknown = None if adapter.picks_its_implementation(inside) else self.layer
+            experts = RegisteredExperts(inside, function, names, adapters, factors, unknown)
         are_off = None if adapted is None else adapted.are_off
         spread_over_ranks(module, ExpertContext(dispatcher, experts, params, len(names), are_off))
         return module
@@ -115,10 +125,8 @@ class ExpertParallel(ParallelStyle):
         fused = self.experts_implementation in ("auto", "fused")
         reason = adapter.why_not_fused(module) if fused else None
         if reason is not None:
-            _say_once(
-                f"{type(module).__name__} computes by its own forward or transformers' kernels, not by the fused "
-                f"experts: {reason}."
-            )
+            how = "transformers' kernels" if adapter.picks_its_implementation(module) else "its own forward"
+            _say_once(f"{type(module).__name__} computes by {how}, and not by the fused experts: {reason}.")
         if fused and reason is None:
             return adapter.fused_form(module)
         return None, tuple(name for name, _ in module.named_parameters(recurse=False))

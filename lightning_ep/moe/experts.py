@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import MethodType
@@ -71,8 +72,17 @@ def is_parallel_experts(module: nn.Module) -> bool:
 
 # Opaque to torch.compile: its sizes are not known before it runs, and its kernels are already fused.
 @torch.compiler.disable
-def _experts_forward(module: nn.Module, hidden_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
+def _experts_forward(module: nn.Module, *args: Tensor, **kwargs: Tensor) -> Tensor:
+    if kwargs:  # by the names that its own forward has
+        args = inspect.signature(type(module).forward).bind(module, *args, **kwargs).args[1:]
+    hidden_TH, ids_TK, weights_TK = args
     context = expert_context(module)
+    if hidden_TH.ndim != 2 or ids_TK.ndim != 2 or weights_TK.shape != ids_TK.shape or ids_TK.is_floating_point():
+        shapes = ", ".join(f"{tuple(tensor.shape)} of {tensor.dtype}" for tensor in args)
+        raise ValueError(
+            f"The experts of {context.dispatcher.layer} are called with {shapes}, and take hidden states "
+            "[tokens, size], expert ids [tokens, top_k] (integers) and weights [tokens, top_k], in this order."
+        )
     if in_backward():
         rank_zero_warn(
             "Activation checkpointing that the strategy knows nothing of runs the experts again in backward, so that "

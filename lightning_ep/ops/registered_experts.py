@@ -12,6 +12,7 @@ from typing_extensions import override
 
 from lightning_ep.ops.local_experts import LocalExperts
 from lightning_ep.ops.low_rank import Adapter, split
+from lightning_ep.ops.one_by_one import check_one_by_one, evaluated
 from lightning_ep.ops.permute import ExpertOrder, expert_order, gather_sum
 
 ExpertsFunction = Callable[[nn.Module, Tensor, Tensor, Tensor], Tensor]
@@ -65,6 +66,8 @@ class RegisteredExperts(LocalExperts):
         adapters: Those of the weights, by their places in ``param_names``. The function sees ``W + scale * B A``, of
             which it makes whole gradients.
         factors: The modules that hold A and B of each adapter as ``weight``, which are asked like ``module``.
+        unknown: Name of the layer, if the function is one of a user's own: its first call looks whether it may be
+            called with one expert per row.
     """
 
     keeps_rows = False
@@ -76,6 +79,7 @@ class RegisteredExperts(LocalExperts):
         param_names: Sequence[str],
         adapters: Sequence[Adapter] = (),
         factors: Sequence[nn.Module] = (),
+        unknown: str | None = None,
     ) -> None:
         self._module = module
         self._factors = tuple(factors)
@@ -85,6 +89,7 @@ class RegisteredExperts(LocalExperts):
         self._num_experts: int = module.num_experts  # type: ignore[assignment]
         self._function = function
         self._param_names = tuple(param_names)
+        self._unknown = unknown
 
     @override
     def forward(
@@ -97,6 +102,9 @@ class RegisteredExperts(LocalExperts):
         keep: bool,
         room: Callable[[], Tensor] | None = None,
     ) -> tuple[Tensor, _Forward | _Routing]:
+        if self._unknown is not None:
+            self._look(self._unknown, rows_NH, params)
+            self._unknown = None
         order = expert_order(ids_NK, self._num_experts, num_pairs)
         x_PH = order.permute(rows_NH)
         weights_P = weights_NK.reshape(-1)[order.slot_P].to(rows_NH.dtype)
@@ -114,6 +122,19 @@ class RegisteredExperts(LocalExperts):
         if not keep:
             return out_NH, _Routing(ids_NK, weights_NK, num_pairs)
         return out_NH, _Forward(order, weights_NK.dtype, leaves, out_PH)
+
+    def _look(self, layer: str, rows_NH: Tensor, params: Sequence[Tensor]) -> None:
+        weights = (weight.detach() for weight in self._weights(params))
+        module = stand_in(self._template, dict(zip(self._param_names, weights, strict=True)))
+        with evaluated(module):
+            check_one_by_one(
+                lambda rows, ids, weights: self._function(module, rows, ids, weights),
+                self._num_experts,
+                rows_NH.shape[1],
+                rows_NH.dtype,
+                rows_NH.device,
+                layer,
+            )
 
     def _trained(self) -> list[bool]:
         # Of the module's own: those that calls pass may be casts, made where no gradient is recorded.

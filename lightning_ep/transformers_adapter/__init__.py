@@ -43,6 +43,7 @@ from lightning_ep.transformers_adapter.dtypes import cast_constants, fp32_parame
 from lightning_ep.transformers_adapter.experts_interface import (
     fused_form,
     local_experts_function,
+    picks_its_implementation,
     why_not_fused,
 )
 from lightning_ep.transformers_adapter.initialization import (
@@ -173,6 +174,7 @@ __all__ = [
     "own_modules",
     "packing_of",
     "peft_configs",
+    "picks_its_implementation",
     "plan_experts",
     "planned_models",
     "pretrained_models",

@@ -36,7 +36,7 @@ def _names(gated: bool, biased: bool) -> tuple[str, ...]:
 
 def _form(module: nn.Module) -> ExpertForm | str:
     """The form, by the flags that a class declares and by what its activation computes; else what no flag says."""
-    if not _picks_its_implementation(module):
+    if not picks_its_implementation(module):
         return "its class is not declared with `use_experts_implementation`"
     flags = ("has_gate", "has_bias", "is_transposed", "is_concatenated", "has_post_expert_norm")
     declared = {flag: getattr(module, flag) for flag in flags}
@@ -111,7 +111,7 @@ def local_experts_function(module: nn.Module, name: str) -> ExpertsFunction:
         raise ValueError(
             f"experts_implementation={name!r} is not registered; choose 'auto', 'fused' or one of {names}."
         )
-    if name != "eager" and not _picks_its_implementation(module):
+    if name != "eager" and not picks_its_implementation(module):
         raise ValueError(
             f"experts_implementation={name!r} cannot run {type(module).__name__}, whose class does not say how its "
             "weights lie (`use_experts_implementation` of transformers). Use 'auto', which calls its own forward."
@@ -119,13 +119,13 @@ def local_experts_function(module: nn.Module, name: str) -> ExpertsFunction:
     return _registered(module, name)
 
 
-def _picks_its_implementation(module: nn.Module) -> bool:
+def picks_its_implementation(module: nn.Module) -> bool:
     """Whether the class of the experts has transformers' decorator, which lets a config pick who runs them."""
     return hasattr(module, "is_concatenated") and hasattr(type(module).forward, "__wrapped__")
 
 
 def _registered(module: nn.Module, name: str) -> ExpertsFunction:
-    if not _picks_its_implementation(module):
+    if not picks_its_implementation(module):
         return type(module).forward
     # The decorator wraps the model's own (eager) forward.
     eager: ExpertsFunction = type(module).forward.__wrapped__  # type: ignore[attr-defined]

@@ -145,7 +145,10 @@ def _adamw(transposed: bool, optimizer: Any) -> list[str]:
         for layer in plain.layers:
             layer.moe.experts = _Whole(transposed)
     model = copy.deepcopy(plain)
-    parallelize(model, ParallelLayout(world, ep=world), device(), plan={"layers.*.moe.experts": "experts"})
+    layout, plan = ParallelLayout(world, ep=world), {"layers.*.moe.experts": "experts"}
+    parallelize(model, layout, device(), plan=plan)
+    with pytest.raises(ValueError, match="is spread over ranks already: `parallelize` is called once"):
+        parallelize(model, layout, device(), plan=plan)
     # eps: without it a gradient of 1e-12 would be a whole step, in either direction.
     ours, reference = optimizer(model.parameters()), torch.optim.AdamW(plain.parameters(), lr=1e-2, eps=1e-4)
     wrong = []
@@ -167,6 +170,89 @@ def _adamw(transposed: bool, optimizer: Any) -> list[str]:
 @pytest.mark.parametrize("optimizer", [AdamW, partial(torch.optim.AdamW, fused=True)], ids=["ours", "torch's"])
 def test_fused_optimizers_step_experts_whose_kernels_transpose(transposed: bool, optimizer: Any) -> None:
     assert_ranks_agree(2, _adamw, transposed, partial(optimizer, lr=1e-2, eps=1e-4))
+
+
+class _Told(_Whole):
+    """Experts that do more than add up, or are called otherwise than they say."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__(transposed=False)
+        self.how = how
+        self.dropout = nn.Dropout(0.5 if how == "dropout" else 0.0)
+
+    def forward(self, hidden_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Any:
+        if self.how == "normalised":
+            weights_TK = weights_TK / weights_TK.sum(-1, keepdim=True)
+        out_TH = self.dropout(super().forward(hidden_TH, ids_TK, weights_TK))
+        if self.how == "residual":
+            return out_TH + hidden_TH
+        if self.how == "norm":
+            return F.layer_norm(out_TH, out_TH.shape[-1:])
+        return (out_TH, ids_TK) if self.how == "tuple" else out_TH
+
+
+class _Calls(nn.Module):
+    """The page's MoE layer, with another call of its experts."""
+
+    def __init__(self, moe: Any, how: str) -> None:
+        super().__init__()
+        self.gate, self.experts, self.how = moe.gate, _Told(how), how
+
+    def forward(self, x_BSH: Tensor) -> Tensor:
+        x_TH = x_BSH.flatten(0, 1)
+        weights_TK, ids_TK = self.gate(x_TH).softmax(-1).topk(2)
+        if self.how == "order":
+            return self.experts(x_TH, weights_TK, ids_TK).view_as(x_BSH)
+        if self.how == "batch":
+            return self.experts(x_BSH, ids_TK, weights_TK)
+        return self.experts(x_TH, weights_TK=weights_TK, ids_TK=ids_TK).view_as(x_BSH)
+
+
+_REFUSALS = {
+    "normalised": r"experts of layers.0.moe.experts do not add up: two of a token .*Normalise weights where",
+    "residual": "do not add up: .*a residual, a norm, a shared expert",
+    "norm": "do not add up",
+    "tuple": r"return tuple for hidden states \(8, 32\)",
+    "order": r"are called with \(22, 32\) of torch.float32, \(22, 2\) of torch.float32, .* in this order",
+    "batch": r"are called with \(2, 11, 32\) .*take hidden states \[tokens, size\]",
+    "keywords": "",
+    "dropout": "",
+}
+
+
+def _told(ep: int) -> list[str]:
+    wrong = []
+    for how, says in _REFUSALS.items():
+        model = _decoder()
+        for layer in model.layers:
+            layer.moe = _Calls(layer.moe, how)
+        layout = ParallelLayout(2, ep=ep, fsdp=2 // ep)
+        parallelize(model, layout, device(), plan={"layers.*.moe.experts": "experts"})
+        said = ""
+        try:
+            _loss(model, _ids(dist.get_rank()).to(device())).backward()
+        except ValueError as error:
+            said = str(error)
+        if bool(said) != bool(says) or not re.search(says, said):
+            wrong.append(f"{how}: {said}")
+        if not all(module.training for module in model.modules()):
+            wrong.append(f"{how}: what looked has left modules in evaluation")
+    return wrong
+
+
+@pytest.mark.parametrize("ep", [1, 2])
+def test_experts_that_do_not_add_up_or_are_called_otherwise_are_refused(ep: int) -> None:
+    """They trained silently wrong, at ep=1 as well, since rows are one expert each there too."""
+    assert_ranks_agree(2, _told, ep)
+
+
+def test_buffers_of_a_row_per_expert_are_refused() -> None:
+    model = _decoder()
+    model.layers[1].moe.experts.register_buffer("scale", torch.ones(8))
+    with pytest.raises(
+        ValueError, match=r"layers.1.moe.experts.scale of shape \(8,\) is a buffer with a row per expert"
+    ):
+        check(model, ParallelLayout(2, ep=2), resolve_plan(model, {"layers.*.moe.experts": "experts"}))
 
 
 def test_a_pattern_that_matches_nothing_is_refused_with_what_is_near() -> None:
