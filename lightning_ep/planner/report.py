@@ -94,7 +94,7 @@ def unmeasured(request: Request, chosen: Estimate) -> str:
     missing = ", ".join(name for name, is_so in named.items() if is_so)
     return (
         "All figures are estimates, by times measured on 1 and 2 H200 at Qwen3-30B-A3B's width "
-        f"(docs/choose/planning.md). Never measured: {missing or 'nothing of this'}."
+        f"(docs/choose/planning.md). {f'Never measured: {missing}' if missing else 'Cases of this kind were measured'}."
     )
 
 
