@@ -20,7 +20,7 @@ from transformers import AutoConfig, PreTrainedConfig
 from typing_extensions import override
 
 from lightning_ep.adapters import LoRA, add_adapter
-from lightning_ep.adapters.saved import fill_with_base, open_adapted, refuse_undescribed_adapters
+from lightning_ep.adapters.saved import fill_with_base, open_adapted, source_of_whole
 from lightning_ep.checkpoint.saved_weights import SavedWeights
 from lightning_ep.distributed.host_copies import Lagged
 from lightning_ep.hub.errors import CheckpointError
@@ -169,31 +169,19 @@ class CausalLM(LightningModule):
         if hparams_file is not None:
             raise ValueError("CausalLM has no hyperparameters file: pass its arguments to load_from_checkpoint.")
         saved = SavedWeights(Path(checkpoint_path), weights_only is not False)
+        source, lora = kwargs.pop("model", None), kwargs.get("adapter")
         if "model" in saved.bases:
-            model, start = open_adapted(saved, "model", kwargs.pop("model", None), kwargs.pop("adapter", None))
-            module = cls(**{**start, **kwargs})
+            model, start = open_adapted(saved, "model", source, lora)
+            module = cls(**{**kwargs, **start})
             module.model = model
         else:
-            module = cls._whole(saved, kwargs.pop("model", None), kwargs)
+            source = source_of_whole(saved, "model", source, lora)
+            module = cls(**{"pretrained": False, **kwargs, "model": source})
+            model = meta_model(_config(module._source))
+            give_saved_biases(model, saved.tensors, "model.")
+            module.model = module._adapted(model)
         fill_with_base(module, saved, strict is not False)
         return module.to(map_location) if map_location is not None else module
-
-    @classmethod
-    def _whole(cls, saved: SavedWeights, source: Any, arguments: dict[str, Any]) -> Self:
-        """The module of a checkpoint that holds its whole model, on meta."""
-        if source is None and "model" in saved.configs:
-            source = AutoConfig.for_model(**saved.configs["model"])
-        if source is None:
-            raise CheckpointError(
-                f"{saved.path} does not contain the config of its model: pass `model=` (hub id, path or config)."
-            )
-        if arguments.get("adapter") is None:
-            refuse_undescribed_adapters(saved)
-        module = cls(**{"pretrained": False, **arguments, "model": source})
-        model = meta_model(_config(module._source))
-        give_saved_biases(model, saved.tensors, "model.")
-        module.model = module._adapted(model)
-        return module
 
     @override
     def forward(self, **inputs: Any) -> Any:

@@ -18,7 +18,7 @@ from lightning_ep.adapters.lora import LoRA, add_adapter, put_in
 from lightning_ep.adapters.pretrained import find_adapter, read_config
 from lightning_ep.checkpoint.saved_weights import SavedWeights
 from lightning_ep.hub.errors import CheckpointError
-from lightning_ep.hub.frozen_base import check_bases, fingerprint, note_bases
+from lightning_ep.hub.frozen_base import check_bases, config_fingerprint, fingerprint, note_bases
 from lightning_ep.hub.initialize import materialize
 from lightning_ep.hub.load import stream_pretrained
 from lightning_ep.hub.meta_models import config_of, from_config, from_pretrained, meta_model
@@ -150,7 +150,11 @@ def open_base(described: Mapping[str, Any], config: Mapping[str, Any], base: Nam
     """
     named = base_of_run(described)
     if named is None:
-        return from_config(config_of(config))
+        model = from_config(config_of(config))
+        if config_fingerprint(model) != described["fingerprint"]:
+            # Checkpoints name the class, also where the run's configuration did not.
+            model = from_config(config_of({**config, "architectures": None}))
+        return model
     base = base or named
     return from_pretrained(base.model, revision=base.revision)
 
@@ -196,13 +200,22 @@ def open_adapted(
     return model, {"model": named.model, "adapter": lora}
 
 
-def refuse_undescribed_adapters(saved: SavedWeights) -> None:
-    """Raises CheckpointError if a checkpoint has adapters and does not say how they are scaled."""
-    if not saved.bases and any(".lora_" in name for name in saved.tensors):
+def source_of_whole(saved: SavedWeights, name: str, given: Any, lora: LoRA | None) -> Any:
+    """What to build a model from that a checkpoint holds whole: what was given, or the configuration in it.
+
+    Raises:
+        CheckpointError: If there is none, or if the checkpoint has adapters and no ``lora`` says how they are scaled.
+    """
+    if given is None and name not in saved.configs:
+        raise CheckpointError(
+            f"{saved.path} does not contain the config of its model: pass `model=` (hub id, path or config)."
+        )
+    if lora is None and any(".lora_" in key for key in saved.tensors):
         raise CheckpointError(
             f"{saved.path} holds adapters with a model that was in memory when it was adapted, and does not say how "
             "they are scaled: pass the `adapter` of the run that trained them."
         )
+    return AutoConfig.for_model(**saved.configs[name]) if given is None else given
 
 
 def _lora_of(configs: Mapping[str, Mapping[str, Any]]) -> LoRA:
