@@ -23,7 +23,6 @@ from lightning_ep.adapters import LoRA, add_adapter
 from lightning_ep.adapters.saved import fill_with_base, open_adapted, source_of_whole
 from lightning_ep.checkpoint.saved_weights import SavedWeights
 from lightning_ep.distributed.host_copies import Lagged
-from lightning_ep.hub.errors import CheckpointError
 from lightning_ep.hub.meta_models import config_of, from_config, from_pretrained, meta_model
 from lightning_ep.loss import model_inside, summed_loss, token_losses
 from lightning_ep.ops.cross_entropy import IGNORE

@@ -1,4 +1,4 @@
-"""`load_from_checkpoint` of a run with LoRA: what PEFT says of the base with the exported adapter, without a Trainer."""
+"""`load_from_checkpoint` of a run with LoRA: its logits are those of PEFT with the exported adapter."""
 
 from __future__ import annotations
 
