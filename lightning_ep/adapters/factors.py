@@ -64,8 +64,9 @@ def hold_flat(outermost: nn.Module) -> None:
             for name, factor in factors.items():
                 if isinstance(factor, ExpertFactor):
                     weight = flat(factor.weight.detach(), factor.is_a).contiguous()
-                    factors[name] = nn.Linear(*weight.shape[::-1], bias=False, device="meta")
-                    factors[name].weight = nn.Parameter(weight, factor.weight.requires_grad)
+                    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+                    linear.load_state_dict({"weight": weight}, assign=True)
+                    factors[name] = linear.requires_grad_(factor.weight.requires_grad)
     if chain:
         adapter.remember(outermost, _describe(chain))
 

@@ -221,8 +221,8 @@ def source_of_whole(saved: SavedWeights, name: str, given: Any, lora: LoRA | Non
 def _lora_of(configs: Mapping[str, Mapping[str, Any]]) -> LoRA:
     """What `put_in_again` puts in, in the words of `LoRA`."""
     (values,) = configs.values()
-    same = ("r", "lora_alpha", "target_modules", "modules_to_save", "lora_dropout", "use_rslora", "use_dora", "lora_bias")
-    options: dict[str, Any] = {name: values[name] for name in same}
+    same = ("r", "lora_alpha", "target_modules", "modules_to_save", "lora_dropout", "use_rslora", "use_dora")
+    options: dict[str, Any] = {name: values[name] for name in (*same, "lora_bias")}
     options |= {name: values[name] or None for name in ("rank_pattern", "alpha_pattern")}
     return LoRA(experts=bool(values["target_parameters"]), **options)
 
