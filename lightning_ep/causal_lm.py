@@ -20,10 +20,9 @@ from transformers import AutoConfig, PreTrainedConfig
 from typing_extensions import override
 
 from lightning_ep.adapters import LoRA, add_adapter
+from lightning_ep.adapters.saved import fill_with_base, open_adapted, source_of_whole
 from lightning_ep.checkpoint.saved_weights import SavedWeights
 from lightning_ep.distributed.host_copies import Lagged
-from lightning_ep.hub.errors import CheckpointError
-from lightning_ep.hub.initialize import materialize
 from lightning_ep.hub.meta_models import config_of, from_config, from_pretrained, meta_model
 from lightning_ep.loss import model_inside, summed_loss, token_losses
 from lightning_ep.ops.cross_entropy import IGNORE
@@ -159,27 +158,28 @@ class CausalLM(LightningModule):
             hparams_file: Not supported: arguments of CausalLM are no hyperparameters of Lightning.
             strict: Refuse a checkpoint with other weights than the model's. Default: yes.
             weights_only: Build no objects from the checkpoint but tensors and plain values. Default: yes.
-            **kwargs: Arguments of CausalLM. ``model`` is what the checkpoint says unless given.
+            **kwargs: Arguments of CausalLM. ``model`` and ``adapter`` are what the checkpoint says unless given. Of
+                adapters, ``model`` is the hub id or path of their base, where that has another place now.
 
         Raises:
-            CheckpointError: If the checkpoint is damaged, does not say what model it is of, or does not fit it.
+            CheckpointError: If the checkpoint is damaged, does not say what model it is of, or does not fit it; if the
+                base of its adapters is not there, or another one.
         """
         if hparams_file is not None:
             raise ValueError("CausalLM has no hyperparameters file: pass its arguments to load_from_checkpoint.")
         saved = SavedWeights(Path(checkpoint_path), weights_only is not False)
-        source = kwargs.pop("model", None)
-        if source is None and "model" in saved.configs:
-            source = AutoConfig.for_model(**saved.configs["model"])
-        if source is None:
-            raise CheckpointError(
-                f"{checkpoint_path} does not contain the config of its model: pass `model=` (hub id, path or config)."
-            )
-        module = cls(**{"pretrained": False, **kwargs, "model": source})
-        model = meta_model(_config(module._source))
-        give_saved_biases(model, saved.tensors, "model.")
-        module.model = module._adapted(model)
-        saved.fill(module, strict is not False)
-        materialize(module, torch.device("cpu"), seed=0)  # buffers that are not saved
+        source, lora = kwargs.pop("model", None), kwargs.get("adapter")
+        if "model" in saved.bases:
+            model, start = open_adapted(saved, "model", source, lora)
+            module = cls(**{**kwargs, **start})
+            module.model = model
+        else:
+            source = source_of_whole(saved, "model", source, lora)
+            module = cls(**{"pretrained": False, **kwargs, "model": source})
+            model = meta_model(_config(module._source))
+            give_saved_biases(model, saved.tensors, "model.")
+            module.model = module._adapted(model)
+        fill_with_base(module, saved, strict is not False)
         return module.to(map_location) if map_location is not None else module
 
     @override

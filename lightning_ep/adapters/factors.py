@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from lightning_ep import transformers_adapter as adapter
-from lightning_ep.moe.adapted import AdaptedExperts, ExpertFactor, Factors
+from lightning_ep.moe.adapted import AdaptedExperts, ExpertFactor, Factors, flat
 
 
 def note_adapted_experts(module: nn.Module, plan: Iterable[str]) -> None:
@@ -52,6 +52,21 @@ def hold_per_expert(module: nn.Module, outermost: nn.Module) -> None:
         size, init = wrapper.num_experts, _start_of(module, name)
         wrapper.lora_A[name] = ExpertFactor(wrapper.lora_A[name].weight, size, True, init)
         wrapper.lora_B[name] = ExpertFactor(wrapper.lora_B[name].weight, size, False, init)
+    if chain:
+        adapter.remember(outermost, _describe(chain))
+
+
+def hold_flat(outermost: nn.Module) -> None:
+    """The reverse of `hold_per_expert`, for a model that is whole: the linear layers with which PEFT computes."""
+    chain = _chain(outermost)
+    for wrapper in chain:
+        for factors in (wrapper.lora_A, wrapper.lora_B):
+            for name, factor in factors.items():
+                if isinstance(factor, ExpertFactor):
+                    weight = flat(factor.weight.detach(), factor.is_a).contiguous()
+                    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+                    linear.load_state_dict({"weight": weight}, assign=True)
+                    factors[name] = linear.requires_grad_(factor.weight.requires_grad)
     if chain:
         adapter.remember(outermost, _describe(chain))
 

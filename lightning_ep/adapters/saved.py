@@ -7,16 +7,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
+from lightning.pytorch import LightningModule
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel
 
 from lightning_ep import transformers_adapter as adapter
-from lightning_ep.adapters.factors import hold_per_expert
+from lightning_ep.adapters.factors import hold_flat, hold_per_expert
 from lightning_ep.adapters.lora import LoRA, add_adapter, put_in
 from lightning_ep.adapters.pretrained import find_adapter, read_config
 from lightning_ep.checkpoint.saved_weights import SavedWeights
 from lightning_ep.hub.errors import CheckpointError
-from lightning_ep.hub.frozen_base import fingerprint
+from lightning_ep.hub.frozen_base import check_bases, config_fingerprint, fingerprint, note_bases
+from lightning_ep.hub.initialize import materialize
+from lightning_ep.hub.load import stream_pretrained
 from lightning_ep.hub.meta_models import config_of, from_config, from_pretrained, meta_model
 from lightning_ep.hub.source import source_directory
 
@@ -146,9 +150,111 @@ def open_base(described: Mapping[str, Any], config: Mapping[str, Any], base: Nam
     """
     named = base_of_run(described)
     if named is None:
-        return from_config(config_of(config))
+        model = from_config(config_of(config))
+        if config_fingerprint(model) != described["fingerprint"]:
+            # Checkpoints name the class, also where the run's configuration did not.
+            model = from_config(config_of({**config, "architectures": None}))
+        return model
     base = base or named
     return from_pretrained(base.model, revision=base.revision)
+
+
+def open_adapted(
+    saved: SavedWeights, name: str, base: str | None, lora: LoRA | None
+) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """The model that a checkpoint has an adapter of, with that, on meta, and arguments of a `CausalLM` around it.
+
+    Args:
+        saved: The checkpoint.
+        name: Which of its models.
+        base: Hub id or path of the base, where it is not where the checkpoint says.
+        lora: The adapter; default: as the checkpoint says.
+
+    Raises:
+        CheckpointError: If the base is not there, or the adapter is none of LoRA.
+        TypeError: If the base is a configuration.
+    """
+    described, config = saved.bases[name], saved.configs[name]
+    if base is not None and not isinstance(base, str):
+        raise TypeError(
+            f"{saved.path} holds adapters only: `model` says where their base is (hub id or path), and was a "
+            f"{type(base).__name__}. Leave it out to have it from where the checkpoint says."
+        )
+    named = base_of_run(described)
+    if named is not None and base is not None:
+        named = NamedBase(base)
+    try:
+        model = open_base(described, config, named)
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"{saved.path} holds adapters only, and their base cannot be opened: {error} Where the base has another "
+            "place now, pass that as `model`."
+        ) from error
+    if lora is None:
+        put_in_again(model, described["adapters"])
+        lora = _lora_of(described["adapters"])
+    else:
+        add_adapter(model, lora)
+    if named is None:
+        return model, {"model": model.config, "pretrained": False, "adapter": lora}
+    return model, {"model": named.model, "adapter": lora}
+
+
+def source_of_whole(saved: SavedWeights, name: str, given: Any, lora: LoRA | None) -> Any:
+    """What to build a model from that a checkpoint holds whole: what was given, or the configuration in it.
+
+    Raises:
+        CheckpointError: If there is none, or if the checkpoint has adapters and no ``lora`` says how they are scaled.
+    """
+    if given is None and name not in saved.configs:
+        raise CheckpointError(
+            f"{saved.path} does not contain the config of its model: pass `model=` (hub id, path or config)."
+        )
+    if lora is None and any(".lora_" in key for key in saved.tensors):
+        raise CheckpointError(
+            f"{saved.path} holds adapters with a model that was in memory when it was adapted, and does not say how "
+            "they are scaled: pass the `adapter` of the run that trained them."
+        )
+    return AutoConfig.for_model(**saved.configs[name]) if given is None else given
+
+
+def _lora_of(configs: Mapping[str, Mapping[str, Any]]) -> LoRA:
+    """What `put_in_again` puts in, in the words of `LoRA`."""
+    (values,) = configs.values()
+    same = ("r", "lora_alpha", "target_modules", "modules_to_save", "lora_dropout", "use_rslora", "use_dora")
+    options: dict[str, Any] = {name: values[name] for name in (*same, "lora_bias")}
+    options |= {name: values[name] or None for name in ("rank_pattern", "alpha_pattern")}
+    return LoRA(experts=bool(values["target_parameters"]), **options)
+
+
+def fill_with_base(module: LightningModule, saved: SavedWeights, strict: bool = True) -> None:
+    """Gives a module on meta the tensors of a checkpoint and those that it leaves out, whole, on the CPU.
+
+    What a checkpoint leaves out is the base beneath adapters, read from where it is or drawn again, and buffers. The
+    factors of experts get the form with which PEFT computes.
+
+    Args:
+        module: A module with one transformers model, adapted as the checkpoint's or not at all.
+        saved: The checkpoint.
+        strict: Whether names must be the same.
+
+    Raises:
+        CheckpointError: If names or shapes differ, or the base is another one than that of the run.
+    """
+    cpu = torch.device("cpu")
+    (model,) = adapter.pretrained_models(module).values()
+    experts = list(adapter.experts_modules(model).values())
+    for outermost in experts:
+        hold_per_expert(model, outermost)
+    if saved.bases:
+        note_bases(module)
+        check_bases(module, saved.bases, saved.path)
+    saved.fill(module, strict)
+    stream_pretrained(module, cpu)
+    seeds = [base["seed"] for base in saved.bases.values() if base["seed"] is not None]
+    materialize(module, cpu, seed=seeds[0] if seeds else 0)
+    for outermost in experts:
+        hold_flat(outermost)
 
 
 def put_in_again(model: PreTrainedModel, configs: Mapping[str, Mapping[str, Any]]) -> PreTrainedModel:

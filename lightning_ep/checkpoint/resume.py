@@ -139,7 +139,8 @@ class Resume:
 
         def compare() -> set[str]:
             check_bases(module, self.bases, self.path)
-            check_fit(target, saved, module.strict_loading, self.path)
+            advice = "Build the module of the run that saved it, or set `strict_loading = False` on the LightningModule"
+            check_fit(target, saved, module.strict_loading, self.path, advice)
             return target.keys() & saved.keys()
 
         filled = [target[name] for name in self._alone(compare)]
@@ -243,7 +244,7 @@ def split_key(name: str) -> tuple[str, str]:
     return parameter, key
 
 
-def check_fit(target: Mapping[str, Tensor], saved: Mapping[str, Saved], strict: bool, path: Path) -> None:
+def check_fit(target: Mapping[str, Tensor], saved: Mapping[str, Saved], strict: bool, path: Path, advice: str) -> None:
     """Raises CheckpointError, listing all, if saved weights have other shapes or, if ``strict``, other names.
 
     Floating-point weights are cast to the dtype that this run's precision gives them; other dtypes must be equal.
@@ -268,6 +269,5 @@ def check_fit(target: Mapping[str, Tensor], saved: Mapping[str, Saved], strict: 
     ]
     if problems:
         raise CheckpointError(
-            f"{path} does not fit the module. Weights {'; '.join(problems)}. Build the module of the run that saved "
-            "it, or set `strict_loading = False` on the LightningModule to load what fits by name."
+            f"{path} does not fit the module. Weights {'; '.join(problems)}. {advice} to load what fits by name."
         )

@@ -14,6 +14,7 @@ from lightning_ep.checkpoint.metadata import HEADER, check_header, deserialize, 
 from lightning_ep.checkpoint.resume import check_fit, refuse_damaged
 from lightning_ep.checkpoint.tensor_files import WEIGHTS, SafeReader, Saved, read_shards
 from lightning_ep.hub.errors import CheckpointError
+from lightning_ep.hub.frozen_base import base_names
 from lightning_ep.hub.initialize import assign
 
 
@@ -70,6 +71,7 @@ class SavedWeights:
     """The tensors of a checkpoint of ExpertParallelStrategy, a directory or one file.
 
     Attributes:
+        path: Where it is.
         tensors: Shape and dtype of the module's parameters and buffers, by their name in the LightningModule.
         configs: Config of every transformers model in the module as a dict, by its name there; empty if the checkpoint
             does not say, or only among objects that may run code.
@@ -88,10 +90,10 @@ class SavedWeights:
     bases: dict[str, dict[str, Any]]
 
     def __init__(self, path: Path, weights_only: bool = True) -> None:
-        self._path = open_verified(path)
+        self.path = open_verified(path)
         self._file: dict[str, Tensor] | None = None
         self._reader: SafeReader | None = None
-        if self._path.is_dir():
+        if self.path.is_dir():
             self._open_directory(weights_only)
         else:
             self._open_file(weights_only)
@@ -109,31 +111,34 @@ class SavedWeights:
     def fill(self, module: LightningModule, strict: bool = True) -> None:
         """Gives a module on meta the saved tensors, whole, on the CPU, in the dtypes that they were saved in.
 
+        The base beneath adapters (`note_bases`) is in no checkpoint, and stays on meta.
+
         Raises:
             CheckpointError: If names (unless not ``strict``) or shapes differ.
         """
-        target = module.state_dict(keep_vars=True)
-        check_fit(target, self.tensors, strict, self._path)
+        left_out = base_names(module) - self.tensors.keys()
+        target = {name: value for name, value in module.state_dict(keep_vars=True).items() if name not in left_out}
+        check_fit(target, self.tensors, strict, self.path, "Pass the arguments of the run, or `strict=False`")
         assign(module, {id(target[name]): self.read(name) for name in target if name in self.tensors})
 
     def _open_directory(self, weights_only: bool) -> None:
-        self._reader = SafeReader(self._path)
+        self._reader = SafeReader(self.path)
         self.tensors = self._reader.weights()
         try:
-            content = deserialize(self._path / files.META, weights_only)
+            content = deserialize(self.path / files.META, weights_only)
         except CheckpointError:
             content = {}  # hyperparameters may be of any class
         self._read_header(content)
 
     def _open_file(self, weights_only: bool) -> None:
-        content = deserialize(self._path, weights_only, mmap=True)
+        content = deserialize(self.path, weights_only, mmap=True)
         if not isinstance(content, dict) or "state_dict" not in content:
-            raise CheckpointError(f"{self._path} is no checkpoint of Lightning: it has no 'state_dict'.")
+            raise CheckpointError(f"{self.path} is no checkpoint of Lightning: it has no 'state_dict'.")
         self._file = {name: value for name, value in content["state_dict"].items() if isinstance(value, Tensor)}
         self.tensors = {name: (tensor.shape, tensor.dtype) for name, tensor in self._file.items()}
         self._read_header(content)
 
     def _read_header(self, content: dict[str, Any]) -> None:
         header = content.get(HEADER, {})
-        check_header(header, self._path)
+        check_header(header, self.path)
         self.configs, self.bases = header.get("configs", {}), header.get("bases", {})

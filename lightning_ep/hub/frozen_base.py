@@ -131,10 +131,15 @@ def _called(base: Mapping[str, Any]) -> str:
 def _identify(model: PreTrainedModel, names: frozenset[str]) -> Base:
     source = adapter.recall(model, Source)
     if source is None:
-        config = json.dumps(model.config.to_dict(), sort_keys=True, default=str)
-        return Base(names, None, None, hashlib.sha256(config.encode()).hexdigest())
+        return Base(names, None, None, config_fingerprint(model))
     digest = Ranks(CheckpointError).on_first("reading the base", lambda: fingerprint(source.directory))
     return Base(names, source.typed, source.revision, digest)
+
+
+def config_fingerprint(model: PreTrainedModel) -> str:
+    """A digest of the configuration of a model that is drawn."""
+    config = json.dumps(model.config.to_dict(), sort_keys=True, default=str)
+    return hashlib.sha256(config.encode()).hexdigest()
 
 
 def fingerprint(directory: Path) -> str:
