@@ -47,7 +47,7 @@ def test_recipes_are_shown_and_copied(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_adapters_are_trained_with_an_eye_on_experts(tmp_path: Path) -> None:
-    """The block of lora.md, with fewer steps and chats that it does not show."""
+    """The blocks of lora.md, with fewer steps and chats that it does not show."""
     rows = [[("user", f"What is {n}?"), ("assistant", f"It is {n}.")] for n in range(60)]
     chats = [{"messages": [{"role": role, "content": text} for role, text in row]} for row in rows]
     (tmp_path / "my_chats.jsonl").write_text("".join(json.dumps(chat) + "\n" for chat in chats))
@@ -58,6 +58,9 @@ def test_adapters_are_trained_with_an_eye_on_experts(tmp_path: Path) -> None:
     run = tmp_path / "runs/lora_quickstart/version_0"
     assert "routing/max_violation" in (run / "metrics.csv").read_text()
     assert list((run / "routing").glob("*.png"))
+    balanced = shlex.split(block("docs/start/lora.md", "lightning-ep fit --config lora_quickstart").replace("\\\n", " "))
+    _run(tmp_path, *balanced[1:], "--trainer.max_steps", "5", "--trainer.val_check_interval", "5")
+    assert "train/router_balance" in (run.with_name("version_1") / "metrics.csv").read_text()
     answer = _run(tmp_path, *asked, "--max_new_tokens", "4")
     _run(tmp_path, *merged)
     assert _run(tmp_path, *asked_again, "--max_new_tokens", "4").splitlines()[-1] == answer.splitlines()[-1] != ""
