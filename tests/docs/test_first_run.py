@@ -58,8 +58,8 @@ def test_adapters_are_trained_with_an_eye_on_experts(tmp_path: Path) -> None:
     run = tmp_path / "runs/lora_quickstart/version_0"
     assert "routing/max_violation" in (run / "metrics.csv").read_text()
     assert list((run / "routing").glob("*.png"))
-    balanced = shlex.split(block("docs/start/lora.md", "lightning-ep fit --config lora_quickstart").replace("\\\n", " "))
-    _run(tmp_path, *balanced[1:], "--trainer.max_steps", "5", "--trainer.val_check_interval", "5")
+    line = block("docs/start/lora.md", "lightning-ep fit --config lora_quickstart").replace("\\\n", " ")
+    _run(tmp_path, *shlex.split(line)[1:], "--trainer.max_steps", "5", "--trainer.val_check_interval", "5")
     assert "train/router_balance" in (run.with_name("version_1") / "metrics.csv").read_text()
     answer = _run(tmp_path, *asked, "--max_new_tokens", "4")
     _run(tmp_path, *merged)
