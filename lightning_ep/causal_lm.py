@@ -61,7 +61,7 @@ class CausalLM(LightningModule):
         router: What steers the routers: rules of `lightning_ep.routing`. Default: the token loss alone, and
             transformers' balancing loss where the configuration asks for it (``output_router_logits``), which is taken
             over the tokens of all ranks.
-        freeze_router: Leave the routers' weights as they are.
+        freeze_router: Leave the routers' weights as they are; beneath an adapter they are frozen anyway.
         freeze: Modules of the model whose weights stay as they are, by name (``model.visual``; ``*`` for any part of a
             name). Default: of pretrained weights the towers for images and sound, but not what projects their output
             into the text. ``[]``: none.

@@ -107,7 +107,7 @@ class _Walk:
         self._copies.update(_peft_copies(module))
         for key, child in module.named_children():
             # What an adapter wraps was there before it.
-            wrapped = _is_peft(module) and key in ("base_layer", "original_module")
+            wrapped = adapter.is_peft(module) and key in ("base_layer", "original_module")
             inner = replace(around, follows=owner is not None, of_others=()) if wrapped else around
             self.visit(f"{name}.{key}" if name else key, child, inner)
 
@@ -138,7 +138,7 @@ def _without_values(tensor: Tensor | None) -> Tensor | None:
 
 def _own_rule(name: str, shadow: nn.Module, adapters: Mapping[str, Any]) -> Rule | None:
     """How a module fills itself; no rule if it does not, or holds nothing that has to be filled."""
-    if _is_peft(shadow):
+    if adapter.is_peft(shadow):
         return _peft_rule(name, shadow, adapters)
     # The second is torch's name for it in attention and in whole transformers.
     reset = getattr(type(shadow), "reset_parameters", None) or getattr(type(shadow), "_reset_parameters", None)
@@ -148,14 +148,10 @@ def _own_rule(name: str, shadow: nn.Module, adapters: Mapping[str, Any]) -> Rule
 # -------------------------------------------------------------------------------- PEFT
 
 
-def _is_peft(module: nn.Module) -> bool:
-    return any(cls.__module__.partition(".")[0] == "peft" for cls in type(module).__mro__)
-
-
 def _by_expert(outermost: nn.Module) -> list[nn.Module]:
     """The modules whose parameters have a dimension of experts: experts, also inside of adapters, and their factors."""
     inside = outermost
-    while _is_peft(inside) and isinstance(inner := getattr(inside, "base_layer", None), nn.Module):
+    while adapter.is_peft(inside) and isinstance(inner := getattr(inside, "base_layer", None), nn.Module):
         inside = inner
     adapted = adapter.recall(outermost, AdaptedExperts)
     return [inside, *(adapted.holders if adapted is not None else ())]
@@ -163,7 +159,7 @@ def _by_expert(outermost: nn.Module) -> list[nn.Module]:
 
 def _peft_copies(module: nn.Module) -> dict[nn.Module, nn.Module]:
     """The trainable copies that PEFT makes of whole modules (``modules_to_save``), and the modules they start from."""
-    if not (_is_peft(module) and hasattr(module, "original_module") and hasattr(module, "modules_to_save")):
+    if not (adapter.is_peft(module) and hasattr(module, "original_module") and hasattr(module, "modules_to_save")):
         return {}
     original = cast(nn.Module, module.original_module)
     copies = cast(nn.ModuleDict, module.modules_to_save).values()

@@ -31,7 +31,7 @@ class MoELayer:
         index: Its number among the MoE layers of the module, in their order.
         name: Of its experts, in the module that was asked; adapters around them are left out.
         experts: What is called with the ids of experts.
-        router: What gives the logits.
+        router: What is called for the logits: where PEFT has wrapped a router, its wrapper.
         block: What is around both.
         num_experts: Experts over all ranks.
     """

@@ -62,11 +62,22 @@ def steer_routers(module: nn.Module, rules: RouterRule | Iterable[RouterRule] | 
 
 
 def freeze_routers(module: nn.Module) -> None:
-    """Leaves the weights of all routers in ``module`` as they are: no optimizer trains them; before it is sharded."""
+    """Leaves the weights of all routers in ``module`` as they are: no optimizer trains them; before it is sharded.
+
+    Raises:
+        ValueError: If adapters train a router.
+    """
     for model in adapter.pretrained_models(module).values():
-        for layer in moe_layers(model):
-            if layer.router is not None:
-                layer.router.requires_grad_(False)
+        routers = {layer.name: layer.router for layer in moe_layers(model) if layer.router is not None}
+        for name, router in routers.items() if adapter.peft_configs(model) else ():
+            if trained := [key for key, param in router.named_parameters() if param.requires_grad]:
+                raise ValueError(
+                    f"freeze_router=True, and the adapter trains {trained} of the router of {name}. A router is either "
+                    "frozen or trained: leave out freeze_router, or take the router out of the adapter "
+                    "(modules_to_save, target_modules); beneath an adapter it is frozen anyway."
+                )
+        for router in routers.values():
+            router.requires_grad_(False)
 
 
 class Steering:
@@ -86,16 +97,17 @@ class Steering:
         for layer in layers if self._losses else ():
             scoring = None if layer.router is None else adapter.router_scoring(layer.router)
             if scoring is None or (scoring == "probabilities" and any(isinstance(r, RouterZLoss) for r in rules)):
+                kind = "none was found" if layer.router is None else type(adapter.inside_wrapper(layer.router)).__name__
                 raise ValueError(
-                    f"{self._losses} cannot be had in {layer.name}: it is not known how its router "
-                    f"({type(layer.router).__name__}) makes scores of logits. Use BiasUpdates, or no rule."
+                    f"{self._losses} cannot be had in {layer.name}: it is not known how its router ({kind}) makes "
+                    f"scores of logits. Use {'no rule' if adapter.peft_configs(model) else 'BiasUpdates, or no rule'}."
                 )
             self._scoring[layer.index] = scoring
         if self._biases is not None:
             if adapter.peft_configs(model):
                 raise ValueError(
-                    f"{self._biases!r} changes the model beneath its adapters, which are saved without it. Train the "
-                    "whole model, or leave the rule out."
+                    f"{self._biases!r} changes the model beneath its adapters, which are saved without it. Use "
+                    "BalancingLoss, which trains the adapters to balance the experts, or train the whole model."
                 )
             give_biases(layers)
         self._model = model
@@ -142,7 +154,14 @@ class Steering:
         if self._top_k[index] != ids_TK.shape[1]:
             self._top_k[index], self._sizes_2L = ids_TK.shape[1], None
         if self._losses and len(ids_TK):  # experts may be entered without tokens, and without their router
-            assert routing.logits_TE is not None
+            if routing.logits_TE is None:
+                router = self._layers[index].router
+                raise RuntimeError(
+                    f"{self._losses} need the logits of {routing.layer.name}, and its router "
+                    f"({type(router).__name__}) was not called before its experts: something stands in its place, or "
+                    "calls its forward past the module. Have the model call the router as a module, or leave the "
+                    "rules out."
+                )
             sums_S = sums_of_layer(routing.logits_TE, routing.counted_T, self._scoring[index])
             self._sums[index] = sums_S + self._sums[index] if index in self._sums else sums_S
 

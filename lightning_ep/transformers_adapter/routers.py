@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from lightning_ep.transformers_adapter.structure import model_class, routers
+from lightning_ep.transformers_adapter.structure import inside_wrapper, model_class, routers
 
 Scoring = Literal["softmax", "sigmoid", "probabilities"]
 """How router logits become the scores of experts; ``"probabilities"``: a family's routers return these."""
@@ -35,7 +35,7 @@ def router_scoring(router: nn.Module) -> Scoring | None:
 
     A few families' routers return probabilities, or score by a function that their config names.
     """
-    source = inspect.getsource(type(router).forward)
+    source = inspect.getsource(type(inside_wrapper(router)).forward)
     if "return router_prob" in source:
         return "probabilities"
     kinds = [kind for kind in ("softmax", "sigmoid") if f"{kind}(" in source]

@@ -221,7 +221,8 @@ def routers(models: Iterable[nn.Module]) -> set[nn.Module]:
     """The routers of ``models``: what they declare to give router logits, if it has no experts.
 
     Where a family declares none for some experts (those of another kind of router, or of a tower), it is what stands
-    beside them and has a row of weights per expert.
+    beside them and has a row of weights per expert. Of a router inside a wrapper of PEFT it is the wrapper: that is
+    what the model calls, and what it calls itself (the router, a trained copy of it) may change.
     """
     models = list(models)
     inner = [child for model in models for child in model.modules() if isinstance(child, PreTrainedModel)]
@@ -230,7 +231,26 @@ def routers(models: Iterable[nn.Module]) -> set[nn.Module]:
     experts = {child for model in models for child in experts_modules(model).values()}
     declared = {child for model in models for child in model.modules() if isinstance(child, classes)}
     found = {child for child in declared if experts.isdisjoint(child.modules())}
-    return found | {gate for model in models for gate in _gates(model, found)}
+    found |= {gate for model in models for gate in _gates(model, found)}
+    wrappers = [child for model in models for child in model.modules() if inside_wrapper(child) in found]
+    held = {child for wrapper in wrappers for child in wrapper.modules() if child is not wrapper}
+    return (found - held) | (set(wrappers) - held)
+
+
+def is_peft(module: nn.Module) -> bool:
+    """Whether the class of a module, or one that it derives from, is PEFT's."""
+    return any(cls.__module__.partition(".")[0] == "peft" for cls in type(module).__mro__)
+
+
+def inside_wrapper(module: nn.Module) -> nn.Module:
+    """What wrappers of PEFT (adapters, ``modules_to_save``) are around; the module itself if it is no wrapper."""
+    while is_peft(module):
+        children = dict(module.named_children())
+        inner = children.get("base_layer", children.get("original_module"))
+        if inner is None:
+            break
+        module = inner
+    return module
 
 
 def _gates(model: nn.Module, found: set[nn.Module]) -> Iterator[nn.Module]:
@@ -239,9 +259,10 @@ def _gates(model: nn.Module, found: set[nn.Module]) -> Iterator[nn.Module]:
         if found.isdisjoint(block.modules()):
             number = next(experts.parameters()).shape[0]
             for child in block.children():
-                weights = [param.shape[0] for param in child.parameters(recurse=False) if param.ndim == 2]
+                plain = inside_wrapper(child)
+                weights = [param.shape[0] for param in plain.parameters(recurse=False) if param.ndim == 2]
                 if child is not experts and weights == [number]:
-                    yield child
+                    yield plain
 
 
 def moe_blocks(model: PreTrainedModel) -> dict[str, tuple[nn.Module, nn.Module | None, nn.Module]]:

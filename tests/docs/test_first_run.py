@@ -64,6 +64,9 @@ def test_adapters_are_trained_with_an_eye_on_experts(tmp_path: Path, monkeypatch
     assert list((run / "routing").glob("*.png"))
     few = ("--trainer.max_steps", "6", "--trainer.val_check_interval", "6", "--ckpt_path", "last")
     assert "Restored all states from the checkpoint" in _run(tmp_path, *adapters, *few)
+    line = block("docs/start/lora.md", "lightning-ep fit --config lora_quickstart").replace("\\\n", " ")
+    _run(tmp_path, *shlex.split(line)[1:], "--trainer.max_steps", "5", "--trainer.val_check_interval", "5")
+    assert "train/router_balance" in (run.with_name("version_2") / "metrics.csv").read_text()
     answer = _run(tmp_path, *asked, "--max_new_tokens", "4")
     _run(tmp_path, *merged)
     assert _run(tmp_path, *asked_again, "--max_new_tokens", "4").splitlines()[-1] == answer.splitlines()[-1] != ""
