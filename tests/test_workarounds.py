@@ -46,6 +46,7 @@ OURS = [
     ("cli/compared.py", {"set_experts_implementation"}, "the model that the command has built"),
     ("cli/chats.py", {"chat_template", "response_template"}, "the tokenizer that the command has loaded"),
     ("cli/generation.py", {"manual_seed"}, "the command's process"),
+    ("ops/one_by_one.py", {"manual_seed"}, "a generator of its own"),
     ("tensor_parallel/styles.py", {"value"}, "a SequenceLength"),
     (
         "cli/opened.py",
