@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
@@ -57,7 +58,9 @@ def _recomputes(family: str, mode: Any) -> list[str]:
     for (name, param), expected in zip(sharded.named_parameters(), plain.parameters(), strict=True):
         if expected.grad is None or expected.grad.norm() < 1e-4:
             continue  # experts for images, and sums that all but cancel
-        tolerance = 5e-5 if ".hc_" in name else 1e-5  # these connections enlarge what any order of sums differs by
+        # Hyper-connections (attn_hc, ffn_hc, hc_head) enlarge what any order of sums differs by: up to 1.2e-5 between
+        # kinds of CPU, and 6.7e-6 between one and two threads of plain transformers.
+        tolerance = 5e-5 if re.search(r"(_|\b)hc(_|\b)", name) else 1e-5
         if not (error := relative_error(param.grad.full_tensor(), expected.grad)) <= tolerance:
             wrong.append(f"{name}: {error:.1e}")
     return wrong
