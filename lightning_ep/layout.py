@@ -76,8 +76,8 @@ class ParallelLayout:
             return f"replicate must divide {self.world_size}: choose one of {_divisors(self.world_size)}."
         copy = self.world_size // self.replicate
         if copy % self.ep == 0:
-            return f"with ep={self.ep} use fsdp={copy // self.ep}, or leave fsdp='auto'."
-        return f"ep must divide {copy}: choose one of {_divisors(copy)} and leave fsdp='auto'."
+            return f"with ep={self.ep} use fsdp={copy // self.ep}."
+        return f"ep must divide {copy}: choose one of {_divisors(copy)}, with fsdp={copy}/ep."
 
     @classmethod
     def resolve(

@@ -6,7 +6,8 @@ import difflib
 import importlib
 import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import NoReturn
 
 __version__ = "0.1.0"
@@ -154,7 +155,8 @@ def answer(arguments: list[str]) -> None:
     if not arguments[0].startswith("-") and arguments[0] not in commands:
         fail(f"there is no command {arguments[0]!r}{did_you_mean(arguments[0], commands)}: {', '.join(commands)}.")
     if arguments[0] == "recipes":
-        recipes.main(arguments[1:])
+        with _readers_may_leave():
+            recipes.main(arguments[1:])
         sys.exit(0)
     if arguments[0] == "plan":
         global _asked
@@ -174,8 +176,22 @@ def _plan(arguments: list[str]) -> NoReturn:
     global _asked
     _asked = None
     command = importlib.import_module("lightning_ep.planner.command")
-    command.main(arguments)
+    with _readers_may_leave():
+        command.main(arguments)
     sys.exit(0)
+
+
+@contextmanager
+def _readers_may_leave() -> Iterator[None]:
+    """Ends the program without a traceback where nobody reads on, as behind ``| head``."""
+    try:
+        try:
+            yield
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # where Python's end flushes what is left
+        sys.exit(1)
 
 
 def did_you_mean(name: str, names: Iterable[str]) -> str:

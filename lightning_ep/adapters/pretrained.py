@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
-from huggingface_hub import snapshot_download
 from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
 from lightning_ep.distributed.agreement import Ranks
 from lightning_ep.hub.errors import CheckpointError
 from lightning_ep.hub.initialize import assign
+from lightning_ep.hub.meta_models import download
 
 if TYPE_CHECKING:
     import peft
@@ -38,13 +38,7 @@ def find_adapter(path: str) -> Path:
 def _find(path: str) -> Path:
     directory = Path(path).expanduser()
     if not directory.is_dir():
-        try:
-            directory = Path(snapshot_download(path, allow_patterns=[_CONFIG, _WEIGHTS]))
-        except (OSError, ValueError) as error:
-            raise CheckpointError(
-                f"{path!r} is no directory here (if a run of yours writes it, that comes first) and cannot be had from "
-                f"the hub: {error}"
-            ) from error
+        directory = download(path, None, [_CONFIG, _WEIGHTS])
     missing = [name for name in (_CONFIG, _WEIGHTS) if not (directory / name).exists()]
     if missing:
         raise CheckpointError(

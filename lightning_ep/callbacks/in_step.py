@@ -13,6 +13,7 @@ from typing_extensions import override
 from lightning_ep import transformers_adapter as adapter
 from lightning_ep.context_parallel import whole_sequences
 from lightning_ep.data.tokenizers import check_vocabulary, ends_of
+from lightning_ep.ops.eval_mode import evaluated
 
 
 class OfValidations(Callback):
@@ -109,25 +110,19 @@ def generate_in_step(
     rows = [[pad] * (size - len(prompt)) + list(prompt) for prompt in prompts]
     mask = [[0] * (size - len(prompt)) + [1] * len(prompt) for prompt in prompts]
     sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
-    training = [part for part in model.modules() if part.training]
-    model.eval()
-    try:
-        # Layers that are compiled for training would be compiled again for every length of the cache.
-        stance = torch.compiler.set_stance("force_eager")
-        with isolate_rng(), trainer.precision_plugin.forward_context(), stance, whole_sequences(model):
-            torch.manual_seed(trainer.global_step)
-            ids = model.generate(
-                input_ids=torch.tensor(rows, device=module.device),
-                attention_mask=torch.tensor(mask, device=module.device),
-                max_new_tokens=max_new_tokens,
-                eos_token_id=ends or None,
-                pad_token_id=pad,
-                synced_gpus=trainer.world_size > 1,
-                **sampling,
-            )
-    finally:
-        for part in training:
-            part.training = True
+    # Layers that are compiled for training would be compiled again for every length of the cache.
+    stance = torch.compiler.set_stance("force_eager")
+    with evaluated(model), isolate_rng(), trainer.precision_plugin.forward_context(), stance, whole_sequences(model):
+        torch.manual_seed(trainer.global_step)
+        ids = model.generate(
+            input_ids=torch.tensor(rows, device=module.device),
+            attention_mask=torch.tensor(mask, device=module.device),
+            max_new_tokens=max_new_tokens,
+            eos_token_id=ends or None,
+            pad_token_id=pad,
+            synced_gpus=trainer.world_size > 1,
+            **sampling,
+        )
     return [_until(row, ends) for row in ids[:, size:].tolist()]
 
 

@@ -21,14 +21,23 @@ _SHAREGPT = {  # the values of "from" in ShareGPT's form, and in what grew from 
     "observation": "tool",
     "function_response": "tool",
 }
+_NAMED = 10  # rows in an error
 
 
 class MalformedRow(ValueError):
     """A row that says nothing that can be trained on; the message begins with its file and line."""
 
-    def refused(self) -> MalformedRow:
-        """The same for a user who has not said what becomes of such rows."""
-        return type(self)(f"{self} Mend the row; or `malformed: skip` leaves out such rows, and counts them.")
+
+def refuse(found: Sequence[MalformedRow]) -> None:
+    """Raises MalformedRow for rows of a user who has not said what becomes of such rows, if there are any."""
+    if not found:
+        return
+    lines = [str(error) for error in found[:_NAMED]]
+    if len(found) > _NAMED:
+        lines.append(f"And {len(found) - _NAMED} more of the rows around them.")
+    one = len(found) == 1
+    lines.append(f"Mend the {'row' if one else 'rows'}; or `malformed: skip` leaves out such rows, and counts them.")
+    raise MalformedRow((" " if one else "\n").join(lines)) from found[0]
 
 
 def text_of(content: Any, place: str, role: str) -> str:

@@ -152,14 +152,14 @@ class Clip(Medium):
         if own != rate and find_spec("soxr") is None:
             raise ModuleNotFoundError(
                 f"{self.where}: {self._name} has {own:,} samples per second, and the model hears {rate:,}. soxr brings "
-                "one to the other: pip install 'lightning-ep[audio]'."
+                "one to the other: pip install soxr."
             )
         return math.ceil(samples * rate / own)
 
     @override
     def decode(self, file: BinaryIO) -> tuple[np.ndarray, int]:
         if find_spec("soundfile") is None:
-            raise ModuleNotFoundError(f"{self.where}: sound is read with soundfile: pip install 'lightning-ep[audio]'.")
+            raise ModuleNotFoundError(f"{self.where}: sound is read with soundfile: pip install soundfile soxr.")
         import soundfile
 
         try:

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import numpy as np
 
 from lightning_ep.data.chat_template import ChatTemplate, Rendered, Span
-from lightning_ep.data.conversations import Conversation, MalformedRow
+from lightning_ep.data.conversations import Conversation, MalformedRow, refuse
 from lightning_ep.data.preparation import Samples
 
 SHORTENED = "conversations that lost turns from their front, being longer than a window"
@@ -47,13 +47,15 @@ class RendersConversations:
             MalformedRow: If the template refuses one.
         """
         made: list[tuple[Conversation, Rendered]] = []
+        malformed: list[MalformedRow] = []
         for whole in conversations:
             try:
                 made += [(part, self.render(part)) for part in self._parts(whole)]
             except MalformedRow as error:
-                if self.malformed == "refuse":
-                    raise error.refused() from error
+                malformed.append(error)
                 samples.drop(MALFORMED)
+        if self.malformed == "refuse":
+            refuse(malformed)
         if not made:
             return
         for (conversation, rendered), encoding in zip(

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from typing_extensions import override
 
-from lightning_ep.data.conversations import MalformedRow
+from lightning_ep.data.conversations import MalformedRow, refuse
 from lightning_ep.data.packed_data import PREVIEWED, PackedDataModule
 from lightning_ep.data.preparation import Rows, Samples
 from lightning_ep.data.rendering import MALFORMED
@@ -58,14 +58,15 @@ class RowsDataModule(PackedDataModule):
 
     @override
     def make_samples(self, rows: Sequence[Row], samples: Samples) -> None:
-        conversations = []
+        conversations, malformed = [], []
         for row in rows:
             try:
                 conversations.append(self.read_row(row))
             except MalformedRow as error:
-                if self.malformed == "refuse":
-                    raise error.refused() from error
+                malformed.append(error)
                 samples.drop(MALFORMED)
+        if self.malformed == "refuse":
+            refuse(malformed)
         self.add_samples(conversations, samples)
 
     @override

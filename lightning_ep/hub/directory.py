@@ -174,6 +174,13 @@ Serve it with vLLM, inside this directory; on several GPUs add `--tensor-paralle
 vllm serve . --served-model-name {name}
 ```
 
+Or with transformers, with what `pip install "transformers[serving]"` adds; its clients name the model by the path
+that it was started with:
+
+```bash
+transformers serve . --device cpu
+```
+
 Try it in a terminal:
 
 ```bash

@@ -239,10 +239,15 @@ def small_files(path: str, revision: str | None = None, code: bool = False) -> P
         return directory
     if path.count("/") > 1 or path.startswith((".", "~", "/")):
         raise CheckpointError(f"there is no directory {directory.absolute()}, and {path!r} is no id of a model.")
-    return _download(path, revision, [*_SMALL_FILES, *(["*.py"] if code else [])])
+    return download(path, revision, [*_SMALL_FILES, *(["*.py"] if code else [])])
 
 
-def _download(path: str, revision: str | None, patterns: list[str]) -> Path:
+def download(path: str, revision: str | None, patterns: list[str]) -> Path:
+    """The directory of the files of a hub's model that the patterns name.
+
+    Raises:
+        CheckpointError: If they cannot be had.
+    """
     try:
         return Path(snapshot_download(path, revision=revision, allow_patterns=patterns))
     except (OSError, ValueError) as error:
@@ -259,7 +264,7 @@ def _find(path: str, revision: str | None, code: bool) -> Path:
         index = directory / INDEX_NAME
         # By name: some repositories hold the same weights a second time, in another format.
         weights = set(json.loads(index.read_text())["weight_map"].values()) if index.exists() else {SINGLE_NAME}
-        directory = _download(path, revision, sorted(weights))
+        directory = download(path, revision, sorted(weights))
     _check_format(directory)
     return directory
 

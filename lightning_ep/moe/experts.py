@@ -36,6 +36,7 @@ class ExpertContext:
         leave: As in `moe_forward`; set by the activation checkpointing of a layer.
         route: Called with the ids of every call, ``[T, K]``, and returns those that it takes; set by whoever watches
             what routers choose.
+        has_run: Whether there has been a forward.
     """
 
     dispatcher: Dispatcher[Any]
@@ -46,6 +47,7 @@ class ExpertContext:
     masters: MasterWeights = field(default_factory=MasterWeights)
     leave: Callable[[Tensor], Callable[[], Tensor] | None] | None = None
     route: Callable[[Tensor], Tensor] | None = None
+    has_run: bool = False
 
 
 def spread_over_ranks(module: nn.Module, context: ExpertContext) -> None:
@@ -95,9 +97,24 @@ def _experts_forward(module: nn.Module, *args: Tensor, **kwargs: Tensor) -> Tens
             Variable._execution_engine.queue_callback(module.reshard)
     if context.route is not None:
         ids_TK = context.route(ids_TK)
+    if ids_TK.is_cpu or not context.has_run:  # the host would wait for a GPU's, and does so once
+        _check_ids(ids_TK, context.dispatcher)
+        context.has_run = True
     used = context.params
     if context.are_off is not None and context.are_off():
         used = used[: context.num_weights]
     params = [getattr(holder, name) for holder, name in used]
     dispatcher, experts = context.dispatcher, context.experts
     return moe_forward(dispatcher, experts, hidden_TH, ids_TK, weights_TK, params, context.leave, context.masters)
+
+
+def _check_ids(ids_TK: Tensor, dispatcher: Dispatcher[Any]) -> None:
+    """Raises ValueError for ids of experts that there are not: they would be looked up in other rows' places."""
+    if ids_TK.numel() == 0:
+        return
+    least, most = ids_TK.min().item(), ids_TK.max().item()
+    if least < 0 or most >= dispatcher.num_experts:
+        raise ValueError(
+            f"The experts of {dispatcher.layer} are called with ids from {least} to {most}, and there are experts 0 to "
+            f"{dispatcher.num_experts - 1}. A token that takes fewer experts than others has any id with a weight of 0."
+        )

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 _ROWS = 8
 _TOLERANCES = {torch.float64: 1e-6, torch.float32: 1e-3}  # of the largest value; in 16 bits 0.05
@@ -59,16 +58,3 @@ def check_one_by_one(
             f"The experts of {layer} do not add up: two of a token together give up to {difference.item():.2g} more or "
             f"less than one after the other, of values up to {largest.item():.2g}. {_CONTRACT}"
         )
-
-
-@contextmanager
-def evaluated(module: nn.Module) -> Iterator[None]:
-    """Has ``module`` and what is in it draw nothing at random."""
-    training = [inner for inner in module.modules() if inner.training]
-    for inner in training:
-        inner.training = False
-    try:
-        yield
-    finally:
-        for inner in training:
-            inner.training = True

@@ -10,9 +10,10 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from typing_extensions import override
 
+from lightning_ep.ops.eval_mode import evaluated
 from lightning_ep.ops.local_experts import LocalExperts
 from lightning_ep.ops.low_rank import Adapter, split
-from lightning_ep.ops.one_by_one import check_one_by_one, evaluated
+from lightning_ep.ops.one_by_one import check_one_by_one
 from lightning_ep.ops.permute import ExpertOrder, expert_order, gather_sum
 
 ExpertsFunction = Callable[[nn.Module, Tensor, Tensor, Tensor], Tensor]

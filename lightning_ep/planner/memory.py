@@ -14,7 +14,6 @@ from lightning_ep.planner.counts import (
 from lightning_ep.planner.widths import QWEN3_30B_A3B, ModelWidths
 
 _GIB = 2**30
-_OF_DEVICE = 1 / 16  # of the memory: more slots of exchanges there are not (`moe/dispatch/copy_engine/dispatcher.py`)
 _SPARE = 0.1  # of the memory, left free beside kept copies (`moe/master_weights.py`)
 
 # Kept per token and layer, KiB, from runs on one H200 (6 layers, 4 x 4096): what `full` keeps is the layer's input (4)
@@ -47,7 +46,7 @@ def memory_gib(case: Case, limit_gib: float) -> dict[str, float]:
     found = {name: size / _GIB for name, size in parts.items()}
     own = not case.managed_experts and case.precision == "bf16-mixed" and not case.lora_rank
     copies = 2 * local_parameters(case)[0] / _GIB if own else 0.0
-    slots = min(_slots(case) / _GIB, _OF_DEVICE * limit_gib)
+    slots = min(_slots(case) / _GIB, traffic.SLOTS_OF_DEVICE * limit_gib)
     if slots:
         found["slots of exchanges"] = slots
     fits = sum(found.values()) + copies + _SPARE * limit_gib <= limit_gib

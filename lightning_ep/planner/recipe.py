@@ -13,7 +13,7 @@ _RECIPE = """\
 #   {start}
 #
 # Written by `lightning-ep plan`, which estimates {rate:,.0f} tokens/s and {gib:.0f} GiB per GPU. Nothing of it has been
-# run: start with --trainer.max_steps 20. Put in your texts, the learning rate and where checkpoints go.
+# run: start with --trainer.max_steps 20. Put in your {yours}, the learning rate and where checkpoints go.
 {note}seed_everything: 1
 
 trainer:
@@ -44,19 +44,36 @@ model:
     pretrained: {pretrained}{adapter}
     optimizer:
       class_path: lightning_ep.AdamW
-      init_args: {{lr: {rate_of_learning}, betas: [0.9, 0.95], weight_decay: 0.1{rounding}}}
+      init_args: {{{optimizer}{rounding}}}
     lr_scheduler:
       class_path: lightning_ep.Schedule
-      init_args: {{shape: cosine, warmup: 0.05, end: 0.1}}
+      init_args: {{shape: cosine, warmup: {warmup}, end: 0.1}}
 
 data:
-  class_path: lightning_ep.data.TextDataModule
+  class_path: lightning_ep.data.{data}
   init_args:
-    source: texts/**/*.txt
+    source: {source}
     sequence_length: {sequence}
-    batch_size: {batch} # windows per group of ranks that share a batch
-    across_documents: true
+    batch_size: {batch} # windows per group of ranks that share a batch{windows}
 """
+
+# What differs where adapters are trained is that of the recipe `qwen3_30b_a3b_lora`.
+_OF_TEXTS = {
+    "optimizer": "lr: 1.0e-5, betas: [0.9, 0.95], weight_decay: 0.1",
+    "warmup": 0.05,
+    "data": "TextDataModule",
+    "source": "texts/**/*.txt",
+    "windows": "\n    across_documents: true",
+    "yours": "texts",
+}
+_OF_CHATS = {
+    "optimizer": "lr: 1.0e-4, weight_decay: 0.0",
+    "warmup": 0.03,
+    "data": "ChatDataModule",
+    "source": "my_chats.jsonl",
+    "windows": "\n    validation_fraction: 0.02",
+    "yours": "chats",
+}
 
 
 def write_recipe(file: Path, request: Request, chosen: Estimate, tokens: float) -> str:
@@ -80,10 +97,10 @@ def write_recipe(file: Path, request: Request, chosen: Estimate, tokens: float) 
         fsdp=case.fsdp, replicate=case.replicate, tp=case.tp, cp=case.cp, recompute=case.recompute,
         precision=case.precision, accumulate=case.accumulate, tokens_per_step=case.tokens_per_step,
         steps=max(1, round(tokens / case.tokens_per_step)), sequence=case.sequence, batch=case.batch,
-        adapter=f"\n    adapter: {{r: {case.lora_rank}}}" if case.lora_rank else "",
+        adapter=f"\n    adapter: {{r: {case.lora_rank}, lora_alpha: 32}}" if case.lora_rank else "",
         rounding=", stochastic_rounding: true" if case.precision == "bf16-true" else "",
-        rate_of_learning="1.0e-4" if case.lora_rank else "1.0e-5",  # ten times, as `CausalLM` has it
         model=json.dumps(model.config if is_file else model.name), pretrained="false" if is_file else "true",
+        **(_OF_CHATS if case.lora_rank else _OF_TEXTS),
     )  # fmt: skip
     file.write_text(text)
     return start

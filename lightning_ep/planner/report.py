@@ -104,7 +104,7 @@ def _why(found: list[Estimate], chosen: Estimate) -> str:
     if chosen is not found[0]:
         return (
             f"-> is chosen: by {1 - chosen.rate / found[0].rate:.1%} slower than the fastest, which is less than these "
-            "estimates can tell, and simpler."
+            "estimates can tell, and simpler: with less of replicate, tp, cp and EP across nodes."
         )
     return f"-> is chosen: the fastest that fits, {chosen.rate / found[1].rate:.2f} times the next layout."
 

@@ -202,6 +202,18 @@ def test_what_needs_no_torch_does_not_import_it(
     assert shown in done.stdout + done.stderr
 
 
+@pytest.mark.parametrize("arguments", [["recipes"], ["plan", "Qwen/Qwen3-30B-A3B", "--gpus", "8"]])
+def test_a_reader_that_leaves_gets_no_traceback(arguments: list[str], empty: Path) -> None:
+    read, write = os.pipe()
+    os.close(read)  # as `| head` does when it has its lines
+    with os.fdopen(write, "w") as pipe:
+        done = subprocess.run(
+            [sys.executable, "-m", "lightning_ep", *arguments], env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
+            cwd=empty, stdin=subprocess.DEVNULL, stdout=pipe, stderr=subprocess.PIPE, text=True, timeout=100,
+        )  # fmt: skip
+    assert (done.returncode, done.stderr) == (1, "")
+
+
 @pytest.mark.parametrize(
     ("name", "warm_up", "peak", "last"),
     [

@@ -199,6 +199,18 @@ def test_malformed_rows_are_refused_by_line_or_counted(checkpoint: Path, tmp_pat
     assert windows.counts["train"]["dropped"] == {"malformed rows": 2}
 
 
+def test_an_error_names_several_malformed_rows(checkpoint: Path, tmp_path: Path) -> None:
+    file = tmp_path / "chats.jsonl"
+    good, wrong = json.dumps({"messages": [HI, HELLO]}), json.dumps({"messages": [{"role": "bard", "content": "?"}]})
+    file.write_text(f"{good}\n{wrong}\n" * 12)
+    with pytest.raises(MalformedRow) as refused:
+        data(file, tmp_path, tokenizer=str(checkpoint), validation_fraction=0).prepare_data()
+    *rows, more, mend = str(refused.value).splitlines()
+    assert [row.partition(": ")[0] for row in rows] == [f"{file}:{line}" for line in range(2, 22, 2)]
+    assert more == "And 2 more of the rows around them."
+    assert mend == "Mend the rows; or `malformed: skip` leaves out such rows, and counts them."
+
+
 def test_sources_are_mixed_by_weight_and_validated_on_their_own(checkpoint: Path, chats: Path, tmp_path: Path) -> None:
     other = write_chats(tmp_path / "other.jsonl", [[SUM, FOUR]] * 3)
     windows = data(

@@ -31,16 +31,11 @@ from lightning_ep.data import VisionChatDataModule, media, vision_chat
 from lightning_ep.data.conversations import MalformedRow
 from lightning_ep.data.media import Clip
 from lightning_ep.data.preview import preview
-from lightning_ep.loss import summed_loss
-from lightning_ep.ops.cross_entropy import shifted
 from lightning_ep.transformers_adapter import (
-    is_told_documents,
-    keep_documents_apart,
     load_processor,
-    use_bounds_of_documents,
 )
 from tests.data.test_chat import fitted
-from tests.data.test_vision_chat import data, documents, prepared
+from tests.data.test_vision_chat import check_refused, data, documents, of_column, prepared, same_windows, told, user
 from tests.docs.pages import blocks
 from tests.reference import relative_error
 from tests.sound import RATE, clip, heard, plain_inputs, thinker_config, write_thinker_checkpoint
@@ -131,17 +126,10 @@ def test_every_document_is_what_transformers_makes_of_it_alone(
     assert len(clips) == 7
     assert all(torch.equal(one, other) for one, other in zip(clips, expected, strict=True))
 
-    keep_documents_apart(model)
-    if bounds:  # as where the kernel runs
-        use_bounds_of_documents(model)
-        assert is_told_documents(model)
-    inputs = {name: value for name, value in batch.items() if name != "labels"}
-    loss, _ = summed_loss(model, shifted(batch["labels"]), inputs)
-    loss.backward()
-    grads = {name: param.grad for name, param in model.named_parameters()}
+    loss, grads = told(model, batch, bounds)
     plain = AutoModelForMultimodalLM.from_pretrained(checkpoint)
     losses = torch.stack([summed_plain_loss(plain, inputs) for inputs in alone.values()]).sum()
-    assert relative_error(loss.detach(), losses.detach()) <= 1e-5
+    assert relative_error(loss, losses.detach()) <= 1e-5
     losses.backward()
     assert grads["model.audio_tower.layers.0.fc1.weight"].norm() > 1e-3
     for name, param in plain.named_parameters():
@@ -214,12 +202,10 @@ def test_every_way_to_give_a_clip(checkpoint: Path, folder: Path, tmp_path: Path
     ):
         rows.append([{"role": "user", "content": [part, what]}, answer])
     parts = prepared(write_rows(tmp_path / "rows.jsonl", rows), checkpoint, tmp_path, pack=False)
-    found = [parts.train_dataset[index] for index in range(len(rows))]
-    for window in found[1:]:
-        assert all(torch.equal(window[name], found[0][name]) for name in found[0])
+    found = same_windows(parts, len(rows))
     source = write_rows(tmp_path / "relative.jsonl", [heard(Path("one.wav"), "What is it?")] * 2)
     relative = prepared(source, checkpoint, tmp_path, image_folder=str(folder), pack=False)
-    assert torch.equal(relative.train_dataset[0]["input_features"], found[0]["input_features"])
+    assert torch.equal(relative.train_dataset[0]["input_features"], found["input_features"])
 
 
 def test_columns_of_both_kinds_in_datasets_and_parquet(
@@ -263,25 +249,25 @@ MALFORMED = {
     "the clip has 320 samples at 16,000 per second, and the model hears 400": lambda folder: heard(
         folder / "click.wav", "?"
     ),
-    "cannot be opened": lambda folder: [_user({"type": "audio", "audio": str(folder)})],
+    "cannot be opened": lambda folder: [user({"type": "audio", "audio": str(folder)})],
     "5 bytes cannot be decoded as sound": lambda folder: [
-        _user({"type": "audio", "audio": "data:audio/wav;base64,aGVsbG8="})
+        user({"type": "audio", "audio": "data:audio/wav;base64,aGVsbG8="})
     ],
     "a clip of sound is a data URL, and not base64": lambda folder: [
-        _user({"type": "audio", "audio": "data:audio/wav;base64,!"})
+        user({"type": "audio", "audio": "data:audio/wav;base64,!"})
     ],
-    "is on the network. Download it": lambda folder: [_user({"type": "audio", "audio": "https://x.org/a.wav"})],
-    "a clip of sound is a path, bytes or a data URL, not int": lambda folder: [_user({"type": "audio", "audio": 3})],
+    "is on the network. Download it": lambda folder: [user({"type": "audio", "audio": "https://x.org/a.wav"})],
+    "a clip of sound is a path, bytes or a data URL, not int": lambda folder: [user({"type": "audio", "audio": 3})],
     "has 2 clips of sound, and its messages have 1 places": lambda folder: _column(folder, 2, "<audio>What?"),
     "a place for clip of sound 2 of the row, which has 1": lambda folder: _column(folder, 1, "<audio><audio>What?"),
-    "has the type 'video', and videos are not read": lambda folder: [_user({"type": "video", "video": "a.mp4"})],
+    "has the type 'video', and videos are not read": lambda folder: [user({"type": "video", "video": "a.mp4"})],
     "the row has a column 'videos', and videos are not read": lambda folder: {
         "videos": ["a.mp4"],
         "messages": heard("<video>What?"),
     },
     "a clip of sound is in what the assistant says": lambda folder: [
-        _user({"type": "text", "text": "Sing."}),
-        _user({"type": "audio", "audio": str(folder / "one.wav")}) | {"role": "assistant"},
+        user({"type": "text", "text": "Sing."}),
+        user({"type": "audio", "audio": str(folder / "one.wav")}) | {"role": "assistant"},
     ],
     "writes 1 times '<|audio_pad|>', where a clip belongs": lambda folder: heard("Say <|audio_pad|>"),
     "writes 2 times '<|audio_start|>', where a clip belongs": lambda folder: heard(
@@ -295,13 +281,8 @@ MALFORMED = {
 }
 
 
-def _user(part: dict[str, Any]) -> dict[str, Any]:
-    return {"role": "user", "content": [part]}
-
-
 def _column(folder: Path, number: int, text: str) -> dict[str, Any]:
-    messages = [{"role": "user", "content": text}, {"role": "assistant", "content": "A cat."}]
-    return {"audios": [str(folder / "one.wav")] * number, "messages": messages}
+    return of_column("audios", folder / "one.wav", number, text)
 
 
 @pytest.mark.parametrize("message", MALFORMED)
@@ -314,15 +295,7 @@ def test_malformed_rows_are_refused_with_their_line(
     clip(folder / "click.wav", 0.02)
     clip(folder / "minutes.wav", 20.0)
     soundfile.write(folder / "nan.wav", np.full(RATE, np.nan), RATE, subtype="FLOAT")
-    good = chats(folder)[:1]
-    rows = [*good, MALFORMED[message](folder), *good]
-    source = write_rows(tmp_path / "rows.jsonl", rows)
-    with pytest.raises(MalformedRow, match=f"^{source}:2: ") as refused:
-        data(source, checkpoint, tmp_path).prepare_data()
-    assert message in str(refused.value)
-    skipping = prepared(source, checkpoint, tmp_path, malformed="skip")
-    assert skipping.counts["train"]["dropped"] == {"malformed rows": 1}
-    assert skipping.counts["train"]["documents"] == 2
+    check_refused(message, MALFORMED[message](folder), chats(folder)[:1], checkpoint, tmp_path)
 
 
 def test_conversations_with_a_clip_longer_than_a_window_may_be_left_out(
@@ -381,7 +354,7 @@ def test_what_is_not_installed_is_named(
     monkeypatch.setattr(media, "find_spec", lambda name: None if name == missing else found(name))
     source = write_rows(tmp_path / "rows.jsonl", [heard(folder / "other.wav", "?")] * 2)
     # Not a matter of the row, which `malformed` would leave out with all others.
-    with pytest.raises(ModuleNotFoundError, match=rf"rows.jsonl:1: .*{missing}.*pip install 'lightning-ep\[audio\]'"):
+    with pytest.raises(ModuleNotFoundError, match=rf"rows.jsonl:1: .*{missing}.*: pip install (soundfile )?soxr\."):
         data(source, checkpoint, tmp_path, malformed="skip").prepare_data()
 
 

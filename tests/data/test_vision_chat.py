@@ -135,20 +135,33 @@ def test_every_document_is_what_transformers_makes_of_it_alone(
     assert torch.equal(batch["image_grid_thw"], torch.cat(grids))
     assert (batch["image_grid_thw"].prod(1) <= 16 * 4).all(), "max_pixels of the checkpoint"
 
+    loss, grads = told(model, batch, bounds)
+    plain = AutoModelForImageTextToText.from_pretrained(checkpoint)
+    losses = [summed_plain_loss(plain, inputs) for inputs in alone.values()]
+    assert relative_error(loss, torch.stack(losses).sum().detach()) <= 1e-5
+    torch.stack(losses).sum().backward()
+    for name, param in plain.named_parameters():
+        assert relative_error(grads[name], param.grad) <= 1e-5, name
+
+
+def told(model: Any, batch: dict[str, Tensor], bounds: bool) -> tuple[Tensor, dict[str, Any]]:
+    """Loss of a packed batch whose documents are kept apart, by bounds as where the kernel runs, and its gradients."""
     keep_documents_apart(model)
-    if bounds:  # as where the kernel runs
+    if bounds:
         use_bounds_of_documents(model)
         assert is_told_documents(model)
     given = {name: value for name, value in batch.items() if name != "labels"}
     loss, _ = summed_loss(model, shifted(batch["labels"]), given)
     loss.backward()
-    grads = {name: param.grad for name, param in model.named_parameters()}
-    plain = AutoModelForImageTextToText.from_pretrained(checkpoint)
-    losses = [summed_plain_loss(plain, inputs) for inputs in alone.values()]
-    assert relative_error(loss.detach(), torch.stack(losses).sum().detach()) <= 1e-5
-    torch.stack(losses).sum().backward()
-    for name, param in plain.named_parameters():
-        assert relative_error(grads[name], param.grad) <= 1e-5, name
+    return loss.detach(), {name: param.grad for name, param in model.named_parameters()}
+
+
+def same_windows(module: VisionChatDataModule, number: int) -> dict[str, Tensor]:
+    """One of the first windows, which must all be the same."""
+    first, *others = (module.train_dataset[index] for index in range(number))
+    for window in others:
+        assert all(torch.equal(window[name], first[name]) for name in first)
+    return first
 
 
 def the_batch(rows: list[Any], checkpoint: Path, tmp_path: Path, **settings: Any) -> dict[str, Tensor]:
@@ -175,16 +188,14 @@ def test_every_way_to_give_an_image(checkpoint: Path, folder: Path, tmp_path: Pa
     ):
         rows.append([{"role": "user", "content": [part, what]}, answer])
     parts = prepared(write_rows(tmp_path / "rows.jsonl", rows), checkpoint, tmp_path, pack=False)
-    found = [parts.train_dataset[index] for index in range(len(rows))]
-    for window in found[1:]:
-        assert all(torch.equal(window[name], found[0][name]) for name in found[0])
+    found = same_windows(parts, len(rows))
     relative = prepared(
         write_rows(tmp_path / "relative.jsonl", [asked(Path("wide.png"), "What is it?")] * 2),
         checkpoint,
         tmp_path,
         image_folder=str(folder),
     )
-    assert torch.equal(relative.train_dataset[0]["pixel_values"][:60], found[0]["pixel_values"])
+    assert torch.equal(relative.train_dataset[0]["pixel_values"][:60], found["pixel_values"])
 
 
 def test_columns_of_images_of_datasets_and_parquet(checkpoint: Path, folder: Path, tmp_path: Path) -> None:
@@ -213,17 +224,17 @@ MALFORMED = {
     "broken.png cannot be decoded": lambda folder: asked(folder / "broken.png", "?"),
     "cut.jpg cannot be decoded": lambda folder: asked(folder / "cut.jpg", "?"),
     "cannot be decoded as an image": lambda folder: [
-        _user({"type": "image", "image": "data:image/png;base64,aGVsbG8="})
+        user({"type": "image", "image": "data:image/png;base64,aGVsbG8="})
     ],
-    "is a data URL, and not base64": lambda folder: [_user({"type": "image", "image": "data:image/png;base64,!"})],
-    "is on the network. Download it": lambda folder: [_user({"type": "image", "image": "https://x.org/a.png"})],
-    "an image is a path, bytes or a data URL, not int": lambda folder: [_user({"type": "image", "image": 3})],
+    "is a data URL, and not base64": lambda folder: [user({"type": "image", "image": "data:image/png;base64,!"})],
+    "is on the network. Download it": lambda folder: [user({"type": "image", "image": "https://x.org/a.png"})],
+    "an image is a path, bytes or a data URL, not int": lambda folder: [user({"type": "image", "image": 3})],
     "has 2 images, and its messages have 1 places": lambda folder: _column(folder, 2, "<image>What?"),
     "a place for image 2 of the row, which has 1": lambda folder: _column(folder, 1, "<image><image>What?"),
-    "has the type 'video', and videos are not read": lambda folder: [_user({"type": "video", "video": "a.mp4"})],
+    "has the type 'video', and videos are not read": lambda folder: [user({"type": "video", "video": "a.mp4"})],
     "an image is in what the assistant says": lambda folder: [
-        _user({"type": "text", "text": "Draw."}),
-        _user({"type": "image", "image": str(folder / "wide.png")}) | {"role": "assistant"},
+        user({"type": "text", "text": "Draw."}),
+        user({"type": "image", "image": str(folder / "wide.png")}) | {"role": "assistant"},
     ],
     "writes 1 times '<|image_pad|>', where an image belongs": lambda folder: asked("Say <|image_pad|>"),
     "writes 2 times '<|image_pad|>'": lambda folder: asked(folder / "wide.png", "?", answer="<|image_pad|>"),
@@ -232,13 +243,29 @@ MALFORMED = {
 }
 
 
-def _user(part: dict[str, Any]) -> dict[str, Any]:
+def user(part: dict[str, Any]) -> dict[str, Any]:
     return {"role": "user", "content": [part]}
 
 
-def _column(folder: Path, number: int, text: str) -> dict[str, Any]:
+def of_column(name: str, file: Path, number: int, text: str) -> dict[str, Any]:
+    """A row with a file, so many times, in a column of that name."""
     messages = [{"role": "user", "content": text}, {"role": "assistant", "content": "A cat."}]
-    return {"images": [str(folder / "wide.png")] * number, "messages": messages}
+    return {name: [str(file)] * number, "messages": messages}
+
+
+def _column(folder: Path, number: int, text: str) -> dict[str, Any]:
+    return of_column("images", folder / "wide.png", number, text)
+
+
+def check_refused(message: str, row: Any, good: list[Any], checkpoint: Path, tmp_path: Path) -> None:
+    """A row between good ones must be refused with its line and that message, or skipped where that is asked for."""
+    source = write_rows(tmp_path / "rows.jsonl", [*good, row, *good])
+    with pytest.raises(MalformedRow, match=f"^{source}:2: ") as refused:
+        data(source, checkpoint, tmp_path).prepare_data()
+    assert message in str(refused.value)
+    skipping = prepared(source, checkpoint, tmp_path, malformed="skip")
+    assert skipping.counts["train"]["dropped"] == {"malformed rows": 1}
+    assert skipping.counts["train"]["documents"] == 2
 
 
 @pytest.mark.parametrize("message", MALFORMED)
@@ -248,15 +275,7 @@ def test_malformed_rows_are_refused_with_their_line(
     (folder / "broken.png").write_bytes((folder / "wide.png").read_bytes()[:300])
     (folder / "cut.jpg").write_bytes((folder / "tall.jpg").read_bytes()[:-200])
     Pictures.new("RGB", (1000, 2)).save(folder / "thin.png")
-    good = chats(folder)[:1]
-    rows = [*good, MALFORMED[message](folder), *good]
-    source = write_rows(tmp_path / "rows.jsonl", rows)
-    with pytest.raises(MalformedRow, match=f"^{source}:2: ") as refused:
-        data(source, checkpoint, tmp_path).prepare_data()
-    assert message in str(refused.value)
-    skipping = prepared(source, checkpoint, tmp_path, malformed="skip")
-    assert skipping.counts["train"]["dropped"] == {"malformed rows": 1}
-    assert skipping.counts["train"]["documents"] == 2
+    check_refused(message, MALFORMED[message](folder), chats(folder)[:1], checkpoint, tmp_path)
 
 
 def test_an_image_that_has_changed_since_is_named(checkpoint: Path, folder: Path, tmp_path: Path) -> None:
@@ -376,9 +395,7 @@ def test_the_page_says_what_can_be_read_and_what_a_preview_shows(
     module.sequence_length, module.batch_size, module.num_workers = 64, 1, 0
     module.prepare_data()
     module.setup("fit")
-    windows = [module.train_dataset[index] for index in range(4)]
-    for window in windows:
-        assert all(torch.equal(window[name], windows[0][name]) for name in window)
+    same_windows(module, 4)
     with caplog.at_level("INFO"):
         fitted(CausalLM(str(checkpoint)), module, tmp_path, enable_model_summary=True)
     (shown,) = (line for line in page.splitlines() if line.startswith("  tower "))

@@ -155,19 +155,27 @@ def test_strategies_by_name_and_by_class() -> None:
     assert type(named.strategy) is type(names["trainer"].strategy)
 
 
-def _saved_by_hand(root: Path) -> list[str]:
+def _saved_by_hand(root: Path, ep: int) -> list[str]:
     os.chdir(root)
     model = AutoModelForCausalLM.from_pretrained("tiny")
-    parallelize(model, ParallelLayout.resolve(2, 1, 2, 2), device())
+    parallelize(model, ParallelLayout.resolve(ep, "auto", 2, 2), device())
     if dist.get_rank() == 0:
         torch.save(model.state_dict(), "shards.pt")
-    exec(block("docs/operate/checkpoints.md", "import torch\nimport torch.distributed"), {"model": model})
-    return []
+    page, names = "docs/operate/checkpoints.md", {"model": model}
+    exec(block(page, "import torch\nimport torch.distributed"), names)
+    before = {name: param.detach().clone() for name, param in model.named_parameters()}
+    for param in model.parameters():
+        param.detach().zero_()
+    exec(block(page, "from torch.distributed.checkpoint.state_dict import set_model_state_dict"), names)
+    return [
+        name for name, param in model.named_parameters() if not torch.equal(param.to_local(), before[name].to_local())
+    ]
 
 
-def test_whole_weights_are_gathered_for_torch_save(tmp_path: Path) -> None:
+@pytest.mark.parametrize("ep", [1, 2])
+def test_whole_weights_are_gathered_for_torch_save(ep: int, tmp_path: Path) -> None:
     write_checkpoint(tmp_path / "tiny")
-    assert_ranks_agree(2, _saved_by_hand, tmp_path)
+    assert_ranks_agree(2, _saved_by_hand, tmp_path, ep)
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "tiny")
     whole, expected = torch.load(tmp_path / "weights.pt"), plain.state_dict()
     assert whole.keys() == expected.keys()

@@ -112,9 +112,7 @@ def _differences(implementation: str) -> list[str]:
     # that are packed when it turns out that there must be slots, or larger ones.
     if counted.copied > 4 * 2 + 2:
         wrong.append(f"{counted.copied} copies into slots")
-    return wrong + [
-        f"tensor {i}" for i, (a, b) in enumerate(zip(found, expected, strict=True)) if not torch.equal(a, b)
-    ]
+    return wrong + _unlike(found, expected)
 
 
 def _needs_a_gpu_for_each(world: int) -> None:
@@ -178,9 +176,7 @@ def _too_many_rows() -> list[str]:
     said = [str(one.message) for one in caught if "as collectives" in str(one.message)]
     if dist.get_rank() == 0 and len(said) != 1:
         wrong.append(f"said {said}")
-    return wrong + [
-        f"tensor {i}" for i, (a, b) in enumerate(zip(found, expected, strict=True)) if not torch.equal(a, b)
-    ]
+    return wrong + _unlike(found, expected)
 
 
 def test_rows_that_do_not_fit_travel_as_a_collective_on_all_ranks() -> None:
@@ -198,9 +194,7 @@ def _not_here() -> list[str]:
     wrong = [] if counted.started == 0 else [f"{counted.started} exchanges by copies"]
     if dist.get_rank() == 0 and "its ranks are on several nodes" not in "".join(str(one.message) for one in caught):
         wrong.append("nothing is said")
-    return wrong + [
-        f"tensor {i}" for i, (a, b) in enumerate(zip(found, expected, strict=True)) if not torch.equal(a, b)
-    ]
+    return wrong + _unlike(found, expected)
 
 
 def test_groups_that_cross_nodes_exchange_by_collectives() -> None:
@@ -225,9 +219,7 @@ def _cannot_map() -> list[str]:
     wrong = [] if counted.started == 0 else [f"{counted.started} exchanges by copies"]
     if dist.get_rank() == 0 and "peer access is not supported" not in "".join(str(one.message) for one in caught):
         wrong.append("nothing is said")
-    return wrong + [
-        f"tensor {i}" for i, (a, b) in enumerate(zip(found, expected, strict=True)) if not torch.equal(a, b)
-    ]
+    return wrong + _unlike(found, expected)
 
 
 def test_memory_that_one_rank_cannot_map_is_used_by_none() -> None:

@@ -203,6 +203,10 @@ class _Calls(nn.Module):
         weights_TK, ids_TK = self.gate(x_TH).softmax(-1).topk(2)
         if self.how == "order":
             return self.experts(x_TH, weights_TK, ids_TK).view_as(x_BSH)
+        if self.how == "dropped":
+            ids_TK[3, 1] = -1
+        if self.how == "beyond":
+            ids_TK[3, 1] = 8
         if self.how == "batch":
             return self.experts(x_BSH, ids_TK, weights_TK)
         return self.experts(x_TH, weights_TK=weights_TK, ids_TK=ids_TK).view_as(x_BSH)
@@ -215,6 +219,8 @@ _REFUSALS = {
     "tuple": r"return tuple for hidden states \(8, 32\)",
     "order": r"are called with \(22, 32\) of torch.float32, \(22, 2\) of torch.float32, .* in this order",
     "batch": r"are called with \(2, 11, 32\) .*take hidden states \[tokens, size\]",
+    "dropped": "are called with ids from -1 to 7, and there are experts 0 to 7. .* any id with a weight of 0",
+    "beyond": "are called with ids from 0 to 8, and there are experts 0 to 7",
     "keywords": "",
     "dropout": "",
 }

@@ -130,9 +130,14 @@ def test_its_recipe_is_one_that_fit_takes(capsys: pytest.CaptureFixture[str], tm
     with pytest.raises(SystemExit) as ended:
         cli.main(["fit", "--config", str(adapted), "--print_config"])
     assert ended.value.code == 0
-    model = yaml.safe_load(capsys.readouterr().out)["model"]["init_args"]
-    assert model["adapter"]["r"] == 8
-    assert model["optimizer"]["init_args"]["lr"] == 1e-4
+    config = yaml.safe_load(capsys.readouterr().out)
+    shipped = yaml.safe_load(Path("recipes/qwen3_30b_a3b_lora.yaml").read_text())
+    model, like = config["model"]["init_args"], shipped["model"]["init_args"]
+    assert {name: model["adapter"][name] for name in like["adapter"]} == like["adapter"]
+    for name in ("optimizer", "lr_scheduler"):
+        given = model[name]["init_args"]
+        assert {key: given[key] for key in like[name]["init_args"]} == like[name]["init_args"]
+    assert config["data"]["class_path"] == shipped["data"]["class_path"]
 
 
 def test_a_model_of_a_file_is_in_its_recipe(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

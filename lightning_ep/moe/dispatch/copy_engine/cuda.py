@@ -16,7 +16,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from lightning_ep.distributed.progress import Transfer
-from lightning_ep.moe.dispatch.copy_engine.ring import ALIGNMENT, SLOTS, Counter, Lane, Memory
+from lightning_ep.moe.dispatch.copy_engine.ring import SLOTS, Counter, Lane, Memory, counter_bytes
 
 # Of cuda.h. Waits are until (int32) (*address - value) >= 0.
 _WAIT_VALUE_32, _WRITE_VALUE_32 = 1, 2
@@ -53,7 +53,7 @@ class SymmetricMemory(Memory):
         super().__init__(group.rank(), group.size(), capacity)
         from torch.distributed import _symmetric_memory  # only here: few processes need it
 
-        counters = -(-2 * self.size * torch.int32.itemsize // ALIGNMENT) * ALIGNMENT
+        counters = counter_bytes(self.size)
         buffer = _symmetric_memory.empty(counters + SLOTS * capacity, dtype=torch.uint8, device=device)
         handle = _symmetric_memory.rendezvous(buffer, group.group_name)
         self._kept = buffer, handle

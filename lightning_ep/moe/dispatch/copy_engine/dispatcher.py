@@ -24,9 +24,9 @@ from lightning_ep.moe.dispatch.base import Pending
 from lightning_ep.moe.dispatch.copy_engine import twin
 from lightning_ep.moe.dispatch.copy_engine.cuda import SymmetricMemory
 from lightning_ep.moe.dispatch.copy_engine.ring import ALIGNMENT, SLOTS, Memory, Piece, Ring
+from lightning_ep.planner.traffic import SLOTS_OF_DEVICE
 
 _gather_single = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # its name before torch 2.13
-_OF_DEVICE = 1 / 16  # of a GPU's memory: more is not kept for slots
 _GROWTH = 5 / 4  # at least, so that batches that get longer and longer do not make new slots each time
 
 
@@ -126,7 +126,7 @@ def largest_slot(device: torch.device) -> int:
     """Bytes of the largest slot that a rank may have."""
     if device.type != "cuda":
         return twin.LARGEST
-    return int(_OF_DEVICE * torch.cuda.get_device_properties(device).total_memory) // SLOTS
+    return int(SLOTS_OF_DEVICE * torch.cuda.get_device_properties(device).total_memory) // SLOTS
 
 
 def _open_memory(group: dist.ProcessGroup, capacity: int, device: torch.device) -> Memory:

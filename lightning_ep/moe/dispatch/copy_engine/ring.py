@@ -90,6 +90,11 @@ class Memory(ABC):
         """Waits, on the host, until both lanes have done what they were given."""
 
 
+def counter_bytes(size: int) -> int:
+    """Bytes of the counters of a rank of a group of ``size``, behind which its slots may begin."""
+    return -(-len(Counter) * size * torch.int32.itemsize // ALIGNMENT) * ALIGNMENT
+
+
 class Piece(NamedTuple):
     """What a rank gets from another one, in rows: where they begin there, where here, and how many they are."""
 

@@ -18,7 +18,7 @@ from typing_extensions import override
 
 from lightning_ep.distributed.agreement import from_all_ranks
 from lightning_ep.distributed.progress import Transfer
-from lightning_ep.moe.dispatch.copy_engine.ring import ALIGNMENT, SLOTS, Counter, Lane, Memory
+from lightning_ep.moe.dispatch.copy_engine.ring import SLOTS, Counter, Lane, Memory, counter_bytes
 
 LARGEST = 2**26  # bytes of a slot: it is there to be tested
 _LONGEST_PAUSE = 1e-3  # seconds between two looks at a counter
@@ -26,7 +26,7 @@ _LONGEST_PAUSE = 1e-3  # seconds between two looks at a counter
 
 def bytes_needed(size: int, capacity: int) -> int:
     """Of one rank's memory: its counters, and its slots behind them."""
-    return _counter_bytes(size) + SLOTS * capacity
+    return counter_bytes(size) + SLOTS * capacity
 
 
 def open_shared_memory(group: dist.ProcessGroup, capacity: int) -> SharedMemory:
@@ -59,7 +59,7 @@ class SharedMemory(Memory):
 
     def __init__(self, rank: int, ranks: Sequence[Tensor], capacity: int) -> None:
         super().__init__(rank, len(ranks), capacity)
-        begin = _counter_bytes(self.size)
+        begin = counter_bytes(self.size)
         self._counters = [memory[:begin].view(torch.int32)[: 2 * self.size].view(2, self.size) for memory in ranks]
         self._slots = [memory[begin:].view(SLOTS, capacity) for memory in ranks]
         self._copies = _Copies()
@@ -148,7 +148,3 @@ def _wait(cells: Sequence[Tensor], number: int) -> None:
 def _signed(number: int) -> int:
     """The last 32 bits, as those of an int32."""
     return (number + 2**31) % 2**32 - 2**31
-
-
-def _counter_bytes(size: int) -> int:
-    return -(-2 * size * torch.int32.itemsize // ALIGNMENT) * ALIGNMENT
