@@ -34,6 +34,7 @@ CHANGING = {
 IN_PLACE = {"add", "append", "clear", "discard", "extend", "insert", "pop", "remove", "setdefault", "update"}
 # What looks like such a change and is made to an object of ours: file, what is set, whose it is.
 OURS = [
+    ("moe/experts.py", {"has_run"}, "an ExpertContext"),
     ("moe/idle_experts.py", {"leave"}, "an ExpertContext"),
     ("moe/tower_experts.py", {"leave"}, "an ExpertContext"),
     ("adapters/lora.py", {"base_model_name_or_path", "revision"}, "a LoraConfig that it has made"),

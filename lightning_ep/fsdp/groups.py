@@ -19,7 +19,7 @@ from lightning_ep.fsdp.passes import watch_layers, watch_root
 from lightning_ep.fsdp.prefetch import chain_prefetches
 from lightning_ep.fsdp.state import keep_fp32, states_in
 from lightning_ep.layout import Meshes
-from lightning_ep.moe.experts import expert_context, is_parallel_experts
+from lightning_ep.moe.experts import expert_context, holder_of, is_parallel_experts, spread_parameters
 from lightning_ep.moe.idle_experts import EntersAll, blocks_apart
 from lightning_ep.moe.master_weights import ModelMasterWeights
 from lightning_ep.moe.tower_experts import TowerExperts
@@ -62,16 +62,18 @@ def shard_experts(experts: nn.Module, meshes: Meshes, mp_policy: MixedPrecisionP
         device: This rank's device.
     """
     mesh = meshes.expert_shards
-    params = expert_context(experts).params
+    context = expert_context(experts)
     placements = _placements_over_fsdp(experts, meshes.expert["fsdp"].size())
     if mesh.size() > 1:
         # Its inputs come as the layer made them: many routers give weights in fp32, which FSDP would round.
         mp_policy = replace(mp_policy, cast_forward_inputs=False)
-        fully_shard(experts, mesh=mesh, mp_policy=mp_policy, shard_placement_fn=placements.get)
+        shared = {holder.get_parameter(name) for holder, name in context.shared}
+        shard = partial(fully_shard, mesh=mesh, mp_policy=mp_policy, ignored_params=shared)
+        shard(experts, shard_placement_fn=placements.get)
         return
     # A group of one rank has nothing to gather or reduce, and FSDP's copies around that nothing cost more than the
     # experts' arithmetic at 4k tokens. The placements are those that FSDP would give; the MoE body casts.
-    for holder, name in params:
+    for holder, name in context.params:
         param = holder.get_parameter(name)
         assert isinstance(param, DTensor)
         local = param.to_local().detach()
@@ -100,11 +102,17 @@ def unmanaged_experts(model: nn.Module) -> list[nn.Module]:
     return [m for m in model.modules() if is_parallel_experts(m) and not isinstance(m, FSDPModule)]
 
 
+def _shared_holders(model: nn.Module) -> list[nn.Module]:
+    """What holds parameters that experts share, inside of experts that FSDP shards: a layer's group ends there."""
+    found = [expert_context(m).shared for m in model.modules() if is_parallel_experts(m) and isinstance(m, FSDPModule)]
+    return list(dict.fromkeys(holder for shared in found for holder, _ in shared))
+
+
 def own_master_weights(model: nn.Module, device: torch.device) -> ModelMasterWeights:
     """Puts the layers in charge of the gradients of experts that no FSDP reduces, once their weights are in memory."""
     layers = {experts: expert_context(experts).masters for experts in unmanaged_experts(model)}
     for experts, masters in layers.items():
-        masters.own(experts.parameters())
+        masters.own(spread_parameters(experts))
     return ModelMasterWeights(list(layers.values()), device)
 
 
@@ -117,9 +125,11 @@ def shard_dense(model: PreTrainedModel, meshes: Meshes, mp_policy: MixedPrecisio
         mp_policy: FSDP2 mixed precision.
         head_alone: The output head's weight is read in calls of the head only.
     """
-    ignored = {param for experts in unmanaged_experts(model) for param in experts.parameters()}
+    ignored = {param for experts in unmanaged_experts(model) for param in spread_parameters(experts)}
     shard = partial(fully_shard, mesh=meshes.dense_shards, mp_policy=mp_policy, ignored_params=ignored)
-    kept = {_holder(model, name) for name in adapter.fp32_parameters(model)} if in_bf16(model, mp_policy) else set()
+    for holder in _shared_holders(model):
+        shard(holder)
+    kept = {holder_of(model, name) for name in adapter.fp32_parameters(model)} if in_bf16(model, mp_policy) else set()
     layers = adapter.decoder_layers(model)
     parts = adapter.optional_parts(model) if dist.get_world_size() > 1 else []
     beside = {child for part in parts for child in part.modules()}
@@ -177,11 +187,6 @@ def in_bf16(model: nn.Module, mp_policy: MixedPrecisionPolicy) -> bool:
     return torch.bfloat16 in (mp_policy.param_dtype, *(param.dtype for param in model.parameters()))
 
 
-def _holder(model: nn.Module, name: str) -> tuple[nn.Module, str]:
-    module, _, key = name.rpartition(".")
-    return model.get_submodule(module), key
-
-
 def shard_beside(
     module: nn.Module, meshes: Meshes, mp_policy: MixedPrecisionPolicy, models: Collection[PreTrainedModel] = ()
 ) -> None:
@@ -190,8 +195,10 @@ def shard_beside(
     Beside one transformers model it is an optional part of that. Else it is a root of its own, which all ranks call
     equally often; layers of a model around its experts are groups.
     """
-    ignored = {param for experts in unmanaged_experts(module) for param in experts.parameters()}
+    ignored = {param for experts in unmanaged_experts(module) for param in spread_parameters(experts)}
     shard = partial(fully_shard, mesh=meshes.all_shards, mp_policy=mp_policy, ignored_params=ignored)
+    for holder in _shared_holders(module):
+        shard(holder)
     layers = adapter.decoder_layers(module) if module in adapter.planned_models(module).values() else []
     groups = group_layers(layers, ignored)
     for group in groups:

@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterable, Sequence
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
+from lightning_ep.moe.experts import is_parallel_experts
+
 
 def chain_prefetches(
     model: nn.Module,
@@ -41,7 +43,8 @@ def chain_prefetches(
 
 
 def _inner_groups(layer: nn.Module, parts: Sequence[nn.Module]) -> list[nn.Module]:
-    return [m for m in layer.modules() if isinstance(m, FSDPModule) and m is not layer and m not in parts]
+    inner = [m for m in layer.modules() if isinstance(m, FSDPModule) and m is not layer and m not in parts]
+    return [m for m in inner if is_parallel_experts(m)]  # not what experts share, which they fetch themselves
 
 
 def _chain(groups: list[list[nn.Module]], prefetch: Callable[[FSDPModule, list[FSDPModule]], None]) -> None:

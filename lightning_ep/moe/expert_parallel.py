@@ -17,7 +17,7 @@ from lightning_ep.distributed.progress import Progress
 from lightning_ep.layout import ParallelLayout
 from lightning_ep.moe.adapted import AdaptedExperts, experts_in
 from lightning_ep.moe.dispatch import build_dispatcher
-from lightning_ep.moe.experts import ExpertContext, is_parallel_experts, spread_over_ranks
+from lightning_ep.moe.experts import ExpertContext, holder_of, is_parallel_experts, spread_over_ranks
 from lightning_ep.ops.expert_form import ExpertForm
 from lightning_ep.ops.fused_experts import FusedExperts
 from lightning_ep.ops.local_experts import LocalExperts
@@ -69,7 +69,10 @@ class ExpertParallel(ParallelStyle):
             )
         _check_forward(experts, self.layer)
         ParallelLayout(num_ranks, ep=num_ranks).check_num_experts(num_experts, self.layer)
+        shared = adapter.shared_by_experts(experts)
         for name, param in experts.named_parameters():
+            if name in shared:
+                continue
             if "." in name or param.ndim < 2 or param.shape[0] != num_experts:
                 raise ValueError(
                     f"{self.layer}.{name} of shape {tuple(param.shape)} has no expert dimension of size {num_experts} "
@@ -115,9 +118,11 @@ class ExpertParallel(ParallelStyle):
         else:
             function = adapter.local_experts_function(inside, self.experts_implementation)
             unknown = None if adapter.picks_its_implementation(inside) else self.layer
-            experts = RegisteredExperts(inside, function, names, adapters, factors, unknown)
+            all_names = (*names, *adapter.shared_by_experts(inside))
+            experts = RegisteredExperts(inside, function, all_names, adapters, factors, unknown)
+        shared = tuple(holder_of(inside, name) for name in adapter.shared_by_experts(inside))
         are_off = None if adapted is None else adapted.are_off
-        spread_over_ranks(module, ExpertContext(dispatcher, experts, params, len(names), are_off))
+        spread_over_ranks(module, ExpertContext(dispatcher, experts, params, len(names), shared, are_off))
         return module
 
     def _form(self, module: nn.Module) -> tuple[ExpertForm | None, tuple[str, ...]]:

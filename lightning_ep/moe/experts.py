@@ -31,6 +31,8 @@ class ExpertContext:
         experts: The local experts.
         params: The parameters that they compute with: the module that holds each, and its name there.
         num_weights: How many of these are the experts' own; the others are factors of adapters.
+        shared: Parameters that all experts use alike, as that of a norm behind each: every rank computes with all of
+            it, and they are sharded as what is no expert.
         are_off: Whether a forward leaves the adapters out.
         masters: How these parameters are cast for the GEMMs.
         leave: As in `moe_forward`; set by the activation checkpointing of a layer.
@@ -43,6 +45,7 @@ class ExpertContext:
     experts: LocalExperts
     params: tuple[tuple[nn.Module, str], ...]
     num_weights: int
+    shared: tuple[tuple[nn.Module, str], ...] = ()
     are_off: Callable[[], bool] | None = None
     masters: MasterWeights = field(default_factory=MasterWeights)
     leave: Callable[[Tensor], Callable[[], Tensor] | None] | None = None
@@ -60,11 +63,22 @@ def spread_over_ranks(module: nn.Module, context: ExpertContext) -> None:
     module.forward = MethodType(_experts_forward, module)
 
 
+def holder_of(module: nn.Module, name: str) -> tuple[nn.Module, str]:
+    """The module inside of ``module`` that holds a parameter, and the parameter's name there."""
+    inside, _, own = name.rpartition(".")
+    return module.get_submodule(inside), own
+
+
 def expert_context(module: nn.Module) -> ExpertContext:
     """The context of a module that `is_parallel_experts`."""
     context = adapter.recall(module, ExpertContext)
     assert context is not None, f"the experts of {type(module).__name__} are not spread over ranks"
     return context
+
+
+def spread_parameters(module: nn.Module) -> list[nn.Parameter]:
+    """Those of a module that `is_parallel_experts` of which a rank has a part: all but what its experts share."""
+    return [holder.get_parameter(name) for holder, name in expert_context(module).params]
 
 
 def is_parallel_experts(module: nn.Module) -> bool:
@@ -100,10 +114,12 @@ def _experts_forward(module: nn.Module, *args: Tensor, **kwargs: Tensor) -> Tens
     if ids_TK.is_cpu or not context.has_run:  # the host would wait for a GPU's, and does so once
         _check_ids(ids_TK, context.dispatcher)
         context.has_run = True
-    used = context.params
+    weights, factors = context.params[: context.num_weights], context.params[context.num_weights :]
     if context.are_off is not None and context.are_off():
-        used = used[: context.num_weights]
-    params = [getattr(holder, name) for holder, name in used]
+        factors = ()
+    shared = [_gathered(holder, name) for holder, name in context.shared]
+    params = [getattr(holder, name) for holder, name in (*weights, *factors)]
+    params[len(weights) : len(weights)] = shared
     dispatcher, experts = context.dispatcher, context.experts
     return moe_forward(dispatcher, experts, hidden_TH, ids_TK, weights_TK, params, context.leave, context.masters)
 
@@ -118,3 +134,13 @@ def _check_ids(ids_TK: Tensor, dispatcher: Dispatcher[Any]) -> None:
             f"The experts of {dispatcher.layer} are called with ids from {least} to {most}, and there are experts 0 to "
             f"{dispatcher.num_experts - 1}. A token that takes fewer experts than others has any id with a weight of 0."
         )
+
+
+def _gathered(holder: nn.Module, name: str) -> Tensor:
+    """What experts share, whole: in a layer's group of FSDP it is there, in one of its own it is fetched."""
+    if not isinstance(holder, FSDPModule):
+        return getattr(holder, name)
+    holder.unshard()
+    whole = getattr(holder, name).clone()  # of a few numbers; FSDP reduces the gradient when backward ends
+    holder.reshard()
+    return whole

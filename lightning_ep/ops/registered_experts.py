@@ -16,21 +16,32 @@ from lightning_ep.ops.low_rank import Adapter, split
 from lightning_ep.ops.one_by_one import check_one_by_one
 from lightning_ep.ops.permute import ExpertOrder, expert_order, gather_sum
 
+_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+
 ExpertsFunction = Callable[[nn.Module, Tensor, Tensor, Tensor], Tensor]
 
 
 def stand_in(
     module: nn.Module, parameters: Mapping[str, Tensor | None], buffers: Mapping[str, Tensor | None] | None = None
 ) -> nn.Module:
-    """A module like ``module`` with other tensors under its names; submodules are shared, hooks are not run by it.
+    """A module like ``module`` with other tensors under its names; hooks are not run by it.
 
-    Unlike `copy.copy` it works on modules that FSDP2 wraps, and costs two dictionary copies.
+    Submodules are shared, but for those of ``name.of.parameter`` among the parameters, which have stand-ins too. Unlike
+    `copy.copy` it works on modules that FSDP2 wraps, and costs two dictionary copies.
     """
     other: nn.Module = object.__new__(type(module))
     other.__dict__.update(module.__dict__)
-    other.__dict__["_parameters"] = dict(parameters)
+    other.__dict__["_parameters"] = {name: value for name, value in parameters.items() if "." not in name}
     if buffers is not None:
         other.__dict__["_buffers"] = dict(buffers)
+    inside: dict[str, dict[str, Tensor | None]] = {}
+    for child, _, name in (name.partition(".") for name in parameters if "." in name):
+        inside.setdefault(child, {})[name] = parameters[f"{child}.{name}"]
+    if inside:
+        other.__dict__["_modules"] = dict(module._modules)
+        for child, found in inside.items():
+            replaced = other.__dict__["_modules"][child] = stand_in(module.get_submodule(child), found)
+            replaced.__dict__.update({hooks: {} for hooks in _HOOKS})  # it is called, where this module's function is
     return other
 
 

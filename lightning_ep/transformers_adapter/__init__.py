@@ -44,6 +44,7 @@ from lightning_ep.transformers_adapter.experts_interface import (
     fused_form,
     local_experts_function,
     picks_its_implementation,
+    shared_by_experts,
     why_not_fused,
 )
 from lightning_ep.transformers_adapter.initialization import (
@@ -179,6 +180,7 @@ __all__ = [
     "packing_of",
     "peft_configs",
     "picks_its_implementation",
+    "shared_by_experts",
     "plan_experts",
     "planned_models",
     "pretrained_models",

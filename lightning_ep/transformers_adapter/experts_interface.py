@@ -119,6 +119,14 @@ def local_experts_function(module: nn.Module, name: str) -> ExpertsFunction:
     return _registered(module, name)
 
 
+def shared_by_experts(module: nn.Module) -> tuple[str, ...]:
+    """Names of parameters inside of an experts module that all experts use alike: of a norm behind each of them."""
+    if not getattr(module, "has_post_expert_norm", False):
+        return ()
+    names = module.get_submodule("post_expert_norm").named_parameters()
+    return tuple(f"post_expert_norm.{name}" for name, _ in names)
+
+
 def picks_its_implementation(module: nn.Module) -> bool:
     """Whether the class of the experts has transformers' decorator, which lets a config pick who runs them."""
     return hasattr(module, "is_concatenated") and hasattr(type(module).forward, "__wrapped__")
