@@ -145,7 +145,9 @@ def answer(arguments: list[str]) -> None:
 
     commands = (*TRAINER_COMMANDS, *DATA_COMMANDS, *COMMANDS, "plan", "recipes")
     if arguments in (["-h"], ["--help"]):
-        print(_HELP.format(commands="\n".join(f"  {name:<12} {SENTENCES.get(name, '')}".rstrip() for name in commands)))
+        with _readers_may_leave():
+            listed = "\n".join(f"  {name:<12} {SENTENCES.get(name, '')}".rstrip() for name in commands)
+            print(_HELP.format(commands=listed))
         sys.exit(0)
     if arguments == ["--version"]:
         print(f"lightning-ep {__version__}")

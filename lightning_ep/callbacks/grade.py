@@ -105,7 +105,7 @@ class GradeAnswers(OfValidations):
             )
         for key, value in _values(self._metric(), answers, expected).items():
             # Equal on all ranks already; sync_dist only tells Lightning so.
-            pl_module.log(f"{self.name}/{key}" if key else self.name, value, sync_dist=True)
+            pl_module.log(f"{self.name}/{key}" if key else self.name, value, sync_dist=True, prog_bar=True)
 
     def _check(self, trainer: Trainer, pl_module: LightningModule) -> None:
         generation_tokenizer(type(self).__name__, self.tokenizer, trainer, pl_module)

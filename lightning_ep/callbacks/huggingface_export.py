@@ -99,7 +99,7 @@ class HuggingFaceExport(Callback, WritesSomethingNew):
             export_adapters(model, Path(self.path), self._dtype, tokenizer, self.adapter_format)
         else:
             export_sharded(model, Path(self.path), self._dtype, tokenizer, merge=self.merge)
-        print_once(trainer, f"exported to {self.path}")
+        print_once(trainer, f"exported to {self.path}, whose README.md says how to ask and serve it")
 
     @override
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

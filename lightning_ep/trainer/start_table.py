@@ -160,7 +160,7 @@ def _attention(model: PreTrainedModel, layout: ParallelLayout) -> str:
         return f"whole sequences of a part of the heads on each of {layout.cp} ranks"
     if adapter.is_told_documents(model):
         return "packed documents cost no mask"
-    reason = adapter.why_not_bounds(model) or "it does not compute in bf16 on a GPU"
+    reason = adapter.why_not_bounds(model) or "the kernel without one computes in bf16 on a GPU"
     return f"{adapter.attention_implementation(model)}; packed documents would cost a mask: {reason}"
 
 

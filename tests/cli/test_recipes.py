@@ -202,7 +202,7 @@ def test_what_needs_no_torch_does_not_import_it(
     assert shown in done.stdout + done.stderr
 
 
-@pytest.mark.parametrize("arguments", [["recipes"], ["plan", "Qwen/Qwen3-30B-A3B", "--gpus", "8"]])
+@pytest.mark.parametrize("arguments", [["--help"], ["recipes"], ["plan", "Qwen/Qwen3-30B-A3B", "--gpus", "8"]])
 def test_a_reader_that_leaves_gets_no_traceback(arguments: list[str], empty: Path) -> None:
     read, write = os.pipe()
     os.close(read)  # as `| head` does when it has its lines
