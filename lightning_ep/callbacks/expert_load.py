@@ -15,6 +15,7 @@ from typing_extensions import override
 from lightning_ep.distributed.host_copies import OnHost
 from lightning_ep.routing import pictures
 from lightning_ep.routing.history import LATEST, History, findings
+from lightning_ep.routing.load_table import write_loads
 from lightning_ep.routing.run_pictures import figures
 from lightning_ep.routing.watched import Watched
 from lightning_ep.routing.words import short_names
@@ -35,10 +36,11 @@ class ExpertLoadMonitor(Callback):
     - ``routing/straggler_factor``: tokens that the busiest rank computes over the mean of all ranks: 1 is balanced.
     - ``routing/rows_per_token``: rows that a token is sent in to other ranks.
 
-    Pictures are drawn after 10 logged steps, then as often as it takes less than 0.3 % of the time, and at the end,
-    into ``routing/`` of the log directory: ``expert_load.png``, ``load_curves.png`` and, of several ranks,
-    ``straggler_factor.png``. TensorBoard and Weights & Biases get them, too. They need matplotlib:
-    ``pip install matplotlib``. docs/operate/routing.md says how to read them.
+    The progress bar has the first of them. After 10 logged steps, then as often as it takes less than 0.3 % of the
+    time, and at the end, ``routing/`` of the log directory gets ``expert_load.csv``, the load of every expert in the
+    last 10 logged steps (layer, expert, tokens over the mean of the layer), and pictures: ``expert_load.png``,
+    ``load_curves.png`` and, of several ranks, ``straggler_factor.png``. TensorBoard and Weights & Biases get the
+    pictures, too. They need matplotlib: ``pip install matplotlib``. docs/operate/routing.md says how to read them.
 
     A layer is named in a warning once, if in the last 10 logged steps its tokens went to hardly more experts than one
     token goes to, or experts that should have got many got none.
@@ -91,7 +93,7 @@ class ExpertLoadMonitor(Callback):
         assert self._watched is not None
         measures, self._taken = self._watched.measures(self._taken), None
         for name, value in measures.means().items():
-            pl_module.log(f"routing/{name}", value.float())
+            pl_module.log(f"routing/{name}", value.float(), prog_bar=name == "max_violation")
         if trainer.is_global_zero:
             self._history.add(trainer.global_step, measures)
             if len(self._history) % LATEST == 0:
@@ -136,12 +138,15 @@ class ExpertLoadMonitor(Callback):
 
     def _draw(self, trainer: Trainer) -> None:
         number = len(self._history)
-        if number == self._drawn or not trainer.is_global_zero or not pictures.available() or self._watched is None:
+        if number == self._drawn or not trainer.is_global_zero or self._watched is None:
             return
         assert self._folder is not None
+        if self._drawn == 0:
+            rank_zero_info(f"The load of experts is in {self._folder}, anew from time to time.")
         self._drawn, since = number, time.monotonic()
-        self._folder.mkdir(parents=True, exist_ok=True)
-        for name, figure in figures(self._history, self._watched.layers).items():
+        layers = self._watched.layers
+        write_loads(self._folder / "expert_load.csv", {"load": self._history.latest().measures.load_ME}, layers)
+        for name, figure in figures(self._history, layers).items() if pictures.available() else ():
             path = pictures.save(figure, self._folder / f"{name}.png")
             for logger in trainer.loggers:
                 if isinstance(logger, TensorBoardLogger):

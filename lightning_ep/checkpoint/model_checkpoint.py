@@ -12,7 +12,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from lightning_ep.checkpoint.saver import Checkpoints
 from lightning_ep.distributed.decisions import check_shared
 
-_METHODS = ("_link_checkpoint", "file_exists", "_monitor_candidates")
+_METHODS = ("_link_checkpoint", "_save_last_checkpoint", "file_exists", "_monitor_candidates")
 
 
 class AdoptedCallbacks:
@@ -53,16 +53,21 @@ def _adopt(callback: ModelCheckpoint, checkpoints: Checkpoints) -> None:
             return True
         if not type(callback).file_exists(callback, filepath, trainer):
             return False
-        if callback.save_last == "link":
-            # What a link of an earlier run points to stays when the link moves, and `last` is the newest of all runs.
-            is_link = trainer.is_global_zero and path.is_symlink()
-            return not trainer.strategy.reduce_boolean_decision(is_link, all=False)
+        links = callback.save_last == "link"
+        is_link = links and trainer.is_global_zero and path.is_symlink()
+        if links and trainer.strategy.reduce_boolean_decision(is_link, all=False):
+            return False  # what it points to stays when it moves, so that `last` is the newest of all runs
         is_last = callback.save_last and path.stem == callback.CHECKPOINT_NAME_LAST
         if is_last and str(path) != callback.last_model_path and not warned:
             warned = True
             rank_zero_warn(
                 f"{path} is another run's and stays: the last checkpoint of this run gets the next name, as "
-                f'{path.stem}-v1.ckpt. With ModelCheckpoint(save_last="link") `last` is the newest of all runs.'
+                f"{path.stem}-v1.ckpt. "
+                + (
+                    "It is a checkpoint itself and no link, which would move on: give it another name."
+                    if links
+                    else 'With ModelCheckpoint(save_last="link") `last` is the newest of all runs.'
+                )
             )
         return True
 
@@ -71,6 +76,14 @@ def _adopt(callback: ModelCheckpoint, checkpoints: Checkpoints) -> None:
         candidates = type(callback)._monitor_candidates(callback, trainer)
         return check_shared(candidates, [callback.monitor] if callback.monitor else [])
 
+    def save_last(trainer: Trainer, candidates: dict[str, Any]) -> None:
+        if callback.save_last == "link" and callback.save_top_k != 0 and not callback._last_checkpoint_saved:
+            # The end of a run that has saved nothing: Lightning would make `last` itself a checkpoint, which stays
+            # where it is when later runs link to theirs.
+            callback._save_checkpoint(trainer, callback._get_metric_interpolated_filepath_name(candidates, trainer))
+        type(callback)._save_last_checkpoint(callback, trainer, candidates)
+
+    callback._save_last_checkpoint = save_last  # type: ignore[method-assign]
     callback._monitor_candidates = monitor_candidates  # type: ignore[method-assign]
     callback._link_checkpoint = link  # type: ignore[method-assign]
     callback.file_exists = file_exists  # type: ignore[method-assign]

@@ -21,6 +21,7 @@ from lightning_ep.loss import summed_loss
 from lightning_ep.ops.cross_entropy import IGNORE
 from lightning_ep.routing import pictures
 from lightning_ep.routing.history import findings
+from lightning_ep.routing.load_table import write_loads
 from lightning_ep.routing.metrics import Measures
 from lightning_ep.routing.watched import Watched
 from lightning_ep.routing.words import short_names
@@ -140,7 +141,8 @@ def _lines(every: Measures, sources: dict[str, Measures], names: Sequence[str]) 
         yield f"{title:<44}{''.join(f'{value:>{width}}' for value in values)}"
     for finding in findings(every):
         yield f"{finding.sentence(names[finding.layer])}."
-    yield f"most popular: {'; '.join(_popular(every, names))}"
+    yield f"most popular: {'; '.join(_extreme(every, names, descending=True))}"
+    yield f"least popular: {'; '.join(_extreme(every, names, descending=False))}"
     if len(sources) > 1:
         for name in sources:
             yield f"for {name}: {'; '.join(_special(name, sources, names)) or 'no expert more than for the others'}"
@@ -169,11 +171,12 @@ def straggler(load_ME: Tensor, ep: int) -> float:
     return (ranks_MD.amax(1) / ranks_MD.mean(1)).nanmean().item()
 
 
-def _popular(every: Measures, names: Sequence[str]) -> Iterator[str]:
-    loads = every.load_ME.nan_to_num(nan=0.0)
-    for place in loads.flatten().argsort(descending=True, stable=True)[:_NAMED].tolist():
+def _extreme(every: Measures, names: Sequence[str], descending: bool) -> Iterator[str]:
+    loads = every.load_ME.nan_to_num(nan=0.0 if descending else math.inf)
+    for place in loads.flatten().argsort(descending=descending, stable=True)[:_NAMED].tolist():
         layer, expert = divmod(place, loads.shape[1])
-        yield f"layer {names[layer]} expert {expert}, {loads[layer, expert]:.1f} times the mean"
+        if (load := loads[layer, expert].item()) < math.inf:
+            yield f"layer {names[layer]} expert {expert}, {load:{'.1f' if load >= 1 else '.2g'}} times the mean"
 
 
 def _special(name: str, sources: dict[str, Measures], names: Sequence[str]) -> Iterator[str]:
@@ -206,12 +209,13 @@ def _where_they_differ(sources: dict[str, Measures], names: Sequence[str]) -> st
 
 
 def _draw(folder: Path, every: Measures, sources: dict[str, Measures], layers: Sequence[str]) -> str:
+    loads = {"load": every.load_ME, **{name: each.load_ME for name, each in sources.items() if len(sources) > 1}}
+    table = write_loads(folder / "expert_load.csv", loads, layers)
     if not pictures.available():
-        return "no pictures: matplotlib is not installed. `pip install matplotlib` brings it."
-    folder.mkdir(parents=True, exist_ok=True)
+        return f"every expert: {table}; no pictures: matplotlib is not installed. `pip install matplotlib` brings it."
     figure, _ = pictures.heat_map(every.load_ME, layers)
     paths = [pictures.save(figure, folder / "expert_load.png")]
     if len(sources) > 1:
         figure = pictures.specialisation({name: lift(name, sources) for name in sources}, layers)
         paths.append(pictures.save(figure, folder / "specialisation.png"))
-    return f"pictures: {', '.join(map(str, paths))}"
+    return f"every expert: {table}; pictures: {', '.join(map(str, paths))}"

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -152,7 +152,8 @@ def write_adapters(
     config.save_pretrained(str(directory.temporary))
     # Copies, since tied weights share memory, which safetensors refuses.
     contents = {key: tensor.to(dtype or tensor.dtype, copy=True).contiguous() for key, tensor in tensors.items()}
-    save_file(contents, directory.temporary / WEIGHTS, metadata={"format": "pt"})
+    # Not `save_file`, whose files nobody else may read, a server's user for example.
+    (directory.temporary / WEIGHTS).write_bytes(save(contents, metadata={"format": "pt"}))
     chats = directory.write_companions(model, tokenizer, files_from)
     card = _card(directory.path.name, config, file_format, chats)
     (directory.temporary / "README.md").write_text(card)

@@ -59,7 +59,7 @@ def heat_map(load_ME: Tensor, layers: Sequence[str], ax: Any = None, named: bool
     image = _map(ax, load_ME, names, (24, 16) if named else (8, 8))
     if not named:
         return figure, ax
-    _bar(figure, ax, image, "tokens of an expert over the mean of its layer")
+    _bar(figure, ax, image, "tokens of an expert\nover the mean of its layer")
     lines = _name_hot(ax, load_ME, names) + _name_dead(ax, load_ME, names)
     ax.set_title("\n".join(lines), loc="left", fontsize=9)
     return figure, ax

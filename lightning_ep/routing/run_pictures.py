@@ -51,7 +51,7 @@ def load_curves(entries: Sequence[Entry], layers: Sequence[str]) -> Any:
         ("max violation: how far the hottest expert of a layer is above the mean (0: balanced)", "max_violation_M"),
         ("coefficient of variation of the experts' tokens (0: balanced)", "variation_M"),
         ("entropy of the router, share of ln E (0: certain, 1: undecided)", "entropy_M"),
-        ("experts without a token", "dead_ME"),
+        ("experts of a layer without a token (routing/dead_experts is their sum)", "dead_ME"),
     ]
     for place, (title, field) in enumerate(panels):
         ax = figure.add_subplot(len(panels), 1, place + 1)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 from torch import Tensor, nn
 
@@ -43,12 +45,17 @@ class Watched:
         self._training = training
         self._scoring = [None if layer.router is None else adapter.router_scoring(layer.router) for layer in found]
         self._of_pass: list[Routed | None] = [None] * len(found)
+        self._seen = self._passed_over = 0
         self._observation = Observation(module, self._see, logits="values")
 
     @torch.no_grad()
     def _see(self, routing: Routing) -> None:
-        if not self.active or routing.training != self._training:
+        if not self.active:
             return
+        if routing.training != self._training:
+            self._passed_over += 1
+            return
+        self._seen += 1
         layer, logits_TE = routing.layer.index, routing.logits_TE
         if self._of_pass[layer] is not None:
             self._end_pass()
@@ -67,6 +74,14 @@ class Watched:
         """Sums of all ranks since the last call, for `measures`, on their way to the host; every rank must call it."""
         if any(one is not None for one in self._of_pass):
             self._end_pass()
+        if self._passed_over and not self._seen:
+            which = ("no backward", "a") if self._training else ("a backward", "no")
+            warnings.warn(
+                f"Watched has seen forwards with {which[0]} only, and looks at those with {which[1]} backward: "
+                f"Watched(..., training={not self._training}) looks at the others (torch.no_grad(), model.eval()).",
+                stacklevel=2,
+            )
+        self._seen = self._passed_over = 0
         with self.metric.sync_context(dist_sync_fn=self.metric.dist_sync_fn):
             totals_MC = self.metric.totals_MC
         self.metric.reset()

@@ -131,6 +131,8 @@ def test_adapters_come_out_for_peft_for_vllm_and_merged(tmp_path: Path) -> None:
         assert (tmp_path / name / "tokenizer.json").exists()
         assert AutoTokenizer.from_pretrained(tmp_path / name).chat_template
         assert "lightning_ep" in (tmp_path / name / "README.md").read_text()
+        modes = {file.name: oct(file.stat().st_mode) for file in (tmp_path / name).iterdir() if file.is_file()}
+        assert len(set(modes.values())) == 1, modes
     _answers(tmp_path)
 
 

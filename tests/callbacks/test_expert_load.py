@@ -124,9 +124,18 @@ def _run(root: Path, ep: int, recompute: Any) -> list[str]:
         if ep == 2 and not expected["rows_per_token"] > 0.3:
             wrong.append("no row travelled")
     if trainer.is_global_zero:
-        names = sorted(path.name for path in (root / "lightning_logs" / "version_0" / "routing").iterdir())
-        if names != ["expert_load.png", "load_curves.png", "straggler_factor.png"]:
-            wrong.append(f"pictures: {names}")
+        folder = root / "lightning_logs" / "version_0" / "routing"
+        names = sorted(path.name for path in folder.iterdir())
+        if names != ["expert_load.csv", "expert_load.png", "load_curves.png", "straggler_factor.png"]:
+            wrong.append(f"files: {names}")
+        with (folder / "expert_load.csv").open() as file:
+            loads = [float(row["load"]) for row in csv.DictReader(file)]
+        highest = [max(loads[layer * EXPERTS :][:EXPERTS]) - 1 for layer in range(LAYERS)]
+        both = [float(row["routing/max_violation_worst_layer"]) for row in rows]
+        if len(loads) != LAYERS * EXPERTS or not math.isclose(sum(loads), len(loads), rel_tol=1e-3):
+            wrong.append(f"loads of experts: {loads}")
+        if not max(highest) <= max(both) + 1e-3:  # in the table both steps are one
+            wrong.append(f"{max(highest)} above the mean in the table, {both} in the steps")
     return wrong
 
 

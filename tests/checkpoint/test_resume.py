@@ -257,8 +257,20 @@ def test_last_is_the_newest_of_several_runs_and_loses_none(tmp_path: Path) -> No
     assert {path.name for path in tmp_path.glob("*.ckpt")} == {"last.ckpt", "step=2.ckpt", "step=2-v1.ckpt"}
     (tmp_path / "last.ckpt").unlink()
     run(True)
-    with pytest.warns(UserWarning, match=r"last\.ckpt is another run's and stays: .*as last-v1\.ckpt"):
+    with pytest.warns(UserWarning, match=r"last\.ckpt is another run's and stays: .*as last-v1\.ckpt\. With"):
         assert run(True) == (str(tmp_path / "last-v1.ckpt"), "last.ckpt")
+    with pytest.warns(UserWarning, match=r"last\.ckpt is another run's and stays: .* no link, which would move on"):
+        assert run("link") == (str(tmp_path / "last-v2.ckpt"), "last.ckpt")
+
+
+def test_last_is_a_link_from_a_run_that_ends_before_its_first_checkpoint(tmp_path: Path) -> None:
+    for expected in ("step=1.ckpt", "step=1-v1.ckpt", "step=2.ckpt"):
+        keep = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=2, save_last="link")
+        steps = int(expected[5])
+        trainer = quiet(tmp_path, strategy=ExpertParallelStrategy(ep=1), max_steps=steps, callbacks=[keep])
+        trainer.fit(TinyModule(), loader(8))
+        assert (tmp_path / "last.ckpt").is_symlink()
+        assert (tmp_path / "last.ckpt").resolve().name == expected
 
 
 def test_a_newer_format_is_refused(tmp_path: Path) -> None:

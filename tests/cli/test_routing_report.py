@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import csv
 import io
 import json
 import re
@@ -97,12 +98,20 @@ def test_every_source_is_counted_as_transformers_routes_it(
     place = int(loads[0].argmax())
     layer, expert = divmod(place, loads[0].shape[1])
     assert f"most popular: layer {layer} expert {expert}, {loads[0].max():.1f} times the mean" in text
+    layer, expert = divmod(int(loads[0].flatten().argmin()), loads[0].shape[1])
+    assert f"least popular: layer {layer} expert {expert}, {loads[0].min():.2g} times the mean" in text
+    with (tmp_path / "expert_load.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    last = loads[0].shape[1] - 1
+    assert (rows[-1]["layer"], rows[-1]["expert"]) == (f"model.layers.{len(loads[0]) - 1}.mlp.experts", str(last))
+    for column, load in zip(("load", "texts.jsonl", "chats.jsonl"), loads, strict=True):
+        assert [float(row[column]) for row in rows] == pytest.approx(load.flatten().tolist(), abs=1e-4), column
     lift = loads[2] / loads[1]  # of chats
     for layer, expert in re.findall(
         r"layer (\d+) expert (\d+) \(", next(x for x in text.splitlines() if x[:9] == "for chats")
     ):
         assert lift[int(layer), int(expert)] > 1.5
-    assert {path.name for path in tmp_path.iterdir()} == {"expert_load.png", "specialisation.png"}
+    assert {path.name for path in tmp_path.iterdir()} == {"expert_load.csv", "expert_load.png", "specialisation.png"}
 
 
 def test_chats_are_rendered_by_the_template_that_generate_takes(hub: Path, files: list[str], tmp_path: Path) -> None:

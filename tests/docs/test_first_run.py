@@ -64,6 +64,11 @@ def test_adapters_are_trained_with_an_eye_on_experts(tmp_path: Path, monkeypatch
     assert list((run / "routing").glob("*.png"))
     few = ("--trainer.max_steps", "6", "--trainer.val_check_interval", "6", "--ckpt_path", "last")
     assert "Restored all states from the checkpoint" in _run(tmp_path, *adapters, *few)
+    for name, line in zip(
+        ("before", "after"), block("docs/start/lora.md", "lightning-ep routing").splitlines(), strict=True
+    ):
+        assert "least popular: layer " in _run(tmp_path, *shlex.split(line)[1:])
+        assert (tmp_path / f"routing_{name}" / "expert_load.csv").is_file()
     line = block("docs/start/lora.md", "lightning-ep fit --config lora_quickstart").replace("\\\n", " ")
     _run(tmp_path, *shlex.split(line)[1:], "--trainer.max_steps", "5", "--trainer.val_check_interval", "5")
     assert "train/router_balance" in (run.with_name("version_2") / "metrics.csv").read_text()
