@@ -16,6 +16,7 @@ from lightning_ep import context_parallel
 from lightning_ep import transformers_adapter as adapter
 from lightning_ep.adapters.factors import hold_per_expert, note_adapted_experts
 from lightning_ep.distributed import dtensor_rules as dtensor_rules  # registers them
+from lightning_ep.fsdp.early_optimizers import warn_of_early_optimizers
 from lightning_ep.fsdp.groups import in_bf16, shard_beside, shard_dense, shard_experts, sum_gradients
 from lightning_ep.hub.initialize import materialize
 from lightning_ep.hub.load import stream_pretrained
@@ -45,9 +46,10 @@ def parallelize(
 ) -> Meshes:
     """Shards a model in place, without a Trainer: for your own loop or Lightning Fabric.
 
-    Gradients are *sums* over all ranks: divide the loss by ``layout.loss_world_size`` for the mean, and clip with
-    `lightning_ep.clip_grad_norm_`. With ``layout.cp`` larger than 1 the ranks that share a batch pass it to the model
-    through `lightning_ep.shard_sequence`, with the ``cp`` mesh of what this returns.
+    Make the optimizer afterwards: its parameters are the shards. Gradients are *sums* over all ranks: divide the loss
+    by ``layout.loss_world_size`` for the mean, and clip with `lightning_ep.clip_grad_norm_`. With ``layout.cp`` larger
+    than 1 the ranks that share a batch pass it to the model through `lightning_ep.shard_sequence`, with the ``cp`` mesh
+    of what this returns.
 
     Args:
         model: A transformers MoE, or a module that contains some; with ``plan`` any other. Weights that are on meta are
@@ -124,6 +126,7 @@ def shard(
         ValueError: If the layout does not fit the model; nothing has been changed then.
         RuntimeError: If a step finds the module in a state that the ones before it do not leave.
     """
+    warn_of_early_optimizers(module)
     follow_sources(module)
     tensor_plans = check(module, layout, plan)
     check_recompute(module, plan, activation_checkpointing)

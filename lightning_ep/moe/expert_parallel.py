@@ -131,7 +131,9 @@ class ExpertParallel(ParallelStyle):
         reason = adapter.why_not_fused(module) if fused else None
         if reason is not None:
             how = "transformers' kernels" if adapter.picks_its_implementation(module) else "its own forward"
-            _say_once(f"{type(module).__name__} computes by {how}, and not by the fused experts: {reason}.")
+            _say_once(
+                f"{type(module).__name__} computes by {how}, and not by the fused experts: {reason}. Both are exact."
+            )
         if fused and reason is None:
             return adapter.fused_form(module)
         return None, tuple(name for name, _ in module.named_parameters(recurse=False))
@@ -153,7 +155,8 @@ def _check_forward(experts: nn.Module, layer: str) -> None:
     except TypeError as error:
         raise ValueError(
             f"{layer} ({type(experts).__name__}) cannot be called as experts are: forward(hidden [tokens, size], ids "
-            f"[tokens, top_k], weights [tokens, top_k]) -> [tokens, size]; {error}."
+            f"[tokens, top_k], weights [tokens, top_k]) -> [tokens, size]; {error}. If the router is in this module, "
+            "too, move the stacked weights and what computes with them into one of their own (docs/extend/plans.md)."
         ) from None
 
 

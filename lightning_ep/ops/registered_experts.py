@@ -102,6 +102,7 @@ class RegisteredExperts(LocalExperts):
         self._function = function
         self._param_names = tuple(param_names)
         self._unknown = unknown
+        self._layer = unknown
 
     @override
     def forward(
@@ -129,7 +130,7 @@ class RegisteredExperts(LocalExperts):
             leaves = tuple(t.detach().requires_grad_(keep and needs) for t, needs in inputs)
             # A stand-in per call: recompute or two models in flight must not see each other's parameters.
             module = stand_in(self._template, dict(zip(self._param_names, self._weights(leaves[2:]), strict=True)))
-            out_PH = self._function(module, leaves[0], expert_P.unsqueeze(1), leaves[1].unsqueeze(1))
+            out_PH = self._call(module, leaves[0], expert_P.unsqueeze(1), leaves[1].unsqueeze(1))
         out_NH = gather_sum(out_PH.detach(), order.pair_NK, rows_NH.dtype, room)
         if not keep:
             return out_NH, _Routing(ids_NK, weights_NK, num_pairs)
@@ -140,13 +141,25 @@ class RegisteredExperts(LocalExperts):
         module = stand_in(self._template, dict(zip(self._param_names, weights, strict=True)))
         with evaluated(module):
             check_one_by_one(
-                lambda rows, ids, weights: self._function(module, rows, ids, weights),
+                lambda rows, ids, weights: self._call(module, rows, ids, weights),
                 self._num_experts,
                 rows_NH.shape[1],
                 rows_NH.dtype,
                 rows_NH.device,
                 layer,
             )
+
+    def _call(self, module: nn.Module, rows: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        try:
+            return self._function(module, rows, ids, weights)
+        except IndexError as error:
+            if self._layer is None:
+                raise
+            raise IndexError(
+                f"{error}: the experts of {self._layer} were called for the {self._num_experts} of them that are here. "
+                "Let their forward ask how many they are by `len` of a parameter, or by an attribute whose name ends "
+                "with `experts`, which has the number of this rank's (docs/extend/plans.md)."
+            ) from error
 
     def _trained(self) -> list[bool]:
         # Of the module's own: those that calls pass may be casts, made where no gradient is recorded.

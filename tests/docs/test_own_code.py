@@ -105,6 +105,48 @@ def test_a_plain_model_trains_on_two_ranks_as_on_one(tmp_path: Path) -> None:
     assert all(relative_error(found[name], weight) < 1e-5 for name, weight in expected.items())
 
 
+def _balanced(rows: int) -> tuple[float, Tensor]:
+    """Mean over the ranks of the page's loss, and the sum of their gradients."""
+    names: dict[str, Any] = {"torch": torch, "dist": dist}
+    exec(block(LOOP, "def balancing_loss"), names)
+    rank, world = dist.get_rank(), dist.get_world_size()
+    x_TH, weight = _routed(rows)
+    weight = weight.to(device()).requires_grad_()
+    probabilities = (x_TH.chunk(world)[rank].to(device()) @ weight).softmax(-1)
+    loss = names["balancing_loss"](probabilities, probabilities.topk(2).indices) / world
+    loss.backward()
+    for summed in (total := loss.detach().clone(), weight.grad):
+        dist.all_reduce(summed)
+    return total.item(), weight.grad.cpu()
+
+
+def _routed(rows: int) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    x_TH = torch.randn(rows, 6, generator=generator) + torch.linspace(-1, 1, rows)[:, None]  # ranks have other tokens
+    return x_TH, torch.randn(6, 5, generator=generator)
+
+
+def test_a_balancing_loss_of_ranks_is_that_of_all_their_tokens() -> None:
+    x_TH, weight = _routed(32)
+    weight.requires_grad_()
+    probabilities = (x_TH @ weight).softmax(-1)
+    counts = torch.nn.functional.one_hot(probabilities.topk(2).indices, 5).sum((0, 1))
+    expected = 5 * sum(counts[e] / counts.sum() * probabilities[:, e].mean() for e in range(5))
+    (gradient,) = torch.autograd.grad(expected, weight)
+    for loss, found in run_ranks(2, _balanced, 32):
+        assert loss == pytest.approx(expected.item(), rel=1e-6)
+        assert relative_error(found, gradient) < 1e-6
+
+
+def test_weights_from_before_experts_were_a_module_are_renamed(tmp_path: Path) -> None:
+    names: dict[str, Any] = {}
+    exec(block("docs/extend/plans.md", "import torch\n"), names)
+    wanted = names["Decoder"]().state_dict()
+    names["old"] = {name.replace("moe.experts.", "moe."): value for name, value in wanted.items()}
+    exec(block("docs/extend/plans.md", "import re\n"), names)
+    assert names["old"].keys() == wanted.keys()
+
+
 def test_a_loop_goes_on_from_its_checkpoint_on_another_number_of_ranks(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

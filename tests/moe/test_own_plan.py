@@ -32,7 +32,7 @@ PLAN: dict[str, Any] = {"model.layers.*.moe.experts": "experts"}
 
 def _page() -> dict[str, Any]:
     """What the code of the page defines."""
-    decoder, code = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
+    decoder, code, *_ = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
     names: dict[str, Any] = {"__name__": "page"}
     exec(decoder, names)
     printed = "from decoder import Decoder\n"
@@ -178,9 +178,12 @@ class _Told(_Whole):
     def __init__(self, how: str) -> None:
         super().__init__(transposed=False)
         self.how = how
+        self.count = 8  # under a name that says nothing of experts
         self.dropout = nn.Dropout(0.5 if how == "dropout" else 0.0)
 
     def forward(self, hidden_TH: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Any:
+        if self.how == "counted":
+            return sum(self.up[expert].sum() * hidden_TH for expert in range(self.count))
         if self.how == "normalised":
             weights_TK = weights_TK / weights_TK.sum(-1, keepdim=True)
         out_TH = self.dropout(super().forward(hidden_TH, ids_TK, weights_TK))
@@ -221,6 +224,7 @@ _REFUSALS = {
     "batch": r"are called with \(2, 11, 32\) .*take hidden states \[tokens, size\]",
     "dropped": "are called with ids from -1 to 7, and there are experts 0 to 7. .* any id with a weight of 0",
     "beyond": "are called with ids from 0 to 8, and there are experts 0 to 7",
+    "counted": r"index \d is out of bounds .*experts of layers.0.moe.experts were called for the \d of them",
     "keywords": "",
     "dropout": "",
 }
@@ -229,6 +233,8 @@ _REFUSALS = {
 def _told(ep: int) -> list[str]:
     wrong = []
     for how, says in _REFUSALS.items():
+        if how == "counted" and ep == 1:  # all are here
+            continue
         model = _decoder()
         for layer in model.layers:
             layer.moe = _Calls(layer.moe, how)
@@ -237,7 +243,7 @@ def _told(ep: int) -> list[str]:
         said = ""
         try:
             _loss(model, _ids(dist.get_rank()).to(device())).backward()
-        except ValueError as error:
+        except (ValueError, IndexError) as error:
             said = str(error)
         if bool(said) != bool(says) or not re.search(says, said):
             wrong.append(f"{how}: {said}")
