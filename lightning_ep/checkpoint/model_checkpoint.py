@@ -76,12 +76,14 @@ def _adopt(callback: ModelCheckpoint, checkpoints: Checkpoints) -> None:
         candidates = type(callback)._monitor_candidates(callback, trainer)
         return check_shared(candidates, [callback.monitor] if callback.monitor else [])
 
-    def save_last(trainer: Trainer, candidates: dict[str, Any]) -> None:
+    def save_last(trainer: Trainer, monitor_candidates: dict[str, Any]) -> None:
         if callback.save_last == "link" and callback.save_top_k != 0 and not callback._last_checkpoint_saved:
             # The end of a run that has saved nothing: Lightning would make `last` itself a checkpoint, which stays
             # where it is when later runs link to theirs.
-            callback._save_checkpoint(trainer, callback._get_metric_interpolated_filepath_name(candidates, trainer))
-        type(callback)._save_last_checkpoint(callback, trainer, candidates)
+            callback._save_checkpoint(
+                trainer, callback._get_metric_interpolated_filepath_name(monitor_candidates, trainer)
+            )
+        type(callback)._save_last_checkpoint(callback, trainer, monitor_candidates)
 
     callback._save_last_checkpoint = save_last  # type: ignore[method-assign]
     callback._monitor_candidates = monitor_candidates  # type: ignore[method-assign]
