@@ -117,9 +117,9 @@ def _experts_forward(module: nn.Module, *args: Tensor, **kwargs: Tensor) -> Tens
     weights, factors = context.params[: context.num_weights], context.params[context.num_weights :]
     if context.are_off is not None and context.are_off():
         factors = ()
-    shared = [_gathered(holder, name) for holder, name in context.shared]
-    params = [getattr(holder, name) for holder, name in (*weights, *factors)]
-    params[len(weights) : len(weights)] = shared
+    params = [getattr(holder, name) for holder, name in weights]
+    params += [_gathered(holder, name) for holder, name in context.shared]
+    params += [getattr(holder, name) for holder, name in factors]
     dispatcher, experts = context.dispatcher, context.experts
     return moe_forward(dispatcher, experts, hidden_TH, ids_TK, weights_TK, params, context.leave, context.masters)
 

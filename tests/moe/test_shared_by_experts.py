@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from lightning_ep import ParallelLayout, clip_grad_norm_, parallelize
+from lightning_ep.fsdp.accumulation import set_gradient_sync
 from tests.multimodal import multimodal_model, text_batch
 from tests.ranks import assert_ranks_agree, device
 from tests.reference import relative_error
@@ -47,6 +48,7 @@ def _train(model: Any, ranks: range, max_norm: float, where: torch.device) -> tu
     losses, grads = [], {}
     for step in range(STEPS):
         for micro in range(MICRO_BATCHES):
+            set_gradient_sync(model, enabled=micro == MICRO_BATCHES - 1)
             for rank in ranks:
                 batch = {key: value.to(where) for key, value in _batch(step, micro, rank).items()}
                 loss = _loss(model, batch)
