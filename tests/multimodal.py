@@ -52,6 +52,7 @@ IMAGES: dict[str, Callable[[Any], Inputs]] = {
     "llava": lambda c: _picture(c),
     "minimax_m3_vl": lambda c: _patches(c, 2),
     "mistral_large4": lambda c: {"pixel_values": _random(1, 3, 56, 56), "image_sizes": torch.tensor([[56, 56]])},
+    "muse_spark": lambda c: _patches(c, c.vision_config.patch_temporal),
     "nemo_speechlm": lambda c: {
         "input_features": _random(1, 32, 128),
         "input_features_mask": torch.ones(1, 32, dtype=torch.long),

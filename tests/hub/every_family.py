@@ -96,6 +96,7 @@ _MORE: dict[str, dict[str, Any]] = {
         },
     },
     "mistral_large4_text": _HEADS,
+    "muse_spark": {"out_hidden_size": 128, "projector_hidden_size": 64},
     "muse_spark_audio": {"hidden_sizes": (8, 8, 16, 16), "depths": (1, 1, 1, 1)},
     "muse_spark_text": {"moe_hidden_size": 32},
     "qwen4_exp_text": {
