@@ -36,11 +36,12 @@ class ExpertLoadMonitor(Callback):
     - ``routing/straggler_factor``: tokens that the busiest rank computes over the mean of all ranks: 1 is balanced.
     - ``routing/rows_per_token``: rows that a token is sent in to other ranks.
 
-    The progress bar has the first of them. After 10 logged steps, then as often as it takes less than 0.3 % of the
-    time, and at the end, ``routing/`` of the log directory gets ``expert_load.csv``, the load of every expert in the
-    last 10 logged steps (layer, expert, tokens over the mean of the layer), and pictures: ``expert_load.png``,
-    ``load_curves.png`` and, of several ranks, ``straggler_factor.png``. TensorBoard and Weights & Biases get the
-    pictures, too. They need matplotlib: ``pip install matplotlib``. docs/operate/routing.md says how to read them.
+    The progress bar has the first of them. Every 10 logged steps ``routing/`` of the log directory gets
+    ``expert_load.csv``, the load of every expert in them (first_step, last_step, layer, expert, and tokens over the
+    mean of the layer), then also, as often as it takes less than 0.3 % of the time, and at the end, pictures:
+    ``expert_load.png``, ``load_curves.png`` and, of several ranks, ``straggler_factor.png``. TensorBoard and Weights &
+    Biases get the pictures, too. They need matplotlib: ``pip install matplotlib``. docs/operate/routing.md says how to
+    read them.
 
     A layer is named in a warning once, if in the last 10 logged steps its tokens went to hardly more experts than one
     token goes to, or experts that should have got many got none.
@@ -98,11 +99,14 @@ class ExpertLoadMonitor(Callback):
             self._history.add(trainer.global_step, measures)
             if len(self._history) % LATEST == 0:
                 self._warn()
+                self._write_table()
                 if time.monotonic() >= self._draw_from:
                     self._draw(trainer)
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.is_global_zero and len(self._history):
+            self._write_table()
         self._draw(trainer)
 
     @override
@@ -136,17 +140,23 @@ class ExpertLoadMonitor(Callback):
             "and text." + (f" Pictures: {self._folder}." if pictures.available() else "")
         )
 
+    def _write_table(self) -> None:
+        assert self._folder is not None
+        assert self._watched is not None
+        if not self._folder.exists():
+            rank_zero_info(f"The load of experts is in {self._folder}, anew every {LATEST} logged steps.")
+        last = self._history.latest()
+        steps = {"first_step": last.first, "last_step": last.last}
+        write_loads(self._folder / "expert_load.csv", {"load": last.measures.load_ME}, self._watched.layers, steps)
+
     def _draw(self, trainer: Trainer) -> None:
         number = len(self._history)
-        if number == self._drawn or not trainer.is_global_zero or self._watched is None:
+        if number == self._drawn or not trainer.is_global_zero or not pictures.available() or self._watched is None:
             return
         assert self._folder is not None
-        if self._drawn == 0:
-            rank_zero_info(f"The load of experts is in {self._folder}, anew from time to time.")
         self._drawn, since = number, time.monotonic()
-        layers = self._watched.layers
-        write_loads(self._folder / "expert_load.csv", {"load": self._history.latest().measures.load_ME}, layers)
-        for name, figure in figures(self._history, layers).items() if pictures.available() else ():
+        self._folder.mkdir(parents=True, exist_ok=True)
+        for name, figure in figures(self._history, self._watched.layers).items():
             path = pictures.save(figure, self._folder / f"{name}.png")
             for logger in trainer.loggers:
                 if isinstance(logger, TensorBoardLogger):

@@ -130,10 +130,11 @@ class ExpertParallel(ParallelStyle):
         fused = self.experts_implementation in ("auto", "fused")
         reason = adapter.why_not_fused(module) if fused else None
         if reason is not None:
-            how = "transformers' kernels" if adapter.picks_its_implementation(module) else "its own forward"
-            _say_once(
-                f"{type(module).__name__} computes by {how}, and not by the fused experts: {reason}. Both are exact."
-            )
+            if adapter.picks_its_implementation(module):
+                how = f"transformers' kernels, and not by the fused experts: {reason}. Both are exact."
+            else:
+                how = "its own forward, as experts of one's own do, and not by the fused experts."
+            _say_once(f"{type(module).__name__} computes by {how}")
         if fused and reason is None:
             return adapter.fused_form(module)
         return None, tuple(name for name, _ in module.named_parameters(recurse=False))

@@ -9,7 +9,9 @@ from pathlib import Path
 from torch import Tensor
 
 
-def write_loads(path: Path, loads: Mapping[str, Tensor], layers: Sequence[str]) -> Path:
+def write_loads(
+    path: Path, loads: Mapping[str, Tensor], layers: Sequence[str], of: Mapping[str, object] | None = None
+) -> Path:
     """Writes a CSV that is never half a one: a line for each expert, ``layer,expert`` and a load.
 
     Args:
@@ -17,6 +19,7 @@ def write_loads(path: Path, loads: Mapping[str, Tensor], layers: Sequence[str]) 
         loads: By the name of a column ``[M, E]``, tokens over the mean of the layer: 1 is even; NaN where there is no
             expert.
         layers: Names of the layers.
+        of: What every line begins with, by the names of columns.
 
     Returns:
         The path.
@@ -27,9 +30,16 @@ def write_loads(path: Path, loads: Mapping[str, Tensor], layers: Sequence[str]) 
     every = next(iter(columns.values()))
     with part.open("w", newline="") as file:
         rows = csv.writer(file)
-        rows.writerow(["layer", "expert", *columns])
+        rows.writerow([*(of or {}), "layer", "expert", *columns])
         for layer, name in enumerate(layers):
             for expert, load in enumerate(every[layer]):
                 if load == load:
-                    rows.writerow([name, expert, *(f"{column[layer][expert]:.4f}" for column in columns.values())])
+                    rows.writerow(
+                        [
+                            *(of or {}).values(),
+                            name,
+                            expert,
+                            *(f"{column[layer][expert]:.4f}" for column in columns.values()),
+                        ]
+                    )
     return part.replace(path)
