@@ -139,15 +139,27 @@ def answer_first() -> None:
         answer(sys.argv[1:])
 
 
+@contextmanager
+def _readers_may_leave() -> Iterator[None]:
+    """Ends the program without a traceback where nobody reads on, as behind ``| head``."""
+    try:
+        try:
+            yield
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # where Python's end flushes what is left
+        sys.exit(1)
+
+
+@_readers_may_leave()
 def answer(arguments: list[str]) -> None:
     """Ends the program where an answer needs no torch: the help, a list of recipes, a mistake in a name."""
     from lightning_ep_start import recipes
 
     commands = (*TRAINER_COMMANDS, *DATA_COMMANDS, *COMMANDS, "plan", "recipes")
     if arguments in (["-h"], ["--help"]):
-        with _readers_may_leave():
-            listed = "\n".join(f"  {name:<12} {SENTENCES.get(name, '')}".rstrip() for name in commands)
-            print(_HELP.format(commands=listed))
+        print(_HELP.format(commands="\n".join(f"  {name:<12} {SENTENCES.get(name, '')}".rstrip() for name in commands)))
         sys.exit(0)
     if arguments == ["--version"]:
         print(f"lightning-ep {__version__}")
@@ -157,8 +169,7 @@ def answer(arguments: list[str]) -> None:
     if not arguments[0].startswith("-") and arguments[0] not in commands:
         fail(f"there is no command {arguments[0]!r}{did_you_mean(arguments[0], commands)}: {', '.join(commands)}.")
     if arguments[0] == "recipes":
-        with _readers_may_leave():
-            recipes.main(arguments[1:])
+        recipes.main(arguments[1:])
         sys.exit(0)
     if arguments[0] == "plan":
         global _asked
@@ -178,22 +189,8 @@ def _plan(arguments: list[str]) -> NoReturn:
     global _asked
     _asked = None
     command = importlib.import_module("lightning_ep.planner.command")
-    with _readers_may_leave():
-        command.main(arguments)
+    command.main(arguments)
     sys.exit(0)
-
-
-@contextmanager
-def _readers_may_leave() -> Iterator[None]:
-    """Ends the program without a traceback where nobody reads on, as behind ``| head``."""
-    try:
-        try:
-            yield
-        finally:
-            sys.stdout.flush()
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # where Python's end flushes what is left
-        sys.exit(1)
 
 
 def did_you_mean(name: str, names: Iterable[str]) -> str:

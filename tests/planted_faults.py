@@ -89,8 +89,8 @@ MUTATIONS = (
     Mutation(
         "gradients_added_in_bf16",
         "moe/master_weights.py",
-        "        widen_gradient(param)\n        alone = self._calls == 1 and param.grad is None and",
-        "        alone =",
+        "widen_gradient(param)\n        return dtype if self._narrow and self._calls == 1 and param.grad is None",
+        "return dtype if self._narrow",
         "ops/test_adamw.py::test_equals_torch[gradients_that_are_added_are_wide]",
     ),
     Mutation(

@@ -105,7 +105,7 @@ class ExpertLoadMonitor(Callback):
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.is_global_zero and len(self._history):
+        if len(self._history):  # which the first rank has
             self._write_table()
         self._draw(trainer)
 

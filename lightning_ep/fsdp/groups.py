@@ -102,6 +102,11 @@ def unmanaged_experts(model: nn.Module) -> list[nn.Module]:
     return [m for m in model.modules() if is_parallel_experts(m) and not isinstance(m, FSDPModule)]
 
 
+def unmanaged_parameters(model: nn.Module) -> set[nn.Parameter]:
+    """Parameters of those experts, but for what these share, which is a layer's."""
+    return {param for experts in unmanaged_experts(model) for param in spread_parameters(experts)}
+
+
 def _shared_holders(model: nn.Module) -> list[nn.Module]:
     """What holds parameters that experts share, inside of experts that FSDP shards: a layer's group ends there."""
     found = [expert_context(m).shared for m in model.modules() if is_parallel_experts(m) and isinstance(m, FSDPModule)]
@@ -125,7 +130,7 @@ def shard_dense(model: PreTrainedModel, meshes: Meshes, mp_policy: MixedPrecisio
         mp_policy: FSDP2 mixed precision.
         head_alone: The output head's weight is read in calls of the head only.
     """
-    ignored = {param for experts in unmanaged_experts(model) for param in spread_parameters(experts)}
+    ignored = unmanaged_parameters(model)
     shard = partial(fully_shard, mesh=meshes.dense_shards, mp_policy=mp_policy, ignored_params=ignored)
     for holder in _shared_holders(model):
         shard(holder)
@@ -195,7 +200,7 @@ def shard_beside(
     Beside one transformers model it is an optional part of that. Else it is a root of its own, which all ranks call
     equally often; layers of a model around its experts are groups.
     """
-    ignored = {param for experts in unmanaged_experts(module) for param in spread_parameters(experts)}
+    ignored = unmanaged_parameters(module)
     shard = partial(fully_shard, mesh=meshes.all_shards, mp_policy=mp_policy, ignored_params=ignored)
     for holder in _shared_holders(module):
         shard(holder)

@@ -106,6 +106,7 @@ class ExpertParallel(ParallelStyle):
         dispatcher = build_dispatcher(num_experts, *where, self.layer, self.progress)
         num_local = dispatcher.num_local_experts
         form, names = self._form(inside)
+        shared = adapter.shared_by_experts(inside)
         factors = [] if adapted is None else adapted.holders
         adapters = [] if adapted is None else adapted.adapters(names)
         params = tuple((inside, name) for name in names) + tuple((holder, "weight") for holder in factors)
@@ -118,11 +119,10 @@ class ExpertParallel(ParallelStyle):
         else:
             function = adapter.local_experts_function(inside, self.experts_implementation)
             unknown = None if adapter.picks_its_implementation(inside) else self.layer
-            all_names = (*names, *adapter.shared_by_experts(inside))
-            experts = RegisteredExperts(inside, function, all_names, adapters, factors, unknown)
-        shared = tuple(holder_of(inside, name) for name in adapter.shared_by_experts(inside))
+            experts = RegisteredExperts(inside, function, (*names, *shared), adapters, factors, unknown)
+        holders = tuple(holder_of(inside, name) for name in shared)
         are_off = None if adapted is None else adapted.are_off
-        spread_over_ranks(module, ExpertContext(dispatcher, experts, params, len(names), shared, are_off))
+        spread_over_ranks(module, ExpertContext(dispatcher, experts, params, len(names), holders, are_off))
         return module
 
     def _form(self, module: nn.Module) -> tuple[ExpertForm | None, tuple[str, ...]]:

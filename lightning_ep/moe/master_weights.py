@@ -73,11 +73,10 @@ class MasterWeights:
 
         It is about to: a narrow gradient of an earlier backward is widened, so that the sum is not rounded to bf16.
         """
-        if not param.is_leaf:  # what experts share, fetched for this call
+        if not any(param is own for own in self._own):
             return param.dtype
         widen_gradient(param)
-        alone = self._calls == 1 and param.grad is None and any(param is own for own in self._own)
-        return dtype if self._narrow and alone else param.dtype
+        return dtype if self._narrow and self._calls == 1 and param.grad is None else param.dtype
 
     @property
     def bytes_of_copies(self) -> int:

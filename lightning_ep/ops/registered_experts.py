@@ -101,8 +101,8 @@ class RegisteredExperts(LocalExperts):
         self._num_experts: int = module.num_experts  # type: ignore[assignment]
         self._function = function
         self._param_names = tuple(param_names)
-        self._unknown = unknown
         self._layer = unknown
+        self._is_known = unknown is None
 
     @override
     def forward(
@@ -115,9 +115,9 @@ class RegisteredExperts(LocalExperts):
         keep: bool,
         room: Callable[[], Tensor] | None = None,
     ) -> tuple[Tensor, _Forward | _Routing]:
-        if self._unknown is not None:
-            self._look(self._unknown, rows_NH, params)
-            self._unknown = None
+        if not self._is_known:
+            self._look(rows_NH, params)
+            self._is_known = True
         order = expert_order(ids_NK, self._num_experts, num_pairs)
         x_PH = order.permute(rows_NH)
         weights_P = weights_NK.reshape(-1)[order.slot_P].to(rows_NH.dtype)
@@ -136,7 +136,8 @@ class RegisteredExperts(LocalExperts):
             return out_NH, _Routing(ids_NK, weights_NK, num_pairs)
         return out_NH, _Forward(order, weights_NK.dtype, leaves, out_PH)
 
-    def _look(self, layer: str, rows_NH: Tensor, params: Sequence[Tensor]) -> None:
+    def _look(self, rows_NH: Tensor, params: Sequence[Tensor]) -> None:
+        assert self._layer is not None
         weights = (weight.detach() for weight in self._weights(params))
         module = stand_in(self._template, dict(zip(self._param_names, weights, strict=True)))
         with evaluated(module):
@@ -146,7 +147,7 @@ class RegisteredExperts(LocalExperts):
                 rows_NH.shape[1],
                 rows_NH.dtype,
                 rows_NH.device,
-                layer,
+                self._layer,
             )
 
     def _call(self, module: nn.Module, rows: Tensor, ids: Tensor, weights: Tensor) -> Tensor:

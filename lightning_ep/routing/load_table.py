@@ -6,6 +6,7 @@ import csv
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 
@@ -26,20 +27,13 @@ def write_loads(
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix(".part")
-    columns = {name: load_ME.detach().double().cpu().tolist() for name, load_ME in loads.items()}
-    every = next(iter(columns.values()))
+    of = of or {}
+    loads_MEC = torch.stack([load_ME.detach().double().cpu() for load_ME in loads.values()], dim=-1)
     with part.open("w", newline="") as file:
         rows = csv.writer(file)
-        rows.writerow([*(of or {}), "layer", "expert", *columns])
-        for layer, name in enumerate(layers):
-            for expert, load in enumerate(every[layer]):
-                if load == load:
-                    rows.writerow(
-                        [
-                            *(of or {}).values(),
-                            name,
-                            expert,
-                            *(f"{column[layer][expert]:.4f}" for column in columns.values()),
-                        ]
-                    )
+        rows.writerow([*of, "layer", "expert", *loads])
+        for name, loads_EC in zip(layers, loads_MEC, strict=True):
+            for expert, loads_C in enumerate(loads_EC):
+                if not loads_C[0].isnan():
+                    rows.writerow([*of.values(), name, expert, *(f"{load:.4f}" for load in loads_C.tolist())])
     return part.replace(path)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import warnings
-
 import torch
+from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor, nn
 
 from lightning_ep import transformers_adapter as adapter
@@ -76,7 +75,7 @@ class Watched:
             self._end_pass()
         if self._passed_over and not self._seen:
             which = ("no backward", "a") if self._training else ("a backward", "no")
-            warnings.warn(
+            rank_zero_warn(
                 f"Watched has seen forwards with {which[0]} only, and looks at those with {which[1]} backward: "
                 f"Watched(..., training={not self._training}) looks at the others (torch.no_grad(), model.eval()).",
                 stacklevel=2,

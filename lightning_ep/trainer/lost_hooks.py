@@ -8,8 +8,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import nn
 
 from lightning_ep.distributed.agreement import agree, join
-from lightning_ep.fsdp.groups import unmanaged_experts
-from lightning_ep.moe.experts import spread_parameters
+from lightning_ep.fsdp.groups import unmanaged_parameters
 
 _INSTEAD = (
     "Norms: `lightning.pytorch.utilities.grad_norm(self, 2)`, or `self.trainer.strategy.clip_grad_norm_(max_norm="
@@ -47,7 +46,7 @@ def check_hooks_on_shards(module: nn.Module) -> None:
     Args:
         module: The sharded module. Every rank must call it.
     """
-    called = {param for experts in unmanaged_experts(module) for param in spread_parameters(experts)}
+    called = unmanaged_parameters(module)
     hooked = {name: param for name, param in module.named_parameters() if param._backward_hooks}
     lost = [name for name, param in hooked.items() if param not in called]
     problem = None
