@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from lightning_ep.ops.expert_form import CUBIC, TWICE_ROOT, Activation, ExpertBias
+from lightning_ep.ops.kernels.launch import Kernel
 from lightning_ep.ops.kernels.slots import slot_offset, with_unit_stride
 
 _TILE = 2048  # elements of one half per program and step
@@ -91,7 +92,7 @@ def _function(x, FUNCTION: tl.constexpr, ALPHA: tl.constexpr):
     return value, derivative
 
 
-@triton.jit
+@Kernel
 def _activate_kernel(
     h, weights, slots, out, bias, ids, P, stride, ids_stride,
     TOP_K: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, BIASED: tl.constexpr,
@@ -119,7 +120,7 @@ def _activate_kernel(
     tl.store(out + row[:, None] * WIDTH + col[None, :], value.to(out.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@Kernel
 def _activate_backward_kernel(
     h, weights, slots, grad, grad_h, out, grad_weights, bias, ids, P, stride, ids_stride,
     TOP_K: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, BIASED: tl.constexpr,

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from lightning_ep.ops.kernels.launch import Kernel
 from lightning_ep.ops.kernels.rounding import random_bits, random_stream, round_stochastically, third
 from lightning_ep.ops.rounding import Elements
 
@@ -16,7 +18,7 @@ _BLOCK = 4096
 _TILES = 4  # of a program that rounds stochastically, which is bound by arithmetic: the step's numbers serve all
 
 
-@triton.jit(do_not_specialize=["key", "start", "width", "stride"])
+@partial(Kernel, do_not_specialize=("key", "start", "width", "stride"))
 def _adamw_kernel(
     param, grad, exp_avg, exp_avg_sq, step, factor,
     lr, decay, log_beta1, log_beta2, beta1, beta2, rest1, rest2, eps, num_elements,

@@ -7,8 +7,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lightning_ep.ops.kernels.launch import Kernel
 
-@triton.jit
+
+@Kernel
 def _cross_entropy_kernel(
     logits, targets, losses, stride, V: tl.constexpr, IGNORE: tl.constexpr, GRADIENT: tl.constexpr, BLOCK: tl.constexpr
 ):
@@ -53,7 +55,7 @@ def cross_entropy_(logits_TV: Tensor, targets_T: Tensor, losses_T: Tensor, ignor
         )
 
 
-@triton.jit
+@Kernel
 def _softmax_statistics_kernel(logits, targets, statistics, stride, T, V: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     target = tl.load(targets + row)
@@ -72,7 +74,7 @@ def _softmax_statistics_kernel(logits, targets, statistics, stride, T, V: tl.con
     tl.store(statistics + 2 * T + row, chosen)
 
 
-@triton.jit
+@Kernel
 def _softmax_gradient_kernel(logits, targets, normalizers, stride, V: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)

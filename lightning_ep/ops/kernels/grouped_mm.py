@@ -10,9 +10,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from triton.runtime.errors import OutOfResources
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from lightning_ep.ops.kernels import multiprocessors
+from lightning_ep.ops.kernels.launch import Kernel, tiles
 
 _log = logging.getLogger(__name__)
 _WORKS: dict[tuple[object, ...], bool] = {}
@@ -36,7 +36,7 @@ def _low_rank(
     return low_tile, tl.load(factor + at, mask=inside[:, None] & (cols < B)[None, :], other=0.0)
 
 
-@triton.jit
+@Kernel
 def _grouped_mm_kernel(
     x, weight, out_tiles, out, offsets, low, factor, factor_stride, rank_stride, col_stride,
     A: tl.constexpr, B: tl.constexpr, EXPERTS: tl.constexpr, BINS: tl.constexpr, TRANSPOSED: tl.constexpr,
@@ -161,9 +161,9 @@ def grouped_mm(
     low_PR, factor_ERB = beside or (out_PB, weight_EAB)  # which are then not read
     rank = low_PR.shape[1] if beside else 0
     _grouped_mm_kernel[(programs or multiprocessors(x_PA.device),)](
-        TensorDescriptor.from_tensor(x_PA, [_ROWS, _DEPTH]),
-        TensorDescriptor.from_tensor(stored.reshape(-1, stored.shape[2]), tile),
-        TensorDescriptor.from_tensor(out_PB, [_ROWS, _COLS]),
+        tiles(x_PA, [_ROWS, _DEPTH]),
+        tiles(stored.reshape(-1, stored.shape[2]), tile),
+        tiles(out_PB, [_ROWS, _COLS]),
         out_PB,
         offsets_E,
         low_PR, factor_ERB, *factor_ERB.stride(),

@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lightning_ep.ops.kernels.launch import Kernel
 from lightning_ep.ops.kernels.slots import with_unit_stride
 
 _ROWS, _COLS, _DEPTH_BYTES = 64, 128, 256  # of a tile, whose stages in fp32 fit into the smallest chips that way
@@ -13,7 +14,7 @@ _LEAST, _RANKS = 16, 64  # ranks that tensor cores multiply at once, at least; t
 # Strides over ranks are constants: so the compiler sees that rows of 8 numbers can be copied ahead, 16 bytes at once.
 
 
-@triton.jit
+@Kernel
 def _project_kernel(
     x, factor, out, offsets, A, x_stride, factor_stride, scale,
     R: tl.constexpr, DEPTH_STRIDE: tl.constexpr, RANK_STRIDE: tl.constexpr,
@@ -61,7 +62,7 @@ def project(x_PA: Tensor, factor_EAR: Tensor, scale: float, offsets_E: Tensor) -
     return out_PR
 
 
-@triton.jit
+@Kernel
 def _outer_kernel(
     x, low, index, out, offsets, A, x_stride, out_stride,
     R: tl.constexpr, LOW_STRIDE: tl.constexpr, COL_STRIDE: tl.constexpr, RANK_STRIDE: tl.constexpr,

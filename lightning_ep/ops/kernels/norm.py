@@ -5,17 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
 from lightning_ep.ops.kernels import multiprocessors
+from lightning_ep.ops.kernels.launch import Kernel
 
 _BLOCK = 4096
 _PROGRAMS_PER_SM = 8
 
 
-@triton.jit
+@Kernel
 def _sum_of_squares_kernel(x, sums, num_elements, BLOCK: tl.constexpr):
     step = tl.num_programs(0).to(tl.int64) * BLOCK
     cols = tl.arange(0, BLOCK)

@@ -7,12 +7,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lightning_ep.ops.kernels.launch import Kernel
 from lightning_ep.ops.kernels.slots import slot_offset, with_unit_stride
 
 _ROWS = 4  # rows per program: enough loads in flight to hide their latency
 
 
-@triton.jit
+@Kernel
 def _permute_kernel(
     rows, places, out, N, H, stride, out_stride, TOP_K: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr
 ):
@@ -42,7 +43,7 @@ def permute(rows_NH: Tensor, place_NK: Tensor, num_places: int, out_PH: Tensor |
     return out_PH
 
 
-@triton.jit
+@Kernel
 def _gather_sum_kernel(rows, index, out, T, H, TOP_K: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -73,7 +74,7 @@ def _experts(ids, slot, num_slots, stride, NUM_EXPERTS: tl.constexpr, TOP_K: tl.
     return tl.load(ids + slot_offset(slot, stride, TOP_K), mask=slot < num_slots, other=NUM_EXPERTS).to(tl.int32)
 
 
-@triton.jit
+@Kernel
 def _count_kernel(
     ids, counts, num_slots, stride,
     NUM_EXPERTS: tl.constexpr, TOP_K: tl.constexpr, BINS: tl.constexpr, BLOCK: tl.constexpr,
@@ -85,7 +86,7 @@ def _count_kernel(
     tl.store(counts + bins * tl.num_programs(0) + tl.program_id(0), histogram, mask=bins < NUM_EXPERTS)
 
 
-@triton.jit
+@Kernel
 def _place_kernel(
     ids, ends, counts, pair, slots, offsets, num_slots, stride,
     NUM_EXPERTS: tl.constexpr, TOP_K: tl.constexpr, BINS: tl.constexpr, BLOCK: tl.constexpr,

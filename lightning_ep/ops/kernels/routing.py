@@ -7,6 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lightning_ep.ops.kernels.launch import Kernel
+
 _SCANNED = 2**15  # counts, from which on they are summed beforehand
 
 
@@ -20,7 +22,7 @@ def _owners(ids, block, T, LOCAL: tl.constexpr, TOP_K: tl.constexpr, K: tl.const
     return token, expert, tl.where(mask, expert // LOCAL, -1)
 
 
-@triton.jit
+@Kernel
 def _count_kernel(
     ids, counts, T, num_blocks,
     LOCAL: tl.constexpr, TOP_K: tl.constexpr, RANKS: tl.constexpr,
@@ -36,7 +38,7 @@ def _count_kernel(
     tl.store(counts + (RANKS + d) * num_blocks + block, pairs, mask=d < RANKS)
 
 
-@triton.jit
+@Kernel
 def _route_kernel(
     ids, weights, counts, ends, row, first, slots, totals, T, num_blocks, stride,
     LOCAL: tl.constexpr, TOP_K: tl.constexpr, RANKS: tl.constexpr,

@@ -7,12 +7,13 @@ import triton.language as tl
 from torch import Tensor
 
 from lightning_ep.ops.kernels import multiprocessors
+from lightning_ep.ops.kernels.launch import Kernel
 
 _BLOCK = 4096
 _PROGRAMS_PER_SM = 8
 
 
-@triton.jit
+@Kernel
 def _scale_kernel(x, factor, num_elements, BLOCK: tl.constexpr):
     by = tl.load(factor).to(tl.float32)
     if by != 1.0:
