@@ -52,6 +52,7 @@ from lightning_ep.trainer.batches import Batches, check_shared_batches
 from lightning_ep.trainer.clipping import clip_grad_norm_
 from lightning_ep.trainer.cost_warnings import warn_if_ep_crosses_nodes, warn_if_large_in_memory
 from lightning_ep.trainer.finetuning import KnownParameters
+from lightning_ep.trainer.garbage import spare_collections
 from lightning_ep.trainer.loaders import prepare_loader
 from lightning_ep.trainer.lost_hooks import check_hooks_before_sharding, check_hooks_on_shards
 from lightning_ep.trainer.memory_advice import add_memory_advice
@@ -466,8 +467,8 @@ class ExpertParallelStrategy(ModelParallelStrategy):
     @override
     def on_train_start(self) -> None:
         assert self.lightning_module is not None
-        resume_accumulation(self.lightning_module.trainer)
-        tell_total_steps(self.lightning_module.trainer)
+        for begin in (resume_accumulation, tell_total_steps, spare_collections):
+            begin(self.lightning_module.trainer)
 
     @override
     def training_step(self, *args: Any, **kwargs: Any) -> STEP_OUTPUT:

@@ -66,10 +66,12 @@ class _MoE(torch.autograd.Function):
         weights_TK: Tensor,
         *params: Tensor,
     ) -> Tensor:
-        plan, rows = dispatcher.route(ids_TK, weights_TK, hidden_TH, hop)
+        routed = dispatcher.route(ids_TK, weights_TK, hidden_TH, hop)
+        local = computed.for_forward()  # casts while the host waits for counts, and the rows travel
+        plan, rows = routed()
+        del routed  # and the rows that it has packed
         saved = None
         with dispatcher.explains_out_of_memory(lambda: dispatcher.describe(plan)):
-            local = computed.for_forward() if plan.num_pairs > 0 else []  # casts while the rows travel
             out_NH = rows_NH = rows.wait()
             if needs_grad and (later is not None or not experts.keeps_rows):
                 plan = plan.without_rows()

@@ -286,7 +286,7 @@ def _slots(widths: ModelWidths, tokens: int) -> list[str]:
     layer = kind(widths.experts, dist.group.WORLD, "layers.0", progress)
     x = torch.ones(tokens, widths.hidden, dtype=torch.bfloat16, device=device())
     ids = torch.arange(tokens * widths.top_k, device=device()).add(rank).view(tokens, -1) % widths.experts
-    layer.route(ids, torch.ones_like(ids, dtype=torch.float32), x, "hop")[1].wait()
+    layer.route(ids, torch.ones_like(ids, dtype=torch.float32), x, "hop")()[1].wait()
     found = SLOTS * layer._slots.capacity
     case = Case(widths, 1, 1, tokens, 2, ep=2, node=2)
     with pytest.MonkeyPatch.context() as patch:

@@ -254,7 +254,9 @@ def test_copies_are_not_kept_before_a_run_has_shown_its_memory() -> None:
 def _count_rows() -> tuple[int, int]:
     dispatcher = AllToAllDispatcher(EXPERTS, dist.group.WORLD, "experts", Progress())
     ids = torch.tensor([[0, 1, 2], [4, 5, 0]], device=device())
-    plan, rows = dispatcher.route(ids, torch.ones(2, 3, device=device()), torch.ones(2, HIDDEN, device=device()), "hop")
+    plan, rows = dispatcher.route(
+        ids, torch.ones(2, 3, device=device()), torch.ones(2, HIDDEN, device=device()), "hop"
+    )()
     assert rows.wait().shape == (sum(plan.splits.recv), HIDDEN)
     return sum(plan.splits.send), plan.num_pairs
 
@@ -269,7 +271,7 @@ def _received_rows_are_freed() -> list[bool]:
     dispatcher = AllToAllDispatcher(EXPERTS, dist.group.WORLD, "experts", progress)
     ids = torch.tensor([[0, 5], [1, 6]], device=device())
     rows = torch.ones(2, HIDDEN, device=device())
-    plan, routed = dispatcher.route(ids, torch.ones(2, 2, device=device()), rows, "hop")
+    plan, routed = dispatcher.route(ids, torch.ones(2, 2, device=device()), rows, "hop")()
     storages = [StorageWeakRef(routed.wait().untyped_storage())]
     plan = plan.without_rows()
     first, second = (dispatcher.dispatch(plan, rows, f"hop {i}") for i in range(2))

@@ -389,6 +389,51 @@ def a_run_leaves_nothing_behind(root: Path) -> None:
     assert threading.active_count() <= threads, threading.enumerate()
 
 
+class _Frozen(builtin.Callback):
+    """Notes how many objects Python's collector passes over; fails in a step, if one is given."""
+
+    def __init__(self, fails_in: int | None = None) -> None:
+        self.found: list[int] = []
+        self.fails_in = fails_in
+        self.cycle: weakref.ref[Any] | None = None
+
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, *batch: Any) -> None:
+        self.found.append(gc.get_freeze_count())
+        if batch[-1] == self.fails_in:
+            raise ValueError("on purpose")
+        if batch[-1] == 2:  # garbage of later on, which is collected as ever
+            made = Samples(1)
+            made.itself = made  # type: ignore[attr-defined]
+            self.cycle = weakref.ref(made)
+            del made
+            gc.collect()
+
+
+@row()
+def the_collector_passes_over_what_a_training_has_warmed_up(root: Path) -> None:
+    for fails_in in (None, 3):
+        before, look = gc.get_freeze_count(), _Frozen(fails_in)
+        with pytest.raises(ValueError, match="on purpose") if fails_in else nullcontext():
+            quiet(root, callbacks=[look], max_steps=4).fit(TinyModule(), loader())
+        assert look.found[:2] == [before, before]
+        assert min(look.found[2:4]) > before + 10_000
+        assert look.cycle is not None
+        assert look.cycle() is None
+        assert gc.get_freeze_count() == 0
+
+
+@row()
+def a_collector_that_is_off_stays_as_it_is(root: Path) -> None:
+    gc.unfreeze()
+    gc.disable()
+    try:
+        look = _Frozen()
+        quiet(root, callbacks=[look], max_steps=3).fit(TinyModule(), loader())
+    finally:
+        gc.enable()
+    assert look.found == [0, 0, 0]
+
+
 @row()
 def evaluate_a_checkpoint(root: Path) -> None:
     trainer, module = fit(root)

@@ -80,7 +80,9 @@ class AllToAllDispatcher(Dispatcher[AllToAllPlan]):
         self._progress = progress
 
     @override
-    def route(self, ids_TK: Tensor, weights_TK: Tensor, x_TH: Tensor, hop: str) -> tuple[AllToAllPlan, Pending]:
+    def route(
+        self, ids_TK: Tensor, weights_TK: Tensor, x_TH: Tensor, hop: str
+    ) -> Callable[[], tuple[AllToAllPlan, Pending]]:
         num_tokens, top_k = ids_TK.shape
         packing = PackedRows(x_TH.shape[1], x_TH.dtype, 2 * top_k, wire_dtypes(weights_TK.dtype)[1])
         room = num_tokens * min(top_k, self.num_ranks)
@@ -92,25 +94,30 @@ class AllToAllDispatcher(Dispatcher[AllToAllPlan]):
             to.counts_2D2[0].add_(number << _COUNT_BITS)
         with self._progress.blocking(self.layer, "exchange of counts"):
             counts = self.exchange_counts(to.counts_2D2)
-            # The rows are put in order before the host knows how many there are, so that the GPU has work meanwhile.
-            permute(x_TH, to.first_TK, room, packing.rows(packed_SW))
-            by_sender, received = counts()
-        if any(rows >> _COUNT_BITS != number for rows, _ in received):
-            raise meet_apart(self._progress, dist.get_process_group_ranks(self._group))
-        splits = self.find_splits(by_sender, received, packed_SW)
-        num_pairs = sum(pairs & COUNT for _, pairs in received)
-        with self.explains_out_of_memory(lambda: _describe(splits, num_pairs)):
-            packed_NW, arrival = self.exchange(packed_SW[: sum(splits.send)], splits, hop)
-        ids_NK, weights_NK = split_slots(packing.numbers(packed_NW))
-        plan = AllToAllPlan(
-            ids_NK=ids_NK,
-            weights_NK=weights_NK,
-            num_pairs=num_pairs,
-            row_TK=to.row_TK,
-            first_TK=to.first_TK,
-            splits=splits,
-        )
-        return plan, Pending(lambda: packing.rows(arrival.wait()))
+        # The rows are put in order before the host knows how many there are, so that the GPU has work meanwhile.
+        permute(x_TH, to.first_TK, room, packing.rows(packed_SW))
+
+        def send() -> tuple[AllToAllPlan, Pending]:
+            with self._progress.blocking(self.layer, "exchange of counts"):
+                by_sender, received = counts()
+            if any(rows >> _COUNT_BITS != number for rows, _ in received):
+                raise meet_apart(self._progress, dist.get_process_group_ranks(self._group))
+            splits = self.find_splits(by_sender, received, packed_SW)
+            num_pairs = sum(pairs & COUNT for _, pairs in received)
+            with self.explains_out_of_memory(lambda: _describe(splits, num_pairs)):
+                packed_NW, arrival = self.exchange(packed_SW[: sum(splits.send)], splits, hop)
+            ids_NK, weights_NK = split_slots(packing.numbers(packed_NW))
+            plan = AllToAllPlan(
+                ids_NK=ids_NK,
+                weights_NK=weights_NK,
+                num_pairs=num_pairs,
+                row_TK=to.row_TK,
+                first_TK=to.first_TK,
+                splits=splits,
+            )
+            return plan, Pending(lambda: packing.rows(arrival.wait()))
+
+        return send
 
     def new_rows(
         self, shape: tuple[int, int], dtype: torch.dtype, device: torch.device, splits: Splits | None = None

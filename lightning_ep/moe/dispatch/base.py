@@ -71,8 +71,8 @@ class Dispatcher(ABC, Generic[Plan]):
         self.num_local_experts = num_experts // num_ranks
 
     @abstractmethod
-    def route(self, ids_TK: Tensor, weights_TK: Tensor, x_TH: Tensor, hop: str) -> tuple[Plan, Pending]:
-        """Decides what goes where, and dispatches a first time, with the ids and weights.
+    def route(self, ids_TK: Tensor, weights_TK: Tensor, x_TH: Tensor, hop: str) -> Callable[[], tuple[Plan, Pending]]:
+        """Starts to decide what goes where.
 
         Args:
             ids_TK: Integer ``[T, K]``, global expert ids.
@@ -81,7 +81,8 @@ class Dispatcher(ABC, Generic[Plan]):
             hop: As in `dispatch`.
 
         Returns:
-            The plan of this layer call, and the rows on their way.
+            What has the host wait until it is decided, and dispatches a first time, with the ids and weights: gives the
+            plan of this layer call, and the rows on their way. Work that the GPU is given before fills that time.
         """
 
     @abstractmethod

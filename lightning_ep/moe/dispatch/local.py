@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch import Tensor
 from typing_extensions import override
 
@@ -15,9 +17,11 @@ class LocalDispatcher(Dispatcher[DispatchPlan]):
         super().__init__(num_experts, num_ranks=1, layer=layer)
 
     @override
-    def route(self, ids_TK: Tensor, weights_TK: Tensor, x_TH: Tensor, hop: str) -> tuple[DispatchPlan, Pending]:
+    def route(
+        self, ids_TK: Tensor, weights_TK: Tensor, x_TH: Tensor, hop: str
+    ) -> Callable[[], tuple[DispatchPlan, Pending]]:
         plan = DispatchPlan(ids_TK, weights_TK, num_pairs=ids_TK.numel())
-        return plan, self.dispatch(plan, x_TH, hop)
+        return lambda: (plan, self.dispatch(plan, x_TH, hop))
 
     @override
     def dispatch(self, plan: DispatchPlan, x_TH: Tensor, hop: str) -> Pending:

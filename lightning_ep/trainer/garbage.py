@@ -1,0 +1,56 @@
+"""Python's collector of cyclic garbage, whose full passes hold up all ranks, each in a step of its own.
+
+A model of 48 layers is half a million objects for it. Every eight steps it looked at all of them, in 0.3 s (LoRA on
+Qwen3-30B-A3B, H200), and since ranks count their objects each for itself, the others waited every time: on two ranks a
+step of 1.03 s took 1.4 s twice in eight. What is there when a run has warmed up is not looked at again until it ends.
+"""
+
+from __future__ import annotations
+
+import gc
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from typing_extensions import override
+
+_WARM_UP = 2  # optimizer steps: the first compiles and makes the optimizer's state, the second may compile again
+
+
+def spare_collections(trainer: Trainer) -> None:
+    """Has the collector pass over what lives as long as the training that begins."""
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    spare = next((callback for callback in callbacks if isinstance(callback, _Spare)), None)
+    if spare is None:
+        callbacks.append(spare := _Spare())
+    if gc.isenabled():  # else somebody else sees to it
+        spare.step = trainer.global_step + _WARM_UP
+
+
+class _Spare(Callback):
+    """Stays with the Trainer for its next training.
+
+    Attributes:
+        step: Which optimizer step ends the warm-up; None before a training, and when it has been.
+    """
+
+    def __init__(self) -> None:
+        self.step: int | None = None
+
+    @override
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        if self.step is not None and trainer.global_step >= self.step:
+            self.step = None
+            gc.collect()  # garbage would be kept, too
+            gc.freeze()
+
+    @override
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._end()
+
+    @override
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._end()
+
+    def _end(self) -> None:
+        self.step = None
+        gc.unfreeze()  # the model may be garbage soon
