@@ -69,17 +69,26 @@ def _here(batch: Inputs) -> Inputs:
 
 
 def _backward(model: nn.Module, batch: Inputs) -> Tensor:
-    loss = _loss(model, batch)
+    loss = _loss(model, _here(batch))
     loss.backward()
     return loss.detach()
+
+
+def _plain(family: str, change: Change) -> Any:
+    """One process, on the same kind of device: an indexer's top tokens tie, and devices break ties differently."""
+    return change(multimodal_model(family)).to(device())
+
+
+def _grads(plain: nn.Module) -> dict[str, Tensor]:
+    return {name: grad_or_zero(param).cpu() for name, param in plain.named_parameters()}
 
 
 @functools.lru_cache(maxsize=4)  # the stages of a family, one after the other
 def _reference(family: str, seeds: tuple[int, ...]) -> tuple[float, dict[str, Tensor]]:
     """Loss and gradients of one process over several batches."""
-    model = multimodal_model(family)
+    model = _plain(family, _unchanged)
     total = sum(_backward(model, _batch(family, model, seed)).item() for seed in seeds)
-    return total, {name: grad_or_zero(param) for name, param in model.named_parameters()}
+    return total, _grads(model)
 
 
 def _compare(model: nn.Module, wanted: dict[str, Tensor]) -> str:
@@ -112,13 +121,13 @@ def _trains(family: str, change: Change, **options: Any) -> str:
 def _trains_so(family: str, change: Change, **options: Any) -> str:
     rank, model = dist.get_rank(), change(multimodal_model(family))
     if change is not _unchanged:
-        expected = change(multimodal_model(family))
+        expected = _plain(family, change)
         losses = sum(_backward(expected, _batch(family, expected, seed)).item() for seed in range(2))
-        wanted = {name: grad_or_zero(param) for name, param in expected.named_parameters()}
+        wanted = _grads(expected)
     else:
         losses, wanted = _reference(family, (0, 1))
     parallelize(model, ParallelLayout.resolve(2, 1, 2, 2), device(), **options)
-    loss = _backward(model, _here(_batch(family, model, rank)))
+    loss = _backward(model, _batch(family, model, rank))
     dist.all_reduce(loss)
     off = abs(loss.item() - losses) / abs(losses)
     return f"the loss is off by {off:.1e}" if off > _TOLERANCE else _compare(model, wanted)
@@ -142,10 +151,10 @@ def bf16(family: str, folder: Path) -> str:
     alike, off = _cosine(found, wanted), abs(loss - losses) / abs(losses)
     if off < 0.1 and alike > 0.8:
         return ""
-    narrow = multimodal_model(family).bfloat16()
+    narrow = _plain(family, _unchanged).bfloat16()
     for seed in range(2):
         _backward(narrow, _batch(family, narrow, seed))
-    theirs = _cosine({name: param.grad for name, param in narrow.named_parameters() if param.grad is not None}, wanted)
+    theirs = _cosine({n: p.grad.cpu() for n, p in narrow.named_parameters() if p.grad is not None}, wanted)
     if off < 0.1 and alike > theirs - 0.15:  # as far as Gemma 4's are from batch to batch, theirs and ours
         return ""
     held = _cosine(_in_bf16(family, _chosen(family))[1], wanted)
@@ -161,7 +170,7 @@ def _in_bf16(family: str, chosen: dict[str, Tensor] | None = None) -> tuple[floa
     parallelize(model, ParallelLayout.resolve(2, 1, 2, 2), device(), mp_policy=policy)
     for name, ids in (chosen or {}).items():
         expert_context(model.get_submodule(name)).route = lambda _, ids=ids: ids  # type: ignore[misc]
-    loss = _backward(model, _here(_batch(family, model, dist.get_rank())))
+    loss = _backward(model, _batch(family, model, dist.get_rank()))
     dist.all_reduce(loss)
     return loss.item(), {n: p.grad.full_tensor().cpu() for n, p in model.named_parameters() if p.grad is not None}
 
@@ -188,12 +197,12 @@ def tp(family: str, folder: Path) -> str:
 
 
 def _tp(family: str, change: Change) -> str:
-    plain, model = change(multimodal_model(family)), change(multimodal_model(family))
+    plain, model = _plain(family, change), change(multimodal_model(family))
     batch = _batch(family, plain, 0)
     if family in IMAGES:
         batch = {**image_batch(family, multimodal_model(family), 0), "use_cache": False}
     loss = _backward(plain, batch).item()
-    wanted = {name: grad_or_zero(param) for name, param in plain.named_parameters()}
+    wanted = _grads(plain)
     layout = ParallelLayout.resolve(2, 1, 2, 2, tp=2)
     parallelize(model, layout, device())
     found = _loss(model, _here(batch))
@@ -207,10 +216,10 @@ def cp(family: str, folder: Path) -> str:
 
 
 def _cp(family: str, change: Change) -> str:
-    plain, model = change(multimodal_model(family)), change(multimodal_model(family))
+    plain, model = _plain(family, change), change(multimodal_model(family))
     batch = _batch(family, plain, 0)
     wanted_loss = _backward(plain, batch).item()
-    wanted = {name: grad_or_zero(param) for name, param in plain.named_parameters()}
+    wanted = _grads(plain)
     layout = ParallelLayout.resolve(2, 1, 2, 2, cp=2)
     meshes = parallelize(model, layout, device())
     loss = _loss(model, shard_sequence(_here(batch), meshes.cp)) / layout.loss_world_size
@@ -279,17 +288,17 @@ def lora(family: str, folder: Path) -> str:
 
 
 def image(family: str, folder: Path) -> str:
-    rank, plain, model = dist.get_rank(), multimodal_model(family), multimodal_model(family)
-    parallelize(model, ParallelLayout.resolve(2, 1, 2, 2), device())
+    rank, plain, model = dist.get_rank(), _plain(family, _unchanged), multimodal_model(family)
     more = {"use_cache": False}
-    batches = [{**image_batch(family, plain, 0), **more}, {**text_batch(1), **more}]
+    batches = [{**image_batch(family, model, 0), **more}, {**text_batch(1), **more}]
+    parallelize(model, ParallelLayout.resolve(2, 1, 2, 2), device())
     for batch in batches:
         _backward(plain, batch)
-    _backward(model, _here(batches[rank]))
+    _backward(model, batches[rank])
     for (name, param), expected in zip(model.named_parameters(), plain.parameters(), strict=True):
         if (param.grad is None) != (expected.grad is None) and not _is_idle(name, expected):
             return f"{name} has {'no' if param.grad is None else 'a'} gradient"
-    return _compare(model, {name: grad_or_zero(param) for name, param in plain.named_parameters()})
+    return _compare(model, _grads(plain))
 
 
 def _is_idle(name: str, param: Tensor) -> bool:
