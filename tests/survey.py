@@ -37,7 +37,7 @@ from lightning_ep.hub.export import export_sharded
 from lightning_ep.hub.initialize import materialize
 from lightning_ep.moe.experts import expert_context
 from tests.hub.every_family import FAMILIES, auto_class_of, tiny_config_of
-from tests.multimodal import IMAGES, called, image_batch, multimodal_model, text_batch
+from tests.multimodal import IMAGES, called, here, image_batch, multimodal_model, text_batch
 from tests.parity import as_peft
 from tests.ranks import RankFailure, device, run_ranks
 from tests.reference import grad_or_zero, relative_error
@@ -64,12 +64,8 @@ def _loss(model: nn.Module, batch: Inputs) -> Tensor:
     return (hidden * torch.linspace(-1, 1, hidden.shape[-1], device=hidden.device)).square().mean()
 
 
-def _here(batch: Inputs) -> Inputs:
-    return {key: value.to(device()) if isinstance(value, Tensor) else value for key, value in batch.items()}
-
-
 def _backward(model: nn.Module, batch: Inputs) -> Tensor:
-    loss = _loss(model, _here(batch))
+    loss = _loss(model, here(batch))
     loss.backward()
     return loss.detach()
 
@@ -205,7 +201,7 @@ def _tp(family: str, change: Change) -> str:
     wanted = _grads(plain)
     layout = ParallelLayout.resolve(2, 1, 2, 2, tp=2)
     parallelize(model, layout, device())
-    found = _loss(model, _here(batch))
+    found = _loss(model, here(batch))
     (found / layout.loss_world_size).backward()
     off = abs(found.item() - loss) / abs(loss)
     return f"the loss is off by {off:.1e}" if off > _TOLERANCE else _compare(model, wanted)
@@ -222,7 +218,7 @@ def _cp(family: str, change: Change) -> str:
     wanted = _grads(plain)
     layout = ParallelLayout.resolve(2, 1, 2, 2, cp=2)
     meshes = parallelize(model, layout, device())
-    loss = _loss(model, shard_sequence(_here(batch), meshes.cp)) / layout.loss_world_size
+    loss = _loss(model, shard_sequence(here(batch), meshes.cp)) / layout.loss_world_size
     loss.backward()
     loss = loss.detach()
     dist.all_reduce(loss)

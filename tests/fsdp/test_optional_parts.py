@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 
 from lightning_ep import ParallelLayout, parallelize
 from lightning_ep.fsdp.accumulation import reduce_kept_gradients, set_gradient_sync
-from tests.multimodal import IMAGES, image_batch, multimodal_model, text_batch
+from tests.multimodal import IMAGES, here, image_batch, multimodal_model, text_batch
 from tests.ranks import assert_ranks_agree, device
 from tests.reference import relative_error
 from tests.tiny import quiet
@@ -81,7 +81,9 @@ def trains_like_one_process(
     compile: bool = False,
 ) -> list[str]:
     rank, world = dist.get_rank(), dist.get_world_size()
-    plain, sharded = CHANGES[change](multimodal_model(family)), CHANGES[change](multimodal_model(family))
+    # Both on the same kind of device: which tokens an indexer picks of those that tie is the device's choice.
+    plain, sharded = (CHANGES[change](multimodal_model(family)) for _ in range(2))
+    plain.to(device())
     sizes = ParallelLayout.resolve(2, "auto", world, world, replicate)
     policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if bf16 else None
     parallelize(sharded, sizes, device(), activation_checkpointing=mode, mp_policy=policy, compile=compile)
@@ -98,10 +100,10 @@ def trains_like_one_process(
             for batch in batches:
                 _backward(plain, batch)
             set_gradient_sync(sharded, index == len(window) - 1)
-            _backward(sharded, {key: value.to(device()) for key, value in batches[rank].items()})
+            _backward(sharded, batches[rank])
         reduce_kept_gradients(sharded)
-        # Near-ties in routers send tokens elsewhere; the reference's sums are a CPU's, in another order; two ways to
-        # compute GELU move Gemma 4's gates by more.
+        # Near-ties in routers send tokens elsewhere; kernels of GPUs sum in another order; two ways to compute GELU
+        # move Gemma 4's gates by more.
         exact = device().type == "cpu" and family != "gemma4"
         tolerance = 0.5 if bf16 else 1e-5 if exact else 3e-5
         wrong += [f"window {number}: {found}" for found in _differences(plain, sharded.parameters(), tolerance)]
@@ -112,7 +114,7 @@ def trains_like_one_process(
 
 
 def _backward(model: nn.Module, batch: Any) -> None:
-    loss = model(**batch, use_cache=False).loss
+    loss = model(**here(batch), use_cache=False).loss
     if loss.requires_grad:  # without an image there may be nothing to train on one process
         loss.backward()
 
@@ -123,10 +125,10 @@ def _differences(plain: nn.Module, params: Iterable[Tensor], tolerance: float) -
         if expected.grad is None or param.grad is None:
             wrong += [] if expected.grad is param.grad else [f"{name}: {expected.grad is None=}, {param.grad is None=}"]
             continue
-        grad = param.grad.full_tensor().cpu()
+        grad = param.grad.full_tensor()
         if not (relative_error(grad, expected.grad) <= tolerance or (grad - expected.grad).norm() <= tolerance / 10):
             wrong.append(f"{name}: {relative_error(grad, expected.grad):.1e}")
-        weight = param.full_tensor().cpu()
+        weight = param.full_tensor()
         if not relative_error(weight, expected.detach()) <= tolerance:
             wrong.append(f"weight of {name}: {relative_error(weight, expected.detach()):.1e}")
     return wrong
@@ -180,7 +182,7 @@ def _after_a_forward_alone() -> list[str]:
     plain, model = multimodal_model(family), multimodal_model(family)
     parallelize(model, ParallelLayout.resolve(2, "auto", 2, 2), device())
     data = [image_batch(family, plain, 0), text_batch(1)]
-    batch = {key: value.to(device()) for key, value in data[rank].items()}
+    batch = here(data[rank])
     wrong = []
     with torch.no_grad():
         loss = model(**batch, use_cache=False).loss
@@ -208,13 +210,14 @@ def _several_forwards_before_a_backward(family: str, mode: Any) -> list[str]:
     plain, model = multimodal_model(family), multimodal_model(family)
     parallelize(model, ParallelLayout.resolve(2, "auto", 2, 2), device(), activation_checkpointing=mode)
     image, *texts = [image_batch(family, plain, 0), *(text_batch(seed) for seed in range(1, 4))]
+    plain.to(device())
     for number, (first, second) in enumerate(
         [((image, texts[0]), (texts[1], texts[2])), (texts[:2], (texts[2], image))]
     ):
         for with_gradient in (False, True):
             for batch in (*first, *(second if with_gradient else ())):
                 _backward(plain, batch)
-            mine = [{key: value.to(device()) for key, value in batch[rank].items()} for batch in (first, second)]
+            mine = [here(batch[rank]) for batch in (first, second)]
             loss = model(**mine[0], use_cache=False).loss
             with torch.set_grad_enabled(with_gradient):
                 other = model(**mine[1], use_cache=False).loss
@@ -246,7 +249,7 @@ def _generate(family: str) -> list[str]:
     del batch["labels"]
     length = {"max_new_tokens": [6, 3][rank], "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
     expected = plain.generate(**batch, **length)
-    found = model.generate(**{key: value.to(device()) for key, value in batch.items()}, **length)
+    found = model.generate(**here(batch), **length)
     return [] if torch.equal(found.cpu(), expected) else [f"{found.tolist()} in place of {expected.tolist()}"]
 
 

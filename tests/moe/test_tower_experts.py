@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from lightning_ep import ParallelLayout, parallelize
 from tests.fsdp.test_optional_parts import OF_A_TOWER, TURNS, trains_like_one_process
-from tests.multimodal import image_batch, multimodal_model, text_batch
+from tests.multimodal import here, image_batch, multimodal_model, text_batch
 from tests.ranks import assert_ranks_agree, device
 from tests.reference import relative_error
 
@@ -63,23 +63,24 @@ def _image_and_video(plain: Any, seed: int) -> dict[str, torch.Tensor]:
 
 def _several_on_one_rank(mode: Any) -> list[str]:
     rank, plain, model = dist.get_rank(), multimodal_model(FAMILY), multimodal_model(FAMILY)
+    seconds = (text_batch(1), image_batch(FAMILY, plain, 1))
+    pairs = [[here(_image_and_video(plain, 0)), here(second)] for second in seconds]
+    plain.to(device())  # where ties break as in the other
     parallelize(model, ParallelLayout.resolve(2, 1, 2, 2), device(), activation_checkpointing=mode)
     wrong: list[str] = []
-    for second in (text_batch(1), image_batch(FAMILY, plain, 1)):
-        batches = [_image_and_video(plain, 0), second]
-        mine = {key: value.to(device()) for key, value in batches[rank].items()}
+    for batches in pairs:
         with torch.no_grad():  # of validation
-            found, expected = (m(**b, use_cache=False).loss for m, b in ((model, mine), (plain, batches[rank])))
-        if relative_error(found.cpu(), expected) > 1e-5:
+            found, expected = (one(**batches[rank], use_cache=False).loss for one in (model, plain))
+        if relative_error(found, expected) > 1e-5:
             wrong.append("the loss without gradients")
         for batch in batches:
             plain(**batch, use_cache=False).loss.backward()
-        model(**mine, use_cache=False).loss.backward()
+        model(**batches[rank], use_cache=False).loss.backward()
         for (name, param), other in zip(model.named_parameters(), plain.parameters(), strict=True):
             if other.grad is None:
                 continue
             assert param.grad is not None, name
-            error = relative_error(param.grad.full_tensor().cpu(), other.grad)
+            error = relative_error(param.grad.full_tensor(), other.grad)
             if error > 2e-5 and other.grad.norm() > 1e-6:
                 wrong.append(f"{name}: {error:.1e}")
         model.zero_grad()

@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 
 from lightning_ep import CausalLM, ExpertParallelStrategy
-from tests.reference import batches, tiny_config, tiny_model
+from tests.reference import batches, relative_error, tiny_config, tiny_model
 from tests.rows import STEPS, RowFailures, Rows, agreed, check, fit, refused, whole
 from tests.tiny import SMALL, Samples, TinyModule, loader, mean_loss, quiet
 
@@ -171,7 +171,7 @@ def manual_optimization_goes_on_after_a_batch_that_raised(root: Path) -> None:
         quiet(root, **flags).fit(module := _Skips(where), DataLoader(data, batch_size=None))
         for (name, param), other in zip(module.named_parameters(), expected.parameters(), strict=True):
             # On GPUs the embedding's gradient is summed in any order.
-            assert torch.allclose(whole(param), whole(other), rtol=1e-6, atol=1e-8), (where, name)
+            assert relative_error(whole(param), whole(other)) < 1e-5, (where, name)
 
 
 @row()
