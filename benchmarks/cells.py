@@ -35,7 +35,7 @@ SIZES: dict[str, dict[str, Any]] = {  # as transformers names them
     },
 }  # fmt: skip
 DATA = RANDOM, CHATS, BOUNDARIES = "random", "chats", "boundaries"
-EXCHANGES = COLLECTIVE, COPY_ENGINE, LEFT_OUT = "collective", "copy_engine", "none"
+EXCHANGES = COLLECTIVE, LEFT_OUT = "collective", "none"
 _OF_OURS = ("data", "balanced", "accumulate", "exchange", "monitor", "tree")  # fields that peers leave as they are
 
 
@@ -59,7 +59,7 @@ class Cell:
     data: str = RANDOM  # one document of random tokens per sequence, packed chats, or random tokens in place of those
     balanced: bool = False  # every expert gets equally many tokens, whatever its router says
     accumulate: int = 1  # micro-batches per step
-    # How rows travel between ranks of experts: all-to-all, or copies by receivers; left out, every rank takes its own.
+    # How rows travel between ranks of experts: by all-to-all; left out, every rank takes its own.
     exchange: str = COLLECTIVE
     monitor: int = 0  # ExpertLoadMonitor looks at every so many steps; 0: there is none
     tree: str | None = None  # folder of another commit, whose lightning_ep runs in place of this one's
@@ -127,7 +127,6 @@ class Cell:
             self.data: self.data != RANDOM,
             "balanced": self.balanced,
             f"{self.accumulate} micro-batches": self.accumulate > 1,
-            "copy engines": self.exchange == COPY_ENGINE,
             "no exchange": self.exchange == LEFT_OUT,
             f"monitor of every {self.monitor}": self.monitor,
             f"{self.memory_cap_gib or 0:g} GiB": self.memory_cap_gib is not None,

@@ -16,10 +16,10 @@ from torch.utils.data import DataLoader
 from typing_extensions import override
 
 import lightning_ep
-from benchmarks.cells import COPY_ENGINE, LEFT_OUT, Cell
+from benchmarks.cells import LEFT_OUT, Cell
 from benchmarks.measure import Meter
 from benchmarks.records import ROOT
-from benchmarks.workload import batches, exchange_by_copies, fill_parameters, leave_out_exchanges, max_over_mean
+from benchmarks.workload import batches, fill_parameters, leave_out_exchanges, max_over_mean
 from lightning_ep import AdamW, CausalLM, ExpertParallelStrategy
 
 
@@ -88,7 +88,6 @@ def run(cell: Cell, meter: Meter) -> None:
         raise RuntimeError(f"lightning_ep is that of {found}, not of {expected}.")
     if cell.exchange == LEFT_OUT:
         leave_out_exchanges()
-    exchange_by_copies(cell.exchange == COPY_ENGINE)
     callbacks: list[Callback] = [_Steps(meter)]
     if cell.monitor:
         from lightning_ep.callbacks import ExpertLoadMonitor

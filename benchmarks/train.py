@@ -239,8 +239,8 @@ def _parser() -> argparse.ArgumentParser:
         f"of those of the chats: {OURS}N only")  # fmt: skip
     add("--balanced", action="store_true", help=f"as many tokens for every expert, whatever routers say: {OURS}N only")
     add("--accumulate", type=int, default=1, metavar="N", help=f"micro-batches per step: {OURS}N only")
-    add("--exchange", nargs="+", default=["collective"], choices=EXCHANGES, help="how rows go to experts and back: "
-        f"all-to-all, or copies by receivers; none leaves that out, to see what it adds: {OURS}N only")  # fmt: skip
+    add("--exchange", nargs="+", default=["collective"], choices=EXCHANGES, help="none leaves out the all-to-all of "
+        f"rows to experts and back, to see what it adds: {OURS}N only")  # fmt: skip
     add("--monitor", nargs="+", type=int, default=[0], metavar="N", help="ExpertLoadMonitor looks at every Nth step; "
         f"0: there is none: {OURS}N only")  # fmt: skip
     add("--lora", metavar="WHERE,RANK", help="train adapters over frozen bf16 weights: attention,16 or (with experts) "

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import itertools
 import json
 import math
@@ -80,21 +79,6 @@ def leave_out_exchanges() -> None:
         return SimpleNamespace(wait=lambda: True, is_completed=lambda: True)  # work that was over when it began
 
     dist.all_to_all_single = stay  # type: ignore[assignment]
-
-
-def exchange_by_copies(copies: bool) -> None:
-    """Has rows of this process travel between ranks as copies by their receivers, or not, whatever the rule says.
-
-    Raises:
-        ModuleNotFoundError: If they are to and this lightning_ep, of an older commit, cannot do so.
-    """
-    try:
-        choice = importlib.import_module("lightning_ep.moe.dispatch.choice")
-    except ModuleNotFoundError:
-        if copies:
-            raise
-    else:
-        choice._by_copies = lambda device_type: copies  # type: ignore[attr-defined]
 
 
 @torch.no_grad()

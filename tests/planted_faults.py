@@ -114,20 +114,6 @@ MUTATIONS = (
         "total += norms.pow(norm_type).sum()",
         _NORMS,
     ),
-    Mutation(
-        "slots_are_written_before_they_are_read",
-        "moe/dispatch/copy_engine/ring.py",
-        "self._others, (number - SLOTS) % _NUMBERS)",
-        "self._others, (number - 2 * SLOTS) % _NUMBERS)",
-        "moe/test_copies.py::test_ranks_wait_for_one_that_is_late[_SlowReader]",
-    ),
-    Mutation(
-        "slots_are_read_before_they_are_written",
-        "moe/dispatch/copy_engine/ring.py",
-        "memory.wait(Lane.COPIES, Counter.READY, [rank], number)",
-        "memory.wait(Lane.COPIES, Counter.READY, [rank], number - 1)",
-        "moe/test_copies.py::test_ranks_wait_for_one_that_is_late[_SlowWriter]",
-    ),
     # ------------------------------------------------------------------------------------------------ steps
     Mutation(
         "lost_micro_batch",

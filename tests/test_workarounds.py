@@ -69,9 +69,9 @@ OURS = [
     ("data/preparation.py", {"environ"}, "a worker process's own"),
     ("data/resumable_loader.py", {"manual_seed"}, "a generator of its own"),
     ("distributed/agreement.py", {"__cause__"}, "an exception that it raises"),
-    ("moe/dispatch/copy_engine/cuda.py", {"signal"}, "a Memory"),
-    ("moe/dispatch/copy_engine/ring.py", {"signal"}, "a Memory"),
     ("data/preference.py", {"dropped", "notes"}, "a Samples"),
+    ("ops/kernels/launch.py", {"base", "block_shape", "padding", "shape", "strides"}, "a descriptor in the making"),
+    ("trainer/garbage.py", {"step"}, "a _Spare"),
     (
         "hub/adapter_files.py",
         {"base_model_name_or_path", "inference_mode", "target_modules", "target_parameters"},

@@ -11,37 +11,22 @@ from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Protocol
 from zlib import crc32
 
 import torch
+import torch.distributed as dist
 
 _KEPT = 64  # exchanges before finished ones are looked for: each look asks the GPU
 
 
-class Transfer(Protocol):
-    """Rows on their way, as `torch.distributed.Work` is one."""
-
-    def is_completed(self) -> bool:
-        """Whether they have arrived."""
-
-    def wait(self) -> Any:
-        """Waits for them: the current stream of a GPU, or the host."""
-
-
 @dataclass
 class Exchange:
-    """An exchange that was started; `Progress` keeps it until it is over.
-
-    Attributes:
-        unaided: No process group ends the process when it times out.
-    """
+    """An exchange that was started; `Progress` keeps it until it is over."""
 
     layer: str
     hop: str
     step: str
-    work: Transfer | torch.cuda.Event | None
-    unaided: bool
+    work: dist.Work | torch.cuda.Event | None
     since: float = field(default_factory=time.monotonic)
 
     def waited(self, on_gpu: bool) -> None:
@@ -110,16 +95,15 @@ class Progress:
             self._first_layer = layer
         return crc32(f"{self.steps} {hop}".encode()) % 2**30 + 1 if layer == self._first_layer else 0
 
-    def started(self, layer: str, hop: str, work: Transfer, unaided: bool = False) -> Exchange:
+    def started(self, layer: str, hop: str, work: dist.Work) -> Exchange:
         """Notes an exchange that is in flight.
 
         Args:
             layer: Whose rows.
             hop: What travels.
             work: Says whether they have arrived.
-            unaided: Whether no process group ends this process when it times out: `watch` then does.
         """
-        exchange = Exchange(layer, hop, self.step, work, unaided)
+        exchange = Exchange(layer, hop, self.step, work)
         self.moves += 1
         with self._lock:
             if len(self._started) >= _KEPT:
@@ -164,8 +148,7 @@ class Progress:
         """Starts a thread, once, that prints where this rank stands when an exchange is about to time out.
 
         NCCL aborts the process from its own thread when a collective times out, so nothing can be raised; a line on
-        stderr shortly before is what remains. An exchange that is no collective would wait for ever for a rank that has
-        died: after that line, this thread ends the process.
+        stderr shortly before is what remains.
 
         Args:
             rank: Global rank, for the message.
@@ -194,9 +177,6 @@ class Progress:
         if oldest is None or oldest is reported or time.monotonic() - oldest.since <= limit:
             return reported
         print(f"[rank {rank}] {self.describe()}", file=sys.stderr, flush=True)
-        if oldest.unaided:
-            print(f"[rank {rank}] ends: what it waits for has ended, or is too late.", file=sys.stderr, flush=True)
-            end_process()
         return oldest
 
     def close(self) -> None:

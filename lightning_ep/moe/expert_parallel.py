@@ -102,8 +102,7 @@ class ExpertParallel(ParallelStyle):
         inside, adapted = experts_in(module), adapter.recall(module, AdaptedExperts)
         num_experts = adapter.number_of_experts(inside)
         assert num_experts is not None
-        where = device_mesh.get_group(), device_mesh.device_type
-        dispatcher = build_dispatcher(num_experts, *where, self.layer, self.progress)
+        dispatcher = build_dispatcher(num_experts, device_mesh.get_group(), self.layer, self.progress)
         num_local = dispatcher.num_local_experts
         form, names = self._form(inside)
         shared = adapter.shared_by_experts(inside)

@@ -77,9 +77,8 @@ class _MoE(torch.autograd.Function):
                 plan = plan.without_rows()
             if plan.num_pairs > 0:
                 keep = needs_grad and later is None
-                room = dispatcher.room(plan, rows_NH)
                 routing = plan.ids_NK, plan.weights_NK, plan.num_pairs
-                out_NH, saved = experts.forward(rows_NH, *routing, local, keep, room)
+                out_NH, saved = experts.forward(rows_NH, *routing, local, keep)
             out = dispatcher.combine(plan, out_NH, "combine, forward")
         if needs_grad:
             # Plain attributes, outside saved-tensor hooks: under activation checkpointing the routing and the
@@ -125,8 +124,7 @@ def _backward(
     grad_NH = grad_rows.wait()
     if plan.num_pairs > 0:
         again = None if rows is None else rows.wait
-        room = dispatcher.room(plan, grad_NH)
-        grad_rows_NH, grad_weights_NK, saved = experts.backward_rows(saved, local, grad_NH, again, room)
+        grad_rows_NH, grad_weights_NK, saved = experts.backward_rows(saved, local, grad_NH, again)
         del local, rows, again, grad_NH, grad_rows  # memory for the gradients of the parameters
     else:
         if rows is not None:

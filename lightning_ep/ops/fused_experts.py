@@ -91,7 +91,6 @@ class FusedExperts(LocalExperts):
         num_pairs: int,
         params: Sequence[Tensor],
         keep: bool,
-        room: Callable[[], Tensor] | None = None,
     ) -> tuple[Tensor, _Forward]:
         weights = self._weights(params)
         order = expert_order(ids_NK, self._num_experts, num_pairs)
@@ -99,7 +98,7 @@ class FusedExperts(LocalExperts):
         bias = _up_bias(weights, ids_NK)
         act_PI = activate(h_PF, weights_NK, order.slot_P, self._form.activation, bias)
         out_PH, low_down_PR = weights.down.forward(act_PI, order.offsets_E)
-        out_NH = gather_sum(out_PH, order.pair_NK, rows_NH.dtype, room)
+        out_NH = gather_sum(out_PH, order.pair_NK, rows_NH.dtype)
         if weights.down_bias_EH is not None:
             out_NH.addmm_(self._weights_NE(ids_NK, weights_NK, rows_NH.dtype), weights.down_bias_EH)
         low = low_up_PR, low_down_PR
@@ -114,7 +113,6 @@ class FusedExperts(LocalExperts):
         params: Sequence[Tensor],
         grad_NH: Tensor,
         rows: Callable[[], Tensor] | None = None,
-        room: Callable[[], Tensor] | None = None,
     ) -> tuple[Tensor, Tensor, _Rows]:
         weights = self._weights(params)
         ids_NK, weights_NK, order, up, low_up_PR, low_down_PR = saved
@@ -130,7 +128,7 @@ class FusedExperts(LocalExperts):
             grad_act_PI, h_PF, weights_NK, order.slot_P, self._form.activation, _up_bias(weights, ids_NK)
         )
         grad_rows_PH, grad_low_up_PR = weights.up.backward_rows(grad_h_PF, order.offsets_E)
-        grad_rows_NH = gather_sum(grad_rows_PH, order.pair_NK, grad_NH.dtype, room)
+        grad_rows_NH = gather_sum(grad_rows_PH, order.pair_NK, grad_NH.dtype)
         if low_down_PR is None:
             low_down_PR = weights.down.project(act_PI, order.offsets_E)
         of_up = WeightGradients(grad_h_PF, low_up_PR, grad_low_up_PR)

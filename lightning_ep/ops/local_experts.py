@@ -30,7 +30,6 @@ class LocalExperts(ABC):
         num_pairs: int,
         params: Sequence[Tensor],
         keep: bool,
-        room: Callable[[], Tensor] | None = None,
     ) -> tuple[Tensor, Any]:
         """Computes every row's weighted sum over its local experts.
 
@@ -42,8 +41,6 @@ class LocalExperts(ABC):
             params: The local parameters, in the dtype of the rows: the experts' weights, and behind them the factors
                 of adapters, if these are there and not off.
             keep: Whether tensors of the size of the rows are kept for a backward. Otherwise it gets the rows again.
-            room: Called once, when the result is about to be written: gives where, ``[N, H]``, contiguous. Default: a
-                new tensor.
 
         Returns:
             ``[N, H]`` in the dtype of the rows, summed in at least fp32, and what `backward_rows` needs.
@@ -56,7 +53,6 @@ class LocalExperts(ABC):
         params: Sequence[Tensor],
         grad_NH: Tensor,
         rows: Callable[[], Tensor] | None = None,
-        room: Callable[[], Tensor] | None = None,
     ) -> tuple[Tensor, Tensor, Any]:
         """Differentiates one forward with respect to what came with the rows.
 
@@ -66,7 +62,6 @@ class LocalExperts(ABC):
             grad_NH: ``[N, H]``, gradient of the rows that forward returned.
             rows: Waits for the rows, as `forward` got them, if it has not kept them. It is called once, after what can
                 be done without them, and as much of the forward as is needed is then repeated.
-            room: As in `forward`, for the gradients of the rows.
 
         Returns:
             Gradients of the rows ``[N, H]`` (summed in at least fp32) and of the routing weights ``[N, K]``, each in

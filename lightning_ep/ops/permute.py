@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -87,9 +86,7 @@ def permute_twin(rows_NH: Tensor, place_NK: Tensor, num_places: int) -> Tensor:
     return rows_NH[slot_P[:num_places] // place_NK.shape[1]]
 
 
-def gather_sum(
-    rows_NH: Tensor, index_TK: Tensor, dtype: torch.dtype, room: Callable[[], Tensor] | None = None
-) -> Tensor:
+def gather_sum(rows_NH: Tensor, index_TK: Tensor, dtype: torch.dtype) -> Tensor:
     """Sums, for every output row, the input rows that its slots name.
 
     The sum runs over the slots from first to last in fp32 (float64 for float64 rows), so it is the same on every layout
@@ -99,18 +96,15 @@ def gather_sum(
         rows_NH: Rows ``[N, H]``, any floating dtype.
         index_TK: Integer ``[T, K]``, the row of each slot, or -1 for a slot that adds nothing.
         dtype: Of the result.
-        room: Gives where to write, contiguous and of that dtype; by default a new tensor.
 
     Returns:
         ``[T, H]``.
     """
-    out_TH = None if room is None else room()
     if kernels.runs_on(rows_NH):
         from lightning_ep.ops.kernels import permute as triton_permute
 
-        return triton_permute.gather_sum(rows_NH, index_TK, dtype, out_TH)
-    summed_TH = gather_sum_twin(rows_NH, index_TK, dtype)
-    return summed_TH if out_TH is None else out_TH.copy_(summed_TH)
+        return triton_permute.gather_sum(rows_NH, index_TK, dtype)
+    return gather_sum_twin(rows_NH, index_TK, dtype)
 
 
 def gather_sum_twin(rows_NH: Tensor, index_TK: Tensor, dtype: torch.dtype) -> Tensor:

@@ -113,7 +113,6 @@ class RegisteredExperts(LocalExperts):
         num_pairs: int,
         params: Sequence[Tensor],
         keep: bool,
-        room: Callable[[], Tensor] | None = None,
     ) -> tuple[Tensor, _Forward | _Routing]:
         if not self._is_known:
             self._look(rows_NH, params)
@@ -131,7 +130,7 @@ class RegisteredExperts(LocalExperts):
             # A stand-in per call: recompute or two models in flight must not see each other's parameters.
             module = stand_in(self._template, dict(zip(self._param_names, self._weights(leaves[2:]), strict=True)))
             out_PH = self._call(module, leaves[0], expert_P.unsqueeze(1), leaves[1].unsqueeze(1))
-        out_NH = gather_sum(out_PH.detach(), order.pair_NK, rows_NH.dtype, room)
+        out_NH = gather_sum(out_PH.detach(), order.pair_NK, rows_NH.dtype)
         if not keep:
             return out_NH, _Routing(ids_NK, weights_NK, num_pairs)
         return out_NH, _Forward(order, weights_NK.dtype, leaves, out_PH)
@@ -181,7 +180,6 @@ class RegisteredExperts(LocalExperts):
         params: Sequence[Tensor],
         grad_NH: Tensor,
         rows: Callable[[], Tensor] | None = None,
-        room: Callable[[], Tensor] | None = None,
     ) -> tuple[Tensor, Tensor, tuple[Tensor | None, ...]]:
         if isinstance(saved, _Routing):
             assert rows is not None
@@ -197,7 +195,7 @@ class RegisteredExperts(LocalExperts):
         grad_params = tuple(next(left) if leaf.requires_grad else None for leaf in saved.leaves[2:])
         grad_weights = grad_weights_P.new_zeros(order.pair_NK.numel(), dtype=saved.weights_dtype)
         grad_weights[order.slot_P] = grad_weights_P.to(saved.weights_dtype)
-        grad_NH = gather_sum(grad_x_PH, order.pair_NK, grad_NH.dtype, room)
+        grad_NH = gather_sum(grad_x_PH, order.pair_NK, grad_NH.dtype)
         return grad_NH, grad_weights.view(order.pair_NK.shape), grad_params
 
     @override

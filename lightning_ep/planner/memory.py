@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from lightning_ep.planner import traffic
 from lightning_ep.planner.case import Case
 from lightning_ep.planner.counts import (
     expert_parameters,
@@ -46,23 +45,8 @@ def memory_gib(case: Case, limit_gib: float) -> dict[str, float]:
     found = {name: size / _GIB for name, size in parts.items()}
     own = not case.managed_experts and case.precision == "bf16-mixed" and not case.lora_rank
     copies = 2 * local_parameters(case)[0] / _GIB if own else 0.0
-    slots = min(_slots(case) / _GIB, traffic.SLOTS_OF_DEVICE * limit_gib)
-    if slots:
-        found["slots of exchanges"] = slots
     fits = sum(found.values()) + copies + _SPARE * limit_gib <= limit_gib
     return {**found, "copies of experts in bf16": copies if fits else 0.0}
-
-
-def _slots(case: Case) -> float:
-    """Bytes of what other GPUs of the node copy rows out of, where they do (`moe/dispatch/copy_engine`).
-
-    Each of two has room for a row, with the ids and weights of its slots, for every rank that a token may go to.
-    """
-    if not traffic.COPY_ENGINES or case.ep == 1 or case.node % case.ep != 0:
-        return 0.0
-    widths = case.widths
-    rows = max(min(widths.top_k, case.ep), case.skew * rows_received(widths, case.ep))
-    return 2 * case.tokens * rows * (2 * widths.hidden + 8 * widths.top_k)
 
 
 def _state(case: Case) -> dict[str, float]:

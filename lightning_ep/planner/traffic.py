@@ -11,11 +11,6 @@ from lightning_ep.planner.devices import OF_LINK, OF_NETWORK, Device
 
 _BF16 = 2
 
-# Whether tokens travel between GPUs of a node by their copy engines (`lightning_ep/moe/dispatch/choice.py`) and not as
-# NCCL's all-to-all. Not yet: what it gains in a whole step has not been measured.
-COPY_ENGINES = False
-SLOTS_OF_DEVICE = 1 / 16  # of a GPU's memory: more is not kept for what other GPUs copy rows out of
-
 
 @dataclass(frozen=True)
 class Traffic:

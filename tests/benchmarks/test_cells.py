@@ -94,7 +94,6 @@ def test_what_a_cell_changes_of_a_step_is_in_its_shape() -> None:
     )
     assert Cell("lightning_ep/ep=2", 4, 16, 2, accumulate=8).tokens == 8 * 4 * 16
     assert Cell("lightning_ep/ep=2", 4, 16, 2, monitor=2).shape == "4x16, monitor of every 2"
-    assert Cell("lightning_ep/ep=2", 4, 16, 2, exchange="copy_engine").shape == "4x16, copy engines"
     for changed in ({"accumulate": 8}, {"monitor": 1}, {"balanced": True}):
         with pytest.raises(ValueError, match=r"fsdp2 knows no \w+=\w+: only lightning_ep/ep=N does"):
             Cell("transformers/fsdp2", 4, 16, 2, **changed)

@@ -53,16 +53,6 @@ def test_a_cell_with_a_monitor_measures_and_is_looked_at(tmp_path: Path) -> None
 
 
 @pytest.mark.slow
-def test_steps_with_copies_between_ranks_learn_what_others_do(tmp_path: Path) -> None:
-    copied, sent = (
-        run_cell(_tiny("lightning_ep/ep=2", exchange=exchange), 90, tmp_path / exchange)
-        for exchange in ("copy_engine", "collective")
-    )
-    assert (copied["status"], sent["status"]) == ("ok", "ok"), (copied, sent)
-    assert (copied["first_loss"], copied["last_loss"]) == (sent["first_loss"], sent["last_loss"])
-
-
-@pytest.mark.slow
 def test_a_step_of_micro_batches_without_exchanges_measures(tmp_path: Path) -> None:
     record = run_cell(_tiny("lightning_ep/ep=2", accumulate=2, exchange="none"), 90, tmp_path)
     assert record["status"] == "ok", record

@@ -16,7 +16,6 @@ from lightning_ep.planner import (
     memory_gib,
     num_parameters,
     peak_gib,
-    traffic,
 )
 
 GIB = 2**30
@@ -74,17 +73,6 @@ def test_memory_scales_with_layout_and_recompute() -> None:
     larger = (14 * experts + 16 * others) / 4
     assert _peak(ep=4, ranks=4, recompute="full") - by_mode["full"] == pytest.approx(larger - state, rel=0.02)
     assert _peak((1, 32_768), ep=8, recompute="selective") > 0.98 * LIMIT
-
-
-def test_slots_of_exchanges_count_where_rows_are_copied_within_a_node(monkeypatch: pytest.MonkeyPatch) -> None:
-    before = {ranks: _peak(ranks=ranks, ep=ranks, layers=12) for ranks in (1, 2, 8, 16)}
-    monkeypatch.setattr(traffic, "COPY_ENGINES", True)
-    more = {ranks: _peak(ranks=ranks, ep=ranks, layers=12) - before[ranks] for ranks in before}
-    row = (2 * 2048 + 8 * 8) / GIB  # bf16, and eight ids and weights of 4 bytes
-    assert more == pytest.approx({1: 0.0, 2: 2 * 2 * 16_384 * row, 8: 2 * 8 * 16_384 * row, 16: 0.0})
-    # Not more than a GPU gives for them: longer batches exchange as before.
-    long = Case(QWEN3_30B_A3B, 12, 1, 1_000_000, 8, ep=8)
-    assert memory_gib(long, LIMIT)["slots of exchanges"] == pytest.approx(LIMIT / 16)
 
 
 def test_copies_are_kept_where_a_tenth_of_the_memory_stays_free() -> None:

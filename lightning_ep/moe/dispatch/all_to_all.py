@@ -12,7 +12,7 @@ from typing_extensions import override
 
 from lightning_ep.distributed.apart import meet_apart
 from lightning_ep.distributed.host_copies import OnHost
-from lightning_ep.distributed.progress import Exchange, Progress, Transfer
+from lightning_ep.distributed.progress import Progress
 from lightning_ep.moe.dispatch.base import Dispatcher, DispatchPlan, Pending
 from lightning_ep.moe.dispatch.packed import PackedRows
 from lightning_ep.ops.permute import gather_sum, permute
@@ -20,7 +20,6 @@ from lightning_ep.ops.routing import destinations, split_slots, wire_dtypes
 
 _COUNT_BITS = 32  # of the numbers that are exchanged; those above say which forward they are of
 COUNT = 2**_COUNT_BITS - 1
-Count = list[int]  # rows, and (row, expert) pairs
 
 
 @dataclass(frozen=True)
@@ -86,23 +85,24 @@ class AllToAllDispatcher(Dispatcher[AllToAllPlan]):
         num_tokens, top_k = ids_TK.shape
         packing = PackedRows(x_TH.shape[1], x_TH.dtype, 2 * top_k, wire_dtypes(weights_TK.dtype)[1])
         room = num_tokens * min(top_k, self.num_ranks)
-        packed_SW = self.new_rows((room, packing.width), torch.int32, x_TH.device)
+        packed_SW = x_TH.new_empty(room, packing.width, dtype=torch.int32)
         slots_S2K = packing.numbers(packed_SW)
         to = destinations(ids_TK, weights_TK, self.num_local_experts, self.num_ranks, slots_S2K)
         number = self._progress.pass_number(self.layer, hop)
         if number:
             to.counts_2D2[0].add_(number << _COUNT_BITS)
         with self._progress.blocking(self.layer, "exchange of counts"):
-            counts = self.exchange_counts(to.counts_2D2)
+            dist.all_to_all_single(to.counts_2D2[1], to.counts_2D2[0], group=self._group)
+        counts = OnHost(to.counts_2D2)
         # The rows are put in order before the host knows how many there are, so that the GPU has work meanwhile.
         permute(x_TH, to.first_TK, room, packing.rows(packed_SW))
 
         def send() -> tuple[AllToAllPlan, Pending]:
             with self._progress.blocking(self.layer, "exchange of counts"):
-                by_sender, received = counts()
+                sent, received = counts.wait().tolist()
             if any(rows >> _COUNT_BITS != number for rows, _ in received):
                 raise meet_apart(self._progress, dist.get_process_group_ranks(self._group))
-            splits = self.find_splits(by_sender, received, packed_SW)
+            splits = Splits(*(tuple(rows & COUNT for rows, _ in side) for side in (sent, received)))
             num_pairs = sum(pairs & COUNT for _, pairs in received)
             with self.explains_out_of_memory(lambda: _describe(splits, num_pairs)):
                 packed_NW, arrival = self.exchange(packed_SW[: sum(splits.send)], splits, hop)
@@ -119,55 +119,26 @@ class AllToAllDispatcher(Dispatcher[AllToAllPlan]):
 
         return send
 
-    def new_rows(
-        self, shape: tuple[int, int], dtype: torch.dtype, device: torch.device, splits: Splits | None = None
-    ) -> Tensor:
-        """Where rows are written that are sent next; their number is known if ``splits`` are."""
-        return torch.empty(shape, dtype=dtype, device=device)
-
-    def exchange_counts(self, counts_2D2: Tensor) -> Callable[[], tuple[list[list[Count]], list[Count]]]:
-        """Starts the exchange of what `destinations` has counted.
-
-        Returns:
-            What waits for it, and gives what each rank sends to each (here of this rank alone), and what each sends to
-            this one.
-        """
-        dist.all_to_all_single(counts_2D2[1], counts_2D2[0], group=self._group)
-        counts = OnHost(counts_2D2)
-
-        def wait() -> tuple[list[list[Count]], list[Count]]:
-            sent, received = counts.wait().tolist()
-            return [sent], received
-
-        return wait
-
-    def find_splits(self, by_sender: list[list[Count]], received: list[Count], packed_SW: Tensor) -> Splits:
-        """The splits of counts, for rows as wide as ``packed_SW``."""
-        (sent,) = by_sender
-        return Splits(tuple(rows & COUNT for rows, _ in sent), tuple(rows & COUNT for rows, _ in received))
-
     def exchange(self, rows: Tensor, splits: Splits, hop: str) -> tuple[Tensor, Pending]:
         """Where rows will be, and what waits until they are."""
         received = rows.new_empty(sum(splits.recv), *rows.shape[1:])
         work = dist.all_to_all_single(
             received, rows.contiguous(), list(splits.recv), list(splits.send), group=self._group, async_op=True
         )
-        return received, self._pending(received, work, self._progress.started(self.layer, hop, work))
+        exchange = self._progress.started(self.layer, hop, work)
 
-    def _pending(self, received: Tensor, work: dist.Work | Transfer, exchange: Exchange) -> Pending:
         def finish() -> Tensor:
-            with self._progress.blocking(self.layer, exchange.hop):
+            with self._progress.blocking(self.layer, hop):
                 work.wait()
             exchange.waited(received.is_cuda)
             return received
 
-        return Pending(finish)
+        return received, Pending(finish)
 
     @override
     def dispatch(self, plan: AllToAllPlan, x_TH: Tensor, hop: str) -> Pending:
-        shape = sum(plan.splits.send), x_TH.shape[1]
-        rows_SH = self.new_rows(shape, x_TH.dtype, x_TH.device, plan.splits)
-        return self.exchange(permute(x_TH, plan.first_TK, shape[0], rows_SH), plan.splits, hop)[1]
+        rows_SH = permute(x_TH, plan.first_TK, sum(plan.splits.send))
+        return self.exchange(rows_SH, plan.splits, hop)[1]
 
     @override
     def combine(self, plan: AllToAllPlan, rows_NH: Tensor, hop: str) -> Pending:

@@ -95,19 +95,6 @@ class Dispatcher(ABC, Generic[Plan]):
             hop: What travels, for messages (``"dispatch"``, ``"combine, backward"``).
         """
 
-    def room(self, plan: Plan, rows_NH: Tensor) -> Callable[[], Tensor] | None:
-        """Where the rows that `combine` takes next are best written, so that it need not copy them.
-
-        Args:
-            plan: The plan of this layer call.
-            rows_NH: Rows of the shape and dtype of those.
-
-        Returns:
-            Gives the room ``[N, H]``, uninitialised, where the GPU may have to wait for it: to be called as late as
-            possible, and nothing may be sent from then until `combine`. None: any memory is as good.
-        """
-        return None
-
     @abstractmethod
     def combine(self, plan: Plan, rows_NH: Tensor, hop: str) -> Pending:
         """Starts bringing rows back and summing them per token in at least fp32: ``[N, H]`` -> ``[T, H]``."""

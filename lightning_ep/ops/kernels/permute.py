@@ -55,11 +55,11 @@ def _gather_sum_kernel(rows, index, out, T, H, TOP_K: tl.constexpr, BLOCK: tl.co
     tl.store(out + row * H + cols, total.to(out.dtype.element_ty), mask=in_row)
 
 
-def gather_sum(rows_NH: Tensor, index_TK: Tensor, dtype: torch.dtype, out_TH: Tensor | None = None) -> Tensor:
+def gather_sum(rows_NH: Tensor, index_TK: Tensor, dtype: torch.dtype) -> Tensor:
     """See `lightning_ep.ops.permute.gather_sum`."""
     num_out, top_k = index_TK.shape
     hidden = rows_NH.shape[1]
-    out_TH = rows_NH.new_empty(num_out, hidden, dtype=dtype) if out_TH is None else out_TH
+    out_TH = rows_NH.new_empty(num_out, hidden, dtype=dtype)
     if num_out == 0:
         return out_TH
     block = min(triton.next_power_of_2(hidden), 2048)
