@@ -14,7 +14,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from typing_extensions import override
 
-_WARM_UP = 2  # optimizer steps: the first compiles and makes the optimizer's state, the second may compile again
+_WARM_UP = 4  # optimizer steps: the first two compile and make state, two settle; in fewer nothing is to be gained
 
 
 def spare_collections(trainer: Trainer) -> None:
@@ -32,15 +32,17 @@ class _Spare(Callback):
 
     Attributes:
         step: Which optimizer step ends the warm-up; None before a training, and when it has been.
+        has_frozen: Whether it has been, in this training.
     """
 
     def __init__(self) -> None:
         self.step: int | None = None
+        self.has_frozen = False
 
     @override
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         if self.step is not None and trainer.global_step >= self.step:
-            self.step = None
+            self.step, self.has_frozen = None, True
             gc.collect()  # garbage would be kept, too
             gc.freeze()
 
@@ -53,5 +55,6 @@ class _Spare(Callback):
         self._end()
 
     def _end(self) -> None:
-        self.step = None
-        gc.unfreeze()  # the model may be garbage soon
+        if self.has_frozen:
+            gc.unfreeze()  # the model may be garbage soon
+        self.step, self.has_frozen = None, False
