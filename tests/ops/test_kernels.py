@@ -78,9 +78,6 @@ def test_permute_and_gather_sum(tokens: int, top_k: int, experts: int, hidden: i
     values = torch.randn(pairs, hidden, device=DEVICE).to(dtype)
     _poison(tokens, hidden)
     found = kernel.gather_sum(values, order.pair_NK, dtype)
-    room = torch.randn(tokens, hidden, device=DEVICE).to(dtype)
-    assert kernel.gather_sum(values, order.pair_NK, dtype, room) is room
-    assert torch.equal(room, found)
     expected = permute.gather_sum_twin(values, order.pair_NK, dtype)
     # Triton's interpreter truncates where a GPU rounds to bf16.
     assert torch.equal(found, expected) if EXACT or dtype == torch.float32 else relative_error(found, expected) < 8e-3
