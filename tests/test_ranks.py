@@ -118,6 +118,7 @@ def test_ranks_see_the_environment_and_directory_of_the_test(monkeypatch: pytest
 
 def _raise_on(failing: int) -> None:
     print(f"rank {dist.get_rank()} prints")
+    dist.barrier()  # a rank that fails ends the others wherever they are
     if dist.get_rank() == failing:
         raise ValueError("ep=3 does not divide 4")
     dist.barrier()
