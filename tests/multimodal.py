@@ -11,7 +11,6 @@ from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from tests.hub.every_family import auto_class_of, tiny_config_of
-from tests.ranks import device
 
 Inputs = dict[str, Any]
 _LENGTH = 24
@@ -87,11 +86,6 @@ def multimodal_model(family: str, std: float = 0.1) -> PreTrainedModel:
                     table.copy_(torch.arange(table.numel()).view_as(table) % 4)
     model.set_experts_implementation("eager")
     return model
-
-
-def here(batch: Inputs) -> Inputs:
-    """The batch on this rank's device."""
-    return {key: value.to(device()) if isinstance(value, Tensor) else value for key, value in batch.items()}
 
 
 def called(model: Any) -> Any:

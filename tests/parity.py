@@ -297,8 +297,6 @@ def _differences(layout: dict[str, int], cases: list[dict[str, Any]], expected: 
     wrong = []
     for case, one_process in zip(cases, expected, strict=True):
         bf16 = case.get("precision", "32-true") != "32-true"
-        # What is compiled multiplies and adds in one rounding here and in two there, as the CPU has it.
-        exact = 2e-5 if case.get("compile") == "inductor" else 1e-5
-        found = _compare(_fit(layout, **case), one_process, 3e-2 if bf16 else exact, bf16)
+        found = _compare(_fit(layout, **case), one_process, 3e-2 if bf16 else 1e-5, bf16)
         wrong += [f"{case}: {message}" for message in found]
     return wrong

@@ -69,6 +69,11 @@ class RankFailure(Exception):
         super().__init__("\n".join(parts))
 
 
+def here(batch: dict[str, Any]) -> dict[str, Any]:
+    """The batch on this rank's device."""
+    return {key: value.to(device()) if isinstance(value, torch.Tensor) else value for key, value in batch.items()}
+
+
 def accelerator() -> str | CUDAAccelerator:
     """What to give to ``Trainer(accelerator=...)`` so that it trains on `device`."""
     return _SharedCUDAAccelerator() if on_cuda() else "cpu"

@@ -37,9 +37,9 @@ from lightning_ep.hub.export import export_sharded
 from lightning_ep.hub.initialize import materialize
 from lightning_ep.moe.experts import expert_context
 from tests.hub.every_family import FAMILIES, auto_class_of, tiny_config_of
-from tests.multimodal import IMAGES, called, here, image_batch, multimodal_model, text_batch
+from tests.multimodal import IMAGES, called, image_batch, multimodal_model, text_batch
 from tests.parity import as_peft
-from tests.ranks import RankFailure, device, run_ranks
+from tests.ranks import RankFailure, device, here, run_ranks
 from tests.reference import grad_or_zero, relative_error
 
 Inputs = dict[str, Any]

@@ -16,7 +16,7 @@ from transformers import Qwen3MoeForCausalLM
 
 from lightning_ep import ParallelLayout, expert_plan, parallelize
 from lightning_ep.parallelize import Steps, check
-from tests.ranks import device, run_ranks
+from tests.ranks import device, here, run_ranks
 from tests.reference import tiny_model
 
 
@@ -120,7 +120,7 @@ def _own_class() -> float:
     parallelize(model, ParallelLayout(world, ep=world), device())
     batch = batches(1, 2)[0]
     expected = plain(**batch, use_cache=False).loss
-    found = model(**{key: value.to(device()) for key, value in batch.items()}, use_cache=False).loss
+    found = model(**here(batch), use_cache=False).loss
     return relative_error(found.detach().cpu(), expected.detach())
 
 

@@ -13,7 +13,7 @@ from lightning_ep import expert_plan, parallelize
 from tests.hub_files import layout
 from tests.parity import _adapted as adapted
 from tests.parity import as_peft, lora_like_peft
-from tests.ranks import assert_ranks_agree, device
+from tests.ranks import assert_ranks_agree, device, here
 from tests.reference import adapted_by_peft, batches, family_model, grad_or_zero, relative_error
 
 SIZES: dict[str, Any] = {
@@ -71,7 +71,7 @@ def _gradients(name: str, ep: int) -> list[str]:
         model = adapted(_model(case), lora_like_peft(where, **options))
     plan = expert_plan(model, case.get("implementation", "auto"))
     parallelize(model, layout(ep), device(), plan=plan)
-    model(**{key: value.to(device()) for key, value in data[rank].items()}).loss.backward()
+    model(**here(data[rank])).loss.backward()
     found = {key: param.grad for key, param in model.named_parameters() if param.requires_grad}
     wanted = {key: grad_or_zero(param) for key, param in expected.named_parameters() if param.requires_grad}
     wrong = [f"frozen or trained: {sorted(found.keys() ^ wanted.keys())}"] if found.keys() != wanted.keys() else []

@@ -33,7 +33,7 @@ from tests.documents import PACKED, PADDED, SHAPES, documents_error, kernel_on_c
 from tests.hub.every_family import tiny_config_of
 from tests.parity import SeededCausalLM, assert_trains_like_one_process
 from tests.rank_process import on_cuda
-from tests.ranks import assert_ranks_agree, device, run_ranks
+from tests.ranks import assert_ranks_agree, device, here, run_ranks
 from tests.reference import VOCAB, family_model, grad_or_zero, relative_error, tiny_config, tiny_model
 from tests.tiny import TinyModule, loader, quiet
 
@@ -121,7 +121,7 @@ def _compare(build: Any, arguments: tuple[Any, ...], kinds: list[str], tolerance
         reference = _reference(expected, batch, kind)
         reference.backward()
         model.zero_grad()
-        piece = shard_sequence({key: value.to(device()) for key, value in batch.items()}, meshes.cp)
+        piece = shard_sequence(here(batch), meshes.cp)
         loss = model(**piece).loss / layout.loss_world_size
         loss.backward()
         dist.all_reduce(loss.detach())
@@ -180,7 +180,7 @@ def _hybrid_otherwise() -> list[str]:
     world = dist.get_world_size()
     model, expected = _hybrid("qwen3_next"), _hybrid("qwen3_next")
     meshes = parallelize(model, ParallelLayout.resolve(world, "auto", world, world, cp=world), device())
-    piece = shard_sequence({key: value.to(device()) for key, value in _batch("packed").items()}, meshes.cp)
+    piece = shard_sequence(here(_batch("packed")), meshes.cp)
     with pytest.raises(ValueError, match=r"restart inside a row.*model\.layers\.0\.linear_attn passes on a state"):
         model(**piece)
     ids = _batch("plain")["input_ids"]
@@ -325,11 +325,11 @@ def _balancing(kind: str) -> tuple[float, float]:
     batch = _batch(kind)
     size = batch["input_ids"].shape[1]
     length = -(-size // world)
-    here = slice(rank * length, (rank + 1) * length)
-    logits = [x.unflatten(0, (2, size))[:, here].flatten(0, 1) for x in expected(**batch).router_logits]
-    mask = batch["attention_mask"][:, here].flatten() if "attention_mask" in batch else None
+    own = slice(rank * length, (rank + 1) * length)
+    logits = [x.unflatten(0, (2, size))[:, own].flatten(0, 1) for x in expected(**batch).router_logits]
+    mask = batch["attention_mask"][:, own].flatten() if "attention_mask" in batch else None
     wanted = load_balancing_loss_func(tuple(logits), 8, 4, mask)
-    piece = shard_sequence({key: value.to(device()) for key, value in batch.items()}, meshes.cp)
+    piece = shard_sequence(here(batch), meshes.cp)
     return model(**piece).aux_loss.item(), wanted.item()
 
 
@@ -352,7 +352,7 @@ def _refusals() -> dict[str, str]:
     assert not is_parallelized(refused)
     model = tiny_model()
     meshes = parallelize(model, layout, device())
-    batch = {key: value.to(device()) for key, value in _batch("plain").items()}
+    batch = here(_batch("plain"))
     piece = shard_sequence(batch, meshes.cp)
     calls = {
         "forgotten": batch,

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 from lightning_ep import ParallelLayout, parallelize
 from lightning_ep.fsdp.accumulation import reduce_kept_gradients, set_gradient_sync
 from lightning_ep.fsdp.optional_parts import parts_in
-from tests.ranks import assert_ranks_agree, device
+from tests.ranks import assert_ranks_agree, device, here
 from tests.reference import batches, relative_error, tiny_model
 from tests.tiny import TinyModule, quiet
 
@@ -83,9 +83,9 @@ def _trains(built: str, mode: Any = "none", replicate: int = 1) -> list[str]:
             for other, batch in enumerate(mine):
                 plain(times[other % 2], **batch).backward()
             set_gradient_sync(sharded, index == len(window) - 1)
-            sharded(times[rank % 2], **{key: value.to(device()) for key, value in mine[rank].items()}).backward()
+            sharded(times[rank % 2], **here(mine[rank])).backward()
             with torch.no_grad():  # what a rollout or a reference does in between
-                found = sharded(0, **{key: value.to(device()) for key, value in mine[0].items()})
+                found = sharded(0, **here(mine[0]))
             if number == 0 and index == 0 and not relative_error(found, plain(0, **mine[0])) <= 1e-5:
                 wrong.append("a forward without gradients")
         reduce_kept_gradients(sharded)

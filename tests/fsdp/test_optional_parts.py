@@ -19,8 +19,8 @@ from torch.utils.data import DataLoader
 
 from lightning_ep import ParallelLayout, parallelize
 from lightning_ep.fsdp.accumulation import reduce_kept_gradients, set_gradient_sync
-from tests.multimodal import IMAGES, called, here, image_batch, multimodal_model, text_batch
-from tests.ranks import assert_ranks_agree, device
+from tests.multimodal import IMAGES, called, image_batch, multimodal_model, text_batch
+from tests.ranks import assert_ranks_agree, device, here
 from tests.reference import relative_error
 from tests.tiny import quiet
 
@@ -105,7 +105,7 @@ def trains_like_one_process(
         # Near-ties in routers send tokens elsewhere; kernels of GPUs sum in another order; two ways to compute GELU
         # move Gemma 4's gates by more.
         exact = device().type == "cpu" and family != "gemma4"
-        tolerance = 0.5 if bf16 else 1e-5 if exact else 5e-5
+        tolerance = 0.5 if bf16 else 1e-5 if exact else 3e-5
         wrong += [f"window {number}: {found}" for found in _differences(plain, sharded.parameters(), tolerance)]
         for optimizer in optimizers:
             optimizer.step()

@@ -18,7 +18,7 @@ from lightning_ep import ParallelLayout, from_pretrained, parallelize
 from lightning_ep.hub.errors import CheckpointError
 from lightning_ep.hub.load import stream_pretrained
 from tests.hub_files import full_state, write_checkpoint
-from tests.ranks import assert_ranks_agree, device, run_ranks
+from tests.ranks import assert_ranks_agree, device, here, run_ranks
 from tests.reference import VOCAB, batches, relative_error
 
 Build = Callable[[Any], Any]
@@ -135,7 +135,7 @@ def _lora_gradients(path: str) -> list[str]:
     data = batches(world, 2)
     losses = [plain(**batch).loss for batch in data]
     sum(losses).backward()
-    loss = model(**{key: value.to(device()) for key, value in data[rank].items()}).loss
+    loss = model(**here(data[rank])).loss
     loss.backward()
     wrong = [] if abs(loss.item() - losses[rank].item()) <= 1e-5 else [f"loss {loss.item()} != {losses[rank].item()}"]
     for (name, param), reference in zip(model.named_parameters(), plain.parameters(), strict=True):

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from lightning_ep import ParallelLayout, parallelize
 from lightning_ep.transformers_adapter import experts_modules, routers
 from tests.hub.every_family import auto_class_of, tiny_config_of
-from tests.ranks import assert_ranks_agree, device
+from tests.ranks import assert_ranks_agree, device, here
 from tests.reference import batches, relative_error
 
 UNDECLARED = {"deepseek_v4": "gate", "ernie4_5_vl_moe": "gate"}  # hash routers; those of text and of vision
@@ -51,7 +51,7 @@ def _recomputes(family: str, mode: Any) -> list[str]:
     for name, child in sharded.named_modules():
         if child in routers([sharded]):
             child.register_forward_hook(lambda *_, name=name: calls.append(name))
-    loss = sharded(**{key: value.to(device()) for key, value in data[rank].items()}, use_cache=False).loss
+    loss = sharded(**here(data[rank]), use_cache=False).loss
     routed = sorted(calls)
     loss.backward()
     wrong = [] if routed and sorted(calls) == routed else [f"routers ran: {routed}, then {calls}"]

@@ -25,7 +25,7 @@ from lightning_ep.ops.fused_experts import FusedExperts
 from lightning_ep.parallelize import check
 from lightning_ep.transformers_adapter import experts_modules, fused_form, local_experts_function, why_not_fused
 from tests.hub.every_family import auto_class_of, tiny_config_of
-from tests.ranks import assert_ranks_agree, device, run_ranks
+from tests.ranks import assert_ranks_agree, device, here, run_ranks
 from tests.reference import batches, family_model, relative_error
 from tests.tiny import quiet
 
@@ -130,7 +130,7 @@ def _gradients(family: str, ep: int) -> list[str]:
     sum(expected(**batch).loss for batch in data).backward()
     model = _model(family)
     parallelize(model, ParallelLayout.resolve(ep, "auto", world, world), device())
-    model(**{key: value.to(device()) for key, value in data[rank].items()}).loss.backward()
+    model(**here(data[rank])).loss.backward()
     wrong = []
     for (name, param), reference in zip(model.named_parameters(), expected.parameters(), strict=True):
         grad: Tensor = param.grad.full_tensor()
@@ -173,7 +173,7 @@ def _gradients_of_form(family: str) -> list[str]:
     for mode in ("none", "full"):
         model = _tiny(family)
         parallelize(model, ParallelLayout.resolve(world, "auto", world, world), device(), activation_checkpointing=mode)
-        loss = model(**{key: value.to(device()) for key, value in data[rank].items()}).loss
+        loss = model(**here(data[rank])).loss
         loss.backward()
         dist.all_reduce(total := loss.detach().clone())
         if not abs(total.item() - reference.item()) <= 1e-5 * reference.item():
@@ -243,7 +243,7 @@ def _kernels_by_name(family: str, ep: int) -> list[str]:
     data = batches(world, 2)
     expected = _model(family)
     sum(expected(**batch).loss for batch in data).backward()
-    batch = {key: value.to(device()) for key, value in data[rank].items()}
+    batch = here(data[rank])
     wrong = []
     for name in ("auto", "eager", "batched_mm", "grouped_mm", "fused"):
         for by_hand in (False, True):

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lightning_ep import ParallelLayout, clip_grad_norm_, parallelize
 from lightning_ep.fsdp.accumulation import set_gradient_sync
 from tests.multimodal import multimodal_model, text_batch
-from tests.ranks import assert_ranks_agree, device
+from tests.ranks import assert_ranks_agree, device, here
 from tests.reference import relative_error
 
 FAMILY = "muse_spark_text"
@@ -42,7 +42,7 @@ def _batch(step: int, micro: int, rank: int) -> dict[str, Any]:
     return text_batch(100 * step + 10 * micro + rank)
 
 
-def _train(model: Any, ranks: range, max_norm: float, where: torch.device) -> tuple[list[float], dict[str, Tensor]]:
+def _train(model: Any, ranks: range, max_norm: float) -> tuple[list[float], dict[str, Tensor]]:
     """Losses of these ranks' batches, and the gradients of the first step, clipped."""
     optimizer = torch.optim.SGD(model.parameters(), lr=LR)
     losses, grads = [], {}
@@ -50,8 +50,7 @@ def _train(model: Any, ranks: range, max_norm: float, where: torch.device) -> tu
         for micro in range(MICRO_BATCHES):
             set_gradient_sync(model, enabled=micro == MICRO_BATCHES - 1)
             for rank in ranks:
-                batch = {key: value.to(where) for key, value in _batch(step, micro, rank).items()}
-                loss = _loss(model, batch)
+                loss = _loss(model, here(_batch(step, micro, rank)))
                 loss.backward()
                 losses.append(loss.item())
         norm = clip_grad_norm_(model.parameters(), max_norm)
@@ -72,9 +71,9 @@ def _differences(ep: int, mode: Any, one_rank: bool) -> list[str]:
     rank, world = dist.get_rank(), dist.get_world_size()
     # On the same device, since gradients make 1e-4 of how another one rounds what the family computes in fp32.
     plain, sharded = _model(one_rank).to(device()), _model(one_rank)
-    losses, wanted = _train(plain, range(world), MAX_NORM, device())
+    losses, wanted = _train(plain, range(world), MAX_NORM)
     parallelize(sharded, ParallelLayout.resolve(ep, "auto", world, world), device(), activation_checkpointing=mode)
-    found, grads = _train(sharded, range(rank, rank + 1), MAX_NORM, device())
+    found, grads = _train(sharded, range(rank, rank + 1), MAX_NORM)
     wrong = [
         f"loss {one}, not {other}"
         for one, other in zip(found, losses[rank::world], strict=True)

@@ -10,8 +10,8 @@ import torch.distributed as dist
 
 from lightning_ep import ParallelLayout, parallelize
 from tests.fsdp.test_optional_parts import OF_A_TOWER, TURNS, trains_like_one_process
-from tests.multimodal import here, image_batch, multimodal_model, text_batch
-from tests.ranks import assert_ranks_agree, device
+from tests.multimodal import image_batch, multimodal_model, text_batch
+from tests.ranks import assert_ranks_agree, device, here
 from tests.reference import relative_error
 
 FAMILY = "dots3_note"

@@ -19,7 +19,7 @@ from lightning_ep import transformers_adapter as adapter
 from lightning_ep.routing import BalancingLoss, RouterZLoss, moe_layers, router_losses, steer_routers, step_routers
 from lightning_ep.routing.losses import sums_of_layer
 from tests.hub.every_family import auto_class_of, tiny_config_of
-from tests.ranks import assert_ranks_agree, device
+from tests.ranks import assert_ranks_agree, device, here
 from tests.reference import batches, relative_error, tiny_model
 from tests.tiny import quiet
 
@@ -161,7 +161,7 @@ def _own_loop() -> list[str]:
     steer_routers(model, RULES)
     parallelize(model, ParallelLayout.resolve(2, "auto", world, world), device())
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    loss = model(**{key: value.to(device()) for key, value in data[rank].items()}).loss / world
+    loss = model(**here(data[rank])).loss / world
     (loss + router_losses(model, device()).float()).backward()
     logged = step_routers(model, device())
     optimizer.step()

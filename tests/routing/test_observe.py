@@ -13,7 +13,7 @@ from torch import Tensor
 from lightning_ep import ParallelLayout, parallelize
 from lightning_ep.context_parallel import shard_sequence
 from lightning_ep.routing import Observation, Routing, RoutingCounts, sum_over_ranks
-from tests.ranks import assert_ranks_agree, device, run_ranks
+from tests.ranks import assert_ranks_agree, device, here, run_ranks
 from tests.reference import batches, relative_error, tiny_model
 
 NUM_EXPERTS, TOP_K = 8, 4
@@ -60,7 +60,7 @@ def _seen(sizes: dict[str, int], options: dict[str, Any]) -> list[str]:
 
     observation = Observation(model, add_logits, logits="graph")
     for batch in data[2 * layout.data_rank(rank) :][:2]:
-        inputs = shard_sequence({key: value.to(device()) for key, value in batch.items()}, meshes.cp)
+        inputs = shard_sequence(here(batch), meshes.cp)
         model(**inputs).loss.backward()
     observation.remove()
     with torch.no_grad():

@@ -23,7 +23,7 @@ from lightning_ep.tensor_parallel import tensor_plan
 from lightning_ep.tensor_parallel.vocabulary import VocabularyHead, head_cross_entropy
 from tests.multimodal import IMAGES, image_batch, multimodal_model, text_batch
 from tests.parity import as_peft, assert_trains_like_one_process
-from tests.ranks import assert_ranks_agree, device, run_ranks
+from tests.ranks import assert_ranks_agree, device, here, run_ranks
 from tests.reference import batches, family_model, grad_or_zero, relative_error, tiny_model
 from tests.tiny import TinyModule, loader, quiet
 
@@ -103,7 +103,7 @@ def _gradients(family: str, overrides: dict[str, Any]) -> list[str]:
     reference.backward()
     layout = _layout(2, 2)
     parallelize(model, layout, device())
-    found = loss(model, {key: value.to(device()) for key, value in batch.items()})
+    found = loss(model, here(batch))
     (found / layout.loss_world_size).backward()
     wrong = _compare(expected, model)
     if not relative_error(found, reference) <= 1e-5:

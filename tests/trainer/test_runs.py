@@ -170,8 +170,10 @@ def manual_optimization_goes_on_after_a_batch_that_raised(root: Path) -> None:
     for where in ("forward", "backward"):
         quiet(root, **flags).fit(module := _Skips(where), DataLoader(data, batch_size=None))
         for (name, param), other in zip(module.named_parameters(), expected.parameters(), strict=True):
+            found, wanted = whole(param), whole(other)
+            same = torch.allclose(found, wanted, rtol=1e-6, atol=1e-8)
             # On GPUs the embedding's gradient is summed in any order.
-            assert relative_error(whole(param), whole(other)) < 1e-5, (where, name)
+            assert same or (found.is_cuda and relative_error(found, wanted) < 1e-5), (where, name)
 
 
 @row()
