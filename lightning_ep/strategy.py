@@ -42,7 +42,7 @@ from lightning_ep.fsdp.optional_parts import OptionalParts, parts_in
 from lightning_ep.hub.initialize import has_meta_tensors, materialize
 from lightning_ep.hub.load import stream_pretrained
 from lightning_ep.layers.recompute import ActivationCheckpointing, check_mode
-from lightning_ep.layout import Meshes, ParallelLayout
+from lightning_ep.layout import Meshes, ParallelLayout, one_worker_per_gloo_group
 from lightning_ep.moe.master_weights import ModelMasterWeights
 from lightning_ep.moe.own_plan import check_plan, has_experts, resolve_plan
 from lightning_ep.parallelize import check_sharded, is_parallelized, shard
@@ -234,8 +234,8 @@ class ExpertParallelStrategy(ModelParallelStrategy):
             # saved for backward. Lightning does the same for its own FSDP strategy, and wherever gloo is used.
             loop.inference_mode = False
         if self._meshes is None:
-            # Lightning does it only in processes that it launches itself, which leaves ranks with unequal threads.
-            _set_num_threads_if_needed(self.num_processes)
+            _set_num_threads_if_needed(self.num_processes)  # Lightning: not where others have launched the processes
+            one_worker_per_gloo_group(self.root_device.type)
             # Once per process: a second fit would leak the process groups of the first.
             self._setup_distributed()
             self._meshes = self.layout.build_meshes(self.root_device.type)

@@ -30,6 +30,8 @@ import torch.distributed as dist
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 
+from lightning_ep.layout import one_worker_per_gloo_group
+
 STACK_SIGNAL = signal.SIGUSR2  # Lightning and SLURM use SIGUSR1
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGXFSZ)
 
@@ -104,6 +106,8 @@ def _call(folder: str, rank: int) -> Any:
         torch.cuda.set_device(device())
         torch.cuda.reset_peak_memory_stats()
         torch.backends.cudnn.allow_tf32 = False  # convolutions over patches of images round to TF32 otherwise
+    if not on_cuda():
+        one_worker_per_gloo_group("cpu")  # a run of the tests gathers a million times, also before there is a mesh
     if init_process_group and not dist.is_initialized():
         bound = {"device_id": device()} if on_cuda() else {}
         dist.init_process_group("nccl" if on_cuda() else "gloo", **bound)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from datetime import timedelta
 from typing import Any
 
@@ -139,3 +141,25 @@ def test_tokens_do_not_queue_behind_parameters_and_every_group_has_the_time_out(
     for ep_shares, dense_shares, timeouts in run_ranks(2, _communicators, init_process_group=False, alone=True):
         assert (ep_shares, dense_shares) == (False, True)
         assert timeouts == [timedelta(seconds=77)] * 3
+
+
+# In a process of its own, which torch's groups may abort: ranks of `run_ranks` have other ones already.
+_GATHERS = """
+import torch
+import torch.distributed as dist
+from lightning_ep import ParallelLayout
+
+dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+meshes = ParallelLayout.resolve(1, "auto", 1, 1).build_meshes("cpu")
+piece, whole = torch.ones(4), torch.empty(4)
+for mesh in (meshes.expert["ep"], meshes.expert["fsdp"], meshes.dense["dp_cp"]):
+    backend = mesh.get_group()._get_backend(torch.device("cpu"))
+    for _ in range(300):
+        for work in [backend.allgather_coalesced([[whole]], [piece]) for _ in range(64)]:
+            work.wait()
+"""
+
+
+def test_gathers_over_gloo_leave_the_heap_alone() -> None:
+    ended = subprocess.run([sys.executable, "-c", _GATHERS], capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stderr  # with two threads per group it is -SIGABRT, of malloc
