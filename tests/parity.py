@@ -290,8 +290,7 @@ def _reference(
     model = tiny_model(**{name: list(value) if isinstance(value, tuple) else value for name, value in overrides})
     if adapter is not None:
         model = adapted_by_peft(model, adapter)
-    # In float64: what fp32 rounds in this process, too, is twice what is looked for (1.1e-5 of a third step's norm).
-    return train(model.double(), _windows(data_ranks, accumulate, causal, length), LR, clip, token_weighted=causal)
+    return train(model, _windows(data_ranks, accumulate, causal, length), LR, clip, token_weighted=causal)
 
 
 def _differences(layout: dict[str, int], cases: list[dict[str, Any]], expected: list[Trace]) -> list[str]:

@@ -15,8 +15,8 @@ def _case(where: str, **options: Any) -> dict[str, Any]:
 
 CLIPPED = _case("both", clip=0.02)
 RECOMPUTED = _case("experts", recompute="full", accumulate=3)
-COMPILED = _case("both", recompute="full", compile="inductor")
-TRANSFORMERS_KERNELS = _case("both", implementation="eager")
+COMPILED = _case("both", clip=0.2, recompute="full", compile="inductor")
+TRANSFORMERS_KERNELS = _case("both", clip=0.2, implementation="eager")
 IN_BF16 = _case("both", clip=0.2, precision="bf16-mixed", recompute="full")
 USERS = _case("both", causal=False, accumulate=3, clip=0.2, recompute="selective")
 

@@ -135,12 +135,13 @@ FAMILIES = [
     "dots3_note_text", "ernie4_5_moe", "ernie4_5_vl_moe", "exaone_moe", "flex_olmo", "flint", "gemma4", "gemma4_text",
     "glm4_moe", "glm4_moe_lite", "glm4v_moe", "glm4v_moe_text", "glm5_next", "glm5_next_text", "glm_moe_dsa", "gpt_oss",
     "granitemoe", "granitemoe_swa", "granitemoehybrid", "granitemoeshared", "hunyuan_v1_moe", "hy_v3", "hy_v4",
-    "inkling2", "inkling2_text", "inkling_text", "jamba", "kimi_k25", "kimi_linear", "kolibri1", "laguna", "lfm2_moe",
-    "llava", "mellum", "mimo_v2_flash", "minimax", "minimax_m2", "minimax_m3_vl", "minimax_m3_vl_text", "mistral4",
-    "mistral_large4", "mistral_large4_text", "mixtral", "muse_spark", "muse_spark_text", "nemo_speechlm", "nemotron_h",
-    "nemotron_h_omni", "olmoe", "openai_privacy_filter", "phimoe", "qwen2_moe", "qwen3_5_moe", "qwen3_5_moe_text",
-    "qwen3_moe", "qwen3_next", "qwen3_omni_moe", "qwen3_omni_moe_thinker", "qwen3_vl_moe", "qwen3_vl_moe_text",
-    "qwen4_exp", "qwen4_exp_text", "solar_open", "step3p7", "unlimited_ocr", "zaya",
+    "inkling2", "inkling2_text", "inkling_mm_model", "inkling_text", "jamba", "kimi_k25", "kimi_linear", "kolibri1",
+    "laguna", "lfm2_moe", "llava", "mellum", "mimo_v2_flash", "minimax", "minimax_m2", "minimax_m3_vl",
+    "minimax_m3_vl_text", "mistral4", "mistral_large4", "mistral_large4_text", "mixtral", "muse_spark",
+    "muse_spark_text", "nemo_speechlm", "nemotron_h", "nemotron_h_omni", "olmoe", "openai_privacy_filter", "phimoe",
+    "qwen2_moe", "qwen3_5_moe", "qwen3_5_moe_text", "qwen3_moe", "qwen3_next", "qwen3_omni_moe",
+    "qwen3_omni_moe_thinker", "qwen3_vl_moe", "qwen3_vl_moe_text", "qwen4_exp", "qwen4_exp_text", "solar_open",
+    "step3p7", "unlimited_ocr", "zaya",
 ]  # fmt: skip
 # Not built here: parts of those above for which `AutoModel` knows no class.
 LEFT_OUT = {
