@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from tests.hub.every_family import auto_class_of, tiny_config_of
@@ -126,3 +126,10 @@ def image_batch(family: str, model: PreTrainedModel, seed: int) -> Inputs:
         if name in inspect.signature(model.forward).parameters:
             batch[name] = placeholders.int()
     return {**batch, **inputs}
+
+
+def in_dtype_of(model: nn.Module, batch: Inputs) -> Inputs:
+    """A batch whose images (clips) have the dtype of the model's weights."""
+    dtype = next(param.dtype for param in model.parameters() if param.is_floating_point())
+    floating = {key: value for key, value in batch.items() if isinstance(value, Tensor) and value.is_floating_point()}
+    return {**batch, **{key: value.to(dtype) for key, value in floating.items()}}

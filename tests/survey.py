@@ -37,7 +37,7 @@ from lightning_ep.hub.export import export_sharded
 from lightning_ep.hub.initialize import materialize
 from lightning_ep.moe.experts import expert_context
 from tests.hub.every_family import FAMILIES, auto_class_of, tiny_config_of
-from tests.multimodal import IMAGES, called, image_batch, multimodal_model, text_batch
+from tests.multimodal import IMAGES, called, image_batch, in_dtype_of, multimodal_model, text_batch
 from tests.parity import as_peft
 from tests.ranks import RankFailure, device, here, run_ranks
 from tests.reference import grad_or_zero, relative_error
@@ -284,9 +284,14 @@ def lora(family: str, folder: Path) -> str:
 
 
 def image(family: str, folder: Path) -> str:
-    rank, plain, model = dist.get_rank(), _plain(family, _unchanged), multimodal_model(family)
+    return _exact(partial(_image, family), _unchanged)
+
+
+def _image(family: str, change: Change) -> str:
+    rank, plain, model = dist.get_rank(), _plain(family, change), change(multimodal_model(family))
     more = {"use_cache": False}
-    batches = [{**image_batch(family, model, 0), **more}, {**text_batch(1), **more}]
+    made = image_batch(family, multimodal_model(family), 0)
+    batches = [{**in_dtype_of(model, made), **more}, {**text_batch(1), **more}]
     parallelize(model, ParallelLayout.resolve(2, 1, 2, 2), device())
     for batch in batches:
         _backward(plain, batch)

@@ -153,8 +153,8 @@ def trains_like_transformers(
     results = run_ranks(2, _fit, *given, init_process_group=False, timeout=100)
     seen = [result[0] for result in results][:data_ranks]
     of_ranks = [[has for _, has in of_rank] for of_rank in seen]
-    alone = data_ranks == 1 or any(one != other for one, other in zip(*of_ranks, strict=True))
-    assert alone, "no step has an image or a clip on one rank alone"
+    alone = any(of_ranks[0]) if data_ranks == 1 else any(one != other for one, other in zip(*of_ranks, strict=True))
+    assert alone, "no step has an image or a clip (on one rank alone, of two): another `seed` has"
     frozen, (gradients, weights) = results[0][3], results[0][2]
     losses, plain_gradients, plain_weights = _plain(checkpoint, rows, seen, frozen, plain_inputs)
     pairs = [(f"loss {i}", *pair) for i, pair in enumerate(zip(results[0][1], losses, strict=True))]
