@@ -166,12 +166,12 @@ class ParallelLayout:
         from torch.distributed.device_mesh import init_device_mesh
 
         one_worker_per_gloo_group(device_type)
-        shared = not _has_two_workers(_default_backend(device_type))
+        all_own = _has_two_workers(_default_backend(device_type))
 
         def mesh(sizes: dict[str, int], kept: tuple[str, ...]) -> DeviceMesh:
             sizes = {name: size for name, size in sizes.items() if size > 1 or name in kept}
             urgent = ("ep", "tp")
-            own = [name for name, size in sizes.items() if name in urgent or size != self.world_size or not shared]
+            own = [name for name, size in sizes.items() if name in urgent or size != self.world_size or all_own]
             options: Any = {
                 name: option for name in own if (option := _group_options(device_type, urgent=name in urgent))
             }

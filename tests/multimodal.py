@@ -131,5 +131,7 @@ def image_batch(family: str, model: PreTrainedModel, seed: int) -> Inputs:
 def in_dtype_of(model: nn.Module, batch: Inputs) -> Inputs:
     """A batch whose images (clips) have the dtype of the model's weights."""
     dtype = next(param.dtype for param in model.parameters() if param.is_floating_point())
-    floating = {key: value for key, value in batch.items() if isinstance(value, Tensor) and value.is_floating_point()}
-    return {**batch, **{key: value.to(dtype) for key, value in floating.items()}}
+    return {
+        key: value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
+        for key, value in batch.items()
+    }

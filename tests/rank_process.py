@@ -106,8 +106,7 @@ def _call(folder: str, rank: int) -> Any:
         torch.cuda.set_device(device())
         torch.cuda.reset_peak_memory_stats()
         torch.backends.cudnn.allow_tf32 = False  # convolutions over patches of images round to TF32 otherwise
-    if not on_cuda():
-        one_worker_per_gloo_group("cpu")  # a run of the tests gathers a million times, also before there is a mesh
+    one_worker_per_gloo_group(device().type)  # a run of the tests gathers a million times, also before there is a mesh
     if init_process_group and not dist.is_initialized():
         bound = {"device_id": device()} if on_cuda() else {}
         dist.init_process_group("nccl" if on_cuda() else "gloo", **bound)

@@ -196,7 +196,7 @@ def _tp(family: str, change: Change) -> str:
     plain, model = _plain(family, change), change(multimodal_model(family))
     batch = _batch(family, plain, 0)
     if family in IMAGES:
-        batch = {**image_batch(family, multimodal_model(family), 0), "use_cache": False}
+        batch = {**in_dtype_of(plain, image_batch(family, multimodal_model(family), 0)), "use_cache": False}
     loss = _backward(plain, batch).item()
     wanted = _grads(plain)
     layout = ParallelLayout.resolve(2, 1, 2, 2, tp=2)
@@ -288,10 +288,11 @@ def image(family: str, folder: Path) -> str:
 
 
 def _image(family: str, change: Change) -> str:
-    rank, plain, model = dist.get_rank(), _plain(family, change), change(multimodal_model(family))
+    rank, plain, model = dist.get_rank(), _plain(family, change), multimodal_model(family)
     more = {"use_cache": False}
-    made = image_batch(family, multimodal_model(family), 0)
-    batches = [{**in_dtype_of(model, made), **more}, {**text_batch(1), **more}]
+    with_image = image_batch(family, model, 0)  # asks the model, of which it wants fp32
+    model = change(model)
+    batches = [{**in_dtype_of(model, with_image), **more}, {**text_batch(1), **more}]
     parallelize(model, ParallelLayout.resolve(2, 1, 2, 2), device())
     for batch in batches:
         _backward(plain, batch)
