@@ -95,6 +95,7 @@ class OptionalParts:
         if group is None:
             return
         fsdp.leave_alone(state)
+        fsdp.await_dropped_gathers(module)
         fsdp.adopt(fsdp.state_of(self._root), state)
         self._beside.append(group)
         self._agreed.append(group)

@@ -74,6 +74,7 @@ def watch_root(root: nn.Module, parts: Iterable[nn.Module] = ()) -> None:
         parts: Modules of it that user code may call before its first forward.
     """
     state = fsdp.state_of(root)
+    fsdp.await_dropped_gathers(root)
     root.register_forward_pre_hook(lambda *_: begin_pass(state), prepend=True)
     root.register_forward_pre_hook(_MadeOutsideOfInference(), prepend=True)
     fsdp.before_every_forward(state, partial(begin_pass, state))

@@ -101,10 +101,26 @@ def make_idle(root: State) -> None:
 
 
 def _drop_gathered_ahead(group: Group) -> None:
+    if group._all_gather_result is not None:
+        group.finalize_backward()
+
+
+def await_dropped_gathers(module: nn.Module) -> None:
+    """Has the end of a backward wait for what was gathered ahead and never used, before it drops that.
+
+    Its memory is the copy-in stream's, whose next gather else writes there while this one still arrives: shards are
+    sent to other ranks with a piece of another's in them. torch asks a `torch.Stream` to wait for a `torch.cuda.Event`
+    here, which does nothing.
+    """
+    for state in states_in(module):
+        if (group := state._fsdp_param_group) is not None:
+            group.finalize_backward = functools.partial(_wait_and_finalize, group, group.finalize_backward)
+
+
+def _wait_and_finalize(group: Group, finalize: Callable[[], None]) -> None:
     if (ahead := group._all_gather_result) is not None:
-        # Its memory is the copy-in stream's, whose next gather would write there while this one still arrives.
         group._wait_all_gather_streams_on_event(ahead.all_gather_event)
-        group.finalize_backward()  # has the current stream wait, too, and drops it
+    finalize()
 
 
 def is_gathered(state: State) -> bool:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -11,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
 from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor.parallel import parallelize_module
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
@@ -30,6 +33,22 @@ BACKWARD = ["embed_tokens", "layers.1.mlp", "layers.1", "layers.3"]
 
 class _Interrupted(BaseException):
     """As KeyboardInterrupt is."""
+
+
+@contextmanager
+def _gathers_arrive_late() -> Iterator[None]:
+    """What is gathered ahead on GPUs is still on its way when the host goes on."""
+    unshard = FSDPParamGroup.unshard
+
+    def late(group: FSDPParamGroup, async_op: bool = False) -> None:
+        if device().type == "cuda":
+            with torch.cuda.stream(group.comm_ctx.all_gather_stream):
+                torch.cuda._sleep(10**7)  # some 5 ms
+        unshard(group, async_op)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(FSDPParamGroup, "unshard", late)
+        yield
 
 
 class _Pair:
@@ -63,7 +82,7 @@ class _Pair:
         module = self.models[1].model.get_submodule(where)
         register = module.register_full_backward_pre_hook if backward else module.register_forward_hook
         hook = register(interrupt)
-        with pytest.raises(_Interrupted):
+        with pytest.raises(_Interrupted), _gathers_arrive_late():
             self.step(self.models[1], 1, fused)
         hook.remove()
 
