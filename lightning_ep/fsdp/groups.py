@@ -151,6 +151,9 @@ def shard_dense(model: PreTrainedModel, meshes: Meshes, mp_policy: MixedPrecisio
     # A parameter that two modules share must be in the group of the module that contains both.
     if not adapter.shares_parameters(embedding, model):
         shard(embedding)
+        if isinstance(embedding, nn.Embedding) and len(list(embedding.parameters())) == 1:
+            assert isinstance(embedding, FSDPModule)
+            embedding.set_unshard_in_backward(False)  # what looks rows up needs no weights there
     # By itself the head's gradient is reduced under backward. With the root it is gathered in all of a forward, as
     # losses expect that read its weight.
     if head_alone and head is not None and not adapter.shares_parameters(head, model):

@@ -43,9 +43,10 @@ def _events(ep: int, layers_together: int, head_alone: bool = False) -> list[lis
             group: Any = module._get_fsdp_state()._fsdp_param_group
 
             def unshard(*args: Any, _name: str = name, _group: Any = group, **kwargs: Any) -> None:
-                if not _group.is_unsharded and _group._all_gather_result is None:
-                    events.append(_name)
+                gathered = _group.is_unsharded or _group._all_gather_result is not None
                 type(_group).unshard(_group, *args, **kwargs)
+                if not gathered and _group._all_gather_result is not None:
+                    events.append(_name)
 
             group.unshard = unshard
         if name.endswith("post_attention_layernorm"):
@@ -74,21 +75,21 @@ def _expect(phases: list[list[str]], forward: list[str], backward: list[str]) ->
 
 def test_a_layer_is_gathered_while_the_one_before_computes() -> None:
     forward = "root embed_tokens layers.0 layers.1 *layers.0 layers.2 *layers.1 layers.3 *layers.2 *layers.3"
-    backward = "root layers.3 layers.2 *layers.3 layers.1 *layers.2 layers.0 *layers.1 embed_tokens *layers.0"
+    backward = "root layers.3 layers.2 *layers.3 layers.1 *layers.2 layers.0 *layers.1 *layers.0"
     for phases in run_ranks(4, _events, 4, 1):
         _expect(phases, forward.split(), backward.split())
 
 
 def test_a_head_by_itself_is_gathered_once() -> None:
     forward = "root embed_tokens layers.0 layers.2 *layers.0 *layers.1 *layers.2 *layers.3 lm_head"
-    backward = "root layers.2 layers.0 *layers.3 *layers.2 embed_tokens *layers.1 *layers.0"
+    backward = "root layers.2 layers.0 *layers.3 *layers.2 *layers.1 *layers.0"
     for phases in run_ranks(4, _events, 4, 2, True):
         _expect(phases, forward.split(), backward.split())
 
 
 def test_small_layers_are_gathered_together() -> None:
     forward = "root embed_tokens layers.0 layers.2 *layers.0 *layers.1 *layers.2 *layers.3"
-    backward = "root layers.2 layers.0 *layers.3 *layers.2 embed_tokens *layers.1 *layers.0"
+    backward = "root layers.2 layers.0 *layers.3 *layers.2 *layers.1 *layers.0"
     for phases in run_ranks(4, _events, 4, 2):
         _expect(phases, forward.split(), backward.split())
 
@@ -102,7 +103,7 @@ def test_experts_that_are_sharded_are_gathered_a_layer_ahead_too(layers_together
     )
     backward = (
         "root layers.3 layers.3.mlp.experts layers.2 layers.2.mlp.experts *layers.3 layers.1 layers.1.mlp.experts "
-        "*layers.2 layers.0 layers.0.mlp.experts *layers.1 embed_tokens *layers.0"
+        "*layers.2 layers.0 layers.0.mlp.experts *layers.1 *layers.0"
     )
     for phases in run_ranks(4, _events, 2, layers_together):
         _expect(phases, forward.split(), backward.split())
