@@ -139,7 +139,8 @@ def published() -> str:
 def measured_whole() -> dict[tuple[str, int, str], tuple[int, float]]:
     """Tokens/s per GPU and GiB of all of Qwen3-30B-A3B, by method, GPUs and their kind.
 
-    A GPU of 80 GB is an H200 whose allocator was limited to 76 GiB.
+    Of several batch sizes it is the last in measured.csv, that of a recipe. A GPU of 80 GB is an H200 whose allocator
+    was limited to 76 GiB.
     """
     return {
         (method, one.case.ranks, "H100" if one.cap_gib else "H200"): (one.rate, one.gib)

@@ -432,11 +432,10 @@ def a_collector_that_is_off_stays_as_it_is(root: Path) -> None:
     gc.disable()
     try:
         look = _Frozen()
-        quiet(root, callbacks=[look], max_steps=6).fit(TinyModule(), loader(32))
+        quiet(root, callbacks=[look], max_steps=5).fit(TinyModule(), loader(32))
     finally:
         gc.enable()
-    assert look.found[:5] == [0] * 5
-    assert look.found[5] < 1_000  # a full pass of Python 3.12 puts what lives for ever aside by itself
+    assert look.found == [0] * 5  # not further: a full pass of Python 3.12 puts what lives for ever aside by itself
 
 
 @row()
