@@ -36,7 +36,8 @@ SIZES: dict[str, dict[str, Any]] = {  # as transformers names them
 }  # fmt: skip
 DATA = RANDOM, CHATS, BOUNDARIES = "random", "chats", "boundaries"
 EXCHANGES = COLLECTIVE, LEFT_OUT = "collective", "none"
-_OF_OURS = ("data", "balanced", "accumulate", "exchange", "monitor", "tree")  # fields that peers leave as they are
+# Fields that peers leave as they are.
+_OF_OURS = ("data", "bf16_moments", "balanced", "accumulate", "exchange", "monitor", "tree")
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,7 @@ class Cell:
     # Adapters over frozen bf16 weights: "attention,16" (their rank), or, with experts, "all,8"; of ours and PEFT only.
     lora: str | None = None
     bf16_weights: bool = False  # and gradients and moments: ours rounds stochastically, peers to the nearest
+    bf16_moments: bool = False  # beside fp32 weights, rounded stochastically; of ours only
     device: str = "cuda"
     data: str = RANDOM  # one document of random tokens per sequence, packed chats, or random tokens in place of those
     balanced: bool = False  # every expert gets equally many tokens, whatever its router says
@@ -131,6 +133,7 @@ class Cell:
             f"monitor of every {self.monitor}": self.monitor,
             f"{self.memory_cap_gib or 0:g} GiB": self.memory_cap_gib is not None,
             "bf16 weights": self.bf16_weights,
+            "bf16 moments": self.bf16_moments,
             f"LoRA {(self.lora or '').replace(',', ' r=')}": self.lora is not None,
         }
         return ", ".join([f"{self.batch}x{self.sequence}", *(name for name, differs in more.items() if differs)])

@@ -32,7 +32,7 @@ _KINDS = (  # of kernels: the first pattern that matches a name
     ("NCCL", r"^nccl"),
     ("attention", r"sdpa|flash|fmha"),
     ("AdamW and foreach", r"multi_tensor_apply"),
-    ("grouped GEMM", r"GroupProblemShape|group.*(gemm|mm)"),
+    ("grouped GEMM", r"GroupProblemShape|group.*(gemm|mm|outer)"),
     ("dense GEMM", r"gemm|cutlass|nvjet"),
     ("Triton", r"^triton_|^_[a-z]"),
     ("FSDP copies", r"chunk_cat|split_with_sizes|CatArray"),

@@ -99,7 +99,8 @@ def run(cell: Cell, meter: Meter) -> None:
         max_steps=meter.num_steps, callbacks=callbacks, accumulate_grad_batches=cell.accumulate,
         log_every_n_steps=cell.monitor or None,
     )  # fmt: skip
-    rounding: dict[str, Any] = {"stochastic_rounding": True} if cell.bf16_weights else {}  # older commits have none
+    rounds = cell.bf16_weights or cell.bf16_moments
+    rounding: dict[str, Any] = {"stochastic_rounding": True} if rounds else {}  # older commits have none
     optimizer = functools.partial(AdamW, lr=1e-5, **rounding)
     module = CausalLM(cell.config(), pretrained=False, optimizer=optimizer, **_arguments(cell))
     data: Any = list(batches(cell, meter.num_steps * cell.accumulate))

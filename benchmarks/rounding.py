@@ -1,4 +1,4 @@
-"""Loss curves of bf16 weights that are rounded stochastically, beside fp32 masters and bf16 rounded to the nearest.
+"""Loss curves of bf16 weights and moments rounded stochastically, beside fp32 ones and bf16 rounded to the nearest.
 
     python -m benchmarks.rounding --sizes small
     python -m benchmarks.rounding --sizes tiny --layers 2 --device cpu  # minutes
@@ -33,6 +33,7 @@ from lightning_ep.data import TextDataModule
 FP32 = "fp32 masters"
 WAYS: dict[str, tuple[str, dict[str, Any]]] = {
     FP32: ("bf16-mixed", {}),
+    "fp32, moments in bf16": ("bf16-mixed", {"stochastic_rounding": True}),
     "bf16, stochastic": ("bf16-true", {"stochastic_rounding": True}),
     "bf16, nearest": ("bf16-true", {}),
 }

@@ -85,6 +85,7 @@ def estimates(cell: Cell, device_name: str) -> dict[str, float]:
             _widths(cell), cell.layers, cell.batch, cell.sequence, cell.ranks, **cell.layout,
             precision="bf16-true" if cell.bf16_weights else "bf16-mixed", recompute=cell.recompute,
             compile=cell.compile, accumulate=cell.accumulate, lora_rank=int(rank), lora_experts=where == "all",
+            stochastic_rounding=cell.bf16_moments,
         )  # fmt: skip
     except ValueError:
         return {}  # a layout that does not exist: its run says so
@@ -246,6 +247,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--lora", metavar="WHERE,RANK", help="train adapters over frozen bf16 weights: attention,16 or (with experts) "
         "all,8")  # fmt: skip
     add("--bf16-weights", action="store_true", help="no fp32 masters: all in bf16, which ours rounds stochastically")
+    add("--bf16-moments", action="store_true", help=f"beside fp32 weights, rounded stochastically: {OURS}N only")
     add("--memory-cap-gib", type=float, metavar="GIB", help="limit of torch's allocator per GPU: a smaller card")
     add("--against", type=Path, metavar="DIR", help=f"another commit's tree, which takes turns with this: {OURS}N only")
     add("--ranks", type=int, help="processes; default: all GPUs")

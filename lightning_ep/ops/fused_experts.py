@@ -145,7 +145,10 @@ class FusedExperts(LocalExperts):
         own, of_factors = dtypes[: self._form.num_params], dtypes[self._form.num_params :]
         ends_E, on, transposed = order.offsets_E, self._adapters if of_factors else (), self._form.is_transposed
         factors = {a.weight: (a.rank, of_factors[2 * i], of_factors[2 * i + 1]) for i, a in enumerate(on)}
-        grad_down, *beside_down = of_down.gradients(act_PI, ends_E, own[1], factors.get(1), transposed)
+        # The gradients of rows are on their way home.
+        grad_down, *beside_down = of_down.gradients(
+            act_PI, ends_E, own[1], factors.get(1), transposed, beside_collective=True
+        )
         # A GEMM takes these rows once more in expert order, which takes the memory of all of them.
         x_NH, row_P = (rows_NH, order.row_P) if own[0] is None else (order.permute(rows_NH), None)
         grad_up, *beside_up = of_up.gradients(x_NH, ends_E, own[0], factors.get(0), transposed, row_P)

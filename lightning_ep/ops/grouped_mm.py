@@ -46,7 +46,9 @@ def grouped_mm_twin(
     return out_PB
 
 
-def grouped_outer(x_PA: Tensor, y_PB: Tensor, offsets_E: Tensor, dtype: torch.dtype) -> Tensor:
+def grouped_outer(
+    x_PA: Tensor, y_PB: Tensor, offsets_E: Tensor, dtype: torch.dtype, beside_collective: bool = False
+) -> Tensor:
     """``x[of expert e].T @ y[of expert e]`` for every expert, zero for those without rows: ``[E, A, B]``.
 
     Args:
@@ -54,14 +56,26 @@ def grouped_outer(x_PA: Tensor, y_PB: Tensor, offsets_E: Tensor, dtype: torch.dt
         y_PB: Likewise.
         offsets_E: int32 ``[E]``, where each expert's rows end; the last one is ``P``.
         dtype: Of the result.
+        beside_collective: Whether one has begun that is to be hidden under this.
     """
+    if beside_collective and x_PA.is_cuda:
+        from lightning_ep.ops.kernels import grouped_outer as triton_grouped_outer
+
+        if triton_grouped_outer.serves(x_PA, y_PB, offsets_E.shape[0]):
+            out_EAB = triton_grouped_outer.grouped_outer(x_PA, y_PB, offsets_E)
+            return out_EAB if out_EAB.dtype == dtype else _cast(out_EAB, dtype)
     if _fast(x_PA, y_PB, x_PA.shape[1], y_PB.shape[1]):
         out_EAB = F.grouped_mm(x_PA.t(), y_PB, offs=offsets_E)
         return out_EAB if out_EAB.dtype == dtype else _cast(out_EAB, dtype)
+    return grouped_outer_twin(x_PA, y_PB, offsets_E).to(dtype)
+
+
+def grouped_outer_twin(x_PA: Tensor, y_PB: Tensor, offsets_E: Tensor) -> Tensor:
+    """Defines `grouped_outer`, one expert after the other; synchronises with a GPU."""
     out_EAB = x_PA.new_zeros(offsets_E.shape[0], x_PA.shape[1], y_PB.shape[1])
     for expert, rows in rows_of(offsets_E):
         torch.mm(x_PA[rows].t(), y_PB[rows], out=out_EAB[expert])
-    return out_EAB.to(dtype)
+    return out_EAB
 
 
 def grouped_sum(x_PA: Tensor, offsets_E: Tensor, dtype: torch.dtype) -> Tensor:

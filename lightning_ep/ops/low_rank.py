@@ -187,6 +187,7 @@ class WeightGradients(NamedTuple):
         factors: tuple[int, torch.dtype | None, torch.dtype | None] | None,
         is_transposed: bool = False,
         row_P: Tensor | None = None,
+        beside_collective: bool = False,
     ) -> list[Tensor | None]:
         """Those of the weight ``[E, B, A]`` and, if it has ``factors``, of A ``[E, R, A]`` and B ``[E, B, R]``.
 
@@ -197,9 +198,10 @@ class WeightGradients(NamedTuple):
             factors: Their rank, without what was added for alignment, and the dtypes of their gradients.
             is_transposed: The weight's is ``[E, A, B]`` instead.
             row_P: As `outer_` takes it, for rows that are not in expert order.
+            beside_collective: As `grouped_outer` takes it, for the weight's gradient.
         """
         left, right = (x_NA, self.grad_PB) if is_transposed else (self.grad_PB, x_NA)
-        found = [None if dtype is None else grouped_outer(left, right, offsets_E, dtype)]
+        found = [None if dtype is None else grouped_outer(left, right, offsets_E, dtype, beside_collective)]
         if factors is None:
             return found
         rank, of_a, of_b = factors

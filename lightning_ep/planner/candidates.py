@@ -38,6 +38,7 @@ class Request:
         lora_rank: Of adapters; 0 trains all weights.
         lora_experts: Whether adapters are of attention and experts, or of attention alone.
         skew: Rows of the busiest rank over the mean of its EP group.
+        stochastic_rounding: Whether moments are bf16 beside fp32 weights.
 
     Raises:
         ValueError: If the sizes do not divide each other.
@@ -53,6 +54,7 @@ class Request:
     lora_rank: int = 0
     lora_experts: bool = True
     skew: float = 1.2
+    stochastic_rounding: bool = False
 
     def __post_init__(self) -> None:
         for name in ("ranks", "node", "sequence"):
@@ -153,7 +155,7 @@ def cases(request: Request, among: Iterable[ParallelLayout] | None = None) -> It
                 model.widths, model.layers, batch, request.sequence, request.ranks, layout.ep, layout.cp,
                 request.precision, tp=layout.tp, replicate=layout.replicate, accumulate=accumulate, node=request.node,
                 lora_rank=request.lora_rank, lora_experts=request.lora_experts,
-                skew=request.skew if layout.ep > 1 else 1.0,
+                skew=request.skew if layout.ep > 1 else 1.0, stochastic_rounding=request.stochastic_rounding,
             )  # fmt: skip
             for recompute in ("none", "selective", "full"):
                 yield dataclasses.replace(base, recompute=recompute)

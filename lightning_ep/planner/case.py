@@ -32,6 +32,7 @@ class Case:
         lora_rank: Of low-rank adapters over frozen bf16 weights; 0 trains all weights.
         lora_experts: Whether adapters are of experts too, or of attention only.
         skew: Rows of the busiest rank over the mean of its EP group.
+        stochastic_rounding: Whether moments are bf16 beside fp32 weights; beside bf16 weights they always are.
 
     Raises:
         ValueError: If the sizes do not divide each other, or a mode does not exist.
@@ -54,6 +55,7 @@ class Case:
     lora_rank: int = 0
     lora_experts: bool = True
     skew: float = 1.0
+    stochastic_rounding: bool = False
 
     def __post_init__(self) -> None:
         for name, size in (("ep", self.ep), ("replicate", self.replicate)):
@@ -111,8 +113,13 @@ class Case:
 
     @property
     def weight_bytes(self) -> int:
-        """Bytes of a trained parameter as the optimizer has it, and of each of its moments."""
+        """Bytes of a trained parameter as the optimizer has it."""
         return 2 if self.precision == "bf16-true" else 4
+
+    @property
+    def moment_bytes(self) -> int:
+        """Bytes of each of its two moments."""
+        return 2 if self.stochastic_rounding else self.weight_bytes
 
     @property
     def expert_gradient_bytes(self) -> int:

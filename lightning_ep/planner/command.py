@@ -59,6 +59,11 @@ def _parser() -> argparse.ArgumentParser:
     add("--tokens", type=_count, default=10**9, help="tokens to train on, as 1e9; default: 1e9")
     add("--precision", default="bf16-mixed", choices=("bf16-mixed", "bf16-true"), help="default: bf16-mixed")
     add(
+        "--stochastic_rounding",
+        action="store_true",
+        help="of moments, which are bf16 then beside fp32 weights: 12 bytes per parameter, not 16 (bf16-true: always)",
+    )
+    add(
         "--lora_rank",
         type=int,
         default=0,
@@ -89,6 +94,7 @@ def _request(options: argparse.Namespace) -> Request:
     return Request(
         find_model(options.model), device, options.gpus, options.gpus_per_node, options.sequence_length,
         options.tokens_per_step, options.precision, options.lora_rank, skew=options.skew,
+        stochastic_rounding=options.stochastic_rounding,
     )  # fmt: skip
 
 

@@ -52,13 +52,13 @@ def memory_gib(case: Case, limit_gib: float) -> dict[str, float]:
 def _state(case: Case) -> dict[str, float]:
     """Bytes of weights, gradients and moments, sharded over all ranks of a copy in every layout."""
     experts, others = local_parameters(case)
-    each = case.weight_bytes
+    each, moments = case.weight_bytes, 2 * case.moment_bytes
     if case.lora_rank:
         adapters = local_adapters(case)
         return {"weights": 2 * (experts + others) + each * adapters, "gradients": each * adapters,
-                "optimizer": 2 * each * adapters}  # fmt: skip
+                "optimizer": moments * adapters}  # fmt: skip
     gradients = case.expert_gradient_bytes * experts + each * others
-    return {"weights": each * (experts + others), "gradients": gradients, "optimizer": 2 * each * (experts + others)}
+    return {"weights": each * (experts + others), "gradients": gradients, "optimizer": moments * (experts + others)}
 
 
 def _rows_kib(case: Case) -> float:

@@ -98,7 +98,7 @@ def write_recipe(file: Path, request: Request, chosen: Estimate, tokens: float) 
         precision=case.precision, accumulate=case.accumulate, tokens_per_step=case.tokens_per_step,
         steps=max(1, round(tokens / case.tokens_per_step)), sequence=case.sequence, batch=case.batch,
         adapter=f"\n    adapter: {{r: {case.lora_rank}, lora_alpha: 32}}" if case.lora_rank else "",
-        rounding=", stochastic_rounding: true" if case.precision == "bf16-true" else "",
+        rounding=", stochastic_rounding: true" if case.stochastic_rounding or case.precision == "bf16-true" else "",
         model=json.dumps(model.config if is_file else model.name), pretrained="false" if is_file else "true",
         **(_OF_CHATS if case.lora_rank else _OF_TEXTS),
     )  # fmt: skip

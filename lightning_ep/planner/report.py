@@ -27,9 +27,10 @@ def heading(request: Request) -> Iterator[str]:
         + f"; {request.planned_gib:.0f} of {device.memory_gib:.0f} GiB are planned"
     )
     what = f"LoRA of rank {request.lora_rank}, frozen bf16 weights" if request.lora_rank else "all weights"
+    optimizer = "AdamW, moments in bf16" if request.stochastic_rounding else "AdamW"
     step = f", {request.tokens_per_step:,} per step" if request.tokens_per_step else ""
     yield (
-        f"{request.sequence:,} tokens per sequence{step}; {request.precision}, AdamW, {what}, compiled; "
+        f"{request.sequence:,} tokens per sequence{step}; {request.precision}, {optimizer}, {what}, compiled; "
         f"the busiest rank gets {request.skew:g} x the mean"
     )
     if model.positions and request.sequence > model.positions:

@@ -241,10 +241,11 @@ def _weight_bytes_moved(case: Case) -> dict[str, float]:
     """What the passes over a rank's weights read and write in a step. Experts are cast twice if copies do not fit."""
     experts, others = local_parameters(case)
     each, gradient = case.weight_bytes, case.expert_gradient_bytes
+    state = 2 * each + 4 * case.moment_bytes  # weight and moments, in and out
     if case.lora_rank:
         experts, others = 0.0, local_adapters(case)
     moved = {
-        "AdamW": experts * (6 * each + gradient) + others * 7 * each,  # weight and moments in and out, gradient in
+        "AdamW": experts * (state + gradient) + others * (state + each),
         "norm": experts * gradient + others * each,
     }
     if case.precision == "bf16-mixed":

@@ -14,6 +14,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from typing_extensions import override
 
+_FROZEN = 10_000  # objects of somebody else's; Python 3.12 puts some hundreds aside by itself
 _WARM_UP = 4  # optimizer steps: the first two compile and make state, two settle; in fewer nothing is to be gained
 
 
@@ -32,7 +33,7 @@ class _Spare(Callback):
 
     Attributes:
         step: Which optimizer step ends the warm-up; None before a training, and when it has been.
-        has_frozen: Whether it has been, in this training.
+        has_frozen: Whether anything was frozen, in this training.
     """
 
     def __init__(self) -> None:
@@ -42,9 +43,12 @@ class _Spare(Callback):
     @override
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         if self.step is not None and trainer.global_step >= self.step:
-            self.step, self.has_frozen = None, True
-            gc.collect()  # garbage would be kept, too
-            gc.freeze()
+            self.step = None
+            # What somebody else has frozen, an outer training or a program that forks, could not be kept apart.
+            self.has_frozen = gc.get_freeze_count() < _FROZEN
+            if self.has_frozen:
+                gc.collect()  # garbage would be kept, too
+                gc.freeze()
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -20,6 +20,7 @@ from lightning_ep.planner import (
     read_widths,
 )
 from lightning_ep.planner.devices import GPUS
+from lightning_ep.trainer.adamw import AdamW
 
 
 def planned_case(
@@ -44,9 +45,11 @@ def planned_case(
         raise ValueError("batches have no input_ids of two dimensions")
     widths, layers = read_widths(models[0].config.to_dict())
     rank, experts = planned_adapters(models[0], widths, layers)
+    rounds = any(isinstance(optimizer, AdamW) and optimizer.rounds for optimizer in module.trainer.optimizers)
     return Case(
         widths, layers, *shape, layout.world_size, layout.ep, layout.cp, str(module.trainer.precision), mode, compile,
         layout.tp, layout.replicate, module.trainer.accumulate_grad_batches, module.trainer.num_devices, rank, experts,
+        stochastic_rounding=rounds,
     )  # fmt: skip
 
 

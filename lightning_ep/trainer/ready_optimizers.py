@@ -24,15 +24,16 @@ def prepare_optimizers(optimizers: list[Optimizer], module: LightningModule, see
         seed: Gives the same on every rank, if all of them ask.
 
     Raises:
-        ValueError: For optimizers that cannot work on shards, and to round stochastically where there is nothing to
-            round, or where gradients would be accumulated in bf16.
+        ValueError: For optimizers that cannot work on shards, and to round bf16 weights stochastically where gradients
+            would be accumulated in bf16.
     """
     refuse_optimizers(optimizers)
     for optimizer in optimizers:
         params = [param for group in optimizer.param_groups for param in group["params"]]
         in_bf16 = [param for param in params if param.dtype == torch.bfloat16]
         if isinstance(optimizer, AdamW) and optimizer.rounds:
-            _refuse(module.trainer, bool(in_bf16))
+            if in_bf16:
+                _refuse_accumulation(module.trainer)
             optimizer.name_parameters({clean(name): param for name, param in module.named_parameters()}, seed())
         elif any(param.requires_grad for param in in_bf16):
             rank_zero_warn(
@@ -43,13 +44,7 @@ def prepare_optimizers(optimizers: list[Optimizer], module: LightningModule, see
             )
 
 
-def _refuse(trainer: Trainer, in_bf16: bool) -> None:
-    if not in_bf16:
-        raise ValueError(
-            "AdamW(stochastic_rounding=True) rounds what is bf16, and of the parameters that it has none is "
-            f"(precision={trainer.precision!r}). Pass precision='bf16-true', or leave stochastic_rounding out: fp32 "
-            "weights need no rounding."
-        )
+def _refuse_accumulation(trainer: Trainer) -> None:
     schedulers = [c for c in trainer.callbacks if isinstance(c, GradientAccumulationScheduler)]  # type: ignore[attr-defined]
     scheduled = max((max(c.scheduling.values()) for c in schedulers), default=1)
     if (batches := max(trainer.accumulate_grad_batches, scheduled)) > 1:

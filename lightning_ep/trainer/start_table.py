@@ -180,7 +180,7 @@ def _estimates(
     (model,) = adapter.pretrained_models(module).values()
     request = Request(
         model_of(model.config.to_dict()), device, case.ranks, case.node, case.sequence, case.tokens_per_step,
-        case.precision, case.lora_rank, case.lora_experts, case.skew,
+        case.precision, case.lora_rank, case.lora_experts, case.skew, case.stochastic_rounding,
     )  # fmt: skip
     parts = ", ".join(f"{name} {gib:.1f}" for name, gib in now.memory.items() if gib >= 0.05)
     fits = "" if now.gib <= request.planned_gib else ", MORE THAN FITS"

@@ -220,6 +220,38 @@ def test_cross_entropy_of_a_shard_of_the_vocabulary(vocabulary: int, dtype: torc
 
 
 @pytest.mark.skipif(NEW_NUMPY and not ON_GPU, reason="the interpreter needs an older numpy")
+@pytest.mark.parametrize("width", [72, 512])
+@pytest.mark.parametrize("counts", [[1], [130, 0, 1, 400, 0], [0, 0, 128, 256], [3] * 9])
+def test_grouped_outer(counts: list[int], width: int) -> None:
+    from lightning_ep.ops.kernels import grouped_outer as kernel
+
+    dtype = torch.bfloat16 if ON_GPU else torch.float16
+    offsets = torch.tensor(counts, device=DEVICE).cumsum(0).int()
+    x = torch.randn(sum(counts), 256, device=DEVICE).to(dtype)
+    y = torch.randn(sum(counts), width, device=DEVICE).to(dtype)
+    expected = grouped_mm.grouped_outer_twin(x.double(), y.double(), offsets)
+    assert not ON_GPU or kernel.serves(x, y, len(counts))
+    for programs in (1, 3, 100):
+        _poison(*expected.shape, dtype=dtype)
+        found = kernel.grouped_outer(x, y, offsets, programs=programs)
+        assert found[torch.tensor(counts) == 0].eq(0).all()
+        assert relative_error(found, expected) < 4e-3
+        assert kernel._counters(x.device).eq(0).all()
+
+
+@pytest.mark.skipif(NEW_NUMPY and not ON_GPU, reason="the interpreter needs an older numpy")
+def test_rows_of_other_experts_do_not_reach_a_gradient() -> None:
+    from lightning_ep.ops.kernels import grouped_outer as kernel
+
+    dtype = torch.bfloat16 if ON_GPU else torch.float16
+    x, y = (torch.ones(40, width, device=DEVICE, dtype=dtype) for width in (128, 64))
+    x[33:] = y[33:] = float("nan")
+    found = kernel.grouped_outer(x, y, torch.tensor([33, 40], device=DEVICE).int(), programs=2)
+    assert found[0].eq(33).all()
+    assert found[1].isnan().all()
+
+
+@pytest.mark.skipif(NEW_NUMPY and not ON_GPU, reason="the interpreter needs an older numpy")
 @pytest.mark.parametrize("transposed", [True, False])
 @pytest.mark.parametrize("width", [72, 256, 768])
 @pytest.mark.parametrize("counts", [[1], [130, 0, 1, 400, 0], [0, 0, 128, 256], [3] * 9])
@@ -456,10 +488,13 @@ _PARTS = [
 
 
 @pytest.mark.parametrize("factor", [None, 0.37])
-@pytest.mark.parametrize("moments", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(
+    ("weights", "moments"),
+    [(torch.bfloat16, torch.bfloat16), (torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16)],
+)
 @pytest.mark.parametrize(("size", "part"), _PARTS)
 def test_adamw_rounds_stochastically_as_its_twin(
-    size: int, part: tuple[int, int, int], moments: torch.dtype, factor: float | None
+    size: int, part: tuple[int, int, int], weights: torch.dtype, moments: torch.dtype, factor: float | None
 ) -> None:
     """Bit for bit, for three steps, with numbers that are not finite among them."""
     from lightning_ep.ops.adamw import Rule, Update, adamw_rounded_twin_
@@ -467,7 +502,7 @@ def test_adamw_rounds_stochastically_as_its_twin(
     from lightning_ep.ops.rounding import Elements
 
     rule = Rule(lr=0.01, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.1)
-    param = torch.randn(size, device=DEVICE).bfloat16()
+    param = torch.randn(size, device=DEVICE).to(weights)
     mean, square = (torch.rand(size, device=DEVICE).to(moments) for _ in range(2))
     found = Update(param, param, mean, square, torch.ones((), device=DEVICE))
     twin = Update(*(tensor.clone() for tensor in found))
@@ -479,8 +514,11 @@ def test_adamw_rounds_stochastically_as_its_twin(
         adamw_rounded_twin_(twin._replace(grad=grad), rule, by, Elements(key, *part))
         for name in ("param", "exp_avg", "exp_avg_sq"):
             a, b = getattr(found, name), getattr(twin, name)
-            assert torch.equal(a.nan_to_num(7.0), b.nan_to_num(7.0)), name
-            assert torch.equal(a.isnan(), b.isnan()), name
+            # The interpreter's exponential of the step's numbers differs from torch's in the last digit of fp64.
+            last = 2e-7 if name == "param" and weights == torch.float32 and not ON_GPU else 0
+            torch.testing.assert_close(
+                a, b, rtol=last, atol=last, equal_nan=True, msg=lambda m, name=name: f"{name}: {m}"
+            )
         found.step.add_(1)
         twin.step.add_(1)
     assert found.param[-1].isnan()

@@ -1,4 +1,4 @@
-"""Fine-tuning in 8 bytes per parameter learns what fp32 masters learn, and bf16 rounded to the nearest does not.
+"""Fine-tuning in 8 or 12 bytes per parameter learns what fp32 ones learn, and bf16 rounded to the nearest does not.
 
 In small what `benchmarks.rounding` does with four layers, whose curves docs/operate/training.md shows: a model that was
 trained on source code goes on with docstrings, at a rate at which most updates are lost to rounding. The reference is
@@ -81,18 +81,22 @@ def _fine_tuned(base: dict[str, Tensor], way: str, seed: int, steps: int = STEPS
     optimizer: torch.optim.Optimizer
     if way == "masters":
         optimizer = torch.optim.AdamW(masters.values(), lr=RATE, weight_decay=DECAY)
+    elif way == "moments":  # fp32 weights, moments in bf16
+        moments = AdamW(masters.values(), lr=RATE, weight_decay=DECAY, stochastic_rounding=True)
+        moments.name_parameters(masters, seed)
+        optimizer = moments
     else:
         ours = AdamW(params.values(), lr=RATE, weight_decay=DECAY, stochastic_rounding=way == "stochastic")
         ours.name_parameters(params, seed)
         optimizer = ours
     for ids in _batches(TRAINED, steps, seed):
         _loss(model, ids).backward()
-        for name, param in params.items() if way == "masters" else ():
+        for name, param in params.items() if way in ("masters", "moments") else ():
             assert param.grad is not None
             masters[name].grad = param.grad.float()
         optimizer.step()
         model.zero_grad()
-        if way == "masters":
+        if way in ("masters", "moments"):
             model.load_state_dict(masters)
     with torch.no_grad():
         return _loss(model, HELD_OUT).item()
@@ -103,11 +107,13 @@ def test_stochastic_rounding_learns_what_fp32_masters_learn_and_rounding_to_the_
     base: dict[str, Tensor],
 ) -> None:
     before = _fine_tuned(base, "masters", 0, steps=0)
-    ends = {way: [_fine_tuned(base, way, seed) for seed in SEEDS] for way in ("masters", "stochastic", "nearest")}
+    ways = ("masters", "moments", "stochastic", "nearest")
+    ends = {way: [_fine_tuned(base, way, seed) for seed in SEEDS] for way in ways}
     spread = max(ends["masters"]) - min(ends["masters"])
     means = {way: statistics.fmean(losses) for way, losses in ends.items()}
     learnt = before - means["masters"]
     assert learnt > 10 * spread, "there is something to learn"
     assert abs(means["stochastic"] - means["masters"]) < spread
+    assert abs(means["moments"] - means["masters"]) < spread
     assert means["nearest"] - means["masters"] > 5 * spread
     assert before - means["nearest"] < learnt / 2

@@ -38,7 +38,8 @@ class Given(TinyModule):
 
     def on_before_optimizer_step(self, optimizer: Any) -> None:
         for name, param in self.model.named_parameters():
-            assert param.dtype == param.grad.dtype == torch.bfloat16
+            if self.trainer.precision == "bf16-true":
+                assert param.dtype == param.grad.dtype == torch.bfloat16
             full = _given(name, self.global_step, param.shape).to(param.device)
             local_tensor(param.grad).copy_(local_region(param).of(full))
             assert torch.equal(whole(param.grad), full.cpu()), name
@@ -54,14 +55,14 @@ class AtStep(L.Callback):
 
 
 def _trained(
-    root: str, seed: int, steps: int, resume: str | None, save: str | None, layout: dict[str, int]
+    root: str, seed: int, steps: int, resume: str | None, save: str | None, precision: str, layout: dict[str, int]
 ) -> dict[str, Tensor]:
-    """Weights and moments of a run, whole."""
+    """Weights and moments of a run, whole; with fp32 weights those of matrices."""
     L.seed_everything(seed)
     module = Given(num_hidden_layers=2, moe_intermediate_size=18)
     callbacks: list[Any] = [AtStep(2, Path(save))] if save else []
     trainer = quiet(
-        Path(root), max_steps=steps, precision="bf16-true", callbacks=callbacks,
+        Path(root), max_steps=steps, precision=precision, callbacks=callbacks,
         strategy=ExpertParallelStrategy(**layout), enable_checkpointing=False,
     )  # fmt: skip
     found: dict[str, Tensor] = {}
@@ -71,6 +72,10 @@ def _trained(
             (optimizer,) = trainer.strategy.optimizers
             for name, param in module.model.named_parameters():
                 state = optimizer.state[param]
+                if precision == "bf16-mixed" and param.ndim == 1:
+                    assert {param.dtype, state["exp_avg"].dtype, state["exp_avg_sq"].dtype} == {torch.float32}
+                    continue
+                assert state["exp_avg"].dtype == state["exp_avg_sq"].dtype == torch.bfloat16
                 found.update({name: whole(param), f"{name}.m": whole(state["exp_avg"])})
                 found[f"{name}.v"] = whole(state["exp_avg_sq"])
 
@@ -81,10 +86,11 @@ def _trained(
 
 
 def _on(
-    world: int, root: Path, seed: int = 1, steps: int = _STEPS, resume: Any = None, save: Any = None, **layout: int
-) -> dict[str, Tensor]:
+    world: int, root: Path, seed: int = 1, steps: int = _STEPS, resume: Any = None, save: Any = None,
+    precision: str = "bf16-true", **layout: int,
+) -> dict[str, Tensor]:  # fmt: skip
     ways = [None if way is None else str(way) for way in (resume, save)]
-    return run_ranks(world, _trained, str(root), seed, steps, *ways, layout)[0]
+    return run_ranks(world, _trained, str(root), seed, steps, *ways, precision, layout)[0]
 
 
 def _differences(found: dict[str, Tensor], expected: dict[str, Tensor]) -> list[str]:
@@ -119,6 +125,14 @@ def test_a_run_goes_on_with_the_same_bits_on_another_layout(alone: dict[str, Ten
     saved = tmp_path / "at_step_2.ckpt"
     _on(4, tmp_path, steps=2, save=saved, ep=2)
     assert _differences(_on(2, tmp_path, seed=5, resume=saved, ep=2), alone) == []
+
+
+def test_moments_beside_fp32_weights_agree_on_another_layout_and_after_a_resume(tmp_path: Path) -> None:
+    expected = _on(1, tmp_path / "alone", precision="bf16-mixed", ep=1)
+    assert {tensor.dtype for name, tensor in expected.items() if name.endswith("weight")} == {torch.float32}
+    saved = tmp_path / "at_step_2.ckpt"
+    _on(4, tmp_path, steps=2, save=saved, precision="bf16-mixed", ep=2)
+    assert _differences(_on(2, tmp_path, seed=5, resume=saved, precision="bf16-mixed", ep=2), expected) == []
 
 
 def test_another_seed_rounds_otherwise(alone: dict[str, Tensor], tmp_path: Path) -> None:
@@ -216,17 +230,52 @@ def test_a_state_of_torchs_adamw_does_not_turn_it_off() -> None:
     theirs.step()
 
 
+def _with_moments(steps: int, **flags: Any) -> tuple[AdamW, Tensor, Tensor]:
+    matrix, vector = (torch.linspace(0.1, 1, 12).view(shape).requires_grad_() for shape in ((3, 4), (12,)))
+    optimizer = AdamW([matrix, vector], lr=1e-3, **flags)
+    for step in range(steps):
+        matrix.grad, vector.grad = (_given("moments", step, p.shape).float() for p in (matrix, vector))
+        optimizer.step()
+    return optimizer, matrix, vector
+
+
+def _dtypes(optimizer: AdamW, param: Tensor) -> set[torch.dtype]:
+    return {optimizer.state[param][key].dtype for key in ("exp_avg", "exp_avg_sq")}
+
+
+def test_states_get_the_dtype_of_who_loads_them() -> None:
+    wide, *_ = _with_moments(2)
+    narrow, matrix, vector = _with_moments(2, stochastic_rounding=True)
+    assert _dtypes(narrow, matrix) == {torch.bfloat16}
+    assert _dtypes(narrow, vector) == {torch.float32}
+    kept = {key: narrow.state[matrix][key].clone() for key in ("exp_avg", "exp_avg_sq")}
+    narrow.load_state_dict(copy.deepcopy(narrow.state_dict()))
+    assert _dtypes(narrow, matrix) == {torch.bfloat16}
+    assert all(torch.equal(narrow.state[matrix][key], moment) for key, moment in kept.items())
+    # What says how to compute is of the optimizer that loads (see `continued_groups`), as a resume has it.
+    state = wide.state_dict()
+    state["param_groups"][0]["stochastic_rounding"] = True
+    narrow.load_state_dict(state)
+    assert _dtypes(narrow, matrix) == {torch.bfloat16}
+    narrow.step()
+    theirs = torch.optim.AdamW([matrix, vector], fused=True)
+    theirs.load_state_dict(narrow.state_dict())
+    theirs.step()
+    assert theirs.state[matrix]["exp_avg"].dtype == torch.float32
+    with pytest.raises(ValueError, match="group"):
+        AdamW([matrix]).load_state_dict(narrow.state_dict())
+
+
 # ---------------------------------------------------------------------------------------------- what is refused
 
 
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ({"precision": "bf16-mixed"}, "of the parameters that it has none is"),
         ({"accumulate_grad_batches": 2}, "accumulate_grad_batches=2"),
         ({"callbacks": [GradientAccumulationScheduler({1: 3})]}, "accumulate_grad_batches=3"),
     ],
-    ids=["fp32 weights", "accumulation", "accumulation later"],
+    ids=["accumulation", "accumulation later"],
 )
 def test_is_refused_before_anything_runs(tmp_path: Path, flags: dict[str, Any], message: str) -> None:
     module = Given()

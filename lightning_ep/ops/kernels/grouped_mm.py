@@ -95,11 +95,12 @@ def serves(x_PA: Tensor, weight_EAB: Tensor, beside: tuple[Tensor, Tensor] | Non
     addressable = a % _DEPTH == 0 and b % 8 == 0 and contiguous and stored and x_PA.shape[0] > 0
     bf16 = all(t.dtype == torch.bfloat16 for t in (x_PA, weight_EAB, *(beside or ())))
     factor_ERB = None if beside is None else beside[1]
-    return addressable and bf16 and x_PA.is_cuda and _is_hopper(x_PA.device) and _works(weight_EAB, factor_ERB)
+    return addressable and bf16 and x_PA.is_cuda and is_hopper(x_PA.device) and _works(weight_EAB, factor_ERB)
 
 
 @cache
-def _is_hopper(device: torch.device) -> bool:
+def is_hopper(device: torch.device) -> bool:
+    """Whether a GPU is one."""
     return torch.cuda.get_device_capability(device) == (9, 0)
 
 
