@@ -37,10 +37,11 @@ def _cross_entropy_kernel(
     chosen = tl.load(logits + target, mask=exists, other=float("nan")).to(tl.float32)
     tl.store(losses + row, tl.log(total) + largest - chosen)
     if GRADIENT:
+        inverse = 1.0 / total  # a division for every logit takes a seventh of the time
         for start in range(0, V, BLOCK):
             mask = start + cols < V
             x = tl.load(logits + start + cols, mask=mask).to(tl.float32)
-            gradient = tl.exp(x - largest) / total - tl.where(start + cols == target, 1.0, 0.0)
+            gradient = tl.exp(x - largest) * inverse - tl.where(start + cols == target, 1.0, 0.0)
             gradient = tl.where(exists, gradient, float("nan"))
             tl.store(logits + start + cols, gradient.to(logits.dtype.element_ty), mask=mask)
 
