@@ -70,6 +70,7 @@ def measured() -> Iterator[Measured]:
         settings: dict[str, Any] = {name: int(row[name]) for name in names}
         settings |= {"recompute": row["recompute"], "precision": row["precision"]}
         settings["lora_experts"] = row["lora_experts"] != "no"
+        settings["stochastic_rounding"] = row["moments"] == "bf16"
         case = Case(QWEN3_30B_A3B, **settings)
         cap_gib = float(row["cap_gib"]) if row["cap_gib"] else None
         estimated = tokens_per_second(case, GPUS["H200"]), peak_gib(case, allocatable_gib(GPUS["H200"], cap_gib))
@@ -83,6 +84,7 @@ def estimates() -> str:
         lora = f"LoRA of {'all' if case.lora_experts else 'attention'} r={case.lora_rank}" if case.lora_rank else ""
         again = case.recompute if case.recompute != "none" else ""
         short = "8 bytes per parameter" if case.precision == "bf16-true" else ""
+        short = "12 bytes per parameter" if case.stochastic_rounding else short
         layout = (f"ep={case.ep}", f"cp={case.cp}" if case.cp > 1 else "", again, lora, short)
         rows.append(
             (

@@ -142,6 +142,12 @@ def _small_files(size: int) -> Any:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
+def _leads_to(link: Path, name: str) -> bool:
+    with contextlib.suppress(FileNotFoundError):
+        return os.readlink(link) == name
+    return False
+
+
 def _full_disk(root: Path, distributed: bool, asynchronous: bool, rank: int) -> dict[str, Any]:
     class Fill(L.Callback):
         def __init__(self) -> None:
@@ -149,8 +155,9 @@ def _full_disk(root: Path, distributed: bool, asynchronous: bool, rank: int) -> 
 
         def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
             if trainer.global_step == 2 and dist.get_rank() == rank:
-                while os.readlink(root / "saved" / "last.ckpt") != "step=2.ckpt":
-                    time.sleep(0.01)  # the save before may still be writing
+                # The save before may still be writing, and rank 0 be between the old link and the new one.
+                while not _leads_to(root / "saved" / "last.ckpt", "step=2.ckpt"):
+                    time.sleep(0.01)
                 self.limit.enter_context(_small_files(20_000))
 
     fill = Fill()
