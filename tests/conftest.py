@@ -142,7 +142,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
                 item.add_marker(pytest.mark.skip(reason=reason))
     long: Counter[str] = Counter()
     for item in items:
-        marked = any(map(item.get_closest_marker, ("slow", "gpu", "fault_injection")))
+        # With a limit of its own a test says that it is long.
+        marked = any(map(item.get_closest_marker, ("slow", "gpu", "fault_injection", "timeout")))
         if marked or _ON_CUDA or _reaches(item, _PROCESSES):  # on a GPU kernels are compiled in the test's process
             long[_module(item)] += 1
         else:

@@ -148,11 +148,17 @@ def _end_groups() -> None:
         return
     if on_cuda():
         # The default one lives on: torch 2.11 breaks (SIGSEGV in `split_group`) once it has been initialised again.
-        for group in list(dist.distributed_c10d._world.pg_map):
-            if group is not dist.group.WORLD:
-                dist.destroy_process_group(group)
+        end_groups_of_runs()
     else:
         dist.destroy_process_group()
+        _clear_sharding_prop_cache()
+
+
+def end_groups_of_runs() -> None:
+    """Ends all groups but the default one: torch keeps them, and each of gloo has threads that look every 10 ms."""
+    for group in list(dist.distributed_c10d._world.pg_map):
+        if group is not dist.group.WORLD:
+            dist.destroy_process_group(group)
     # It holds meshes whose groups have just ended. Every thread has one: autograd's thread of a GPU, too.
     _clear_sharding_prop_cache()
     if on_cuda():

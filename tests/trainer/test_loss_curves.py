@@ -107,13 +107,13 @@ def test_stochastic_rounding_learns_what_fp32_masters_learn_and_rounding_to_the_
     base: dict[str, Tensor],
 ) -> None:
     before = _fine_tuned(base, "masters", 0, steps=0)
-    ways = ("masters", "moments", "stochastic", "nearest")
-    ends = {way: [_fine_tuned(base, way, seed) for seed in SEEDS] for way in ways}
+    seeds = {"masters": SEEDS, "stochastic": SEEDS, "moments": SEEDS[:1], "nearest": SEEDS[:1]}
+    ends = {way: [_fine_tuned(base, way, seed) for seed in some] for way, some in seeds.items()}
     spread = max(ends["masters"]) - min(ends["masters"])
     means = {way: statistics.fmean(losses) for way, losses in ends.items()}
     learnt = before - means["masters"]
     assert learnt > 10 * spread, "there is something to learn"
     assert abs(means["stochastic"] - means["masters"]) < spread
-    assert abs(means["moments"] - means["masters"]) < spread
+    assert abs(ends["moments"][0] - ends["masters"][0]) < spread / 2  # of the same seed
     assert means["nearest"] - means["masters"] > 5 * spread
     assert before - means["nearest"] < learnt / 2
