@@ -32,7 +32,7 @@ def prepare_optimizers(optimizers: list[Optimizer], module: LightningModule, see
         params = [param for group in optimizer.param_groups for param in group["params"]]
         in_bf16 = [param for param in params if param.dtype == torch.bfloat16]
         if isinstance(optimizer, AdamW) and optimizer.rounds:
-            if in_bf16:
+            if str(module.trainer.precision) == "bf16-true":  # elsewhere what is bf16 is frozen
                 _refuse_accumulation(module.trainer)
             optimizer.name_parameters({clean(name): param for name, param in module.named_parameters()}, seed())
         elif any(param.requires_grad for param in in_bf16):

@@ -242,6 +242,32 @@ def test_grouped_outer(counts: list[int], width: int) -> None:
 
 
 @pytest.mark.skipif(NEW_NUMPY and not ON_GPU, reason="the interpreter needs an older numpy")
+def test_a_grouped_outer_that_works_is_used_and_another_is_left_to_torch(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from lightning_ep.ops.kernels import grouped_outer as kernel
+    from lightning_ep.ops.kernels import tried
+
+    if not ON_GPU:
+        monkeypatch.setattr(kernel, "multiprocessors", lambda device: 3)
+    x, y = (torch.randn(9, width, device=DEVICE).to(torch.bfloat16 if ON_GPU else torch.float16) for width in (128, 64))
+    right = kernel.grouped_outer
+    for launch, wanted in (
+        (right, True),
+        (lambda x, y, ends: right(x, y, ends) * 2, False),
+        (lambda x, y, ends: right(x, y, ends) + 1, False),  # of experts without rows, too
+        (lambda x, y, ends: (x.t() @ y).repeat(len(ends), 1, 1), False),
+    ):
+        monkeypatch.setattr(tried, "_WORKS", {})
+        monkeypatch.setattr(kernel, "grouped_outer", launch)
+        assert kernel._works(x, y, 3) is wanted
+    assert len(caplog.records) == 3
+    assert (
+        "No gradient GEMM of lightning_ep for weights (3, 128, 64), torch's instead: its results differ" in caplog.text
+    )
+
+
+@pytest.mark.skipif(NEW_NUMPY and not ON_GPU, reason="the interpreter needs an older numpy")
 def test_rows_of_other_experts_do_not_reach_a_gradient() -> None:
     from lightning_ep.ops.kernels import grouped_outer as kernel
 
@@ -357,13 +383,14 @@ def test_a_grouped_mm_that_fails_is_left_to_torch(
     from triton.runtime.errors import OutOfResources
 
     from lightning_ep.ops.kernels import grouped_mm as kernel
+    from lightning_ep.ops.kernels import tried
 
     def launch(x_PA: Tensor, weight_EAB: Tensor, offsets_E: Tensor, beside: None) -> Tensor:
         if failure.startswith("out of"):
             raise OutOfResources(245784, 232448, "shared memory")
         return x_PA @ weight_EAB[1]
 
-    monkeypatch.setattr(kernel, "_WORKS", {})
+    monkeypatch.setattr(tried, "_WORKS", {})
     monkeypatch.setattr(kernel, "grouped_mm", launch)
     weight = torch.randn(2, 64, 8, device=DEVICE)
     assert [kernel._works(weight) for _ in range(2)] == [False, False]
@@ -374,8 +401,9 @@ def test_a_grouped_mm_that_fails_is_left_to_torch(
 def test_a_grouped_mm_that_leaves_out_what_is_beside_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where the first factor that comes is zero, as that of an adapter which begins."""
     from lightning_ep.ops.kernels import grouped_mm as kernel
+    from lightning_ep.ops.kernels import tried
 
-    monkeypatch.setattr(kernel, "_WORKS", {})
+    monkeypatch.setattr(tried, "_WORKS", {})
     monkeypatch.setattr(kernel, "grouped_mm", lambda x_PA, weight_EAB, ends_E, beside: x_PA @ weight_EAB[0])
     weight, factor = torch.randn(2, 64, 16, device=DEVICE), torch.zeros(2, 8, 16, device=DEVICE)
     assert kernel._works(weight)
@@ -386,15 +414,16 @@ def test_a_grouped_mm_that_leaves_out_what_is_beside_is_not_used(monkeypatch: py
 @pytest.mark.parametrize("transposed", [True, False])
 def test_a_grouped_mm_that_works_is_used(transposed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     from lightning_ep.ops.kernels import grouped_mm as kernel
+    from lightning_ep.ops.kernels import tried
 
-    monkeypatch.setattr(kernel, "_WORKS", {})
+    monkeypatch.setattr(tried, "_WORKS", {})
     if not ON_GPU:
         monkeypatch.setattr(kernel, "multiprocessors", lambda device: 4)
     dtype = torch.bfloat16 if ON_GPU else torch.float16
     weight, factor = (_stored(3, size, 128, transposed, dtype) for size in (128, 8))
     assert kernel._works(weight)
     assert kernel._works(weight, torch.zeros_like(factor))
-    assert len(kernel._WORKS) == 2
+    assert len(tried._WORKS) == 2
 
 
 @pytest.mark.skipif(not ON_GPU, reason="needs a GPU")

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import logging
 from functools import cache
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.runtime.errors import OutOfResources
 
 from lightning_ep.ops.kernels import multiprocessors
 from lightning_ep.ops.kernels.launch import Kernel, tiles
-
-_log = logging.getLogger(__name__)
-_WORKS: dict[tuple[object, ...], bool] = {}
+from lightning_ep.ops.kernels.tried import ROWS, close, numbers, works
 
 _ROWS, _COLS, _DEPTH = 128, 256, 64  # of a tile; one per multiprocessor fits with three stages
 _RANKS = 16  # of a low-rank product, at a time: as few as tensor cores multiply, and more would not fit beside the tile
@@ -105,45 +101,23 @@ def is_hopper(device: torch.device) -> bool:
 
 
 def _works(weight_EAB: Tensor, factor_ERB: Tensor | None = None) -> bool:
-    """Whether Triton makes a kernel for these sizes that fits the chip and computes what torch does.
-
-    Tried once per size: Triton 3.6 makes one that is too large for tiles of a single step, and what other versions make
-    of warp specialisation has not been seen.
-    """
+    """Triton 3.6 makes a kernel that is too large for tiles of a single step."""
     operands = (weight_EAB,) if factor_ERB is None else (weight_EAB, factor_ERB)
-    key = (*((*operand.shape, operand.is_contiguous()) for operand in operands), weight_EAB.device)
-    if key not in _WORKS:
-        try:
-            reason = "" if _agrees(*operands) else "its results differ"
-        except torch.OutOfMemoryError:
-            raise  # says nothing of the kernel
-        except (OutOfResources, RuntimeError) as error:
-            reason = str(error).partition("\n")[0]
-        if reason:
-            sizes = " and ".join(str(tuple(operand.shape)) for operand in operands)
-            _log.warning(f"No grouped GEMM of lightning_ep for weights {sizes}, torch's instead: {reason}")
-        _WORKS[key] = not reason
-    return _WORKS[key]
+    stored = (weight_EAB.device, *(operand.is_contiguous() for operand in operands))
+    return works("grouped GEMM", [tuple(operand.shape) for operand in operands], stored, lambda: _agrees(*operands))
 
 
 def _agrees(weight_EAB: Tensor, factor_ERB: Tensor | None = None) -> bool:
-    num_rows = _ROWS + 72  # of the first expert: a whole tile and a part of one
-    ends_E = torch.full(weight_EAB.shape[:1], num_rows, dtype=torch.int32, device=weight_EAB.device)
-    x_PA, beside = _numbers(num_rows, weight_EAB), None
+    ends_E = torch.full(weight_EAB.shape[:1], ROWS, dtype=torch.int32, device=weight_EAB.device)  # all the first's
+    x_PA, beside = numbers(weight_EAB.shape[1], weight_EAB), None
     expected = (x_PA @ weight_EAB[0]).float()
     if factor_ERB is not None:
         # Like it, but with other numbers: the factor of an adapter that begins is zero.
-        like_ERB = torch.empty_like(factor_ERB).copy_(_numbers(factor_ERB.shape[2], factor_ERB).t() / 32)
-        beside = (_numbers(num_rows, factor_ERB), like_ERB)
+        other = torch.arange(factor_ERB[0].numel(), device=factor_ERB.device) % 17 - 8
+        like_ERB = torch.empty_like(factor_ERB).copy_(other.view(factor_ERB.shape[1:]) / 32)
+        beside = (numbers(factor_ERB.shape[1], factor_ERB), like_ERB)
         expected += (beside[0] @ like_ERB[0]).float()
-    difference = grouped_mm(x_PA, weight_EAB, ends_E, beside).float() - expected
-    return bool(difference.norm() <= 1e-2 * expected.norm())
-
-
-def _numbers(num_rows: int, weight_EAB: Tensor) -> Tensor:
-    """Rows ``[num_rows, A]`` to try a weight with."""
-    numbers = torch.arange(num_rows * weight_EAB.shape[1], device=weight_EAB.device) % 17 - 8
-    return numbers.to(weight_EAB.dtype).view(num_rows, -1)
+    return close(grouped_mm(x_PA, weight_EAB, ends_E, beside), expected)
 
 
 def grouped_mm(

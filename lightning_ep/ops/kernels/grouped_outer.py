@@ -17,9 +17,12 @@ from torch import Tensor
 from lightning_ep.ops.kernels import multiprocessors
 from lightning_ep.ops.kernels.grouped_mm import is_hopper
 from lightning_ep.ops.kernels.launch import Kernel, tiles
+from lightning_ep.ops.kernels.tried import ROWS, close, numbers, works
 
 _ROWS, _COLS, _DEPTH, _STAGES = 128, 256, 32, 6  # of a tile; one per multiprocessor
 _SHARED = tl.constexpr(3)  # eighths of the tiles that are shared out: what a program fetches costs it a microsecond
+
+_MOST_EXPERTS = 1024  # that every program sorts
 
 _COUNTERS: dict[tuple[torch.device, int], Tensor] = {}
 
@@ -65,12 +68,23 @@ def _grouped_outer_kernel(
 
 
 def serves(x_PA: Tensor, y_PB: Tensor, num_experts: int) -> bool:
-    """Whether the kernel takes these operands: bf16 on Hopper, and whole tiles."""
+    """Whether the kernel takes these operands: bf16 on Hopper, whole tiles, and it works."""
     bf16 = x_PA.dtype == y_PB.dtype == torch.bfloat16
     addressable = x_PA.is_contiguous() and y_PB.is_contiguous() and x_PA.shape[1] % _ROWS == y_PB.shape[1] % 8 == 0
-    return (
-        bf16 and addressable and x_PA.is_cuda and x_PA.shape[0] > 0 and num_experts <= 1024 and is_hopper(x_PA.device)
-    )
+    hopper = x_PA.is_cuda and x_PA.shape[0] > 0 and is_hopper(x_PA.device)
+    return bf16 and addressable and hopper and num_experts <= _MOST_EXPERTS and _works(x_PA, y_PB, num_experts)
+
+
+def _works(x_PA: Tensor, y_PB: Tensor, num_experts: int) -> bool:
+    sizes = (num_experts, x_PA.shape[1], y_PB.shape[1])
+    return works("gradient GEMM", [sizes], x_PA.device, lambda: _agrees(x_PA, y_PB, num_experts))
+
+
+def _agrees(x_PA: Tensor, y_PB: Tensor, num_experts: int) -> bool:
+    ends_E = torch.full((num_experts,), ROWS, dtype=torch.int32, device=x_PA.device)  # all the first's
+    x, y = numbers(x_PA.shape[1], x_PA), numbers(y_PB.shape[1], y_PB)
+    found_EAB = grouped_outer(x, y, ends_E)
+    return close(found_EAB[0], (x.t() @ y).float()) and not found_EAB[1:].any()
 
 
 def grouped_outer(x_PA: Tensor, y_PB: Tensor, offsets_E: Tensor, programs: int | None = None) -> Tensor:
