@@ -146,12 +146,10 @@ def _modules_of_the_package() -> list[tuple[str, ModuleType]]:
 def _end_groups() -> None:
     if not dist.is_initialized():
         return
-    if on_cuda():
-        # The default one lives on: torch 2.11 breaks (SIGSEGV in `split_group`) once it has been initialised again.
-        end_groups_of_runs()
-    else:
+    end_groups_of_runs()
+    # On GPUs the default one lives on: torch 2.11 breaks (SIGSEGV in `split_group`) once it has been initialised again.
+    if not on_cuda():
         dist.destroy_process_group()
-        _clear_sharding_prop_cache()
 
 
 def end_groups_of_runs() -> None:

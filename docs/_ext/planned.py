@@ -83,8 +83,8 @@ def estimates() -> str:
     for case, rate, gib, estimated_rate, estimated_gib, _ in measured():
         lora = f"LoRA of {'all' if case.lora_experts else 'attention'} r={case.lora_rank}" if case.lora_rank else ""
         again = case.recompute if case.recompute != "none" else ""
-        short = "8 bytes per parameter" if case.precision == "bf16-true" else ""
-        short = "12 bytes per parameter" if case.stochastic_rounding else short
+        size = {("bf16-true", 2): 8, ("bf16-mixed", 2): 12}.get((case.precision, case.moment_bytes))
+        short = f"{size} bytes per parameter" if size else ""
         layout = (f"ep={case.ep}", f"cp={case.cp}" if case.cp > 1 else "", again, lora, short)
         rows.append(
             (

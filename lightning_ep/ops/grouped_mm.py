@@ -58,16 +58,21 @@ def grouped_outer(
         dtype: Of the result.
         beside_collective: Whether one has begun that is to be hidden under this.
     """
-    if beside_collective and x_PA.is_cuda:
-        from lightning_ep.ops.kernels import grouped_outer as triton_grouped_outer
-
-        if triton_grouped_outer.serves(x_PA, y_PB, offsets_E.shape[0]):
-            out_EAB = triton_grouped_outer.grouped_outer(x_PA, y_PB, offsets_E)
-            return out_EAB if out_EAB.dtype == dtype else _cast(out_EAB, dtype)
-    if _fast(x_PA, y_PB, x_PA.shape[1], y_PB.shape[1]):
+    if not _fast(x_PA, y_PB, x_PA.shape[1], y_PB.shape[1]):
+        return grouped_outer_twin(x_PA, y_PB, offsets_E).to(dtype)
+    out_EAB = _beside_collective(x_PA, y_PB, offsets_E) if beside_collective else None
+    if out_EAB is None:
         out_EAB = F.grouped_mm(x_PA.t(), y_PB, offs=offsets_E)
-        return out_EAB if out_EAB.dtype == dtype else _cast(out_EAB, dtype)
-    return grouped_outer_twin(x_PA, y_PB, offsets_E).to(dtype)
+    return out_EAB if out_EAB.dtype == dtype else _cast(out_EAB, dtype)
+
+
+def _beside_collective(x_PA: Tensor, y_PB: Tensor, offsets_E: Tensor) -> Tensor | None:
+    """`grouped_outer` on the multiprocessors that a collective leaves; None where the kernel does not serve."""
+    from lightning_ep.ops.kernels import grouped_outer as triton_grouped_outer
+
+    if not triton_grouped_outer.serves(x_PA, y_PB, offsets_E.shape[0]):
+        return None
+    return triton_grouped_outer.grouped_outer(x_PA, y_PB, offsets_E)
 
 
 def grouped_outer_twin(x_PA: Tensor, y_PB: Tensor, offsets_E: Tensor) -> Tensor:

@@ -231,9 +231,8 @@ def test_grouped_outer(counts: list[int], width: int) -> None:
     y = torch.randn(sum(counts), width, device=DEVICE).to(dtype)
     expected = grouped_mm.grouped_outer_twin(x.double(), y.double(), offsets)
     assert not ON_GPU or kernel.serves(x, y, len(counts))
-    for programs in (
-        (1, 3, 100) if ON_GPU else (3,)
-    ):  # more than tiles, too; each sorts, which the interpreter is slow at
+    # More than there are tiles, too. Each sorts, which the interpreter is slow at.
+    for programs in (1, 3, 100) if ON_GPU else (3,):
         _poison(*expected.shape, dtype=dtype)
         found = kernel.grouped_outer(x, y, offsets, programs=programs)
         assert found[torch.tensor(counts) == 0].eq(0).all()
