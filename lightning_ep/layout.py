@@ -158,14 +158,19 @@ class ParallelLayout:
         return [list(range(start, start + self.ep)) for start in range(0, self.world_size, self.ep)]
 
     def build_meshes(self, device_type: str) -> Meshes:
-        """Creates the device meshes; every rank must call it, once, after the process group exists.
+        """The device meshes, made at the first call for these sizes; every rank must call it, with a process group.
 
         The EP and TP groups have communicators of their own, also where one spans all ranks: in the one that FSDP uses,
         tokens would queue behind parameters and gradients.
         """
-        from torch.distributed.device_mesh import init_device_mesh
+        from lightning_ep.distributed.groups import once
 
         one_worker_per_gloo_group(device_type)
+        return once(("meshes", self, device_type), lambda: self._make_meshes(device_type))
+
+    def _make_meshes(self, device_type: str) -> Meshes:
+        from torch.distributed.device_mesh import init_device_mesh
+
         all_own = _has_two_workers(_default_backend(device_type))
 
         def mesh(sizes: dict[str, int], kept: tuple[str, ...]) -> DeviceMesh:

@@ -30,6 +30,7 @@ import torch.distributed as dist
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 
+from lightning_ep.distributed import groups
 from lightning_ep.layout import one_worker_per_gloo_group
 
 STACK_SIGNAL = signal.SIGUSR2  # Lightning and SLURM use SIGUSR1
@@ -154,6 +155,7 @@ def _end_groups() -> None:
 
 def end_groups_of_runs() -> None:
     """Ends all groups but the default one: torch keeps them, and each of gloo has threads that look every 10 ms."""
+    groups._made.clear()
     for group in list(dist.distributed_c10d._world.pg_map):
         if group is not dist.group.WORLD:
             dist.destroy_process_group(group)

@@ -9,7 +9,6 @@ A test module holds ``row = Rows()``, registers functions with ``@row()`` and en
 
 from __future__ import annotations
 
-import gc
 import importlib
 import re
 import time
@@ -26,7 +25,6 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from tests.rank_process import end_groups_of_runs, on_cuda
 from tests.ranks import run_ranks
 from tests.reference import grad_or_zero, relative_error, tiny_model
 from tests.tiny import TinyModule, loader, quiet
@@ -82,9 +80,6 @@ def _worker(module: str, names: list[str], root: Path) -> dict[str, str]:
         print(f"row {name}: {time.perf_counter() - start:.2f} s", flush=True)
         if hung := _others_hang(index):
             raise AssertionError(f"rank(s) {hung} hang in row {name}, which here {ended[name] or 'passed'}")
-        if dist.is_initialized() and not on_cuda():
-            gc.collect()  # models and Trainers, which hold groups
-            end_groups_of_runs()
     return ended
 
 

@@ -22,6 +22,7 @@ from lightning_ep.checkpoint.files import FileRecord
 from lightning_ep.checkpoint.staging import HostBuffer
 from lightning_ep.checkpoint.tensor_files import State, flatten, write_shards
 from lightning_ep.distributed.agreement import Ranks
+from lightning_ep.distributed.groups import once
 from lightning_ep.distributed.shards import local_tensor
 from lightning_ep.hub.errors import CheckpointError
 
@@ -54,8 +55,8 @@ class Checkpoints:
     """
 
     def __init__(self, timeout: timedelta, ranks_per_node: int = 1) -> None:
-        self.ranks = Ranks(CheckpointError, timeout)
-        self._queue = JobQueue()
+        # Of all runs of a process: a run inside of another's callback waits for what that one is still writing.
+        self.ranks, self._queue = once(("checkpoints", timeout), lambda: (Ranks(CheckpointError, timeout), JobQueue()))
         self._buffer = HostBuffer()
         self._threads = max(1, min(_MAX_THREADS, (os.cpu_count() or 1) // ranks_per_node))
         self._newest: Path | None = None

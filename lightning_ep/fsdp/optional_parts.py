@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from lightning_ep import transformers_adapter as adapter
+from lightning_ep.distributed.groups import once
 from lightning_ep.fsdp import state as fsdp
 from lightning_ep.fsdp.passes import cast_inputs
 from lightning_ep.fsdp.state import Group, State
@@ -64,7 +65,8 @@ class OptionalParts:
         self._layers = layers
         self._waiting = False
         # Over the hosts: what they say to one another would wait on a GPU for all that was launched before.
-        self.hosts = dist.group.WORLD if dist.get_backend() == "gloo" else dist.new_group(backend="gloo")
+        over_hosts = dist.get_backend() == "gloo"
+        self.hosts = dist.group.WORLD if over_hosts else once("parts", lambda: dist.new_group(backend="gloo"))
         for unit in units:
             fsdp.leave_alone(fsdp.state_of(unit[0]))
             for module in unit:

@@ -25,6 +25,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from typing_extensions import override
 
+from lightning_ep.distributed.groups import once
 from lightning_ep.trainer.interrupts import EXIT_CODE, Interrupts
 from lightning_ep.trainer.steering import Settings, fingerprint, raise_difference, settings
 
@@ -125,7 +126,7 @@ class AgreeOnSignals(Callback):
     def __init__(self, timeout: timedelta, at_once: Callable[[], AbstractContextManager[None]]) -> None:
         self._at_once = at_once
         self._flags: SignalFlags | None = None
-        self._group = dist.new_group(backend="gloo", timeout=timeout)
+        self._group = once(("signals", timeout), lambda: dist.new_group(backend="gloo", timeout=timeout))
         self._value = torch.zeros(3, dtype=torch.int64)
         self._exchange: Any = None
         self._compared: Settings = (0, [])

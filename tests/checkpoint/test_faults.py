@@ -46,11 +46,12 @@ class _AfterSave(L.Callback):
     """Calls a function once, on a thread, some seconds after the training has reached a step."""
 
     def __init__(self, step: int, seconds: float, function: Any) -> None:
-        self.step, self.seconds, self.function = step, seconds, function
+        self.step, self.timer = step, threading.Timer(seconds, function)
 
     def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
-        if trainer.global_step == self.step:
-            threading.Timer(self.seconds, self.function).start()
+        # Once: several batches may end in one step, and a second signal may come when the first has ended the run.
+        if trainer.global_step == self.step and self.timer.ident is None:
+            self.timer.start()
 
 
 def _keep(root: Path, link: bool) -> ModelCheckpoint:
