@@ -19,8 +19,9 @@ from lightning_ep.ops.kernels.grouped_mm import is_hopper
 from lightning_ep.ops.kernels.launch import Kernel, tiles
 from lightning_ep.ops.kernels.tried import ROWS, close, numbers, works
 
-_ROWS, _COLS, _DEPTH, _STAGES = 128, 256, 32, 6  # of a tile; one per multiprocessor
-_SHARED = tl.constexpr(3)  # eighths of the tiles that are shared out: what a program fetches costs it a microsecond
+_ROWS, _COLS, _DEPTH, _STAGES = 128, 128, 32, 5  # of a tile
+_PER_MULTIPROCESSOR = 2  # programs: one stores its tile while the other multiplies
+_SHARED = tl.constexpr(4)  # eighths of the tiles that are shared out: what a program fetches costs it a microsecond
 
 _MOST_EXPERTS = 1024  # that every program sorts
 
@@ -91,14 +92,14 @@ def grouped_outer(x_PA: Tensor, y_PB: Tensor, offsets_E: Tensor, programs: int |
     """See `lightning_ep.ops.grouped_mm.grouped_outer`."""
     num_experts, a, b = offsets_E.shape[0], x_PA.shape[1], y_PB.shape[1]
     out_EAB = x_PA.new_empty(num_experts, a, b)
-    _grouped_outer_kernel[(programs or multiprocessors(x_PA.device),)](
+    _grouped_outer_kernel[(programs or _PER_MULTIPROCESSOR * multiprocessors(x_PA.device),)](
         tiles(x_PA, [_DEPTH, _ROWS]),
         tiles(y_PB, [_DEPTH, _COLS]),
         tiles(out_EAB.view(-1, b), [_ROWS, _COLS]),
         offsets_E,
         _counters(x_PA.device),
         a, b, num_experts, triton.next_power_of_2(num_experts), _ROWS, _COLS, _DEPTH,
-        num_warps=8,
+        num_warps=4,
         num_stages=_STAGES,
     )  # fmt: skip
     return out_EAB

@@ -12,7 +12,7 @@ from lightning_ep.ops.kernels import multiprocessors
 from lightning_ep.ops.kernels.launch import Kernel
 
 _BLOCK = 4096
-_PROGRAMS_PER_SM = 8
+_PROGRAMS_PER_SM = 16
 
 
 @Kernel

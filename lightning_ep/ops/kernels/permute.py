@@ -10,23 +10,17 @@ from torch import Tensor
 from lightning_ep.ops.kernels.launch import Kernel
 from lightning_ep.ops.kernels.slots import slot_offset, with_unit_stride
 
-_ROWS = 4  # rows per program: enough loads in flight to hide their latency
-
 
 @Kernel
-def _permute_kernel(
-    rows, places, out, N, H, stride, out_stride, TOP_K: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr
-):
+def _permute_kernel(rows, places, out, H, stride, out_stride, TOP_K: tl.constexpr, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
     cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     in_row = cols < H
-    for r in tl.static_range(ROWS):
-        row = tl.program_id(0).to(tl.int64) * ROWS + r
-        if row < N:
-            # Each row is read once and written to all its places: a gather would read it once per place.
-            x = tl.load(rows + row * stride + cols, mask=in_row)
-            for k in tl.static_range(TOP_K):
-                place = tl.load(places + row * TOP_K + k).to(tl.int64)
-                tl.store(out + place * out_stride + cols, x, mask=in_row & (place >= 0))
+    # Each row is read once and written to all its places: a gather would read it once per place.
+    x = tl.load(rows + row * stride + cols, mask=in_row)
+    for k in tl.static_range(TOP_K):
+        place = tl.load(places + row * TOP_K + k).to(tl.int64)
+        tl.store(out + place * out_stride + cols, x, mask=in_row & (place >= 0))
 
 
 def permute(rows_NH: Tensor, place_NK: Tensor, num_places: int, out_PH: Tensor | None = None) -> Tensor:
@@ -37,9 +31,9 @@ def permute(rows_NH: Tensor, place_NK: Tensor, num_places: int, out_PH: Tensor |
         return out_PH
     rows_NH, place_NK = with_unit_stride(rows_NH), place_NK.contiguous()
     block = min(triton.next_power_of_2(hidden), 4096)
-    grid = (triton.cdiv(num_rows, _ROWS), triton.cdiv(hidden, block))
+    grid = (num_rows, triton.cdiv(hidden, block))
     strides = (rows_NH.stride(0), out_PH.stride(0))
-    _permute_kernel[grid](rows_NH, place_NK, out_PH, num_rows, hidden, *strides, place_NK.shape[1], _ROWS, block)
+    _permute_kernel[grid](rows_NH, place_NK, out_PH, hidden, *strides, place_NK.shape[1], block, num_warps=8)
     return out_PH
 
 
@@ -62,7 +56,7 @@ def gather_sum(rows_NH: Tensor, index_TK: Tensor, dtype: torch.dtype) -> Tensor:
     out_TH = rows_NH.new_empty(num_out, hidden, dtype=dtype)
     if num_out == 0:
         return out_TH
-    block = min(triton.next_power_of_2(hidden), 2048)
+    block = min(triton.next_power_of_2(hidden), 1024)
     grid = (num_out, triton.cdiv(hidden, block))
     _gather_sum_kernel[grid](rows_NH.contiguous(), index_TK.contiguous(), out_TH, num_out, hidden, top_k, block)
     return out_TH
