@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import functools
-import os
 from dataclasses import dataclass
-from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Literal
+
+from lightning_ep.process_groups import group_options, has_two_workers, once, one_worker_per_gloo_group
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -163,22 +162,20 @@ class ParallelLayout:
         The EP and TP groups have communicators of their own, also where one spans all ranks: in the one that FSDP uses,
         tokens would queue behind parameters and gradients.
         """
-        from lightning_ep.distributed.groups import once
-
         one_worker_per_gloo_group(device_type)
         return once(("meshes", self, device_type), lambda: self._make_meshes(device_type))
 
     def _make_meshes(self, device_type: str) -> Meshes:
         from torch.distributed.device_mesh import init_device_mesh
 
-        all_own = _has_two_workers(_default_backend(device_type))
+        all_own = has_two_workers(device_type)
 
         def mesh(sizes: dict[str, int], kept: tuple[str, ...]) -> DeviceMesh:
             sizes = {name: size for name, size in sizes.items() if size > 1 or name in kept}
             urgent = ("ep", "tp")
             own = [name for name, size in sizes.items() if name in urgent or size != self.world_size or all_own]
             options: Any = {
-                name: option for name in own if (option := _group_options(device_type, urgent=name in urgent))
+                name: option for name in own if (option := group_options(device_type, urgent=name in urgent))
             }
             return init_device_mesh(
                 device_type, tuple(sizes.values()), mesh_dim_names=tuple(sizes), backend_override=options
@@ -254,71 +251,6 @@ class Place:
     data: int
     cp: int
     tp: int
-
-
-def one_worker_per_gloo_group(device_type: str) -> None:
-    """Has groups of gloo that a process makes from now on run one collective at a time, if it computes on the CPU.
-
-    torch gives each two threads, which note without a lock what they have done last. The name of a functional gather
-    (`DTensor.full_tensor`, tensor parallelism) does not fit into a string's own 15 characters: once in a hundred
-    thousand gathers or so both free the same memory, and malloc aborts the process, then or later.
-    """
-    import torch.distributed as dist
-
-    if device_type != "cpu" or hasattr(dist.ProcessGroupGloo.__init__, "__wrapped__"):
-        return
-    group: Any = dist.ProcessGroupGloo
-    init = group.__init__
-
-    @functools.wraps(init)
-    def init_with_one_worker(self: Any, *args: Any, timeout: timedelta | None = None) -> None:
-        if timeout is None:  # somebody has made options
-            init(self, *args)
-            return
-        options = group._Options()
-        options._timeout, options._threads = timeout, 1
-        names = os.environ.get("GLOO_SOCKET_IFNAME", "")
-        devices = [group.create_device(interface=name) for name in names.split(",") if name]
-        options._devices = devices or [group.create_default_device()]
-        init(self, *args, options)
-
-    group.__init__ = init_with_one_worker
-
-
-def _has_two_workers(backend: Any | None) -> bool:
-    """Whether a group is one of gloo that was made before `one_worker_per_gloo_group`."""
-    return backend is not None and backend.name() == "gloo" and backend.options._threads > 1
-
-
-def _default_backend(device_type: str) -> Any | None:
-    """What the default group has for a kind of device, which may be one of several; None if it moves nothing."""
-    import torch
-    import torch.distributed as dist
-
-    if dist.get_backend() == "fake":
-        return None
-    return dist.distributed_c10d._get_default_group()._get_backend(torch.device(device_type))
-
-
-def _group_options(device_type: str, urgent: bool) -> tuple[str, Any] | None:
-    """Backend and options of a mesh dimension's groups; without them torch would give these its own time-out.
-
-    Args:
-        device_type: The mesh's.
-        urgent: Run its transfers before other work that the GPU has been given: somebody waits for them.
-    """
-    import torch
-    import torch.distributed as dist
-
-    default = _default_backend(device_type)
-    if default is None or default.name() not in ("nccl", "gloo"):
-        return None
-    timeout = default.options._timeout
-    if default.name() == "gloo":
-        return "gloo", torch._C._distributed_c10d.Backend.Options("gloo", timeout)
-    options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=urgent)
-    options._timeout = timeout
-    return "nccl", options
 
 
 def _divisors(number: int) -> list[int]:

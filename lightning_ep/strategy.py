@@ -42,10 +42,11 @@ from lightning_ep.fsdp.optional_parts import OptionalParts, parts_in
 from lightning_ep.hub.initialize import has_meta_tensors, materialize
 from lightning_ep.hub.load import stream_pretrained
 from lightning_ep.layers.recompute import ActivationCheckpointing, check_mode
-from lightning_ep.layout import Meshes, ParallelLayout, one_worker_per_gloo_group
+from lightning_ep.layout import Meshes, ParallelLayout
 from lightning_ep.moe.master_weights import ModelMasterWeights
 from lightning_ep.moe.own_plan import check_plan, has_experts, resolve_plan
 from lightning_ep.parallelize import check_sharded, is_parallelized, shard
+from lightning_ep.process_groups import one_worker_per_gloo_group
 from lightning_ep.trainer import grad_norm as grad_norm  # teaches it shards
 from lightning_ep.trainer.adamw import AdamW
 from lightning_ep.trainer.batches import Batches, check_shared_batches
@@ -236,7 +237,6 @@ class ExpertParallelStrategy(ModelParallelStrategy):
         if self._meshes is None:
             _set_num_threads_if_needed(self.num_processes)  # Lightning: not where others have launched the processes
             one_worker_per_gloo_group(self.root_device.type)
-            # Once per process: a second fit would leak the process groups of the first.
             self._setup_distributed()
             self._meshes = self.layout.build_meshes(self.root_device.type)
             self._device_mesh = self._meshes.expert

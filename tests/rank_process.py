@@ -30,8 +30,8 @@ import torch.distributed as dist
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 
-from lightning_ep.distributed import groups
-from lightning_ep.layout import one_worker_per_gloo_group
+from lightning_ep import process_groups
+from lightning_ep.process_groups import one_worker_per_gloo_group
 
 STACK_SIGNAL = signal.SIGUSR2  # Lightning and SLURM use SIGUSR1
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGXFSZ)
@@ -155,7 +155,7 @@ def _end_groups() -> None:
 
 def end_groups_of_runs() -> None:
     """Ends all groups but the default one: torch keeps them, and each of gloo has threads that look every 10 ms."""
-    groups._made.clear()
+    process_groups._made.clear()
     for group in list(dist.distributed_c10d._world.pg_map):
         if group is not dist.group.WORLD:
             dist.destroy_process_group(group)

@@ -40,6 +40,7 @@ ROOMS = [  # from the top to the ground; an import points to a later line, or st
     ["distributed"],
     ["planner"],
     ["layout"],
+    ["process_groups"],
     ["ops"],
 ]
 _FACES = ("__main__", "lightning_ep")  # no rooms to look into

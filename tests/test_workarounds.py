@@ -88,7 +88,7 @@ OURS = [
     ("hub/rules.py", {"__dict__"}, "a stand-in"),
     ("hub/load.py", {"problems"}, "the Problems of a Match"),
     ("layers/recompute.py", {"leave", "left", "outputs", "random", "saved_before", "tensor"}, "notes of a checkpoint"),
-    ("layout.py", {"_timeout"}, "options in the making"),
+    ("process_groups.py", {"_timeout"}, "options in the making"),
     ("moe/master_weights.py", {"keep_copies"}, "a MasterWeights"),
     ("ops/registered_experts.py", {"__dict__"}, "a stand-in"),
     ("routing/choices.py", {"manual_seed"}, "a generator of its own"),

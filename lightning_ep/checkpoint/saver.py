@@ -22,9 +22,9 @@ from lightning_ep.checkpoint.files import FileRecord
 from lightning_ep.checkpoint.staging import HostBuffer
 from lightning_ep.checkpoint.tensor_files import State, flatten, write_shards
 from lightning_ep.distributed.agreement import Ranks
-from lightning_ep.distributed.groups import once
 from lightning_ep.distributed.shards import local_tensor
 from lightning_ep.hub.errors import CheckpointError
+from lightning_ep.process_groups import once
 
 _MAX_THREADS = 4
 

@@ -29,11 +29,11 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from lightning_ep import transformers_adapter as adapter
-from lightning_ep.distributed.groups import once
 from lightning_ep.fsdp import state as fsdp
 from lightning_ep.fsdp.passes import cast_inputs
 from lightning_ep.fsdp.state import Group, State
 from lightning_ep.moe.idle_experts import EntersAll
+from lightning_ep.process_groups import once
 
 
 class OptionalParts:

@@ -25,7 +25,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from typing_extensions import override
 
-from lightning_ep.distributed.groups import once
+from lightning_ep.process_groups import once
 from lightning_ep.trainer.interrupts import EXIT_CODE, Interrupts
 from lightning_ep.trainer.steering import Settings, fingerprint, raise_difference, settings
 
