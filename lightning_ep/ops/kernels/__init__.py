@@ -28,3 +28,9 @@ def runs_on_large(tensor: Tensor, *others: Tensor) -> bool:
 def multiprocessors(device: torch.device) -> int:
     """How many programs run at once; one in Triton's interpreter."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+@cache
+def is_hopper(device: torch.device) -> bool:
+    """Whether a GPU is one."""
+    return torch.cuda.get_device_capability(device) == (9, 0)

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from functools import cache
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from lightning_ep.ops.kernels import multiprocessors
+from lightning_ep.ops.kernels import is_hopper, multiprocessors
 from lightning_ep.ops.kernels.launch import Kernel, tiles
 from lightning_ep.ops.kernels.tried import ROWS, close, numbers, works
 
@@ -92,12 +90,6 @@ def serves(x_PA: Tensor, weight_EAB: Tensor, beside: tuple[Tensor, Tensor] | Non
     bf16 = all(t.dtype == torch.bfloat16 for t in (x_PA, weight_EAB, *(beside or ())))
     factor_ERB = None if beside is None else beside[1]
     return addressable and bf16 and x_PA.is_cuda and is_hopper(x_PA.device) and _works(weight_EAB, factor_ERB)
-
-
-@cache
-def is_hopper(device: torch.device) -> bool:
-    """Whether a GPU is one."""
-    return torch.cuda.get_device_capability(device) == (9, 0)
 
 
 def _works(weight_EAB: Tensor, factor_ERB: Tensor | None = None) -> bool:

@@ -14,8 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lightning_ep.ops.kernels import multiprocessors
-from lightning_ep.ops.kernels.grouped_mm import is_hopper
+from lightning_ep.ops.kernels import is_hopper, multiprocessors
 from lightning_ep.ops.kernels.launch import Kernel, tiles
 from lightning_ep.ops.kernels.tried import ROWS, close, numbers, works
 
