@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from lightning_ep.process_groups import group_options, has_two_workers, once, one_worker_per_gloo_group
+from lightning_ep.process_groups import group_options, has_two_workers, once, one_worker_per_gloo_group, renew_doubted
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -159,10 +159,13 @@ class ParallelLayout:
     def build_meshes(self, device_type: str) -> Meshes:
         """The device meshes, made at the first call for these sizes; every rank must call it, with a process group.
 
+        Those of a run that has failed are made anew.
+
         The EP and TP groups have communicators of their own, also where one spans all ranks: in the one that FSDP uses,
         tokens would queue behind parameters and gradients.
         """
         one_worker_per_gloo_group(device_type)
+        renew_doubted()
         return once(("meshes", self, device_type), lambda: self._make_meshes(device_type))
 
     def _make_meshes(self, device_type: str) -> Meshes:

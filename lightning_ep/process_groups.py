@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 T = TypeVar("T")
 _made: dict[Hashable, Any] = {}
 _world: weakref.ref[Any] | None = None
+_doubted = False
 
 
 def once(key: Hashable, make: Callable[[], T]) -> T:
@@ -28,12 +29,32 @@ def once(key: Hashable, make: Callable[[], T]) -> T:
     import torch.distributed as dist
 
     global _world
-    if _world is None or _world() is not dist.group.WORLD:
+    world = dist.distributed_c10d._get_default_group()  # raises ValueError if there is none
+    if _world is None or _world() is not world:
         _made.clear()
-        _world = weakref.ref(dist.group.WORLD)
+        _world = weakref.ref(world)
     if key not in _made:
         _made[key] = make()
     return _made[key]
+
+
+def doubt() -> None:
+    """Notes that a run, or a collective, has failed: a time-out breaks a group for good."""
+    global _doubted
+    _doubted = True
+
+
+def renew_doubted() -> None:
+    """Has groups made anew from now on if any rank doubts them; every rank must call it, with a process group."""
+    import torch.distributed as dist
+
+    global _doubted
+    if dist.get_backend() != "fake":  # which has no others
+        doubted: list[Any] = [False] * dist.get_world_size()
+        dist.all_gather_object(doubted, _doubted)
+        if any(doubted):
+            _made.clear()
+    _doubted = False
 
 
 def one_worker_per_gloo_group(device_type: str) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import time
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +15,19 @@ import torch.distributed as dist
 from lightning.pytorch.callbacks import Callback
 
 from lightning_ep import ExpertParallelStrategy
+from lightning_ep.checkpoint import saver
 from lightning_ep.layout import ParallelLayout
 from tests.rank_process import on_cuda
 from tests.ranks import run_ranks
 from tests.tiny import TinyModule, loader, quiet
 
 
-def _fit(root: Path, *callbacks: Callback, ep: int = 2, **overrides: Any) -> L.Trainer:
+def _fit(
+    root: Path, *callbacks: Callback, ep: int = 2, module: L.LightningModule | None = None, **overrides: Any
+) -> L.Trainer:
     strategy = ExpertParallelStrategy(ep=ep, **overrides)
     trainer = quiet(root, strategy=strategy, max_steps=2, callbacks=list(callbacks), enable_checkpointing=False)
-    trainer.fit(TinyModule(), loader(8))
+    trainer.fit(module or TinyModule(), loader(8))
     trainer.save_checkpoint(root / "model.ckpt")
     return trainer
 
@@ -79,6 +84,81 @@ def test_a_run_inside_of_another_uses_its_groups_beside_what_is_written_behind(t
         assert sums["model.ckpt"] == sums["outer-1.ckpt"] == sums["the model"] != sums["outer-0.ckpt"]
 
 
+class _TriesAnother(Callback):
+    """Fits another model between the steps, which may fail, while a checkpoint of the first cannot be written."""
+
+    def __init__(self, inner: L.LightningModule) -> None:
+        self.inner = inner
+        self.ended: list[str] = []
+
+    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+        if trainer.global_step > 1:
+            return
+        root, written = Path(trainer.default_root_dir), saver.write_shards
+
+        def full(*args: Any) -> Any:
+            if args[2].parent == root:
+                time.sleep(0.5)
+                raise saver.CheckpointError("No space left on device")
+            return written(*args)
+
+        saver.write_shards = full
+        trainer.save_checkpoint(root / "outer.ckpt")
+        try:
+            _fit(root / "inner", module=self.inner)
+        except ValueError as error:
+            self.ended.append(str(error))
+
+
+class _Diverges(TinyModule):
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        raise ValueError("diverged")
+
+
+def _failing(root: Path) -> list[Any]:
+    found: list[Any] = []
+    for name, inner in (("good", TinyModule()), ("bad", _Diverges())):
+        tries = _TriesAnother(inner)
+        try:
+            _fit(root / name, tries, async_save=True)
+        except saver.CheckpointError as error:
+            found.append("outer.ckpt could not be saved" in str(error))
+        found += [tries.ended, (root / name / "inner" / "model.ckpt").is_dir()]
+    return found
+
+
+def test_a_checkpoint_that_fails_is_told_to_its_own_run(tmp_path: Path) -> None:
+    expected = [True, [], True, True, ["diverged"], False]
+    assert run_ranks(2, _failing, tmp_path, init_process_group=False) == [expected] * 2
+
+
+class _Stalls(TinyModule):
+    """Rank 0 is late for an exchange of tokens by more than the time-out."""
+
+    def on_fit_start(self) -> None:
+        def stall(*_: Any) -> None:
+            if dist.get_rank() == 0:
+                time.sleep(8)
+
+        self.model.model.layers[0].post_attention_layernorm.register_forward_hook(stall)
+
+
+def _times_out(root: Path) -> list[bool]:
+    ended = []
+    for number, module in enumerate((_Stalls(), TinyModule())):
+        try:
+            _fit(root / str(number), module=module, timeout=timedelta(seconds=6))
+            ended.append(True)
+        except RuntimeError:
+            ended.append(False)
+    return ended
+
+
+@pytest.mark.skipif(on_cuda(), reason="NCCL ends the process")
+def test_groups_of_a_run_that_failed_are_made_anew(tmp_path: Path) -> None:
+    assert run_ranks(2, _times_out, tmp_path, init_process_group=False) == [[False, True]] * 2
+
+
 def _after_the_default_group(root: Path) -> list[bool]:
     layout, meshes = ParallelLayout.resolve(2, "auto", 2, 2), []
     for name in ("first", "second"):
@@ -88,6 +168,8 @@ def _after_the_default_group(root: Path) -> list[bool]:
         dist.all_reduce(torch.ones(1), group=meshes[-1].expert["ep"].get_group())
         dist.destroy_process_group()
     first, same, other, again = meshes
+    with pytest.raises(ValueError, match="not been initialized"):
+        layout.build_meshes("cpu")
     return [first is same, first is other, other is again]
 
 

@@ -25,6 +25,7 @@ from lightning_ep.checkpoint.single_file import gather, gather_optimizer
 from lightning_ep.hub.errors import CheckpointError
 from lightning_ep.hub.frozen_base import base_names, note_bases
 from lightning_ep.layout import ParallelLayout
+from lightning_ep.process_groups import doubt
 
 _SETTLE_SECONDS = 60.0
 
@@ -98,12 +99,13 @@ class RunCheckpoints:
             CheckpointError: On every rank, if this checkpoint (or the one written behind before) cannot be saved.
         """
         trainer, ranks = module.trainer, self._checkpoints.ranks
-        self._checkpoints.wait()
+        self._checkpoints.begin()
         try:
             states = ranks.together("saving", lambda: rank_state(checkpoint, trainer, self._device))
         except (RuntimeError, ConnectionError) as error:
             if isinstance(error, CheckpointError):
                 raise
+            doubt()
             raise CheckpointError(
                 f"{path} is not saved: another rank has left before. It failed (see its output), or has not called "
                 "`trainer.save_checkpoint`, which is for all ranks: take the call out of `if self.global_rank == 0`, "
@@ -146,7 +148,7 @@ class RunCheckpoints:
         Raises:
             CheckpointError: On every rank, if it is damaged or training cannot go on from it.
         """
-        self._checkpoints.wait()
+        self._checkpoints.begin()
         self._resume = Resume(path, self._checkpoints.ranks, weights_only)
         if module.trainer.state.fn == TrainerFn.FITTING:
             self._resume.prepare_fit(module.trainer, self._layout)
@@ -203,6 +205,7 @@ class RunCheckpoints:
     def fail(self) -> None:
         """Lets what is being written behind end before the job does, with an error of its own."""
         self._failed = True
+        doubt()
         self._checkpoints.settle(_SETTLE_SECONDS)
 
     def finish(self) -> None:

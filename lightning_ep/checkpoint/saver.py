@@ -17,14 +17,14 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from lightning_ep.checkpoint import files
-from lightning_ep.checkpoint.background import JobQueue
+from lightning_ep.checkpoint.background import JobQueue, Worker
 from lightning_ep.checkpoint.files import FileRecord
 from lightning_ep.checkpoint.staging import HostBuffer
 from lightning_ep.checkpoint.tensor_files import State, flatten, write_shards
 from lightning_ep.distributed.agreement import Ranks
 from lightning_ep.distributed.shards import local_tensor
 from lightning_ep.hub.errors import CheckpointError
-from lightning_ep.process_groups import once
+from lightning_ep.process_groups import doubt, once
 
 _MAX_THREADS = 4
 
@@ -55,8 +55,9 @@ class Checkpoints:
     """
 
     def __init__(self, timeout: timedelta, ranks_per_node: int = 1) -> None:
-        # Of all runs of a process: a run inside of another's callback waits for what that one is still writing.
-        self.ranks, self._queue = once(("checkpoints", timeout), lambda: (Ranks(CheckpointError, timeout), JobQueue()))
+        # One group and thread for all runs of a process: who saves waits for what others are still writing.
+        self.ranks, self._worker = once(("checkpoints", timeout), lambda: (Ranks(CheckpointError, timeout), Worker()))
+        self._queue = JobQueue(self._worker)
         self._buffer = HostBuffer()
         self._threads = max(1, min(_MAX_THREADS, (os.cpu_count() or 1) // ranks_per_node))
         self._newest: Path | None = None
@@ -64,8 +65,8 @@ class Checkpoints:
 
     @property
     def pending(self) -> Path | None:
-        """The checkpoint that is being written behind this thread, if any."""
-        return self._pending if self._queue.busy else None
+        """The checkpoint that is being written behind this thread, until somebody waits: alike on all ranks."""
+        return self._pending
 
     def wait(self) -> None:
         """Returns when everything that was asked for is durable.
@@ -73,7 +74,13 @@ class Checkpoints:
         Raises:
             CheckpointError: If a checkpoint could not be written; nothing that it was to replace has been touched.
         """
+        self._pending = None
         self._queue.wait()
+
+    def begin(self) -> None:
+        """As `wait`, and for what other runs of the process write: nobody else uses the ranks' group then."""
+        self.wait()
+        self._worker.wait()
 
     def settle(self, seconds: float) -> None:
         """Gives what is being written a last chance before the job ends with an error; raises nothing."""
@@ -83,6 +90,7 @@ class Checkpoints:
             self._queue.wait(seconds)
         except Exception as error:
             print(f"[rank {self.ranks.rank}] {self._pending} was not saved: {error!r}", file=sys.stderr, flush=True)
+        self._pending = None
 
     def save_directory(self, path: Path, state: State, blobs: Mapping[str, bytes], behind: bool) -> None:
         """Saves a directory to which every rank writes its shards.
@@ -130,7 +138,7 @@ class Checkpoints:
     # ------------------------------------------------------------------ inside
 
     def _begin(self, path: Path, size: int, directory: bool) -> _Target:
-        self.wait()
+        self.begin()
 
         def prepare() -> tuple[str, str, int]:
             files.refuse_foreign_directory(path)
@@ -148,13 +156,22 @@ class Checkpoints:
 
     def _run(self, write: Callable[[], None], target: _Target, behind: bool) -> None:
         job = partial(self._guarded, write, target)
-        self._pending = target.final
         if behind:
+            self._pending = target.final
             self._queue.submit(job)
         else:
             job()
 
     def _guarded(self, write: Callable[[], None], target: _Target) -> None:
+        try:
+            self._publish(write, target)
+        except CheckpointError:
+            raise
+        except BaseException:
+            doubt()
+            raise
+
+    def _publish(self, write: Callable[[], None], target: _Target) -> None:
         try:
             write()
             self.ranks.on_first(f"could not name {target.final}", lambda: files.publish(target.staged, target.final))

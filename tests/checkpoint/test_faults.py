@@ -234,6 +234,26 @@ def test_a_name_that_is_being_written_is_taken(tmp_path: Path) -> None:
     assert run_ranks(2, _same_name, tmp_path, init_process_group=False)[0] == ["best-v1.ckpt", "best.ckpt"]
 
 
+def _one_name(root: Path) -> list[str]:
+    moved = files.point
+
+    def slowly(link: Path, target: Path) -> None:
+        time.sleep(0.5)  # of rank 0 alone, which is busy for longer than the other
+        moved(link, target)
+
+    files.point = slowly
+    keep = ModelCheckpoint(root / "one", filename="model", save_last="link", every_n_train_steps=1)
+    _trainer(root, keep, True, max_steps=4).fit(_Module(), loader(64))
+    return sorted(path.name for path in (root / "one").iterdir())
+
+
+def test_every_save_replaces_the_one_before(tmp_path: Path) -> None:
+    """Ranks asked whether a name is taken, or not, by whether their own thread was done."""
+    one, other = run_ranks(2, _one_name, tmp_path, init_process_group=False)
+    assert one == other
+    assert "last.ckpt" in one
+
+
 # ---------------------------------------------------------------------------------------------------- signals
 
 

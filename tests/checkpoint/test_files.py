@@ -6,6 +6,7 @@ import io
 import os
 import pickle
 import shutil
+import sys
 import time
 import zlib
 from collections.abc import Callable
@@ -17,7 +18,7 @@ import torch
 
 from lightning_ep import ExpertParallelStrategy
 from lightning_ep.checkpoint import files
-from lightning_ep.checkpoint.background import JobQueue
+from lightning_ep.checkpoint.background import JobQueue, Worker
 from lightning_ep.checkpoint.single_file import gather_optimizer
 from lightning_ep.checkpoint.staging import HostBuffer
 from lightning_ep.hub.errors import CheckpointError
@@ -194,7 +195,7 @@ def test_the_manifest_says_what_was_written(tmp_path: Path) -> None:
 
 
 def test_jobs_after_a_failed_one_are_dropped_until_it_is_told() -> None:
-    queue, ran = JobQueue(), []
+    queue, ran = JobQueue(Worker()), []
 
     def fail() -> None:
         raise OSError("planted")
@@ -208,6 +209,28 @@ def test_jobs_after_a_failed_one_are_dropped_until_it_is_told() -> None:
     queue.submit(lambda: ran.append(3))
     queue.wait()
     assert ran == [1, 3]
+
+
+def test_an_error_is_told_once_and_to_its_own_queue() -> None:
+    def fail() -> None:
+        raise OSError("planted")
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)  # one was told again in a third of the rounds while dropped jobs had not ended
+    try:
+        worker = Worker()
+        queue, other = JobQueue(worker), JobQueue(worker)
+        for _ in range(200):
+            queue.submit(fail)
+            queue.submit(lambda: None)
+            other.submit(lambda: None)
+            worker.wait()
+            other.wait()
+            with pytest.raises(OSError, match="planted"):
+                queue.wait()
+            queue.wait()
+    finally:
+        sys.setswitchinterval(interval)
 
 
 # ---------------------------------------------------------------------------------------------------- host copies
