@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from lightning_ep import transformers_adapter as adapter
 from lightning_ep.ops.cross_entropy import IGNORE, shifted
+from lightning_ep.routing.observe import mark
 from lightning_ep.tensor_parallel.vocabulary import head_cross_entropy, is_plain_head
 
 
@@ -67,10 +68,12 @@ def token_losses(
         ValueError: If it returns a loss of its own, or other numbers of tokens than there are targets.
     """
     inside = _inside(module)
+    forget = mark(inside.model)
     result = inside.call(module, targets_BS, inputs, labels_BS, fused=False)
     logits_BSV = _logits(module, result.output)
     if logits_BSV.shape[:2] != result.targets_BS.shape:
         if inside.begins_to_pass_labels(labels_BS):
+            forget()
             return token_losses(module, targets_BS, inputs, labels_BS)
         raise ValueError(
             f"{type(module).__name__} returns logits of {tuple(logits_BSV.shape[:2])} tokens for targets of "
@@ -218,16 +221,21 @@ class _Inside:
         Raises:
             _LogitsAreUsed: If the logits are more than what the head gives, or there is no loss for other reasons.
         """
+        forget = mark(self.model)
         try:
             self._per_token = per_token
             result = self.call(module, targets_BS, inputs, labels_BS, fused=True)
+            if len(result.losses) != 1 or _logits(module, result.output) is not _NO_LOGITS:
+                raise _LogitsAreUsed
+            return result
+        except _LogitsAreUsed:
+            forget()
+            raise
         except _OtherLength:
-            if not self.begins_to_pass_labels(labels_BS):
-                raise _LogitsAreUsed from None
-            return self.call_fused(module, targets_BS, inputs, labels_BS, per_token)
-        if len(result.losses) != 1 or _logits(module, result.output) is not _NO_LOGITS:
+            forget()
+        if not self.begins_to_pass_labels(labels_BS):
             raise _LogitsAreUsed
-        return result
+        return self.call_fused(module, targets_BS, inputs, labels_BS, per_token)
 
     def call(
         self, module: nn.Module, targets_BS: Tensor, inputs: dict[str, Any], labels_BS: Tensor | None, fused: bool

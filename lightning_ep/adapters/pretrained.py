@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
 from lightning_ep.distributed.agreement import Ranks
+from lightning_ep.hub.adapter_files import PREFIX
 from lightning_ep.hub.errors import CheckpointError
 from lightning_ep.hub.initialize import assign
 from lightning_ep.hub.meta_models import download
@@ -86,7 +87,9 @@ def fill_adapter(model: PreTrainedModel, directory: Path) -> None:
     assign(model, {id(p): torch.full(p.shape, torch.nan, dtype=p.dtype) for p in trained.values() if p.is_meta})
     trained = {name: model.get_parameter(name) for name in trained}
     try:
-        loaded: Any = set_peft_model_state_dict(model, load_file(directory / _WEIGHTS))
+        # Of modules that an adapter has whole, PEFT looks for the names without what is in front of all in a file.
+        state = {name.removeprefix(PREFIX): value for name, value in load_file(directory / _WEIGHTS).items()}
+        loaded: Any = set_peft_model_state_dict(model, state)
     except (RuntimeError, KeyError, ValueError) as error:
         raise CheckpointError(f"the adapter in {directory} does not fit {type(model).__name__}: {error}") from error
     unexpected = loaded.unexpected_keys

@@ -32,7 +32,7 @@ from lightning_ep.moe.adapted import ExpertFactor, flat
 
 AdapterFormat = Literal["peft", "vllm"]
 WEIGHTS = "adapter_model.safetensors"
-_PREFIX = "base_model.model."  # of PEFT's names
+PREFIX = "base_model.model."  # of PEFT's names
 _RANKS_IN_VLLM = (8, 16, 32, 64, 128, 256, 320, 512)  # what its server can be told to make room for
 _NOT_IN_VLLM = {
     "modules_to_save": "modules that are trained whole",
@@ -197,7 +197,7 @@ def in_format(model: PreTrainedModel, state: dict[str, Tensor], file_format: Ada
     state = flattened(model, state)
     if file_format == "peft":
         (name,) = adapter.peft_configs(model)
-        return {f"{_PREFIX}{key}": state[place] for key, place in _keys_in_peft(model, name).items()}
+        return {f"{PREFIX}{key}": state[place] for key, place in _keys_in_peft(model, name).items()}
     found = {}
     for key, (beside, piece) in _names_in_vllm(model, beneath(model)).items():
         a, b = beside.factors(state[beside.a], state[beside.b])
@@ -205,8 +205,8 @@ def in_format(model: PreTrainedModel, state: dict[str, Tensor], file_format: Ada
         assert rows is not None
         if beside.num_experts is not None:
             a, b = a[region.start[0]], b[region.start[0]]
-        found[f"{_PREFIX}{key}.lora_A.weight"] = a
-        found[f"{_PREFIX}{key}.lora_B.weight"] = b.narrow(0, region.start[rows], region.size[rows])
+        found[f"{PREFIX}{key}.lora_A.weight"] = a
+        found[f"{PREFIX}{key}.lora_B.weight"] = b.narrow(0, region.start[rows], region.size[rows])
     return found
 
 

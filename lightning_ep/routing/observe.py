@@ -54,7 +54,7 @@ class Routing:
         logits_TE: ``[T, E]`` in the router's dtype, with their graph if any watcher asked for it; None where nobody
             asked for logits, or `router_scoring` does not know how the router gives them.
         tokens: What is known of the tokens; the same object in all layers of a pass through the model.
-        training: Whether there will be a backward: gradients are enabled, and the layer is in train mode.
+        training: Whether there will be a backward: gradients are enabled.
     """
 
     layer: MoELayer
@@ -77,6 +77,8 @@ class Routing:
 Logits = Literal["values", "graph"]
 """Which router logits a watcher gets: without their graph, or with it, for a loss on them."""
 Watcher = Callable[[Routing], None]
+Mark = Callable[[], Callable[[], None]]
+"""Notes what a watcher has seen; what it returns has it forget what comes after that."""
 Choice = Callable[[MoELayer, Tensor], Tensor]
 """Gives the ids ``[T, K]`` that are taken in place of those of a layer's router."""
 
@@ -132,7 +134,8 @@ class _Watched:
             return ids_TK  # recompute that is not ours runs experts again
         logits_TE = None if logits is None else logits.flatten(0, -2)
         for entry in list(self.watchers):
-            training = torch.is_grad_enabled() and entry.layer.experts.training
+            # Not by the layer's mode: models come from `from_pretrained` in that of evaluation, and Lightning keeps it.
+            training = torch.is_grad_enabled()
             entry.watcher(Routing(entry.layer, ids_TK, logits_TE, tokens_of(self.model), training))
         return ids_TK
 
@@ -149,13 +152,22 @@ class Observation:
         watcher: The function. It runs in forward of training, evaluation and generation (`Routing.training`), and must
             not wait for the device.
         logits: Which router logits it needs, if any.
+        mark: Of a watcher that adds up: a forward may be broken off, or made again (`mark`).
     """
 
-    def __init__(self, module: nn.Module, watcher: Watcher, logits: Logits | None = None) -> None:
+    def __init__(
+        self, module: nn.Module, watcher: Watcher, logits: Logits | None = None, mark: Mark | None = None
+    ) -> None:
         self.layers = moe_layers(module)
         self._entries: dict[MoELayer, tuple[_Watched, _Entry]] = {}
+        self._marks: list[tuple[_Marks, Mark]] = []
         for model in adapter.pretrained_models(module).values():
             inside = set(model.modules())
+            if mark is not None:
+                marks = adapter.recall(model, _Marks) or _Marks()
+                adapter.remember(model, marks)
+                marks.append(mark)
+                self._marks.append((marks, mark))
             for layer in self.layers:
                 if layer.experts in inside:
                     entry, watched = _Entry(watcher, layer, logits), _watched(layer.experts, model)
@@ -168,7 +180,25 @@ class Observation:
         """Stops calling it; a second time does nothing."""
         for watched, entry in self._entries.values():
             watched.leave(entry)
+        for marks, mark in self._marks:
+            marks.remove(mark)
         self._entries.clear()
+        self._marks.clear()
+
+
+class _Marks(list[Mark]):
+    """What is remembered of a model: how those who watch it mark where they are."""
+
+
+def mark(model: PreTrainedModel) -> Callable[[], None]:
+    """Before a forward that may not count: what returns has all who watch the model forget it."""
+    undo = [mark() for mark in adapter.recall(model, _Marks) or ()]
+
+    def forget() -> None:
+        for one in undo:
+            one()
+
+    return forget
 
 
 def moe_layers(module: nn.Module) -> list[MoELayer]:

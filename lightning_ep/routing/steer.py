@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -80,6 +82,39 @@ def freeze_routers(module: nn.Module) -> None:
             router.requires_grad_(False)
 
 
+@dataclass(frozen=True)
+class _Added:
+    """What the forwards of a micro-batch add up, by layer.
+
+    Attributes:
+        counts_LE: int64, choices of experts.
+        sums: As `sums_of_layer` gives them.
+    """
+
+    counts_LE: Tensor
+    sums: dict[int, Tensor] = field(default_factory=dict)
+
+    def add(self, routing: Routing, scoring: adapter.Scoring | None) -> None:
+        """Adds a layer's choices, and with a ``scoring`` what its losses need."""
+        index = routing.layer.index
+        routing.count_into(self.counts_LE[index])
+        if scoring is not None:
+            assert routing.logits_TE is not None
+            sums_S = sums_of_layer(routing.logits_TE, routing.counted_T, scoring)
+            self.sums[index] = sums_S + self.sums[index] if index in self.sums else sums_S
+
+    def copy(self) -> _Added:
+        """As it is now."""
+        return _Added(self.counts_LE.clone(), dict(self.sums))
+
+    def rows(self) -> Tensor:
+        """The sums of all layers, ``[L, E + 1]`` in fp64; zeros where a layer has fewer experts, or no tokens."""
+        num_layers, width = self.counts_LE.shape
+        none_S = torch.zeros(width + 1, device=self.counts_LE.device)
+        rows = [_widened(self.sums[index], width) if index in self.sums else none_S for index in range(num_layers)]
+        return torch.stack(rows).double()
+
+
 class Steering:
     """What is remembered of a model whose routers are steered.
 
@@ -115,8 +150,7 @@ class Steering:
         self._sizes_2L: Tensor | None = None
         self._num_experts = [layer.num_experts for layer in layers]
         self._observation: Observation | None = None
-        self._sums: dict[int, Tensor] = {}  # of a micro-batch, by layer
-        self._counts_LE: Tensor | None = None  # the same
+        self._added: tuple[_Added, ...] | None = None  # by who is chosen; and apart from that by transformers' loss
         self._window_LE: Tensor | None = None  # counts since the last step
         self._values: Tensor | None = None  # of the losses, each micro-batch with its weight, and the weights
         rank_zero_info(f"Routers of {type(model).__name__}: {', '.join(map(repr, rules)) or 'no rules'}.")
@@ -129,7 +163,8 @@ class Steering:
     def begin(self) -> None:
         """Begins to look at the routers of the model, which is sharded by now."""
         if self._observation is None and (self._losses or self._biases is not None):
-            self._observation = Observation(self._model, self._see, logits="graph" if self._losses else None)
+            logits = "graph" if self._losses else None
+            self._observation = Observation(self._model, self._see, logits, mark=self._mark)  # type: ignore[arg-type]
         if self._biases is not None:
             for layer in self._layers:
                 bias_of(layer)
@@ -147,23 +182,43 @@ class Steering:
         if not routing.training:
             return
         index, ids_TK = routing.layer.index, routing.ids_TK
-        if self._counts_LE is None:
-            shape = len(self._num_experts), max(self._num_experts)
-            self._counts_LE = torch.zeros(shape, dtype=torch.int64, device=ids_TK.device)
-        routing.count_into(self._counts_LE[index])
+        if self._added is None:
+            self._added = self._nothing(ids_TK.device)
         if self._top_k[index] != ids_TK.shape[1]:
             self._top_k[index], self._sizes_2L = ids_TK.shape[1], None
-        if self._losses and len(ids_TK):  # experts may be entered without tokens, and without their router
-            if routing.logits_TE is None:
-                router = self._layers[index].router
-                raise RuntimeError(
-                    f"{self._losses} need the logits of {routing.layer.name}, and its router "
-                    f"({type(router).__name__}) was not called before its experts: something stands in its place, or "
-                    "calls its forward past the module. Have the model call the router as a module, or leave the "
-                    "rules out."
-                )
-            sums_S = sums_of_layer(routing.logits_TE, routing.counted_T, self._scoring[index])
-            self._sums[index] = sums_S + self._sums[index] if index in self._sums else sums_S
+        needs_logits = bool(self._losses) and len(ids_TK) > 0  # experts may be entered without tokens and their router
+        if needs_logits and routing.logits_TE is None:
+            router = self._layers[index].router
+            raise RuntimeError(
+                f"{self._losses} need the logits of {routing.layer.name}, and its router ({type(router).__name__}) was "
+                "not called before its experts: something stands in its place, or calls its forward past the module. "
+                "Have the model call the router as a module, or leave the rules out."
+            )
+        self._added[0].add(routing, self._scoring[index] if needs_logits else None)
+        if len(self._added) > 1 and routing.logits_TE is not None:
+            largest_TK = routing.logits_TE.detach().topk(ids_TK.shape[1]).indices
+            self._added[1].add(replace(routing, ids_TK=largest_TK), "softmax" if needs_logits else None)
+
+    def _nothing(self, device: torch.device) -> tuple[_Added, ...]:
+        shape = len(self._num_experts), max(self._num_experts)
+        parts = 2 if self._own_is_apart else 1
+        return tuple(_Added(torch.zeros(shape, dtype=torch.int64, device=device)) for _ in range(parts))
+
+    @cached_property
+    def _own_is_apart(self) -> bool:
+        """Whether transformers' loss, of the K largest of a softmax, has other choices or scores than the routers."""
+        if not any(isinstance(rule, ModelsOwnLoss) for rule in self._losses):
+            return False
+        biased = [adapter.correction_bias(layer.router, layer.block) is not None for layer in self._layers]
+        return any(biased) or any(scoring != "softmax" for scoring in self._scoring.values())
+
+    def _mark(self) -> Callable[[], None]:
+        before = None if self._added is None else tuple(added.copy() for added in self._added)
+
+        def forget() -> None:
+            self._added = before
+
+        return forget
 
     def losses(self, weight: Tensor | float, device: torch.device, mean: bool) -> Tensor | None:
         """This rank's part of the losses of the forwards since the last call; every rank must call it.
@@ -177,38 +232,34 @@ class Steering:
             0-dim: the sum over ranks is that of losses times coefficients, times the terms of all ranks unless
             ``mean``. None without losses.
         """
-        counts_LE, self._counts_LE = self._counts_LE, None
-        sums, self._sums = self._sums, {}
-        if self._biases is not None and counts_LE is not None:
+        added, self._added = self._added, None
+        if self._biases is not None and added is not None:
+            counts_LE = added[0].counts_LE
             self._window_LE = counts_LE if self._window_LE is None else self._window_LE + counts_LE
         if not self._losses:
             return None
-        num_layers, width = len(self._num_experts), max(self._num_experts)
-        none_S = torch.zeros(width + 1, device=device)
-        if counts_LE is None:
-            counts_LE = torch.zeros(num_layers, width, dtype=torch.int64, device=device)
-        rows = [_widened(sums[index], width) if index in sums else none_S for index in range(num_layers)]
-        mine_LS = torch.stack(rows).double()
+        added = self._nothing(device) if added is None else added
+        mine_ALS = torch.stack([one.rows() for one in added])
+        counts_ALE = torch.stack([one.counts_LE for one in added]).double()
         terms = torch.as_tensor(weight, dtype=torch.float64, device=device)
-        packed = torch.cat([counts_LE.double().flatten(), mine_LS.detach().flatten(), terms[None]])
-        counts, sums_of_all, terms_of_all = sum_over_ranks(packed).split([counts_LE.numel(), mine_LS.numel(), 1])
+        packed = torch.cat([counts_ALE.flatten(), mine_ALS.detach().flatten(), terms[None]])
+        counts, sums_of_all, terms_of_all = sum_over_ranks(packed).split([counts_ALE.numel(), mine_ALS.numel(), 1])
         weight_of_all = torch.ones_like(terms) if mean else terms_of_all[0]
-        all_LS = sums_of_all.view(num_layers, width + 1)
-        values = self._evaluate(counts.view(num_layers, width), all_LS)
+        values = self._evaluate(counts.view_as(counts_ALE), sums_of_all.view_as(mine_ALS))
         noted = torch.cat([values * weight_of_all, weight_of_all[None]])
         self._values = noted if self._values is None else self._values + noted
-        parts = self._evaluate(counts.view(num_layers, width), mine_LS)
+        parts = self._evaluate(counts.view_as(counts_ALE), mine_ALS)
         coefficients = [rule.coefficient for rule in self._losses]
         total = torch.stack([c * part for c, part in zip(coefficients, parts.unbind(), strict=True)]).sum()
         return total * weight_of_all
 
-    def _evaluate(self, counts_LE: Tensor, sums_LS: Tensor) -> Tensor:
-        """The losses, by rule, from counts of all ranks and sums of all or one."""
+    def _evaluate(self, counts_ALE: Tensor, sums_ALS: Tensor) -> Tensor:
+        """The losses, by rule, from counts of all ranks and sums of all or one; the last are transformers' own."""
         if self._sizes_2L is None:
-            self._sizes_2L = torch.tensor([self._top_k, self._num_experts], device=counts_LE.device)
+            self._sizes_2L = torch.tensor([self._top_k, self._num_experts], device=counts_ALE.device)
         top_k_L, experts_L = self._sizes_2L
+        counts_LE, sums_LE, squares_L = counts_ALE[0], sums_ALS[0, :, :-1], sums_ALS[0, :, -1]
         tokens_L = (counts_LE.sum(1) / top_k_L).clamp(min=1)
-        sums_LE, squares_L = sums_LS[:, :-1], sums_LS[:, -1]
         found = []
         for rule in self._losses:
             if isinstance(rule, BalancingLoss):
@@ -216,7 +267,8 @@ class Steering:
             elif isinstance(rule, RouterZLoss):
                 found.append((squares_L / tokens_L).mean())
             else:
-                found.append(balance_of_all_layers(counts_LE, sums_LE, tokens_L, max(self._num_experts)))
+                own_LE = sums_ALS[-1, :, :-1]
+                found.append(balance_of_all_layers(counts_ALE[-1], own_LE, tokens_L, max(self._num_experts)))
         return torch.stack(found)
 
     def step(self, device: torch.device) -> dict[str, Tensor]:

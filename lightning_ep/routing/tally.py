@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -23,13 +25,21 @@ class RoutingCounts:
     def __init__(self, module: nn.Module, training: bool = True) -> None:
         self._training = training
         self._counts_LE: Tensor | None = None
-        self._observation = Observation(module, self._count)
+        self._observation = Observation(module, self._count, mark=self._mark)
         self.layers: list[MoELayer] = self._observation.layers
         self._shape = len(self.layers), max((layer.num_experts for layer in self.layers), default=0)
 
     def _count(self, routing: Routing) -> None:
         if routing.training == self._training:
             routing.count_into(self._of(routing.ids_TK.device)[routing.layer.index])
+
+    def _mark(self) -> Callable[[], None]:
+        counts_LE = None if self._counts_LE is None else self._counts_LE.clone()
+
+        def forget() -> None:
+            self._counts_LE = counts_LE
+
+        return forget
 
     def _of(self, device: torch.device | str) -> Tensor:
         if self._counts_LE is None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor, nn
@@ -45,7 +47,7 @@ class Watched:
         self._scoring = [None if layer.router is None else adapter.router_scoring(layer.router) for layer in found]
         self._of_pass: list[Routed | None] = [None] * len(found)
         self._seen = self._passed_over = 0
-        self._observation = Observation(module, self._see, logits="values")
+        self._observation = Observation(module, self._see, logits="values", mark=self._mark)
 
     @torch.no_grad()
     def _see(self, routing: Routing) -> None:
@@ -64,6 +66,16 @@ class Watched:
         if layer == len(self._of_pass) - 1:
             self._end_pass()  # ids need not be kept any longer
 
+    def _mark(self) -> Callable[[], None]:
+        before = list(self._of_pass), self._seen, self._passed_over
+        totals_MC = self.metric.totals_MC.clone()
+
+        def forget() -> None:
+            self._of_pass, self._seen, self._passed_over = before
+            self.metric.totals_MC = totals_MC.to(self.metric.totals_MC.device)
+
+        return forget
+
     def _end_pass(self) -> None:
         device = next(one.ids_TK.device for one in self._of_pass if one is not None)
         self.metric.to(device).update(self._of_pass)
@@ -77,7 +89,7 @@ class Watched:
             which = ("no backward", "a") if self._training else ("a backward", "no")
             rank_zero_warn(
                 f"Watched has seen forwards with {which[0]} only, and looks at those with {which[1]} backward: "
-                f"Watched(..., training={not self._training}) looks at the others (torch.no_grad(), model.eval()).",
+                f"Watched(..., training={not self._training}) looks at the others (torch.no_grad()).",
                 stacklevel=2,
             )
         self._seen = self._passed_over = 0

@@ -122,9 +122,13 @@ class AdamW(torch.optim.AdamW):
         """
         self._factors.append(factor)
 
+    def forget_factors(self) -> None:
+        """Takes back what `multiply_gradients` was given, for a step that is left out."""
+        self._factors.clear()
+
     @override
     def zero_grad(self, set_to_none: bool = True) -> None:
-        self._factors.clear()
+        self.forget_factors()
         super().zero_grad(set_to_none)
 
     @override

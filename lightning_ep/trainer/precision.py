@@ -24,6 +24,7 @@ from lightning_ep.fsdp.accumulation import reduce_kept_gradients
 from lightning_ep.fsdp.passes import break_off_if_it_raises
 from lightning_ep.hub.beneath import is_adapted
 from lightning_ep.routing.steer import Steering, steerings
+from lightning_ep.trainer.adamw import AdamW
 from lightning_ep.trainer.clipping import clip_grad_norm_, clip_grad_value_, clip_in_step_, scale_gradients
 from lightning_ep.trainer.loss_scale import at_step, into_backward, with_router_losses
 from lightning_ep.trainer.nonfinite import NonfiniteGuard
@@ -164,6 +165,8 @@ class ShardedPrecision(Precision):
         self._after_closure(model, optimizer)
         assert isinstance(optimizer, Optimizer)
         if self.guard.skips(optimizer, self.main_params(optimizer), model.trainer.global_step):
+            if isinstance(optimizer, AdamW):
+                optimizer.forget_factors()  # of clipping: `optimizer_zero_grad` may be the module's own
             return result
         return optimizer.step(closure=lambda: result, **kwargs)
 

@@ -166,3 +166,29 @@ def test_adapters_of_a_base_that_was_in_memory_need_their_adapter(tmp_path: Path
     base = AutoModelForCausalLM.from_pretrained(tmp_path / "hub", dtype=torch.float32)
     expected = _logits(peft.PeftModel.from_pretrained(base, tmp_path / "by callback"))
     assert relative_error(_logits(module), expected) < 1e-5
+
+
+def _goes_on_with(root: Path) -> list[float]:
+    trainer = quiet(root, strategy=ExpertParallelStrategy(ep=2), limit_val_batches=1, precision="32-true")
+    module = CausalLM(str(root / "hub"), adapter=LoRA(pretrained=str(root / "exported")), optimizer=_optimizer)
+    trainer.validate(module, DataLoader([{"input_ids": IDS, "labels": IDS}], batch_size=None), verbose=False)
+    return [trainer.callback_metrics["val/loss"].item()]
+
+
+@pytest.mark.parametrize("whole", [["lm_head"], ["embed_tokens", "lm_head"], ["gate"]])
+def test_an_adapter_with_whole_modules_goes_on(tmp_path: Path, whole: list[str]) -> None:
+    write_checkpoint(tmp_path / "hub")
+    adapter = LoRA(**LORA, modules_to_save=whole)
+    run_ranks(2, _train_whole, tmp_path, adapter, init_process_group=False)
+    before, expected = _by_peft(tmp_path)
+    assert relative_error(before, expected) > 1e-2, "the adapter must matter"
+    losses = torch.nn.functional.cross_entropy(expected[:, :-1].flatten(0, 1), IDS[:, 1:].flatten())
+    for (found,) in run_ranks(2, _goes_on_with, tmp_path, init_process_group=False):
+        assert found == pytest.approx(losses.item(), rel=1e-5)
+    cli.main(["export", str(tmp_path / "exported"), str(tmp_path / "merged"), "--merge"])
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
+    assert relative_error(_logits(merged), expected) < 1e-5
+
+
+def _train_whole(root: Path, adapter: LoRA) -> None:
+    _train(root, CausalLM, 2, False, adapter=adapter)

@@ -18,6 +18,7 @@ from lightning_ep import CausalLM, ExpertParallelStrategy, ParallelLayout, paral
 from lightning_ep import transformers_adapter as adapter
 from lightning_ep.routing import BalancingLoss, RouterZLoss, moe_layers, router_losses, steer_routers, step_routers
 from lightning_ep.routing.losses import sums_of_layer
+from lightning_ep.routing.steer import steerings
 from tests.hub.every_family import auto_class_of, tiny_config_of
 from tests.ranks import assert_ranks_agree, device, here
 from tests.reference import batches, relative_error, tiny_model
@@ -212,6 +213,32 @@ def _scoring(family: str) -> str | None:
         model = auto_class_of(config).from_config(config)
     (found,) = {adapter.router_scoring(layer.router) for layer in moe_layers(model) if layer.router is not None}
     return found
+
+
+@pytest.mark.parametrize("family", ["minimax_m2", "ernie4_5_moe", "qwen3_moe"])
+def test_a_models_own_loss_is_transformers_whatever_its_routers_do(family: str) -> None:
+    """Sigmoids and biases decide who is chosen; that loss is of a softmax and of its largest."""
+    config = tiny_config_of(family)
+    config.output_router_logits, config.router_aux_loss_coef = True, OWN
+    model = auto_class_of(config).from_config(config).eval()
+    layers = moe_layers(model)
+    for layer in layers:
+        layer.router.weight.data.normal_()
+        if (bias := adapter.correction_bias(layer.router, layer.block)) is not None:
+            bias.data.normal_()
+    batch = padded_batches(1)[0]
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    expected = OWN * model(**inputs).aux_loss
+    weights = [layer.router.weight for layer in layers]
+    wanted = torch.autograd.grad(expected, weights)
+    steer_routers(model)
+    for steering in steerings(model):
+        steering.begin()
+    assert model(**inputs).get("aux_loss") is None
+    found = router_losses(model, torch.device("cpu"))
+    assert relative_error(found.float(), expected) < 1e-6
+    for one, other in zip(torch.autograd.grad(found, weights), wanted, strict=True):
+        assert relative_error(one, other) < 1e-5
 
 
 def test_losses_of_routers_whose_scores_are_not_known_are_refused() -> None:

@@ -8,11 +8,24 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_ep import ParallelLayout, parallelize
 from lightning_ep.context_parallel import shard_sequence
-from lightning_ep.routing import Observation, Routing, RoutingCounts, sum_over_ranks
+from lightning_ep.loss import sequence_log_probs, summed_loss, token_losses
+from lightning_ep.ops.cross_entropy import shifted
+from lightning_ep.routing import (
+    BalancingLoss,
+    BiasUpdates,
+    Observation,
+    Routing,
+    RoutingCounts,
+    Watched,
+    router_losses,
+    steer_routers,
+    sum_over_ranks,
+)
+from lightning_ep.routing.steer import steerings
 from tests.ranks import assert_ranks_agree, device, here, run_ranks
 from tests.reference import batches, relative_error, tiny_model
 
@@ -129,3 +142,58 @@ def _compiled(logits: Any) -> tuple[list[str], int]:
 def test_logits_leave_compiled_layers_without_another_graph(logits: str) -> None:
     """One before the experts and one behind them, for all layers, as where nobody looks."""
     assert run_ranks(1, _compiled, logits) == [([], 2)]
+
+
+class _Cooler(nn.Module):
+    """Does more with logits than the head, which a fused loss finds out in the middle of a forward."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.inner = model
+
+    def forward(self, **inputs: Any) -> Any:
+        output = self.inner(**inputs)
+        output.logits = output.logits / 2
+        return output
+
+
+class _Prompts(nn.Module):
+    """Puts tokens in front, for which it wants labels, as prompt tuning does."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.inner = model
+
+    def forward(self, input_ids: Tensor, labels: Tensor | None = None) -> Any:
+        more = input_ids.new_full((len(input_ids), 2), 3)
+        labels = None if labels is None else torch.cat([torch.full_like(more, -100), labels], 1)
+        return self.inner(input_ids=torch.cat([more, input_ids], 1), labels=labels)
+
+
+@pytest.mark.parametrize(
+    ("around", "more", "loss_of"),
+    [
+        (_Cooler, 0, summed_loss),
+        (_Prompts, 2, summed_loss),
+        (_Cooler, 0, lambda module, targets, inputs, _: sequence_log_probs(module, targets, inputs)),
+        (_Prompts, 2, token_losses),
+    ],
+)
+def test_a_forward_that_is_made_again_is_seen_once(around: Any, more: int, loss_of: Any) -> None:
+    model = tiny_model().eval()  # the mode in which `from_pretrained` gives models
+    model.lm_head.weight.requires_grad_(loss_of in (summed_loss, token_losses))
+    steer_routers(model, [BalancingLoss(1.0), BiasUpdates(0.01)])
+    (steering,) = steerings(model)
+    steering.begin()
+    counts, watched = RoutingCounts(model), Watched(model)
+    module, ids = around(model), batches(1, 2, 9)[0]["input_ids"]
+    losses = []
+    for _ in range(2):
+        loss_of(module, shifted(ids), {"input_ids": ids}, ids)
+        losses.append(router_losses(model, ids.device).detach())
+    assert torch.equal(*losses)
+    chosen = 2 * 2 * 2 * (9 + more) * TOP_K  # passes, layers, sequences
+    assert counts.take().sum() == chosen
+    assert watched.measures(watched.take()).load_ME.sum() > 0
+    assert steering._window_LE is not None
+    assert steering._window_LE.sum() == chosen

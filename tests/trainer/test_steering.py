@@ -237,6 +237,22 @@ def a_step_without_a_finite_norm_is_left_out(root: Path) -> None:
 
 
 @row()
+def a_step_is_left_out_beside_a_zero_grad_of_ones_own(root: Path) -> None:
+    """What it was to be clipped by, no number, must not wait for the next step."""
+
+    class Own(Broken):
+        def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: Any) -> None:
+            for param in self.parameters():
+                param.grad = None
+
+    broken, whole_ = Own((1, 3)), Own(())
+    broken.optimizer = whole_.optimizer = lambda params: AdamW(params, lr=0.01)
+    _fit(root, broken, [0, 1, 2, 3, 4], gradient_clip_val=0.1)
+    _fit(root, whole_, [0, 2, 4], gradient_clip_val=0.1)
+    _equal(broken, whole_)
+
+
+@row()
 def a_window_with_one_broken_batch_is_left_out(root: Path) -> None:
     broken, whole_ = Broken((2,)), Broken(())
     _fit(root, broken, [0, 1, 2, 3, 4, 5], accumulate_grad_batches=2)
