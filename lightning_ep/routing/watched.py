@@ -72,7 +72,7 @@ class Watched:
 
         def forget() -> None:
             self._of_pass, self._seen, self._passed_over = before
-            self.metric.totals_MC = totals_MC.to(self.metric.totals_MC.device)
+            self.metric.totals_MC.copy_(totals_MC)
 
         return forget
 
