@@ -50,9 +50,13 @@ def renew_doubted() -> None:
 
     global _doubted
     if dist.get_backend() != "fake":  # which has no others
-        doubted: list[Any] = [False] * dist.get_world_size()
-        dist.all_gather_object(doubted, _doubted)
-        if any(doubted):
+        # Through the store: no GPU has been chosen yet, and the default group may be broken, too.
+        store: Any = dist.distributed_c10d._get_default_store()
+        name = f"lightning_ep/doubts/{store.add(f'lightning_ep/doubts/of {dist.get_rank()}', 1)}"
+        store.add(name, int(_doubted))
+        if store.add(f"{name}/ranks", 1) == dist.get_world_size():
+            store.set(f"{name}/in all", str(store.add(name, 0)))
+        if int(store.get(f"{name}/in all")):
             _made.clear()
     _doubted = False
 
