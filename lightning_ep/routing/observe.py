@@ -192,11 +192,11 @@ class _Marks(list[Mark]):
 
 def mark(model: PreTrainedModel) -> Callable[[], None]:
     """Before a forward that may not count: what returns has all who watch the model forget it."""
-    undo = [mark() for mark in adapter.recall(model, _Marks) or ()]
+    takes_back = [note() for note in adapter.recall(model, _Marks) or ()]
 
     def forget() -> None:
-        for one in undo:
-            one()
+        for take_back in takes_back:
+            take_back()
 
     return forget
 

@@ -16,7 +16,7 @@ from lightning_ep import transformers_adapter as adapter
 from lightning_ep.routing.biases import bias_of, give_biases, update_biases
 from lightning_ep.routing.choices import choice_of
 from lightning_ep.routing.losses import balance_of_all_layers, balance_per_layer, sums_of_layer
-from lightning_ep.routing.observe import Observation, Routing, choose, moe_layers
+from lightning_ep.routing.observe import Logits, Observation, Routing, choose, moe_layers
 from lightning_ep.routing.router_rules import (
     BalancingLoss,
     BiasUpdates,
@@ -163,8 +163,8 @@ class Steering:
     def begin(self) -> None:
         """Begins to look at the routers of the model, which is sharded by now."""
         if self._observation is None and (self._losses or self._biases is not None):
-            logits = "graph" if self._losses else None
-            self._observation = Observation(self._model, self._see, logits, mark=self._mark)  # type: ignore[arg-type]
+            logits: Logits | None = "graph" if self._losses else None
+            self._observation = Observation(self._model, self._see, logits, mark=self._mark)
         if self._biases is not None:
             for layer in self._layers:
                 bias_of(layer)
