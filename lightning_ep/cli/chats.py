@@ -10,6 +10,7 @@ from typing import Any
 from jinja2 import TemplateError
 
 from lightning_ep.cli.opened import Opened, opened
+from lightning_ep.data.chat_template import wants_texts_as_arguments, with_text_arguments
 from lightning_ep.data.template_text import template_text
 
 
@@ -42,11 +43,13 @@ class ChatOptions:
                 "the model's tokenizer has no chat template: give the one that it was trained with as --chat_template, "
                 "a file or 'plain'."
             )
+        if wants_texts_as_arguments(tokenizer, tokenizer.get_chat_template(), self.variables):
+            messages = [with_text_arguments(message) for message in messages]
         try:
             return tokenizer.apply_chat_template(
                 messages, tools=tools, add_generation_prompt=answer_follows, return_dict=False, **self.variables
             )
-        except TemplateError as error:
+        except (TemplateError, TypeError, AttributeError, KeyError, IndexError) as error:
             raise ValueError(f"the chat template refuses the conversation: {error}") from error
 
 

@@ -88,7 +88,7 @@ class ChatTemplate:
         self._variables = dict(variables)
         self.marked = adapter.marks_generation(template)
         self._endings: dict[bool, str] = {}
-        self._texts_as_arguments = self._wants_texts_as_arguments()
+        self._texts_as_arguments = wants_texts_as_arguments(tokenizer, template, self._variables)
         self._writes_calls = _NAME in self._try([_QUESTION, _CALL, _RESULT, _ANSWER])
         self._writes_tools = _NAME in self._try([_QUESTION, _ANSWER], [_TOOL])
         self._check_end(stop_ids)
@@ -150,7 +150,7 @@ class ChatTemplate:
 
     def _render(self, messages: Sequence[Message], tools: Any = None, prompt: bool = False) -> tuple[str, list[Span]]:
         if self._texts_as_arguments:
-            messages = [_with_text_arguments(message) for message in messages]
+            messages = [with_text_arguments(message) for message in messages]
         return adapter.render_chat(self._tokenizer, self._template, messages, tools, prompt, **self._variables)
 
     def _prompt(self, messages: Sequence[Message], tools: Any) -> str | None:
@@ -269,14 +269,6 @@ class ChatTemplate:
             return ""
         return longer_text[len(text) : first] if longer_text.startswith(text) else ""
 
-    def _wants_texts_as_arguments(self) -> bool:
-        """Whether arguments of a tool's call have to be JSON text: most templates take a dict, DeepSeek's fails."""
-        self._texts_as_arguments = False
-        chat = [_QUESTION, _CALL, _RESULT, _ANSWER]
-        with_dict = self._try(chat)
-        self._texts_as_arguments = True
-        return bool(self._try(chat)) and (not with_dict or "{'a': 'b'}" in with_dict)  # that is how Python writes it
-
     def _try(self, messages: Sequence[Message], tools: Any = None) -> str:
         try:
             return self._render(messages, tools)[0]
@@ -325,6 +317,20 @@ class ChatTemplate:
         return [token for token in self._tokenizer.convert_ids_to_tokens(sorted(ids)) if token]
 
 
+def wants_texts_as_arguments(tokenizer: Any, template: str, variables: Mapping[str, Any]) -> bool:
+    """Whether arguments of a tool's call have to be JSON text: most templates take a dict, DeepSeek's fails."""
+    chat = [_QUESTION, _CALL, _RESULT, _ANSWER]
+
+    def rendered(messages: Sequence[Message]) -> str:
+        try:
+            return adapter.render_chat(tokenizer, template, messages, None, False, **variables)[0]
+        except ValueError:
+            return ""
+
+    with_dict, with_text = rendered(chat), rendered([with_text_arguments(message) for message in chat])
+    return bool(with_text) and (not with_dict or "{'a': 'b'}" in with_dict)  # that is how Python writes it
+
+
 def _shared(one: str, other: str) -> int:
     """How many characters two texts begin with alike."""
     return bisect_left(range(min(len(one), len(other))), True, key=lambda n: one[: n + 1] != other[: n + 1])
@@ -358,7 +364,8 @@ def _without_thought(message: Message) -> Message:
     return {**others, "content": _INLINE.sub("", message["content"])}
 
 
-def _with_text_arguments(message: Message) -> Message:
+def with_text_arguments(message: Message) -> Message:
+    """A message whose calls of tools have JSON text as arguments."""
     if not message.get("tool_calls"):
         return message
     calls = []

@@ -21,6 +21,7 @@ _SHAREGPT = {  # the values of "from" in ShareGPT's form, and in what grew from 
     "observation": "tool",
     "function_response": "tool",
 }
+_SYSTEMS = ("system", "developer")
 _NAMED = 10  # rows in an error
 
 
@@ -130,9 +131,8 @@ def preference(row: Mapping[str, Any], where: str) -> Preference:
     chosen, rejected = (
         from_messages(side, tools, where, key) for side, key in zip(sides, ("chosen", "rejected"), strict=True)
     )
-    # Some files repeat the prompt at the beginning of both.
-    if any(side.messages[0]["role"] == "assistant" for side in (chosen, rejected)):
-        chosen, rejected = (_behind(asked, side) for side in (chosen, rejected))
+    answers = any(side.messages[0]["role"] == "assistant" for side in (chosen, rejected))
+    chosen, rejected = (_behind(asked if answers else _missing(asked, side), side) for side in (chosen, rejected))
     if system:
         first = [{"role": "system", "content": _text(system, f"{where}: system")}]
         chosen, rejected = (_behind(first, side) for side in (chosen, rejected))
@@ -158,9 +158,28 @@ def _messages(written: Any, role: str) -> Any:
     """Messages, of which a text or a dict is one; none if nothing is there."""
     if written is None:
         return []
-    if isinstance(written, str) and not written.lstrip().startswith(("[", "{")):
-        return [{"role": role, "content": written}]
+    if isinstance(written, str):
+        try:
+            read = json.loads(written)
+        except json.JSONDecodeError:
+            read = None
+        if isinstance(read, Mapping) and not {"role", "from"}.isdisjoint(read):
+            return [read]
+        if isinstance(read, list) and read and all(isinstance(one, Mapping) for one in read):
+            return read
+        return [{"role": role, "content": written}]  # an answer may be JSON, or begin like it
     return [written] if isinstance(written, Mapping) else written
+
+
+def _missing(asked: list[dict[str, Any]], side: Conversation) -> list[dict[str, Any]]:
+    """What of a prompt belongs in front of a side: some files repeat all of it there, or all but the system's."""
+    systems = next((i for i, message in enumerate(asked) if message["role"] not in _SYSTEMS), len(asked))
+    for given in (asked[:0], asked[:systems]):
+        rest = asked[len(given) :]
+        if side.messages[: len(rest)] == rest and not (given and side.messages[0]["role"] in _SYSTEMS):
+            return given
+    # Behind an answer it goes on; otherwise it is a whole conversation, whose prompt was written differently.
+    return asked if asked[-1]["role"] == "assistant" else []
 
 
 def _behind(messages: list[dict[str, Any]], answer: Conversation) -> Conversation:

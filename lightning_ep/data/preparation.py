@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 WINDOWS, COUNTS = "windows.arrow", "counts.json"
 """The files that `prepare` makes."""
 
-FORMAT = 3
+FORMAT = 4
 """Part of every cache's key: to be raised when the same rows give other windows."""
 
 _WINDOWS_PER_WRITE = 64

@@ -128,7 +128,7 @@ def left_to_checkpoint(hidden: Tensor) -> Later | None:
         What gives them back in backward, once; None where the experts must keep their tensors themselves.
     """
     active = _active.get()
-    return active.leave(hidden) if isinstance(active, _Recording) else None
+    return active.leave_input(hidden) if isinstance(active, _Recording) else None
 
 
 @dataclass
@@ -200,6 +200,7 @@ class _Recording:
     def __init__(self, calls: list[_Call]) -> None:
         self._calls = calls
         self._num_saved = 0
+        self._sources: list[list[Tensor]] = []  # of the calls in progress
 
     def __enter__(self) -> None:
         self._checkpoint_pack, self._checkpoint_unpack = _top_hooks()
@@ -223,6 +224,17 @@ class _Recording:
     def _pack(self, tensor: Tensor) -> Any:
         self._num_saved += 1
         return self._checkpoint_pack(tensor)
+
+    def leave_input(self, hidden: Tensor) -> Later:
+        """As `leave`; where a hook has made ``hidden`` of the input, which the second run does not see, it is kept.
+
+        Rows travel again in either case: whether they do is the same on all ranks.
+        """
+        source = self._sources[-1][0]
+        if hidden is source or (hidden.dtype == source.dtype and _is_copy(hidden, source)):
+            return self.leave(hidden)
+        kept = _without_graph(hidden)
+        return lambda: kept
 
     def leave(self, hidden: Tensor) -> Later:
         """Leaves the input of the call in progress to the checkpoint, once more."""
@@ -255,8 +267,12 @@ class _Recording:
             later, shape, dtype = self.leave(source[0]), tensor.shape, tensor.dtype
             return lambda: later().to(dtype).reshape(shape)
 
-        with saved_tensors_hooks(pack, _unpack):
-            outputs = module._call_impl(*args, **kwargs)
+        self._sources.append(source)
+        try:
+            with saved_tensors_hooks(pack, _unpack):
+                outputs = module._call_impl(*args, **kwargs)
+        finally:
+            self._sources.pop()
         if source[0]._version != version:
             raise RuntimeError(
                 f"{type(module).__name__} modified its input in place, which activation_checkpointing cannot do a "

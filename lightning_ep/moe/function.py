@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from lightning_ep.moe.dispatch import Dispatcher, DispatchPlan
 from lightning_ep.moe.master_weights import CallWeights, MasterWeights
@@ -88,8 +87,12 @@ class _MoE(torch.autograd.Function):
         return out.wait()
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_TH: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():  # before the engine comes to weights that FSDP has let go of, and crashes
+            raise RuntimeError(
+                "create_graph=True asks for gradients of gradients, which MoE layers and FSDP2 do not have. Use "
+                "gradients of the first order (create_graph=False), or finite differences."
+            )
         if ctx.plan is None:
             raise RuntimeError(
                 "Trying to run backward through a MoE layer a second time. Its tensors are freed by the first, also "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -48,14 +48,16 @@ def steer_routers(module: nn.Module, rules: RouterRule | Iterable[RouterRule] | 
         ValueError: If rules contradict each other, or a family has no place for one.
     """
     found = check_rules(rules)
-    models = [model for model in adapter.pretrained_models(module).values() if moe_layers(model)]
+    models = {name: model for name, model in adapter.pretrained_models(module).items() if moe_layers(model)}
     if not models:
         raise ValueError(
             f"{type(module).__name__} has no experts, so that there is nothing to steer for {list(found)}."
         )
-    for model in models:
+    # Not a frozen teacher beside others: its biases would move, and its values be logged.
+    trained = {name: m for name, m in models.items() if any(param.requires_grad for param in m.parameters())}
+    for name, model in (trained or models).items():
         own = adapter.own_balancing_loss(model)
-        steering = Steering(model, found if own is None else (*found, ModelsOwnLoss(own)))
+        steering = Steering(model, found if own is None else (*found, ModelsOwnLoss(own)), name)
         if (before := adapter.recall(model, Steering)) is not None:
             before.end()
         elif own is not None:
@@ -118,12 +120,17 @@ class _Added:
 class Steering:
     """What is remembered of a model whose routers are steered.
 
+    Attributes:
+        name: Of the model in what it was found in.
+
     Args:
         model: The model, sharded or not yet.
         rules: As `check_rules` gives them.
+        name: See the attribute.
     """
 
-    def __init__(self, model: PreTrainedModel, rules: tuple[RouterRule, ...]) -> None:
+    def __init__(self, model: PreTrainedModel, rules: tuple[RouterRule, ...], name: str = "") -> None:
+        self.name = name
         self._layers = layers = moe_layers(model)
         self._losses = [rule for rule in rules if isinstance(rule, _LOSSES)]
         self._biases = next((rule for rule in rules if isinstance(rule, BiasUpdates)), None)
@@ -312,4 +319,14 @@ def router_losses(module: nn.Module, device: torch.device) -> Tensor:
 
 def step_routers(module: nn.Module, device: torch.device) -> dict[str, Tensor]:
     """Ends an optimizer step of routers, once per step on every rank: updates biases, returns values to be logged."""
-    return {name: value for steering in steerings(module) for name, value in steering.step(device).items()}
+    return step_all(steerings(module), device)
+
+
+def step_all(steerings: Sequence[Steering], device: torch.device) -> dict[str, Tensor]:
+    """As `step_routers`; where several models are steered, names end with theirs, as ``router_z/student``."""
+    several = len(steerings) > 1
+    return {
+        f"{key}/{steering.name}" if several else key: value
+        for steering in steerings
+        for key, value in steering.step(device).items()
+    }

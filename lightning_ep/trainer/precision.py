@@ -23,7 +23,7 @@ from lightning_ep import transformers_adapter as adapter
 from lightning_ep.fsdp.accumulation import reduce_kept_gradients
 from lightning_ep.fsdp.passes import break_off_if_it_raises
 from lightning_ep.hub.beneath import is_adapted
-from lightning_ep.routing.steer import Steering, steerings
+from lightning_ep.routing.steer import Steering, steerings, step_all
 from lightning_ep.trainer.adamw import AdamW
 from lightning_ep.trainer.clipping import clip_grad_norm_, clip_grad_value_, clip_in_step_, scale_gradients
 from lightning_ep.trainer.loss_scale import at_step, into_backward, with_router_losses
@@ -149,9 +149,8 @@ class ShardedPrecision(Precision):
             reduce_kept_gradients(model)
         if (factor := at_step(model)) is not None:
             scale_gradients(self.main_params(optimizer), factor)  # type: ignore[arg-type]
-        for steering in self._steerings:
-            for name, value in steering.step(model.device).items():
-                model.log(f"train/{name}", value)
+        for name, value in step_all(self._steerings, model.device).items():
+            model.log(f"train/{name}", value)
         super()._after_closure(model, optimizer)
 
     @override

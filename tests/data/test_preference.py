@@ -40,6 +40,33 @@ def test_a_preference_is_read_however_it_is_written(row: dict[str, Any]) -> None
     assert chosen.trained == rejected.trained == [False, True]
 
 
+SYSTEM = {"role": "system", "content": "alpha eta"}
+
+
+@pytest.mark.parametrize(
+    ("prompt", "repeated", "front"),
+    [
+        ([SYSTEM, U], [U], [SYSTEM, U]),  # both begin with the question, and leave out the system's message
+        ([SYSTEM, U], [SYSTEM, U], [SYSTEM, U]),
+        ([SYSTEM], [U], [SYSTEM, U]),
+        ([U, FIRST], [U], [U, FIRST, U]),  # an earlier turn, behind which both go on
+        ([SYSTEM, U, FIRST, U], [U, FIRST, U], [SYSTEM, U, FIRST, U]),
+        ([SYSTEM, {"role": "user", "content": "eta, written in another way"}], [SYSTEM, U], [SYSTEM, U]),
+    ],
+)
+def test_nothing_of_a_prompt_is_lost(prompt: Any, repeated: Any, front: Any) -> None:
+    row = {"prompt": prompt, "chosen": [*repeated, GOOD], "rejected": [*repeated, BAD]}
+    chosen, rejected = preference(row, "here")
+    assert (chosen.messages, rejected.messages) == ([*front, GOOD], [*front, BAD])
+    assert chosen.trained == rejected.trained == [False] * len(front) + [True]
+
+
+@pytest.mark.parametrize("text", ['{"x": 1}', "[1, 2]", "[INST] eta", "{eta}", '["eta"]', "[]"])
+def test_texts_may_be_json_or_begin_like_it(text: str) -> None:
+    chosen, _ = preference({"prompt": text, "chosen": text, "rejected": "theta"}, "here")
+    assert [message["content"] for message in chosen.messages] == [text, text]
+
+
 def test_only_what_differs_is_learnt() -> None:
     chosen, rejected = preference({"chosen": [U, FIRST, U, GOOD], "rejected": [U, FIRST, U, BAD, U, BAD]}, "here")
     assert chosen.trained == [False, False, False, True]

@@ -407,3 +407,30 @@ def test_families_without_a_declared_router_are_refused_before_anything_is_shard
         layer.mlp.gate = nn.Sequential(layer.mlp.gate)  # nor is it known by its weight
     with pytest.raises(ValueError, match=r"'full' cannot serve model\.layers\.0\.mlp\.experts.*declares no router"):
         check_recompute(model, expert_plan(model), "full")
+
+
+def _scaled(world: int) -> list[str]:
+    def halved(model: PreTrainedModel) -> None:
+        for layer in model.model.layers:
+            layer.mlp.experts.register_forward_pre_hook(lambda _, args: (args[0] * 0.5, *args[1:]))
+
+    ids = batches(1, 1, 9)[0]["input_ids"].to(device())
+    found = []
+    for mode in MODES:
+        model = model_of("qwen3_moe", halved)
+        layout = ParallelLayout.resolve(world, "auto", world, world)
+        parallelize(model, layout, device(), activation_checkpointing=mode)
+        model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+        found.append({name: whole(param.grad) for name, param in model.named_parameters() if param.grad is not None})
+    plain, *others = found
+    return [
+        f"{mode}, {name}"
+        for mode, grads in zip(MODES[1:], others, strict=True)
+        for name, grad in grads.items()
+        if not relative_error(grad, plain[name]) < 1e-5
+    ]
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_what_a_hook_makes_of_the_experts_input_is_what_backward_has(world: int) -> None:
+    assert_ranks_agree(world, _scaled, world)

@@ -170,6 +170,18 @@ def test_second_backward_is_refused(implementation: str) -> None:
         out.backward()
 
 
+def test_gradients_of_gradients_are_refused() -> None:
+    """In whole models the engine crashed in the second backward, at weights that FSDP had let go of."""
+    experts = tiny_model(num_hidden_layers=1).model.layers[0].mlp.experts
+    runner = _local_experts(experts, "fused")
+    hidden = torch.randn(3, HIDDEN, requires_grad=True)
+    ids, weights = torch.tensor([[0, 1]] * 3), torch.rand(3, 2)
+    params = [experts.gate_up_proj, experts.down_proj]
+    out = moe_forward(LocalDispatcher(EXPERTS), runner, hidden, ids, weights, params).sum()
+    with pytest.raises(RuntimeError, match="create_graph=True asks for gradients of gradients"):
+        torch.autograd.grad(out, hidden, create_graph=True)
+
+
 class _Frozen(FusedExperts):
     def backward_params(self, saved: Any, dtypes: Any) -> Any:
         raise AssertionError("gradients of frozen experts")

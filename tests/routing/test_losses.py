@@ -11,12 +11,20 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from lightning_ep import CausalLM, ExpertParallelStrategy, ParallelLayout, parallelize
 from lightning_ep import transformers_adapter as adapter
-from lightning_ep.routing import BalancingLoss, RouterZLoss, moe_layers, router_losses, steer_routers, step_routers
+from lightning_ep.routing import (
+    BalancingLoss,
+    BiasUpdates,
+    RouterZLoss,
+    moe_layers,
+    router_losses,
+    steer_routers,
+    step_routers,
+)
 from lightning_ep.routing.losses import sums_of_layer
 from lightning_ep.routing.steer import steerings
 from tests.hub.every_family import auto_class_of, tiny_config_of
@@ -239,6 +247,25 @@ def test_a_models_own_loss_is_transformers_whatever_its_routers_do(family: str) 
     assert relative_error(found.float(), expected) < 1e-6
     for one, other in zip(torch.autograd.grad(found, weights), wanted, strict=True):
         assert relative_error(one, other) < 1e-5
+
+
+def test_a_frozen_teacher_is_not_steered_and_two_models_have_names() -> None:
+    student, teacher = tiny_model(), tiny_model().requires_grad_(False)
+    module = nn.ModuleDict({"student": student, "teacher": teacher})
+    steer_routers(module, [RouterZLoss(Z), BiasUpdates(0.1)])
+    assert [steering.name for steering in steerings(module)] == ["student"]
+    assert not any("bias" in name for name, _ in teacher.named_buffers())
+    ids = batches(1, 2)[0]["input_ids"]
+    both = nn.ModuleDict({"one": student, "other": teacher.requires_grad_(True)})
+    steer_routers(both, RouterZLoss(Z))
+    for steering in steerings(both):
+        steering.begin()
+    student(ids)
+    teacher(ids[:, :5])
+    router_losses(both, ids.device)
+    values = step_routers(both, ids.device)
+    assert set(values) == {"router_z/one", "router_z/other"}
+    assert values["router_z/one"] != values["router_z/other"]
 
 
 def test_losses_of_routers_whose_scores_are_not_known_are_refused() -> None:
