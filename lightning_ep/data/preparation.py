@@ -306,6 +306,7 @@ def describe(counts: dict[str, Any]) -> str:
         )
     if len(counts["sources"]) > 1:
         line += "; from " + ", ".join(f"{name} ({some['documents']:,})" for name, some in counts["sources"].items())
+        line += ", before their weights" if counts.get("documents", documents) != documents else ""
     if counts["dropped"]:
         line += "; left out: " + ", ".join(f"{count:,} {reason}" for reason, count in sorted(counts["dropped"].items()))
     if counts["notes"]:

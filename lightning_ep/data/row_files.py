@@ -7,6 +7,7 @@ datasets of the hub), such keys are taken out again.
 
 from __future__ import annotations
 
+import codecs
 import glob
 import hashlib
 import json
@@ -155,7 +156,7 @@ def _open(file: Path, most: int | None) -> _Table:
     """A file, of which rows behind so many will not be asked for."""
     if file.suffix in _JSON:
         with file.open("rb") as opened:
-            begin = opened.read(1024).lstrip()
+            begin = opened.read(1024).removeprefix(codecs.BOM_UTF8).lstrip()
         return _JsonList(file) if file.suffix == ".json" and begin.startswith(b"[") else _JsonLines(file, most)
     if file.suffix == ".parquet":
         return _Parquet(file)

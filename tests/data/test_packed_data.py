@@ -22,7 +22,7 @@ from lightning.pytorch import LightningModule
 
 from lightning_ep import CausalLM, ExpertParallelStrategy, Schedule
 from lightning_ep.data import PackedDataModule, Rows, Samples, corpus
-from lightning_ep.data.preparation import COUNTS, WINDOWS
+from lightning_ep.data.preparation import COUNTS, WINDOWS, describe
 from tests.ranks import run_ranks
 from tests.reference import tiny_config
 from tests.tiny import SMALL, quiet
@@ -223,6 +223,8 @@ def test_sources_come_as_often_as_their_weights_say(tokenizer: str, tmp_path: Pa
     assert times == {"a": each["a"], "b": 2 * each["b"], "c": round(each["c"] / 2)}
     assert set(Counter(text for text, _ in found if text[0] == "b").values()) == {2}
     assert data.counts["train"]["documents"] == len(found)
+    parts = ", ".join(f"{name} ({each[name]:,})" for name in texts)
+    assert f"from {parts}, before their weights" in describe(data.counts["train"])
     # mixed: a window does not come from one source
     mixed = [{text[0] for text, _ in documents(data, [window])} for window in data.train_dataset]
     assert sum(len(names) > 1 for names in mixed) > len(mixed) / 2

@@ -176,3 +176,10 @@ def test_rows_of_the_hub_mean_what_they_mean_in_a_file(tmp_path: Path) -> None:
     first, second = map(json.loads, ran.stdout.splitlines()[-2:])
     assert first == second
     assert [conversation(row, "")[:3] for row in first[1]] == [conversation(row, "")[:3] for row in ROWS]
+
+
+@pytest.mark.parametrize("name", ["chats.json", "chats.jsonl"])
+def test_a_byte_order_mark_is_no_text(name: str, tmp_path: Path) -> None:
+    text = json.dumps(ROWS) if name == "chats.json" else "".join(json.dumps(row) + "\n" for row in ROWS)
+    (tmp_path / name).write_text(text, encoding="utf-8-sig")
+    assert meant(str(tmp_path / name)) == [conversation(row, "")[:3] for row in ROWS]
