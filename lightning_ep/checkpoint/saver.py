@@ -164,15 +164,6 @@ class Checkpoints:
 
     def _guarded(self, write: Callable[[], None], target: _Target) -> None:
         try:
-            self._publish(write, target)
-        except CheckpointError:
-            raise
-        except BaseException:
-            doubt()
-            raise
-
-    def _publish(self, write: Callable[[], None], target: _Target) -> None:
-        try:
             write()
             self.ranks.on_first(f"could not name {target.final}", lambda: files.publish(target.staged, target.final))
         except CheckpointError as error:
@@ -183,6 +174,9 @@ class Checkpoints:
                 f"and {_size(target.free)} were free in {target.final.parent}. The state of the training and earlier "
                 "checkpoints are as they were: make room (fewer checkpoints, save_top_k), or save elsewhere."
             ) from error
+        except BaseException:
+            doubt()
+            raise
         self._newest = target.final
 
     def _write_directory(

@@ -43,7 +43,8 @@ class ChatOptions:
                 "the model's tokenizer has no chat template: give the one that it was trained with as --chat_template, "
                 "a file or 'plain'."
             )
-        if wants_texts_as_arguments(tokenizer, tokenizer.get_chat_template(), self.variables):
+        calls_tools = any(message.get("tool_calls") for message in messages)  # else the template need not be tried
+        if calls_tools and wants_texts_as_arguments(tokenizer, tokenizer.get_chat_template(), self.variables):
             messages = [with_text_arguments(message) for message in messages]
         try:
             return tokenizer.apply_chat_template(

@@ -16,6 +16,8 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from lightning_ep import cli
+from lightning_ep.cli.chats import ChatOptions
+from tests.data.chat_families import family_tokenizer
 from tests.hub_files import refused_in_one_line
 from tests.ranks import run_ranks
 from tests.talking import on_two_ranks, write_talking
@@ -165,3 +167,13 @@ def test_the_same_file_twice_and_a_model_without_experts_are_refused(
     with pytest.raises(SystemExit):
         cli.main(["routing", str(tmp_path), files[0]])
     assert "there is no MoE layer to measure" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("family", ["deepseekv3", "qwen3_instruct_2507"])
+def test_calls_of_tools_are_written_as_the_template_wants_them(family: str) -> None:
+    """DeepSeek's wants the arguments as text, and failed in it."""
+    tokenizer = family_tokenizer(family)
+    call = {"type": "function", "function": {"name": "add", "arguments": {"a": 2}}}
+    chat = [{"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "", "tool_calls": [call]}]
+    written = tokenizer.decode(ChatOptions({}).ids(tokenizer, chat))
+    assert '"a": 2' in written
