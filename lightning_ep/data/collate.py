@@ -10,6 +10,7 @@ import torch
 
 from lightning_ep.data.preparation import WINDOWS
 from lightning_ep.data.windows import COLUMNS, fill_window
+from lightning_ep.transformers_adapter import filling
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -57,4 +58,14 @@ def stacked(windows: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
 
 def without_positions(windows: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
     """A batch whose documents see those before them."""
-    return {name: values for name, values in stacked(windows).items() if name != "position_ids"}
+    return with_mask(stacked(windows))
+
+
+def with_mask(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A batch with a mask for padding, ``[batch, sequence]``, in place of the positions, which said it before.
+
+    In one of nothing but padding all counts: a balancing loss would divide by zero.
+    """
+    counts = ~filling(batch["input_ids"], batch["position_ids"])
+    without = {name: values for name, values in batch.items() if name != "position_ids"}
+    return {**without, "attention_mask": (counts | ~counts.any()).long()}

@@ -70,7 +70,7 @@ class PackedDataModule(LightningDataModule):
     kind: ClassVar[str] = "packed"
     """What directories in the cache begin with."""
     across_documents = False
-    """Whether documents see those before them in the window; batches have no ``position_ids`` then."""
+    """Whether documents see those before them in the window; batches then have a mask in place of positions."""
     packs = True  # documents into windows
     placeholders: Sequence[int] = ()  # tokens that stand for an image or a clip together: previews show how many
     trains: LightningModule | None = None

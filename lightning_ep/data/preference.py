@@ -9,12 +9,11 @@ import torch
 from typing_extensions import override
 
 from lightning_ep.data.chat import ChatDataModule
-from lightning_ep.data.collate import Collate, stacked
+from lightning_ep.data.collate import Collate, stacked, with_mask
 from lightning_ep.data.conversations import Conversation, Preference, preference
 from lightning_ep.data.preparation import Samples
 from lightning_ep.data.row_files import Row, Source
-from lightning_ep.data.tokenizers import pad_token_id
-from lightning_ep.data.windows import Sample
+from lightning_ep.data.windows import PADDING, Sample
 
 SAME = "pairs of equal answers"
 UNLEARNT = "pairs without an answer that is learnt"
@@ -38,7 +37,7 @@ class PreferenceDataModule(ChatDataModule):
     Only the assistant's turns behind what both have in common count. Batches are ``input_ids`` and ``labels``, int64
     ``[2 * batch_size, sequence_length]``: the chosen ones, then the rejected ones in the same order, each in a row of
     its own with padding behind it. Pairs of which one is longer than a row are left out and counted, like those of
-    equal answers.
+    equal answers. ``attention_mask`` beside them says where padding is.
 
     Args:
         source: As in `ChatDataModule`, like all that follow.
@@ -102,8 +101,7 @@ class PreferenceDataModule(ChatDataModule):
         (ids, supervised), (other_ids, other_supervised) = found
         # The second begins where the second row of a window does; what is left behind it is filled with padding.
         gap = self.sequence_length - len(ids)
-        padding = [pad_token_id(self.tokenizer)] * gap
-        samples.add([*ids, *padding, *other_ids], [*supervised, *[False] * gap, *other_supervised])
+        samples.add([*ids, *[PADDING] * gap, *other_ids], [*supervised, *[False] * gap, *other_supervised])
 
     def _rendered(self, conversation: Conversation, samples: Samples) -> Sample | None:
         assert self._renders is not None
@@ -129,5 +127,5 @@ class PreferenceDataModule(ChatDataModule):
 
 def _pairs(windows: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
     """Windows ``[2 S]`` as rows: what was chosen, then what was rejected."""
-    batch = {name: values.unflatten(1, (2, -1)) for name, values in stacked(windows).items() if name != "position_ids"}
-    return {name: values.transpose(0, 1).flatten(0, 1) for name, values in batch.items()}
+    batch = {name: values.unflatten(1, (2, -1)) for name, values in stacked(windows).items()}
+    return with_mask({name: values.transpose(0, 1).flatten(0, 1) for name, values in batch.items()})

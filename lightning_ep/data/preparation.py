@@ -21,7 +21,7 @@ import torch
 from tqdm import tqdm
 
 from lightning_ep.data.document_files import DocumentFiles, Documents
-from lightning_ep.data.windows import COLUMNS, Fill, Sample, best_fit, fill_window
+from lightning_ep.data.windows import COLUMNS, Fill, Sample, best_fit, fill_window, number_of_tokens
 
 if TYPE_CHECKING:
     from lightning_ep.data.media import Medium
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 WINDOWS, COUNTS = "windows.arrow", "counts.json"
 """The files that `prepare` makes."""
 
-FORMAT = 4
+FORMAT = 5
 """Part of every cache's key: to be raised when the same rows give other windows."""
 
 _WINDOWS_PER_WRITE = 64
@@ -285,7 +285,7 @@ class Counts:
         counts = self.sources.setdefault(source, {"rows": 0, "documents": 0, "tokens": 0})
         counts["rows"] += made.rows
         counts["documents"] += len(made.lengths)
-        counts["tokens"] += len(made.tokens)
+        counts["tokens"] += number_of_tokens(made.tokens)
         self.dropped.update(made.dropped)
         self.notes.update(made.notes)
 
@@ -347,7 +347,7 @@ def _pack(
                     chosen = [documents[index] for index in indices]
                     filled.append(fill_window(chosen, sequence_length, pad_token_id))
                     media.append([list(documents.media(index)) for index in indices])
-                    fill.add(filled[-1], len(chosen), sum(len(sample.input_ids) for sample in chosen))
+                    fill.add(filled[-1], len(chosen), sum(number_of_tokens(sample.input_ids) for sample in chosen))
                 columns = [pa.array(np.concatenate(column)) for column in zip(*filled, strict=True)]
                 arrays = [pa.FixedSizeListArray.from_arrays(column, sequence_length) for column in columns]
                 arrays += [pa.array(media, media_type)] if documents.have_media else []

@@ -15,7 +15,7 @@ import numpy as np
 from lightning_ep.data.packed_data import PackedDataModule
 from lightning_ep.data.preparation import Made, Part, Rows, Samples
 from lightning_ep.data.row_files import Row
-from lightning_ep.data.windows import best_fit
+from lightning_ep.data.windows import PADDING, best_fit, number_of_tokens
 
 SHOWN = 5
 """Documents that a preview shows."""
@@ -29,6 +29,11 @@ class Document:
     where: str
     tokens: np.ndarray
     learnt: np.ndarray
+
+    @property
+    def size(self) -> int:
+        """Tokens, without padding."""
+        return number_of_tokens(self.tokens)
 
 
 @dataclass
@@ -50,7 +55,7 @@ class Looked:
         self.notes.update(made.notes)
 
     def __str__(self) -> str:
-        tokens = sum(len(document.tokens) for document in self.documents)
+        tokens = sum(document.size for document in self.documents)
         learnt = sum(int(document.learnt[1:].sum()) for document in self.documents)
         line = f"{self.rows:,} rows, {len(self.documents):,} documents, {tokens:,} tokens, "
         line += f"{learnt / max(1, tokens):.1%} of them supervised"
@@ -97,7 +102,7 @@ def _show(data: PackedDataModule, looked: dict[str, Looked], colour: bool) -> It
     how = "in green" if colour else "between ⟦ and ⟧"
     yield f"{len(chosen)} documents. What is learnt is {how}. In a window they follow one another, and see none other."
     for document in chosen:
-        head = f"── {document.where}: {len(document.tokens):,} tokens, {int(document.learnt[1:].sum()):,} supervised "
+        head = f"── {document.where}: {document.size:,} tokens, {int(document.learnt[1:].sum()):,} supervised "
         yield ""
         yield f"\x1b[1m{head:─<100}\x1b[0m" if colour else f"{head:─<100}"
         yield _written(data.tokenizer, document, colour, data.placeholders).rstrip("\n")
@@ -105,9 +110,9 @@ def _show(data: PackedDataModule, looked: dict[str, Looked], colour: bool) -> It
     yield ""
     for name, source in looked.items():
         yield f"{name}: {source}"
-    lengths = [len(document.tokens) for source in looked.values() for document in source.documents]
-    windows = len(list(best_fit(lengths, data.window_length)))
-    fill = sum(lengths) / max(1, windows * data.window_length)
+    documents = [document for source in looked.values() for document in source.documents]
+    windows = len(list(best_fit([len(document.tokens) for document in documents], data.window_length)))
+    fill = sum(document.size for document in documents) / max(1, windows * data.window_length)
     yield f"These documents fill {windows:,} windows of {data.window_length:,} tokens to {fill:.1%}."
     yield "Counted are the first rows of each source, held out or not; `lightning-ep prepare` counts all."
 
@@ -125,9 +130,12 @@ def _written(tokenizer: Any, document: Document, colour: bool, placeholders: Seq
     tokens, learnt = document.tokens, document.learnt.copy()
     learnt[0] = False  # there is nothing to predict it from
     text, end = "", 0
-    for placeholder, run in groupby(token if token in placeholders else None for token in tokens.tolist()):
+    apart = {PADDING, *placeholders}
+    for placeholder, run in groupby(token if token in apart else None for token in tokens.tolist()):
         begin, end = end, end + len(list(run))
-        if placeholder is None:
+        if placeholder == PADDING:
+            text += f"\n[padding x {end - begin:,}]\n"
+        elif placeholder is None:
             text += _shortened(tokenizer, tokens[begin:end], learnt[begin:end], colour)
         else:
             text += f"{tokenizer.decode([placeholder])} x {end - begin:,}"

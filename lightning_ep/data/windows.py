@@ -24,11 +24,15 @@ FlashAttention each, and its blocks are about as long as this.
 """
 
 
+PADDING = -1
+"""A token that is none: where a document holds some, windows have padding."""
+
+
 class Sample(NamedTuple):
     """One document.
 
     Attributes:
-        input_ids: Its tokens.
+        input_ids: Its tokens; `PADDING` between parts of it that have rows of their own.
         supervised: For each of them, whether it is to be predicted. What is said of the first has no effect: there is
             nothing in the document to predict it from.
     """
@@ -122,18 +126,29 @@ def fill_window(documents: Iterable[Sample], sequence_length: int, pad_token_id:
         sequence_length: Tokens of the window.
         pad_token_id: What fills the rest.
     """
-    input_ids = np.full(sequence_length, pad_token_id, dtype=np.int32)
+    input_ids = np.full(sequence_length, PADDING, dtype=np.int32)
     labels = np.full(sequence_length, IGNORE, dtype=np.int32)
-    position_ids = np.empty(sequence_length, dtype=np.int32)
+    begins = np.zeros(sequence_length, dtype=np.bool_)
     end = 0
     for ids, supervised in documents:
         begin, end = end, end + len(ids)
         input_ids[begin:end] = ids
         labels[begin:end] = np.where(supervised, input_ids[begin:end], IGNORE)
-        labels[begin] = IGNORE
-        position_ids[begin:end] = np.arange(end - begin)
-    position_ids[end:] = np.arange(sequence_length - end) % PADDING_RUN
+        begins[begin] = True
+    padding = input_ids == PADDING
+    begins[1:] |= padding[1:] != padding[:-1]
+    labels[begins] = IGNORE
+    begins[0] = True
+    places = np.arange(sequence_length, dtype=np.int32)
+    position_ids = places - np.maximum.accumulate(np.where(begins, places, 0))
+    position_ids[padding] %= PADDING_RUN
+    input_ids[padding] = pad_token_id
     return Window(input_ids, labels, position_ids)
+
+
+def number_of_tokens(input_ids: Sequence[int] | np.ndarray) -> int:
+    """Tokens of a document, without the padding in it."""
+    return int((np.asarray(input_ids) != PADDING).sum())
 
 
 @dataclass

@@ -87,18 +87,7 @@ def _counted(call: Mapping[str, Any]) -> Tensor | None:
     if ids.shape[1] == 1:
         return None  # a token that is generated
     of_longer = isinstance(piece, SequencePiece) and piece.peers.rank > 0
-    return ~_filling(ids, positions if positions.ndim == 2 else positions[0], of_longer)
-
-
-def _filling(ids_BS: Tensor, positions_BS: Tensor, of_longer: bool) -> Tensor:
-    """What fills windows of packed documents up: equal tokens to the end of the row, from where positions restart.
-
-    Of such windows nothing else says so. Padding is a document to attention, or several, and its token may be the one
-    that ends documents, which counts where it does. Of rows that are pieces ``of_longer`` ones it may fill the whole.
-    """
-    equal_BS = (ids_BS != ids_BS[:, -1:]).flip(1).cumsum(1).flip(1) == 0
-    begun_BS = ((positions_BS == 0) & equal_BS).cumsum(1) > 0
-    return equal_BS & (begun_BS | equal_BS[:, :1]) if of_longer else begun_BS
+    return ~adapter.filling(ids, positions if positions.ndim == 2 else positions[0], of_longer)
 
 
 def _share(counted_BS: Tensor | None, call: Mapping[str, Any], layout: ParallelLayout) -> Tensor | None:

@@ -7,7 +7,7 @@ import inspect
 import math
 import sys
 import textwrap
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from copy import copy
 from functools import cache
@@ -152,8 +152,7 @@ def why_not_context_parallel(model: PreTrainedModel) -> str | None:
     Exact attention over pieces needs every exchange between tokens to be that of `why_not_causal`, or one of
     `whole_sequence_mixers`, and every other computation to need nothing but a token and its position.
     """
-    mixers = whole_sequence_mixers(model).values()
-    if (reason := _why_not_causal(model, _SOFTMAX | (_GATHERED if mixers else set()), mixers)) is not None:
+    if (reason := why_not_causal(model, whole_sequence_mixers(model))) is not None:
         return reason
     if model.loss_type not in (None, "ForCausalLM"):
         return f"its loss ({model.loss_type}) is not one of next tokens"
@@ -162,13 +161,37 @@ def why_not_context_parallel(model: PreTrainedModel) -> str | None:
     return None
 
 
-def why_not_causal(model: PreTrainedModel) -> str | None:
+def why_not_causal(model: PreTrainedModel, mixers: Mapping[str, nn.Module] | None = None) -> str | None:
     """What keeps tokens from seeing each other in causal attention alone that the attention interface is told all of.
 
     None if nothing does: every exchange between tokens is softmax attention over the tokens before, or a window of
     them, and documents or padding are all that a mask could add.
+
+    Args:
+        model: The model.
+        mixers: Those of `whole_sequence_mixers`, to allow for what they exchange. Default: none.
     """
-    return _why_not_causal(model, _SOFTMAX)
+    gathered = (mixers or {}).values()
+    types = _SOFTMAX | (_GATHERED if gathered else set())
+    config = model.config
+    other_types = set(getattr(config, "layer_types", None) or ()) - types
+    if config.get_text_config() is not config:
+        return "it has parts other than a language model, whose inputs are no tokens"
+    if not (gathered or model._supports_attention_backend):  # a flag that no hybrid sets; layers are read below
+        return "its attention does not go through transformers' attention interface"
+    if other_types:
+        return (
+            f"it has layers of the types {sorted(other_types)}, and only softmax attention over all keys can be split"
+            + (", or linear attention behind a convolution" if types >= _GATHERED else "")
+        )
+    if not getattr(config, "is_causal", True):
+        return "its attention is not causal"
+    if (name := attention_implementation(model)) not in ALL_MASK_ATTENTION_FUNCTIONS:
+        return f"it is not known which masks its attention implementation {name!r} takes"
+    has_windows = "sliding_attention" in (getattr(config, "layer_types", None) or ())
+    sliding = bool(getattr(config, "sliding_window", None)) or has_windows
+    inside = {module for mixer in gathered for module in mixer.modules()}
+    return next((reason for layer in decoder_layers(model) if (reason := _why_not_split(layer, sliding, inside))), None)
 
 
 def whole_sequence_mixers(model: PreTrainedModel) -> dict[str, nn.Module]:
@@ -198,29 +221,6 @@ def _passes_all_on(layer: Any, name: str) -> bool:
     calls = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)]
     calls = [call for call in calls if ast.unparse(call.func) == f"self.{name}"]
     return bool(calls) and all(any(keyword.arg is None for keyword in call.keywords) for call in calls)
-
-
-def _why_not_causal(model: PreTrainedModel, types: set[str], gathered: Iterable[nn.Module] = ()) -> str | None:
-    """As `why_not_causal`, with layers of these types, but for what the modules of ``gathered`` do."""
-    config = model.config
-    other_types = set(getattr(config, "layer_types", None) or ()) - types
-    if config.get_text_config() is not config:
-        return "it has parts other than a language model, whose inputs are no tokens"
-    if not (gathered or model._supports_attention_backend):  # a flag that no hybrid sets; layers are read below
-        return "its attention does not go through transformers' attention interface"
-    if other_types:
-        return (
-            f"it has layers of the types {sorted(other_types)}, and only softmax attention over all keys can be split"
-            + (", or linear attention behind a convolution" if types >= _GATHERED else "")
-        )
-    if not getattr(config, "is_causal", True):
-        return "its attention is not causal"
-    if (name := attention_implementation(model)) not in ALL_MASK_ATTENTION_FUNCTIONS:
-        return f"it is not known which masks its attention implementation {name!r} takes"
-    has_windows = "sliding_attention" in (getattr(config, "layer_types", None) or ())
-    sliding = bool(getattr(config, "sliding_window", None)) or has_windows
-    inside = {module for mixer in gathered for module in mixer.modules()}
-    return next((reason for layer in decoder_layers(model) if (reason := _why_not_split(layer, sliding, inside))), None)
 
 
 def _why_not_split(layer: nn.Module, sliding: bool, gathered: set[nn.Module]) -> str | None:

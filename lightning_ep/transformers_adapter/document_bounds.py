@@ -23,6 +23,7 @@ from lightning_ep.transformers_adapter.attention_interface import (
     forward_source,
     is_flash_attention,
     select_attention,
+    whole_sequence_mixers,
     why_not_causal,
 )
 from lightning_ep.transformers_adapter.structure import decoder_layers, model_class, text_model
@@ -56,8 +57,7 @@ def why_not_bounds(model: PreTrainedModel) -> str | None:
         return reason
     if getattr(model.config, "attention_dropout", 0):
         return "it has dropout of attention, which the kernel has not"
-    forward = forward_source(model_class(model.base_model))  # type: ignore[arg-type]  # hashable
-    if not re.search(_MAKES_MASKS, forward) or re.search(_ADDS_TO_MASKS, forward):
+    if not _makes_plain_masks(model):
         return "its masks say more than which tokens are before others in their documents"
     sources = [source for layer in decoder_layers(model) for source in attention_sources(layer)]
     if any(re.search(_TOLD_MORE, source) for source in sources):
@@ -65,6 +65,20 @@ def why_not_bounds(model: PreTrainedModel) -> str | None:
     if re.search(_ASKS_FOR_THE_NAME, _file_source(model)):
         return "its code asks for the name of the attention implementation"
     return None
+
+
+def is_causal(model: PreTrainedModel) -> bool:
+    """Whether padding behind all tokens that count makes no difference to these, and a mask can say no more than that.
+
+    Attention sees what is before a token, and convolutions and linear attention pass a state on from token to token.
+    """
+    return why_not_causal(model, whole_sequence_mixers(model)) is None and _makes_plain_masks(model)
+
+
+def _makes_plain_masks(model: PreTrainedModel) -> bool:
+    """Whether masks that a model makes say which tokens are before others, documents and padding, and nothing else."""
+    forward = forward_source(model_class(model.base_model))  # type: ignore[arg-type]  # hashable
+    return re.search(_MAKES_MASKS, forward) is not None and re.search(_ADDS_TO_MASKS, forward) is None
 
 
 def makes_masks_around_text(model: PreTrainedModel) -> bool:

@@ -27,7 +27,7 @@ from lightning_ep.transformers_adapter.attention_interface import (
     is_flash_attention,
 )
 from lightning_ep.transformers_adapter.cache_argument import given_cache, takes_cache
-from lightning_ep.transformers_adapter.document_bounds import bounds_as_mask, takes_bounds
+from lightning_ep.transformers_adapter.document_bounds import bounds_as_mask, is_causal, takes_bounds
 from lightning_ep.transformers_adapter.structure import decoder_layers, model_class, text_model
 
 T = TypeVar("T")
@@ -44,8 +44,8 @@ class Packing:
         packed: Whether a document begins inside a row. Without a mask it does wherever positions do not go on by one,
             as transformers has it. With one, where those of two tokens that count do not increase: what stands at
             padding says nothing.
-        gaps: Whether there is padding before or between the tokens that count. What is behind them no token sees, so
-            that without gaps the positions of packed documents say all that a mask does.
+        gaps: Whether a mask tells of padding before or between the tokens that count. What is behind them no token
+            sees: without gaps causality and the positions of packed documents say all that a mask does.
         bounds: int32 ``[N + 1]`` in host memory, where the N documents begin in the rows put one after the other, and
             their end; None where none is packed.
         longest: Tokens of the longest one, 0 without ``bounds``.
@@ -59,17 +59,14 @@ class Packing:
     @staticmethod
     def of(position_ids: Tensor | None, attention_mask: Tensor | None) -> Packing:
         """Reads ``[B or 1, S]`` positions and a ``[B, S]`` mask; for tensors on a GPU the host waits."""
+        counts = None if attention_mask is None else attention_mask.cpu().bool()
+        gaps = counts is not None and bool((counts[:, 1:] & ~counts[:, :-1]).any())
         if position_ids is None:
-            return Packing()
+            return Packing(gaps=gaps)
         steps = position_ids.cpu().diff(dim=-1)
-        if attention_mask is None:
-            packed, gaps = bool((steps != 1).any()), False
-        else:
-            counts = attention_mask.cpu().bool()
-            packed = bool(((steps <= 0) & counts[:, 1:] & counts[:, :-1]).any())
-            gaps = packed and bool((counts[:, 1:] & ~counts[:, :-1]).any())
-        if not packed:
-            return Packing()
+        begins = steps != 1 if counts is None else (steps <= 0) & counts[:, 1:] & counts[:, :-1]
+        if not bool(begins.any()):
+            return Packing(gaps=gaps)
         bounds = bounds_of(steps != 1)
         return Packing(True, gaps, bounds, int(bounds.diff().max()))
 
@@ -93,6 +90,17 @@ def bounds_of(begins: Tensor) -> Tensor:
     begins_BS = torch.cat([torch.ones_like(begins[:, :1]), begins], dim=1)
     starts_N = begins_BS.flatten().nonzero().flatten()
     return torch.cat([starts_N, starts_N.new_tensor([begins_BS.numel()])]).int()
+
+
+def filling(ids_BS: Tensor, positions_BS: Tensor, of_longer: bool = False) -> Tensor:
+    """What fills windows of packed documents up: equal tokens to the end of the row, from where positions restart.
+
+    Of such windows nothing else says so. Padding is a document to attention, or several, and its token may be the one
+    that ends documents, which counts where it does. Of rows that are pieces ``of_longer`` ones it may fill the whole.
+    """
+    equal_BS = (ids_BS != ids_BS[:, -1:]).flip(1).cumsum(1).flip(1) == 0
+    begun_BS = ((positions_BS == 0) & equal_BS).cumsum(1) > 0
+    return equal_BS & (begun_BS | equal_BS[:, :1]) if of_longer else begun_BS
 
 
 class ReadOnHost(Generic[T]):
@@ -133,12 +141,14 @@ _PACKING: ReadOnHost[Packing] = ReadOnHost()
 
 
 def packing_of(batch: Any) -> Packing | None:
-    """What a batch that is still in host memory says about documents; None if nothing."""
+    """What a batch that is still in host memory says about documents and padding; None if nothing."""
     positions, mask = described(batch)
-    if positions is None or not positions.is_cpu:
+    if not all(tensor is None or tensor.is_cpu for tensor in (positions, mask)):
         return None
     positions = _in_text(positions)
-    return Packing.of(positions, mask) if _readable(positions, mask) else None
+    if _readable(positions, mask):
+        return Packing.of(positions, mask)
+    return Packing.of(None, mask) if _says_of_each(mask) else None
 
 
 def note_packing(batch: Any, packing: Packing) -> None:
@@ -158,6 +168,11 @@ def _in_text(position_ids: Any) -> Any:
     return position_ids[0] if several else position_ids
 
 
+def _says_of_each(attention_mask: Any) -> bool:
+    """Whether it is a mask that says of every token whether it counts."""
+    return isinstance(attention_mask, Tensor) and attention_mask.ndim == 2
+
+
 def _readable(position_ids: Any, attention_mask: Any) -> bool:
     """Whether these are the positions of several tokens, with no mask or one that says of each whether it counts."""
     if not isinstance(position_ids, Tensor) or position_ids.ndim != 2 or position_ids.shape[1] < 2:
@@ -174,8 +189,9 @@ def keep_documents_apart(model: PreTrainedModel) -> None:
     """Has every forward of a model, or of one inside it, see packed documents as such.
 
     Such a forward makes no cache, since nothing could go on from one (nor does one in training, unless it is asked to),
-    and passes its layers no mask of tokens that count, which the positions replace. Models with a head keep the mask,
-    by which balancing losses leave padding out.
+    and passes its layers no mask of tokens that count, which the positions replace. Nor do layers get a mask that tells
+    of padding behind the tokens that count alone: causality says as much to them, and attention is several times as
+    fast without. Models with a head keep the mask, by which balancing losses leave padding out.
     Calls that go on from a cache, as in `generate`, and those that number the positions themselves are not touched.
 
     Args:
@@ -186,7 +202,9 @@ def keep_documents_apart(model: PreTrainedModel) -> None:
             continue
         names = list(inspect.signature(child.forward).parameters)
         if "position_ids" in names and takes_cache(names):
-            forward = _Forward(names, _recurrent(child), _looks_for_documents(child), _reads_bounds(child))
+            forward = _Forward(
+                names, _recurrent(child), is_causal(child), _looks_for_documents(child), _reads_bounds(child)
+            )
             child.register_forward_pre_hook(partial(_enter, forward), with_kwargs=True)
 
 
@@ -197,12 +215,14 @@ class _Forward:
     Attributes:
         names: Its parameters, in order.
         recurrent: The layers that pass on a state from token to token, whatever a mask says; None if there are none.
+        causal: Whether padding behind the tokens that count makes no difference to them, and a mask says no more.
         looks: Whether it looks for documents where there is no mask and no cache.
         reads_bounds: Whether layers that pass on a state read ``cu_seq_lens_q``, as FlashAttention does and no other.
     """
 
     names: list[str]
     recurrent: str | None
+    causal: bool
     looks: bool
     reads_bounds: bool
 
@@ -249,16 +269,19 @@ def _enter(
             f"cu_seq_lens_q alone says nothing to attention {name!r}, in which documents would attend to each other. "
             "Add position_ids that restart at every document."
         )
+    asked = call.get("use_cache")
+    trains = model.training and torch.is_grad_enabled() and past is None and "use_cache" in forward.names
+    # A cache would be for nothing, and layers would be compiled each for itself, of which torch allows eight.
+    spared: dict[str, Any] = {"use_cache": False} if trains and asked is None else {}
+    without_cache = past is None and (asked is False or bool(spared)) and not torch.compiler.is_compiling()
+    may_spare_mask = forward.causal and without_cache and _says_of_each(mask)
     if not _readable(positions, mask):
-        trains = model.training and torch.is_grad_enabled() and past is None and "use_cache" in forward.names
-        if trains and call.get("use_cache") is None:
-            # A cache would be for nothing, and layers would be compiled each for itself, of which torch allows eight.
-            return _changed(forward.names, args, kwargs, {"use_cache": False})
-        return None
+        if may_spare_mask and not (_PACKING.of(given, mask) or Packing.of(None, mask)).gaps:
+            spared["attention_mask"] = None
+        return _changed(forward.names, args, kwargs, spared) if spared else None
     without_documents = None
     if mask is None and past is None and forward.looks and forward.recurrent is None and not flash:
         # transformers keeps documents apart, unless there is a cache; without gradients a call may be for the cache.
-        asked = call.get("use_cache")
         if asked is None and (torch.is_grad_enabled() or torch.compiler.is_compiling()):
             without_documents = _changed(forward.names, args, kwargs, {"use_cache": False})
         if (asked is False or without_documents is not None) and not by_bounds:
@@ -270,7 +293,9 @@ def _enter(
         return without_documents
     found = _PACKING.of(given, mask) or Packing.of(positions, mask)
     if not found.packed:
-        return without_documents
+        if may_spare_mask and not found.gaps:
+            spared["attention_mask"] = None
+        return _changed(forward.names, args, kwargs, spared) if spared else without_documents
     found.refuse_gaps()
     _refuse(model, None if told else forward.recurrent, past)
     if positions.shape[:2] != tokens.shape[:2]:

@@ -96,8 +96,9 @@ def test_a_batch_has_the_chosen_ones_in_front_and_padding_behind_each(tmp_path: 
     hub = write_talking(tmp_path / "hub")
     rows = [{"prompt": f"eta {i}", "chosen": "zeta" * (1 + i % 3), "rejected": "theta" * (1 + i % 2)} for i in range(8)]
     left_out = [{"prompt": "eta", "chosen": "zeta", "rejected": "zeta"}, {**rows[0], "rejected": "x" * 99}]
+    source = _write(tmp_path / "pairs.jsonl", [*rows, *left_out])
     data = PreferenceDataModule(
-        _write(tmp_path / "pairs.jsonl", [*rows, *left_out]), tokenizer=str(hub), sequence_length=48, batch_size=4,
+        source, tokenizer=str(hub), sequence_length=48, batch_size=4,
         validation_fraction=0, num_proc=1, cache_dir=str(tmp_path / "cache"),
     )  # fmt: skip
     data.prepare_data()
@@ -105,9 +106,9 @@ def test_a_batch_has_the_chosen_ones_in_front_and_padding_behind_each(tmp_path: 
     assert data.counts["train"]["dropped"] == {SAME: 1, "of a pair longer than 48 tokens": 1}
     batches = list(data.train_dataloader())
     assert len(batches) == 2
-    seen = set()
+    seen, tokens = set(), 0
     for batch in batches:
-        assert set(batch) == {"input_ids", "labels"}
+        assert set(batch) == {"input_ids", "labels", "attention_mask"}
         assert batch["input_ids"].shape == batch["labels"].shape == (8, 48)
         assert batch["input_ids"].dtype == torch.int64
         for good, bad in zip(range(4), range(4, 8), strict=True):
@@ -119,7 +120,20 @@ def test_a_batch_has_the_chosen_ones_in_front_and_padding_behind_each(tmp_path: 
             for text, what, answer in zip(texts, learnt, (row["chosen"], row["rejected"]), strict=True):
                 assert text.startswith(f"<|turn|>user: {row['prompt']}<|endoftext|><|turn|>assistant: {answer}")
                 assert what == f"{answer}<|endoftext|>"
+            for place, answer in ((good, "chosen"), (bad, "rejected")):
+                turns = [("user", row["prompt"]), ("assistant", row[answer])]
+                chat = [{"role": role, "content": content} for role, content in turns]
+                ids = data.tokenizer.apply_chat_template(chat, return_dict=False)
+                assert batch["input_ids"][place, : len(ids)].tolist() == ids
+                # It ends with the token that pads, too.
+                assert batch["attention_mask"][place].tolist() == [1] * len(ids) + [0] * (48 - len(ids))
+                tokens += len(ids)
     assert len(seen) == 8
+    assert data.counts["train"]["tokens"] == data.counts["train"]["sources"][source]["tokens"] == tokens
+    assert data.counts["train"]["fill_rate"] == tokens / (8 * 2 * 48)
     shown = "\n".join(preview(data, colour=False))
     assert "assistant: ⟦zeta" in shown
     assert "8 documents" in shown, "preview knows that a pair takes two rows"
+    assert f"8 documents, {tokens:,} tokens, " in shown
+    assert f"to {tokens / (8 * 2 * 48):.1%}." in shown
+    assert "[padding x " in shown

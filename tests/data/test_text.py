@@ -20,6 +20,7 @@ from lightning_ep.data import (
     corpus,
     data_ranks,
 )
+from lightning_ep.data.collate import FilledUp, without_positions
 from lightning_ep.data.examples import bigram_cross_entropy
 
 
@@ -327,11 +328,24 @@ def test_long_texts_fill_windows(texts: Path, tmp_path: Path) -> None:
 
 
 def test_texts_may_see_those_before_them(texts: Path, tmp_path: Path) -> None:
-    apart, across = (
-        next(iter(prepared(texts, tmp_path, across_documents=x).train_dataloader())) for x in (False, True)
-    )
-    assert across.keys() == {"input_ids", "labels"}
-    assert all(torch.equal(values, apart[name]) for name, values in across.items())
+    loaders = [prepared(texts, tmp_path, across_documents=x).train_dataloader() for x in (False, True)]
+    padding = 0
+    for apart, across in zip(*loaders, strict=True):
+        mask = across.pop("attention_mask")
+        assert across.keys() == {"input_ids", "labels"}
+        assert all(torch.equal(values, apart[name]) for name, values in across.items())
+        for labels, counts in zip(across["labels"], mask, strict=True):
+            filled = int((labels != -100).nonzero().max()) + 1  # every token behind a document's first is predicted
+            assert counts.tolist() == [1] * filled + [0] * (len(labels) - filled)
+            padding += len(labels) - filled
+    assert padding > 0
+
+
+def test_a_batch_of_nothing_but_padding_has_a_mask_that_divides_nothing_by_zero() -> None:
+    window = FilledUp([], 1, 8, pad_token_id=5)[0]  # type: ignore[arg-type]
+    assert without_positions([window, window])["attention_mask"].tolist() == [[1] * 8] * 2
+    full = {**window, "input_ids": torch.arange(8), "position_ids": torch.arange(8)}
+    assert without_positions([full, window])["attention_mask"].tolist() == [[1] * 8, [0] * 8]
 
 
 def test_batches_are_what_a_causal_language_model_takes(texts: Path, tmp_path: Path) -> None:

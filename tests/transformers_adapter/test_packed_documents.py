@@ -219,7 +219,7 @@ def test_positions_say_what_padding_does_not() -> None:
     assert Packing.of(torch.tensor([[0, 1, 2, 0, 1, 2]]), ones) == Packing(packed=True)
     assert Packing.of(torch.tensor([[0, 1, 2, 0, 1, 1]]), torch.tensor([[1, 1, 1, 1, 1, 0]])) == Packing(packed=True)
     assert Packing.of(torch.tensor([[0, 1, 2, 3, 1, 1]]), torch.tensor([[1, 1, 1, 1, 0, 0]])) == Packing()
-    assert Packing.of(torch.tensor([[1, 1, 0, 1, 2, 3]]), torch.tensor([[0, 0, 1, 1, 1, 1]])) == Packing()
+    assert Packing.of(torch.tensor([[1, 1, 0, 1, 2, 3]]), torch.tensor([[0, 0, 1, 1, 1, 1]])) == Packing(gaps=True)
     assert Packing.of(torch.tensor([[0, 1, 2, 7, 8, 9]]), ones) == Packing(), "skips are no beginnings"
 
 
