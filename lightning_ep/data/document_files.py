@@ -100,12 +100,13 @@ class Documents:
         return range(end - int(self.numbers[index]), end)
 
     def mixed(self, weights: Sequence[float], seed: int) -> np.ndarray:
-        """The documents of an epoch: mixed, and as often as their parts' weights say."""
+        """The documents of an epoch: mixed, and as often as their parts' weights say; of every part one at least."""
         rng = np.random.default_rng(seed)
         chosen = [np.zeros(0, np.int64)]
         for part, weight in enumerate(weights):
             documents = np.flatnonzero(self.parts == part)
             times, rest = divmod(weight, 1)
             chosen += [documents] * int(times)
-            chosen.append(rng.permutation(documents)[: round(rest * len(documents))])
+            number = max(round(rest * len(documents)), int(times == 0))
+            chosen.append(rng.permutation(documents)[:number])
         return rng.permutation(np.concatenate(chosen))

@@ -232,6 +232,13 @@ def test_sources_come_as_often_as_their_weights_say(tokenizer: str, tmp_path: Pa
     assert documents(again, again.train_dataset) == found
 
 
+def test_no_source_is_left_out_for_a_small_weight(tokenizer: str, tmp_path: Path) -> None:
+    texts = {"a": ["a" + text for text in sentences(40)], "b": ["b one two three four five"]}
+    settings: dict[str, Any] = {"tokenizer": tokenizer, "validation_fraction": 0, "cache_dir": str(tmp_path)}
+    data = prepared(Sentences(texts, weights={"b": 0.4}, **settings))
+    assert sum(text[0] == "b" for text, _ in documents(data, data.train_dataset)) == 1
+
+
 def test_validation_may_have_rows_of_its_own_or_be_left_out(tokenizer: str, tmp_path: Path) -> None:
     settings: dict[str, Any] = {"tokenizer": tokenizer, "cache_dir": str(tmp_path)}
     own = prepared(Sentences({"a": sentences(30)}, validation={"v": sentences(9, 1)}, **settings))
