@@ -30,11 +30,14 @@ def checkpoint_of(module: LightningModule | None) -> str | None:
 def tokenizer_files(checkpoint: str) -> list[Path]:
     """The files of a checkpoint's tokenizer, downloaded if need be; none if it has no tokenizer.
 
+    Those in its directory come first, those below it (further chat templates) behind.
+
     Raises:
         CheckpointError: If there is no such checkpoint.
     """
     directory = small_files(checkpoint)
-    return sorted({file for pattern in TOKENIZER_FILES for file in directory.glob(pattern)})
+    found = {file for pattern in TOKENIZER_FILES for file in directory.glob(pattern)}
+    return sorted(found, key=lambda file: (len(file.parts), file))
 
 
 def check_vocabulary(tokenizer: Any, config: Any, fix: str) -> None:

@@ -85,6 +85,17 @@ def test_published_weights_are_trained_and_exported_with_their_tokenizer(
     assert exported("alpha <|turn|>")["input_ids"] == theirs("alpha <|turn|>")["input_ids"]
 
 
+def test_a_tokenizer_may_have_several_chat_templates(checkpoint: Path, texts: Path, tmp_path: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    tokenizer.chat_template = {"default": "{{ messages }}", "tool_use": "{{ tools }}"}
+    tokenizer.save_pretrained(tmp_path / "several")
+    assert list((tmp_path / "several").glob("*/tool_use.jinja")), "which lies below the tokenizer's directory"
+    module = data(texts, tmp_path / "cache", tokenizer=str(tmp_path / "several"))
+    module.prepare_data()
+    module.setup("fit")
+    assert module.tokenizer.chat_template == tokenizer.chat_template
+
+
 def test_a_tokenizer_with_more_tokens_than_the_model_is_refused_before_it_is_built(
     checkpoint: Path, texts: Path, tmp_path: Path
 ) -> None:
