@@ -224,7 +224,8 @@ def _message(written: Mapping[str, Any], place: str, read: ReadContent) -> dict[
     message = {key: value for key, value in written.items() if value is not None and key not in ("train", "weight")}
     if "role" not in message and "from" in message:
         speaker = message.pop("from")
-        message = {"role": _SHAREGPT.get(speaker, speaker), "content": message.pop("value", None), **message}
+        known = _SHAREGPT.get(speaker, speaker) if isinstance(speaker, str) else speaker
+        message = {"role": known, "content": message.pop("value", None), **message}
         if speaker == "function_call":
             call = _parsed(message["content"], place, "value")
             message |= {"content": None, "tool_calls": call if isinstance(call, list) else [call]}
@@ -239,7 +240,8 @@ def _message(written: Mapping[str, Any], place: str, read: ReadContent) -> dict[
     if message.get("content") is None and not (reasoning or calls) and role != "tool":
         raise MalformedRow(f"{place} has no content: give a text, '' if it is empty.")
     # Never missing or None: some templates write "None", others fail.
-    message["content"] = read(message.get("content") or "", f"{place}: content", role)
+    content = message.get("content")
+    message["content"] = read("" if content is None else content, f"{place}: content", role)
     if reasoning:
         message["reasoning_content"] = _text(reasoning, f"{place}: reasoning")
     if calls:
@@ -255,9 +257,9 @@ def _text(content: Any, place: str) -> str:
         return content
     if isinstance(content, Sequence) and all(isinstance(part, str | Mapping) for part in content):
         texts = [part if isinstance(part, str) else part.get("text") for part in content]
-        kinds = {part.get("type", "text") for part in content if isinstance(part, Mapping)} - {"text"}
+        kinds = {repr(part.get("type", "text")) for part in content if isinstance(part, Mapping)} - {repr("text")}
         if kinds:
-            raise MalformedRow(f"{place} has parts of the type {', '.join(sorted(map(repr, kinds)))}; texts are read.")
+            raise MalformedRow(f"{place} has parts of the type {', '.join(sorted(kinds))}; texts are read.")
         if all(isinstance(text, str) for text in texts):
             return "".join(texts)
     raise MalformedRow(f"{place} must be a text, or a list of parts with 'text', not {_short(content)}.")

@@ -111,8 +111,11 @@ def test_of_prompt_and_completion_the_second_is_learnt() -> None:
         ({"messages": [{"content": "Hi"}]}, r"messages\[0\] has the role None, which is none of system, developer"),
         ({"messages": [HI, {"role": "robot", "content": "Hello!"}]}, r"messages\[1\] has the role 'robot'"),
         ({"conversations": [{"from": "alien", "value": "Hi"}]}, r"conversations\[0\] has the role 'alien'"),
+        ({"conversations": [{"from": ["human"], "value": "Hi"}]}, r"conversations\[0\] has the role \['human'\]"),
         ({"messages": [{"role": "user"}]}, r"messages\[0\] has no content"),
         ({"messages": [{"role": "user", "content": 7}]}, r"messages\[0\]: content must be a text"),
+        ({"messages": [{"role": "user", "content": 0}]}, r"messages\[0\]: content must be a text.* not 0"),
+        ({"messages": [{"role": "user", "content": [{"type": [], "text": "Hi"}]}]}, r"parts of the type \[\]"),
         (
             {"messages": [{**HI, "tool_calls": [{"name": "f"}]}]},
             r"tool calls are an assistant's",
