@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from lightning_ep.cli.generation import model_length
 from lightning_ep.cli.opened import Opened, opened
+from lightning_ep.data.conversations import half_of_a_character
 from lightning_ep.data.corpus import read_text
 from lightning_ep.loss import summed_loss
 from lightning_ep.ops.cross_entropy import IGNORE, shifted
@@ -71,7 +72,7 @@ def read_documents(path: Path) -> list[str]:
         return [content]
     documents = []
     # Not `splitlines`: it also cuts at separators that JSON allows inside of strings.
-    for number, line in enumerate(content.split("\n"), start=1):
+    for number, line in enumerate(content.removeprefix("\ufeff").split("\n"), start=1):
         if not line.strip():
             continue
         try:
@@ -80,6 +81,8 @@ def read_documents(path: Path) -> list[str]:
             raise ValueError(f"{path}, line {number}: {error}.") from error
         if not isinstance(row, dict) or not isinstance(row.get("text"), str):
             raise ValueError(f'{path}, line {number}: a document is an object with "text".')
+        if problem := half_of_a_character(row["text"]):
+            raise ValueError(f"{path}, line {number}: {problem}")
         documents.append(row["text"])
     return documents
 

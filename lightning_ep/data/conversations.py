@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -307,9 +308,18 @@ def _parsed(value: Any, where: str, key: str) -> Any:
     if not value.strip():
         return None
     try:
-        return json.loads(value)
-    except json.JSONDecodeError as error:
+        parsed = json.loads(value)
+    except (ValueError, RecursionError) as error:
         raise MalformedRow(f"{where}: {key} is a text, and not JSON ({error}): {_short(value)}") from error
+    if problem := half_of_a_character(parsed):
+        raise MalformedRow(f"{where}: {key}: {problem}")
+    return parsed
+
+
+def half_of_a_character(value: Any) -> str | None:
+    """What is wrong if a text in JSON was cut inside of a surrogate pair: tokenizers read none of it."""
+    half = re.search("[\ud800-\udfff]", json.dumps(value, ensure_ascii=False))
+    return f"a text has {half[0]!r}, which is half of a character. Take it out." if half else None
 
 
 def _short(value: Any) -> str:

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 
-from lightning_ep.data.conversations import MalformedRow
+from lightning_ep.data.conversations import MalformedRow, half_of_a_character
 from lightning_ep.data.preparation import Rows
 
 if TYPE_CHECKING:
@@ -228,7 +228,7 @@ class _JsonList:
         self._file, self.fingerprint = file, hashlib.sha256(content).hexdigest()[:16]
         try:
             self._rows = json.loads(content)
-        except ValueError as error:  # JSON or UTF-8
+        except (ValueError, RecursionError) as error:  # JSON or UTF-8; numbers and depths that Python refuses
             raise MalformedRow(f"{file} begins as a list, and is no JSON: {error}") from error
 
     def __len__(self) -> int:
@@ -240,9 +240,13 @@ class _JsonList:
 
 class _Parquet:
     def __init__(self, file: Path) -> None:
+        from pyarrow import ArrowInvalid
         from pyarrow.parquet import ParquetFile
 
-        self._file, self._groups = file, ParquetFile(file)
+        try:
+            self._file, self._groups = file, ParquetFile(file)
+        except ArrowInvalid as error:  # which names no file
+            raise ValueError(f"{file} is no parquet, or not whole: {error}") from error
         groups = range(self._groups.num_row_groups)
         self._ends = np.cumsum([self._groups.metadata.row_group(group).num_rows for group in groups]).tolist() or [0]
         self._last: tuple[int, Any] = (-1, None)  # the group that was read last
@@ -317,14 +321,15 @@ def _json_row(file: Path, line: int, text: bytes) -> Row:
         return _row(where, json.loads(text), file.parent)
     except json.JSONDecodeError as error:  # says "line 1" itself
         return Row(where, {}, f"the line is no JSON: {error.msg}, at column {error.colno}.")
-    except UnicodeDecodeError as error:
+    except (ValueError, RecursionError) as error:  # no UTF-8, or numbers and depths that Python refuses
         return Row(where, {}, f"the line is no JSON: {error}.")
 
 
 def _row(where: str, value: Any, folder: Path) -> Row:
-    if isinstance(value, Mapping):
-        return Row(where, value, folder=folder)
-    return Row(where, {}, f"a row is an object with columns, such as {{'messages': [...]}}, not {type(value).__name__}")
+    if not isinstance(value, Mapping):
+        form = "{'messages': [...]}"
+        return Row(where, {}, f"a row is an object with columns, such as {form}, not {type(value).__name__}.")
+    return Row(where, value, half_of_a_character(value), folder)
 
 
 def _hash_of(files: Sequence[Path]) -> str:

@@ -99,11 +99,12 @@ def test_every_token_but_the_first_is_predicted_once_and_batches_are_bounded() -
     [
         ('{"text": "a b"}\n{"text": 3}\n', [], "a.jsonl, line 2: a document is an object"),
         ('{"text": "a b"}\n\n{"text"\n', [], "a.jsonl, line 3: Expecting"),
-        ('{"text": "z"}\n', [], "no document has two tokens"),
+        ('{"text": "a b"}\n{"text": "a \\ud83d"}\n', [], "a.jsonl, line 2: a text has '\\ud83d', which is half"),
+        ('\ufeff{"text": "z"}\n', [], "no document has two tokens"),  # behind a byte order mark, as in training
         ("", ["--sequence_length", "1"], "sequence_length=1 must be at least 2"),
         (None, [], "there is no file"),
     ],
-    ids=["no text", "no JSON", "no tokens", "no window", "no file"],
+    ids=["no text", "no JSON", "half a character", "no tokens", "no window", "no file"],
 )
 def test_an_error_is_one_line(
     content: str | None, options: list[str], line: str, hub: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -104,6 +104,32 @@ def test_a_line_that_is_no_utf8_is_told(tmp_path: Path) -> None:
         open_source(str(tmp_path)).read([0])[0].columns()
 
 
+@pytest.mark.parametrize(
+    "row", ['{"messages": "\\ud83d"}', '{"messages": ' + "1" * 5000 + "}", '{"messages": ' + "[" * 99_999]
+)
+def test_what_python_or_tokenizers_cannot_read_is_told(row: str, tmp_path: Path) -> None:
+    (tmp_path / "chats.jsonl").write_text(f'{{"messages": "\\ud83d\\ude00"}}\n{row}\n')
+    whole, other = open_source(str(tmp_path / "chats.jsonl")).read([0, 1])
+    assert whole.columns() == {"messages": "\U0001f600"}
+    with pytest.raises(MalformedRow, match=r"chats.jsonl:2: (a text has '\\ud83d', which is half|the line is no JSON)"):
+        other.columns()
+    (tmp_path / "chats.json").write_text(f"[{row}]")
+    with pytest.raises(MalformedRow, match=r"chats.json.*(which is half|is no JSON)"):
+        open_source(str(tmp_path / "chats.json")).read([0])[0].columns()
+
+
+def test_half_a_character_in_json_text_is_told() -> None:
+    with pytest.raises(MalformedRow, match=r"chats.jsonl:1: messages: a text has '\\udc00', which is half"):
+        conversation({"messages": r'[{"role": "user", "content": "\udc00"}]'}, "chats.jsonl:1")
+
+
+@pytest.mark.parametrize("content", [b"", b"PAR1 and no more"])
+def test_a_broken_parquet_is_named(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "chats.parquet").write_bytes(content)
+    with pytest.raises(ValueError, match=r"chats.parquet is no parquet, or not whole: "):
+        open_source(str(tmp_path))
+
+
 def test_the_fingerprint_follows_the_contents(tmp_path: Path) -> None:
     for kind in ("json lines", "parquet", "a dataset"):
         prints = []
