@@ -101,7 +101,7 @@ class ChatDataModule(RowsDataModule):
         for_training_only = own is not None and given is not None and adapter.marks_generation(given)
         template, kept = given or own or "", (own if for_training_only else given or own) or ""
         template = with_defaults(template, self.template_kwargs)
-        ids = self.stop_ids() or [self.tokenizer.eos_token_id]
+        ids = self.stop_ids() or [token for token in (self.tokenizer.eos_token_id,) if token is not None]
         written = ChatTemplate(self.tokenizer, template, {}, ids)
         if written.unwritten and self._renders is None:
             rank_zero_warn(

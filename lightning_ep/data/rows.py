@@ -93,7 +93,9 @@ class RowsDataModule(PackedDataModule):
             ids = next((value for value in found if value is not None), None)
         elif (config := getattr(module, "model_config", None)) is not None:
             ids = getattr(config, "eos_token_id", None)
-        return sorted(ids) if isinstance(ids, list) else None if ids is None else [ids]
+        # A configuration without such a token has none, an empty list or -1.
+        stops = [token for token in (ids if isinstance(ids, list) else [ids]) if token is not None and token >= 0]
+        return sorted(stops) or None
 
     def read_row(self, row: Row) -> Any:
         """What a row means; raises MalformedRow."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from transformers import AutoTokenizer
 
 from lightning_ep import CausalLM, from_pretrained
 from lightning_ep.callbacks import GenerateSamples, HuggingFaceExport
-from lightning_ep.data import TextDataModule, corpus
+from lightning_ep.data import ChatDataModule, TextDataModule, corpus
 from tests.hub_files import write_checkpoint
 from tests.tiny import Samples, quiet
 
@@ -94,6 +95,17 @@ def test_a_tokenizer_may_have_several_chat_templates(checkpoint: Path, texts: Pa
     module.prepare_data()
     module.setup("fit")
     assert module.tokenizer.chat_template == tokenizer.chat_template
+
+
+@pytest.mark.parametrize("none", [None, -1, []])
+def test_chats_are_refused_where_neither_model_nor_tokenizer_has_an_end(none: object, tmp_path: Path) -> None:
+    tokenizer = corpus.train_tokenizer(iter(["zeta eta theta " * 50]), 262)
+    tokenizer.chat_template = "{% for m in messages %}{{ m.role + ': ' + m.content + '<|endoftext|>' }}{% endfor %}"
+    tokenizer.eos_token = None
+    tokenizer.save_pretrained(tmp_path)
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": none}))
+    with pytest.raises(ValueError, match=r"with '<\|endoftext\|>' \(0\).*does not stop: eos_token_id .* is \[\]"):
+        ChatDataModule("chats.jsonl", tokenizer=str(tmp_path)).prepare_data()
 
 
 def test_a_tokenizer_with_more_tokens_than_the_model_is_refused_before_it_is_built(
