@@ -24,7 +24,7 @@ from lightning_ep.data import corpus
 from lightning_ep.data.cache import cache_root, find_prepared
 from lightning_ep.data.collate import Collate, FilledUp, open_windows, stacked, without_positions
 from lightning_ep.data.predicted_documents import Documents, padded, prepare_documents
-from lightning_ep.data.preparation import COUNTS, FORMAT, Part, Rows, Samples, describe, prepare
+from lightning_ep.data.preparation import COUNTS, FORMAT, Part, Rows, Samples, describe, prepare, refuse_sizes
 from lightning_ep.data.resumable_loader import ResumableLoader, data_ranks
 from lightning_ep.data.tokenizers import check_of_module, checkpoint_of, pad_token_id, refuse_too_small, tokenizer_files
 
@@ -64,7 +64,7 @@ class PackedDataModule(LightningDataModule):
 
     Raises:
         ValueError: In ``prepare_data``, if there is no tokenizer; in ``setup``, if some data rank would get no batch;
-            there, or when a loader is asked for, if the model's vocabulary is smaller than the tokenizer's.
+            there, or when a loader is asked for, if the model has fewer tokens than that; if a size is too low.
     """
 
     kind: ClassVar[str] = "packed"
@@ -94,6 +94,7 @@ class PackedDataModule(LightningDataModule):
         tokenizer: str | None = None,
     ) -> None:
         super().__init__()
+        refuse_sizes(sequence_length, batch_size, seed, num_workers, num_proc)
         self.sequence_length = sequence_length
         self.batch_size = batch_size
         self.validation_fraction = validation_fraction
@@ -340,8 +341,7 @@ class PackedDataModule(LightningDataModule):
             validation = None if self._predicts else self.validation_sources()
             return self._name(self._tokenizer_files(), self.sources(), validation)
 
-        prepared = self._directory.name if self._directory is not None else None
-        return find_prepared(self, prepared, locate, cache_root(self.cache_dir))
+        return find_prepared(self, getattr(self._directory, "name", None), locate, cache_root(self.cache_dir))
 
     def _parts(self, sources: Sequence[Rows], validation: Sequence[Rows] | None) -> dict[str, list[Part]]:
         if validation is not None or self.validation_fraction == 0:

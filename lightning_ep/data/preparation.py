@@ -110,6 +110,15 @@ MakeSamples = Callable[[Sequence[Any], Samples], None]
 """Adds to the samples what rows become; the same whichever rows come along with them."""
 
 
+def refuse_sizes(sequence_length: int, batch_size: int, seed: int, num_workers: int, num_proc: int | None) -> None:
+    """Raises ValueError if an argument of a data module is below the least that there can be."""
+    least = {"sequence_length": 2, "batch_size": 1, "seed": 0, "num_workers": 0, "num_proc": 1}
+    given = (sequence_length, batch_size, seed, num_workers, num_proc)
+    for (name, smallest), value in zip(least.items(), given, strict=True):
+        if value is not None and value < smallest:
+            raise ValueError(f"{name}={value} must be at least {smallest}.")
+
+
 def prepare(
     directory: Path,
     parts: Sequence[Part],

@@ -289,6 +289,10 @@ def test_what_is_missing_is_said(tokenizer: str, tmp_path: Path) -> None:
         Sentences(texts, sequence_length=77, **settings).setup("fit")
     with pytest.raises(ValueError, match=r"validation_fraction=1 must lie between 0 and 1"):
         Sentences(texts, validation_fraction=1, **settings).prepare_data()
+    for number, least in (("sequence_length=1", 2), ("batch_size=0", 1), ("seed=-1", 0), ("num_proc=0", 1)):
+        name, value = number.split("=")
+        with pytest.raises(ValueError, match=f"{number} must be at least {least}"):
+            Sentences(texts, **settings, **{name: int(value)})
     with pytest.raises(ValueError, match=r"a: weight=0 must be positive"):
         Sentences({"a": sentences(3)}, weights={"a": 0}, **settings).prepare_data()
     with pytest.raises(ValueError, match=r"2 tokens and says of 1"):
