@@ -173,7 +173,9 @@ class TextStreamDataModule(RowsDataModule):
         row = next(iter(self._share()), None)
         if row is None:
             return f"{self.stream_source.path} has too few rows: this data rank has none. Use fewer data ranks."
-        return None if isinstance(row.get(self.column), str) else _no_text(self.column, row)
+        # The first row may be one without a text, which is passed over.
+        found = self.column in row and isinstance(row[self.column], str | None)
+        return None if found else _no_text(self.column, row)
 
     def _add_rows(self, rows: Sequence[Any], samples: Samples) -> None:
         texts = [row[self.column] for row in rows if isinstance(row[self.column], str)]  # None: a row without a text
@@ -185,7 +187,7 @@ def open_stream(source: Source) -> datasets.IterableDataset:
 
     Raises:
         FileNotFoundError: If there is nothing of that name.
-        ValueError: If its files are of several kinds, or of none that is read.
+        ValueError: If its files are of several kinds, or of none that is read, or have no rows.
     """
     from datasets import DatasetDict, load_dataset, load_from_disk
 
@@ -203,7 +205,10 @@ def open_stream(source: Source) -> datasets.IterableDataset:
             f"reads files of one kind: {', '.join(_KINDS)}."
         )
     whole = {"sample_by": "document"} if kinds == {"text"} else {}
-    return load_dataset(kinds.pop(), data_files=list(map(str, files)), split="train", streaming=True, **whole)
+    try:
+        return load_dataset(kinds.pop(), data_files=list(map(str, files)), split="train", streaming=True, **whole)
+    except StopIteration:  # JSON lines, of whose first row it makes the columns
+        raise ValueError(f"{source.path!r} has no rows.") from None
 
 
 def _files(path: str) -> list[Path]:

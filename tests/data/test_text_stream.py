@@ -225,6 +225,19 @@ def test_what_cannot_work_is_said_at_the_start(tokenizer: str, tmp_path: Path) -
     (tmp_path / "empty.jsonl").write_text('{"body": ""}\n')
     with pytest.raises(ValueError, match=r"No row of this rank's share of the stream has a text"):
         fit(str(tmp_path / "empty.jsonl"), num_workers=0)
+    (tmp_path / "empty.jsonl").write_text("")
+    with pytest.raises(ValueError, match=r"empty.jsonl' has no rows"):
+        fit(str(tmp_path / "empty.jsonl"))
+
+
+def test_a_stream_may_begin_with_a_row_without_a_text(tokenizer: str, tmp_path: Path) -> None:
+    rows = [{"body": None}, *({"body": text} for text in sentences(20))]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    settings: dict[str, Any] = {"tokenizer": tokenizer, "column": "body", "sequence_length": 64, "num_workers": 0}
+    data = TextStreamDataModule(str(tmp_path / "a.jsonl"), cache_dir=str(tmp_path), **settings)
+    trainer = quiet(tmp_path, strategy=ExpertParallelStrategy(ep=1), max_steps=1, max_epochs=1)
+    trainer.fit(Recorder(), datamodule=data)
+    assert trainer.global_step == 1
 
 
 def test_the_recipe_of_the_page_reads_a_stream(tokenizer: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
