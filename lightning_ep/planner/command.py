@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import math
 import sys
 import textwrap
 from collections.abc import Iterable
@@ -89,7 +90,7 @@ def _request(options: argparse.Namespace) -> Request:
         device = dataclasses.replace(device, memory_gib=_positive("--memory_gib", options.memory_gib))
     if options.lora_rank < 0:
         raise ValueError(f"--lora_rank {options.lora_rank}: must be positive, or 0 to train all weights.")
-    if options.skew < 1:
+    if not 1 <= options.skew < math.inf:
         raise ValueError(f"--skew {options.skew:g}: the busiest rank has at least the mean, so at least 1.")
     return Request(
         find_model(options.model), device, options.gpus, options.gpus_per_node, options.sequence_length,
@@ -117,14 +118,14 @@ def _count(text: str) -> int:
         value = float(text)
     except ValueError:
         value = 0.0
-    if value < 1 or value != int(value):
+    if not 1 <= value < math.inf or value != int(value):
         raise argparse.ArgumentTypeError(f"{text}: must be a positive integer.")
     return int(value)
 
 
 def _positive(name: str, value: float) -> float:
-    if value <= 0:
-        raise ValueError(f"{name} {value:g}: must be positive.")
+    if not 0 < value < math.inf:
+        raise ValueError(f"{name} {value:g}: must be positive, and a number.")
     return value
 
 

@@ -92,6 +92,10 @@ def test_what_does_not_fit_ends_with_1_and_what_would(capsys: pytest.CaptureFixt
         (["Qwen/Qwen3-30B-A3B", "--gpus", "8", "--network_gbps", "-1"], "--network_gbps -1: must be positive"),
         (["Qwen/Qwen3-30B-A3B", "--gpus", "8", "--lora_rank", "-1"], "--lora_rank -1: must be positive"),
         (["Qwen/Qwen3-30B-A3B", "--gpus", "8", "--skew", "0.5"], "--skew 0.5: the busiest rank"),
+        (["Qwen/Qwen3-30B-A3B", "--gpus", "8", "--skew", "nan"], "--skew nan: the busiest rank"),
+        (["Qwen/Qwen3-30B-A3B", "--gpus", "8", "--memory_gib", "nan"], "--memory_gib nan: must be positive"),
+        (["Qwen/Qwen3-30B-A3B", "--gpus", "8", "--tokens", "inf"], "--tokens: inf: must be a positive integer"),
+        (["Qwen/Qwen3-30B-A3B", "--gpus", "nan"], "--gpus: nan: must be a positive integer"),
         (["Qwen/Qwen3-30B-A3B", "--gpus", "16", "--tokens_per_step", "12288"], "no layout of 16 GPUs .*65,536 tokens"),
     ],
 )
