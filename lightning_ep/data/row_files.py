@@ -64,7 +64,7 @@ class Source:
         path: A file of JSON lines (.jsonl; .json may hold one list, too) or parquet, a glob pattern of such files
             (quoted) or a directory of them, a directory that `datasets` has saved, or a dataset's name on the hub.
         weight: How often each row comes in an epoch: 2 is twice, 0.5 a random half of them once.
-        split: Which split of a dataset.
+        split: Which split of a dataset; files have none.
         subset: Which of a hub dataset's subsets (configurations), where it has several.
         max_rows: Take this many at most, from the front.
         name: What the log calls it, in ``val/loss/<name>`` for example. Default: its path. Sources of one name are
@@ -108,6 +108,7 @@ def _table(source: Source) -> tuple[_Table, int]:
     if most is not None and most < 1:
         raise ValueError(f"{source.path}: max_rows={most} must be at least 1. Leave the source out instead.")
     if files := _files(source.path):
+        refuse_split_of_files(source)
         tables, found = [], 0
         for file in files:
             if most is None or found < most:
@@ -278,14 +279,10 @@ class _Dataset:
 
     @staticmethod
     def of(source: Source) -> _Dataset:
-        from datasets import DatasetDict, load_dataset, load_from_disk
+        from datasets import load_dataset
 
         if Path(source.path).expanduser().is_dir():
-            dataset = load_from_disk(str(Path(source.path).expanduser()))
-            if isinstance(dataset, DatasetDict):
-                if source.split not in dataset:
-                    raise ValueError(f"{source.path} has the splits {sorted(dataset)}, and no {source.split!r}.")
-                dataset = dataset[source.split]
+            dataset = saved_dataset(source)
         else:
             dataset = load_dataset(source.path, source.subset, split=source.split)
         return _Dataset(f"{source.path}, {source.split}", dataset)
@@ -304,6 +301,34 @@ class _Dataset:
             columns = self._dataset[list(indices)]
             rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
         return [Row(f"{self._name}, row {index}", without_fills(row)) for index, row in zip(indices, rows, strict=True)]
+
+
+def refuse_split_of_files(source: Source) -> None:
+    """Raises ValueError if a split or a subset is asked of files, all of which would be read."""
+    if source.split != Source.split or source.subset is not None:
+        asked = f"split={source.split!r}" if source.split != Source.split else f"subset={source.subset!r}"
+        raise ValueError(
+            f"{source.path} is read as files, and {asked} is of datasets of the hub or saved by `datasets`. Name the "
+            "files of it as `path`, such as 'data/test-*.parquet'."
+        )
+
+
+def saved_dataset(source: Source) -> Dataset:
+    """A dataset that `datasets` has saved in a directory.
+
+    Raises:
+        ValueError: If it has no such split.
+    """
+    from datasets import DatasetDict, load_from_disk
+
+    dataset = load_from_disk(str(Path(source.path).expanduser()))
+    if isinstance(dataset, DatasetDict):
+        if source.split not in dataset:
+            raise ValueError(f"{source.path} has the splits {sorted(dataset)}, and no {source.split!r}.")
+        return dataset[source.split]
+    if source.split not in (Source.split, str(dataset.split)):
+        raise ValueError(f"{source.path} is one dataset without splits, and so has no {source.split!r}.")
+    return dataset
 
 
 def without_fills(value: Any) -> Any:

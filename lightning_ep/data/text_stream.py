@@ -18,7 +18,7 @@ from lightning_ep.data.packed_data import PREVIEWED
 from lightning_ep.data.packed_stream import PackedStream, StreamLoader
 from lightning_ep.data.preparation import Rows, Samples
 from lightning_ep.data.resumable_loader import data_ranks
-from lightning_ep.data.row_files import Row, Source
+from lightning_ep.data.row_files import Row, Source, refuse_split_of_files, saved_dataset
 from lightning_ep.data.rows import RowsDataModule
 from lightning_ep.data.text import add_texts, refuse_without_end
 from lightning_ep.data.tokenizers import check_of_module, pad_token_id
@@ -187,17 +187,17 @@ def open_stream(source: Source) -> datasets.IterableDataset:
 
     Raises:
         FileNotFoundError: If there is nothing of that name.
-        ValueError: If its files are of several kinds, or of none that is read, or have no rows.
+        ValueError: If its files are of several kinds, or of none that is read, or have no rows; or without its split.
     """
-    from datasets import DatasetDict, load_dataset, load_from_disk
+    from datasets import load_dataset
 
     place = Path(source.path).expanduser()
     if (place / "dataset_info.json").exists() or (place / "dataset_dict.json").exists():
-        saved = load_from_disk(str(place))
-        return (saved[source.split] if isinstance(saved, DatasetDict) else saved).to_iterable_dataset()
+        return saved_dataset(source).to_iterable_dataset()
     files = _files(source.path)
     if not files:
         return load_dataset(source.path, source.subset, split=source.split, streaming=True)
+    refuse_split_of_files(source)
     kinds = {_KINDS.get(file.suffix) for file in files}
     if len(kinds) > 1 or None in kinds:
         raise ValueError(

@@ -15,6 +15,7 @@ from datasets import Dataset, DatasetDict
 
 from lightning_ep.data.conversations import MalformedRow, conversation
 from lightning_ep.data.row_files import Source, open_source
+from lightning_ep.data.text_stream import open_stream
 from tests.data.loopback_hub import REPOSITORY, loopback_hub
 
 # Columns whose structs have other keys in every row: Arrow gives all of them all keys.
@@ -152,6 +153,24 @@ def test_a_source_may_be_cut_short(tmp_path: Path) -> None:
     assert open_source(Source(path, max_rows=9)).count == 3
     with pytest.raises(ValueError, match=r"max_rows=0 must be at least 1"):
         open_source(Source(path, max_rows=0))
+
+
+@pytest.mark.parametrize("read", [open_source, open_stream])
+def test_a_split_that_is_not_there_is_no_other(read: Any, tmp_path: Path) -> None:
+    (tmp_path / "files").mkdir()
+    write_lines(tmp_path / "files" / "test.jsonl", ROWS)
+    for asked in ({"split": "test"}, {"subset": "easy"}):
+        with pytest.raises(ValueError, match=r"files is read as files, and (split='test'|subset='easy') is of data"):
+            read(Source(str(tmp_path / "files"), **asked))
+    rows = Dataset.from_list(ROWS)
+    rows.save_to_disk(tmp_path / "one")
+    with pytest.raises(ValueError, match=r"one is one dataset without splits, and so has no 'test'"):
+        read(Source(str(tmp_path / "one"), split="test"))
+    DatasetDict({"train": rows, "test": rows}).save_to_disk(tmp_path / "two")
+    with pytest.raises(ValueError, match=r"two has the splits \['test', 'train'\], and no 'dev'"):
+        read(Source(str(tmp_path / "two"), split="dev"))
+    Dataset.from_list(ROWS, split="test").save_to_disk(tmp_path / "named")
+    read(Source(str(tmp_path / "named"), split="test"))
 
 
 def test_what_is_not_there_is_told(tmp_path: Path) -> None:
