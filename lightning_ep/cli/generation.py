@@ -48,7 +48,7 @@ def generate(
         **opening: Options of `opened_for_chats`.
 
     Raises:
-        ValueError: If an argument is out of its range, or the chat has no template.
+        ValueError: If an argument is out of its range, a prompt is not UTF-8, or the chat has no template.
         CheckpointError: If there is no such checkpoint, it is damaged, or it has no tokenizer.
     """
     if max_new_tokens < 1 or temperature < 0 or not 0 < top_p <= 1:
@@ -56,6 +56,8 @@ def generate(
             f"max_new_tokens={max_new_tokens} must be at least 1, temperature={temperature} must not be negative, and "
             f"top_p={top_p} must be above 0 and at most 1."
         )
+    for text in (prompt, system):
+        refuse_other_encodings(text or "")
     given = {"system": system} | {name: opening.get(name) for name in ("chat_template", "template_kwargs")}
     if not chat and (names := [f"--{name}" for name, value in given.items() if value is not None]):
         raise ValueError(f"{', '.join(names)} is for chats: add --chat.")
@@ -66,7 +68,16 @@ def generate(
         torch.manual_seed(seed)
         with contextlib.suppress(KeyboardInterrupt):
             for text in [prompt] if prompt is not None else _lines():
+                refuse_other_encodings(text)
                 answer(text)
+
+
+def refuse_other_encodings(text: str) -> None:
+    """Raises ValueError if a text that was typed has bytes that are no UTF-8: tokenizers do not read it."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{text!r} is no UTF-8, in which texts are read.") from error
 
 
 class Writer:

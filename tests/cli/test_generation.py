@@ -179,6 +179,8 @@ def test_weights_are_held_in_the_dtype_that_is_asked_for(hub: Path) -> None:
     ("arguments", "line"),
     [
         (["{hub}", "--prompt", "a", "--top_p", "0"], "top_p=0.0 must be above 0"),
+        (["{hub}", "--prompt", "a\udcff"], r"'a\udcff' is no UTF-8"),  # the byte ff
+        (["{hub}", "--prompt", "a", "--chat", "--system", "\udcff"], r"'\udcff' is no UTF-8"),
         (["{hub}", "--prompt", "a", "--system", "b"], "--system is for chats: add --chat"),
         (
             ["{hub}", "--prompt", "a", "--chat", "--chat_template", "{tmp}/none"],
