@@ -63,8 +63,8 @@ class PackedDataModule(LightningDataModule):
             from, known for `CausalLM` and for modules with an attribute ``pretrained_path``.
 
     Raises:
-        ValueError: In ``prepare_data``, if there is no tokenizer; in ``setup``, if some data rank would get no batch;
-            there, or when a loader is asked for, if the model has fewer tokens than that; if a size is too low.
+        ValueError: If a size is too low; in ``prepare_data``, if there is no tokenizer; in ``setup``, if some data rank
+            would get no batch; there, or with a loader, if the model's vocabulary is smaller than the tokenizer's.
     """
 
     kind: ClassVar[str] = "packed"
