@@ -467,7 +467,7 @@ class ExpertParallelStrategy(ModelParallelStrategy):
     @override
     def on_train_start(self) -> None:
         assert self.lightning_module is not None
-        for begin in (resume_accumulation, tell_total_steps, spare_collections):
+        for begin in (self._run.before_training, resume_accumulation, tell_total_steps, spare_collections):
             begin(self.lightning_module.trainer)
 
     @override

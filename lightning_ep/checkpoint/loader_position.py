@@ -19,7 +19,8 @@ from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, Itera
 from lightning_ep.checkpoint.loop_state import batch_counts, batches_done, shift_batches
 
 Position = dict[str, Any]
-"""Of one loader: ``batches`` of its pass that were trained with, their ``checksum``, ``batch_size``, ``generators``."""
+"""Of one loader: ``batches`` of its pass that were trained with, their ``checksum``, ``batch_size``, and the states of
+its generators as the pass began (``generators``) and when this was noted (``behind``)."""
 
 
 class Order:
@@ -78,6 +79,8 @@ class Order:
             "batches": batches,
             "checksum": self._checksums[batches - 1] if known else None,
             "generators": list(self._states),
+            # Not to be found from the others: a sampler may draw once more where a loader asks for one batch too many.
+            "behind": [generator.get_state() for generator in self._generators],
         }
 
     @property
@@ -88,6 +91,14 @@ class Order:
     def go_on(self, position: Position) -> None:
         """Lets the next pass begin at a position; its ``name`` is for messages."""
         self._start = position
+
+    def pass_over(self, position: Position) -> None:
+        """Lets the next pass be the one behind a pass that has ended at a position, and begin with its first batch."""
+        self._start = None
+        if torch.default_generator in self._generators:  # its state is kept for the whole run
+            return
+        for generator, state in zip(self._generators, position.get("behind", ()), strict=False):
+            generator.set_state(state)
 
 
 class _Ordered(DataLoader[Any]):
@@ -179,6 +190,7 @@ class PlainLoaders:
         self._data_ranks = data_ranks
         self._here = here
         self._count = 0
+        self._began: list[tuple[Order, Position]] = []
 
     def adopt(self, trainer: Trainer, loader: Any) -> Any:
         """The loader that the training gets; to be called for each of them, in order, on every rank.
@@ -208,10 +220,18 @@ class PlainLoaders:
         # Workers ask for indices as soon as there is an iterator, which Lightning makes before it sets the epoch.
         epochs: Any = trainer.fit_loop.epoch_progress.current
         _set_sampler_epoch(loader, epochs.processed)
+        saved = self._saved[number] if self._saved is not None and number < len(self._saved) else None
+        anew = trainer.reload_dataloaders_every_n_epochs  # type: ignore[attr-defined]
         if done:
-            saved = self._saved[number] if self._saved is not None and number < len(self._saved) else None
             self._go_on(trainer, loader, saved, done)
+        elif saved is not None and saved["batches"] and not anew:
+            loader.order.pass_over(saved)  # of the epoch before
         return loader
+
+    def end_epoch(self) -> None:
+        """Once the loop has its iterators: no batch was left of the epoch that the run goes on with."""
+        for order, position in self._began:
+            order.pass_over(position)
 
     def _go_on(self, trainer: Trainer, loader: Any, saved: Position | None, done: int) -> None:
         name = _name(loader)
@@ -233,6 +253,7 @@ class PlainLoaders:
             saved = {"batches": batches, "checksum": None, "generators": []}
             shift_batches(trainer, batches - done)
         loader.order.go_on({**saved, "name": name})
+        self._began.append((loader.order, saved))
 
     def _batches_here(self, loader: Any) -> int | None:
         """As how many batches of this run those count that were done; None if the order of all ranks is not known.

@@ -15,6 +15,7 @@ from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
 from torch.optim import Optimizer
 
 from lightning_ep.checkpoint.loader_position import PlainLoaders
+from lightning_ep.checkpoint.loop_state import batches_done
 from lightning_ep.checkpoint.metadata import companion_files, rank_state, set_random_state
 from lightning_ep.checkpoint.model_checkpoint import AdoptedCallbacks
 from lightning_ep.checkpoint.optimizers import clean, name_state
@@ -185,6 +186,15 @@ class RunCheckpoints:
     def before_epoch(self, trainer: Trainer) -> None:
         """As `before_batch`, if the run goes on with a whole epoch: its loaders will draw as they would have."""
         if trainer.training and not trainer.fit_loop.epoch_loop.restarting:
+            self.before_batch(trainer)
+
+    def before_training(self, trainer: Trainer) -> None:
+        """Ends an epoch of which no batch is left: saved behind its last validation, it is not over for Lightning.
+
+        A loader without workers has not begun its pass then, and would leave out that many batches of the next epoch.
+        """
+        if batches_done(trainer) >= trainer.num_training_batches > 0:
+            self.loaders.end_epoch()
             self.before_batch(trainer)
 
     def before_batch(self, trainer: Trainer) -> None:

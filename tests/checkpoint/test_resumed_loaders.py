@@ -159,6 +159,40 @@ def a_loader_of_ones_own_goes_on(root: Path) -> None:
             _goes_on(root / name, _OWN[name], own=True)
 
 
+@row()
+def generators_of_ones_own_go_on_with_the_next_epoch(root: Path) -> None:
+    for name in ("own generator, workers", "two, the shorter again and again"):
+        _goes_on(root / name, _OWN[name], own=True, points=(7,))
+
+
+class _SavesBehindValidation(L.Callback):
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    def on_validation_end(self, trainer: L.Trainer, module: Any) -> None:
+        trainer.save_checkpoint(self.root / f"{trainer.global_step}.ckpt")
+
+
+@row()
+def a_loader_goes_on_behind_the_last_validation_of_an_epoch(root: Path) -> None:
+    """Where ModelCheckpoint saves with ``val_check_interval``: no batch is left of an epoch that is not over."""
+    loaders = {"injected": _INJECTED["shuffled"], "own": lambda: _of_ones_own(shuffle=True), "unequal": _unequal}
+    for name, make in loaders.items():
+        flags = {"max_epochs": 2, "num_sanity_val_steps": 0, "use_distributed_sampler": name == "injected"}
+        flags["limit_train_batches"] = 5
+
+        def fit(callbacks: list[L.Callback], path: Path | None, make: Any = make, flags: Any = flags) -> _Epochs:
+            trainer, module = quiet(root, callbacks=callbacks, **flags), _Epochs(make)
+            trainer.fit(module, val_dataloaders=DataLoader(Samples(4, first=200), 2), ckpt_path=path)
+            return module
+
+        straight = fit([_SavesBehindValidation(root / name)], None)
+        resumed = fit([], root / name / "5.ckpt")
+        assert len(straight.came) == 10, name
+        assert resumed.came == straight.came[5:], name
+        assert resumed.losses == straight.losses[-len(resumed.losses) :], name
+
+
 @row(slow=True)
 def every_loader_goes_on(root: Path) -> None:
     with _no_warning():
