@@ -20,7 +20,7 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_ep import transformers_adapter as adapter
-from lightning_ep.fsdp.accumulation import reduce_kept_gradients
+from lightning_ep.fsdp.accumulation import forget_gradients, reduce_kept_gradients
 from lightning_ep.fsdp.passes import break_off_if_it_raises
 from lightning_ep.hub.beneath import is_adapted
 from lightning_ep.routing.steer import Steering, steerings, step_all
@@ -139,6 +139,11 @@ class ShardedPrecision(Precision):
         layout = trainer.strategy.layout  # type: ignore[attr-defined]
         tensor = into_backward(tensor, model, layout, trainer.accumulate_grad_batches)
         tensor = with_router_losses(tensor, model, self._steerings, trainer.accumulate_grad_batches)
+        window = trainer.accumulate_grad_batches if model.automatic_optimization else 1
+        if window > 1 and trainer.fit_loop.epoch_loop.batch_idx % window == 0:
+            # Lightning has set gradients to zero, but not those that nobody has reduced of a window that its epoch left
+            # unfinished, as with a -1 from `on_train_batch_start`.
+            forget_gradients(model)
         with break_off_if_it_raises(model):
             super().backward(tensor, model, optimizer, *args, **kwargs)
 

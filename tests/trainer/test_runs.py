@@ -100,6 +100,25 @@ def fit_after_a_fit_that_ended_inside_an_accumulation_window(root: Path) -> None
         assert all(torch.equal(found[name], grad) for name, grad in expected.items()), accumulate
 
 
+class _LeavesEpochs(TinyModule):
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> int | None:
+        return -1 if self.current_epoch == 0 and batch_idx == 1 else None
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=self.lr)
+
+
+@row()
+def an_epoch_that_is_left_inside_an_accumulation_window(root: Path) -> None:
+    """Its gradients are set to zero at the beginning of the next window, those that nobody has reduced, too."""
+    flags = {"accumulate_grad_batches": 2, "max_epochs": 2, "use_distributed_sampler": False}
+    quiet(root, **flags).fit(left := _LeavesEpochs(), loader(4))
+    assert len(left.losses) == 3
+    quiet(root, **{**flags, "max_epochs": 1}).fit(whole_epoch := TinyModule(), loader(4))
+    for (name, param), other in zip(left.named_parameters(), whole_epoch.parameters(), strict=True):
+        assert torch.equal(whole(param), whole(other)), name
+
+
 class _Interrupted(Exception):
     pass
 
