@@ -344,6 +344,10 @@ class CausalLM(LightningModule):
         self._shown_loss = Lagged()
 
     @override
+    def on_train_epoch_start(self) -> None:
+        self._window = None  # of an epoch that was left inside of a window, with a -1 from `on_train_batch_start`
+
+    @override
     def on_validation_epoch_start(self) -> None:
         self._evaluation = {}  # what an evaluation left that did not reach its end
 

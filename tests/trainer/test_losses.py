@@ -179,6 +179,21 @@ def a_subclass_of_causal_lm_that_adds_to_the_sums_of_a_window(root: Path) -> Non
 
 
 @row()
+def an_epoch_that_is_left_inside_of_a_window(root: Path) -> None:
+    """Its tokens do not count in the next one, as its gradients do not."""
+
+    class Leaves(_CausalLM):
+        def on_train_batch_start(self, batch: Batch, batch_idx: int) -> int | None:
+            return -1 if self.current_epoch == 0 and batch_idx == 1 else None
+
+    data = batches(4, 2)
+    _fit(root, module := Leaves(), data, accumulate_grad_batches=2, max_epochs=2)
+    _fit(root, straight := _CausalLM(), data, accumulate_grad_batches=2)
+    for (name, param), other in zip(module.named_parameters(), straight.parameters(), strict=True):
+        assert torch.equal(whole(param), whole(other)), name
+
+
+@row()
 def a_value_head_in_some_batches_of_a_window(root: Path) -> None:
     """As with DDP that looks for unused parameters."""
     data = batches(12, 2)
