@@ -111,6 +111,12 @@ def beneath(model: PreTrainedModel) -> Beneath:
             else:
                 key, beside = _beside(name, module, adapter_name)
                 found.beside[_without_peft(key, model)] = beside
+    for one in adapter.tied_names(model).items():
+        if found.beside.keys() & set(one) and found.tensors.get(one[0]) is found.tensors.get(one[1]):
+            found.problems.append(
+                f"{one[0]} and {one[1]} are one weight, of which one place has an adapter: with the product in it the "
+                "other would change, too. Untie them before training, or write the adapter alone"
+            )
     return found
 
 
