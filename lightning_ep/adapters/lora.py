@@ -221,13 +221,12 @@ def _attention(model: PreTrainedModel) -> list[str]:
     """The linear layers of attention: the ends of their names where these say which, else whole names.
 
     Without those of a kind that PEFT does not know (DeepSeek-V4's, of groups), gates by the name that experts' had
-    before they were fused, for which PEFT takes them (AFMoE's), and what Mamba's kernels take the weight of.
+    before they were fused, for which PEFT takes them (AFMoE's), and what Mamba and its kernels take the weight of.
     """
     inside = [f"{name}." for name in adapter.attention_modules(model)]
     known = [name for name, m in model.named_modules() if isinstance(m, nn.Linear) and _is_plain(m)]
-    left_out = {
-        f"{name}.out_proj" for name, m in model.named_modules() if hasattr(m, "in_proj") and hasattr(m, "conv1d")
-    }
+    mamba = [name for name, m in model.named_modules() if hasattr(m, "in_proj") and hasattr(m, "conv1d")]
+    left_out = {f"{name}.{part}" for name in mamba for part in ("out_proj", "dt_proj")}
     linear = [name for name in known if name.rpartition(".")[2] != "gate_proj" and name not in left_out]
     wanted = {name for name in linear if any(name.startswith(prefix) for prefix in inside)}
     ends = {name.rpartition(".")[2] for name in wanted}

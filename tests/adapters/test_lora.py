@@ -224,7 +224,8 @@ def test_what_adapts_like_peft_says_the_same() -> None:
 
 
 @pytest.mark.parametrize(
-    ("family", "left_out"), [("afmoe", "gate_proj"), ("deepseek_v4", "o_a_proj"), ("nemotron_h", "out_proj")]
+    ("family", "left_out"),
+    [("afmoe", "gate_proj"), ("deepseek_v4", "o_a_proj"), ("nemotron_h", "out_proj"), ("jamba", "dt_proj")],
 )
 def test_the_default_leaves_out_what_peft_cannot_adapt_in_attention(family: str, left_out: str) -> None:
     with torch.device("meta"):
