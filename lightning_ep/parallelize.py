@@ -136,6 +136,7 @@ def shard(
     if getattr(module, "freeze_router", False):
         freeze_routers(module)
     steps = Steps(module, meshes, device, plan, mp_policy)
+    steps.freeze_empty()
     steps.hold_factors_per_expert()
     steps.cast_constants()
     steps.broadcast_weights()
@@ -186,6 +187,13 @@ class Steps:
         self.plain = list(adapter.planned_models(module).values())
         self.experts = {module.get_submodule(name): style for name, style in plan.items()}
         self._meshes, self._device, self._mp_policy = meshes, device, mp_policy
+
+    def freeze_empty(self) -> None:
+        """Freezes parameters without numbers, as of no shared experts: FSDP cannot reduce a gradient of nothing."""
+        _needs("freeze_empty", not is_parallelized(self.module), "whole parameters, of which no rank lacks a part")
+        for param in self.module.parameters():
+            if param.numel() == 0:
+                param.requires_grad_(False)
 
     def hold_factors_per_expert(self) -> None:
         """Gives adapters of experts a dimension of experts, by which they are spread with them."""

@@ -12,12 +12,13 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor.parallel import ParallelStyle
-from transformers import Qwen3MoeForCausalLM
+from transformers import AutoModelForCausalLM, Qwen3MoeForCausalLM
 
 from lightning_ep import ParallelLayout, expert_plan, parallelize
 from lightning_ep.parallelize import Steps, check
+from tests.hub.every_family import tiny_config_of
 from tests.ranks import device, here, run_ranks
-from tests.reference import tiny_model
+from tests.reference import batches, relative_error, tiny_model
 
 
 class _WithHead(nn.Module):
@@ -42,6 +43,7 @@ def _first_experts(steps: Steps) -> nn.Module:
 
 # Name of the step, what it needs, the steps before, and the step itself.
 ORDERS: list[tuple[str, str, Callable[[Steps], Any], Callable[[Steps], Any]]] = [
+    ("freeze_empty", "whole parameters", _spread, lambda s: s.freeze_empty()),
     ("hold_factors_per_expert", "adapters as PEFT builds", _spread, lambda s: s.hold_factors_per_expert()),
     ("cast_constants", "whole models", _spread, lambda s: s.cast_constants()),
     ("broadcast_weights", "whole weights", _spread, lambda s: s.broadcast_weights()),
@@ -112,7 +114,7 @@ class _Mine(Qwen3MoeForCausalLM):
 
 
 def _own_class() -> float:
-    from tests.reference import batches, relative_error, tiny_config
+    from tests.reference import tiny_config
 
     torch.manual_seed(0)
     model, world = _Mine(tiny_config()), dist.get_world_size()
@@ -147,3 +149,24 @@ def test_a_style_of_the_users_is_asked_before_anything_changes() -> None:
     plan = {name: _Delegating(style) for name, style in expert_plan(model).items()}
     with pytest.raises(ValueError, match="my own check for 2 ranks"):
         check(model, ParallelLayout(2, ep=2), plan)
+
+
+def _without_shared_experts() -> float:
+    """Matrices of no shared experts, which DeepSeek-V3 has where a config says zero of them."""
+    torch.manual_seed(0)
+    config: Any = tiny_config_of("deepseek_v3")
+    config.n_shared_experts = 0
+    model = AutoModelForCausalLM.from_config(config)
+    model.set_experts_implementation("eager")
+    plain, world, batch = deepcopy(model), dist.get_world_size(), batches(1, 2)[0]
+    assert any(param.numel() == 0 for param in plain.parameters())
+    plain(**batch, use_cache=False).loss.backward()
+    parallelize(model, ParallelLayout(world, ep=world), device())
+    (model(**here(batch), use_cache=False).loss / world).backward()
+    expected = {name: param.grad for name, param in plain.named_parameters() if param.numel() > 0}
+    found = {name: param.grad.full_tensor() for name, param in model.named_parameters() if param.numel() > 0}
+    return max(relative_error(found[name], grad) for name, grad in expected.items() if grad is not None)
+
+
+def test_parameters_without_numbers_are_left_alone() -> None:
+    assert max(run_ranks(2, _without_shared_experts)) < 1e-5
