@@ -181,7 +181,8 @@ class ShardedTensors:
             for parts, outputs in units:
                 pieces = [piece for part in parts for piece in part.pieces]
                 candidates = {rank for piece in pieces for ranks, _ in self._sources(piece) for rank in ranks}
-                owner = min(candidates, key=lambda rank: (load[rank], rank))
+                # Nobody has a part of what has no numbers.
+                owner = min(candidates or {0}, key=lambda rank: (load[rank], rank))
                 load[owner] += sum(spec.nbytes for spec in outputs)
                 owners.update(dict.fromkeys([*(p.key for p in parts), *(s.key for s in outputs)], owner))
         return owners
