@@ -32,7 +32,9 @@ from lightning_ep.transformers_adapter.structure import decoder_layers, model_cl
 
 T = TypeVar("T")
 
-_RECURRENT = {"linear_attention", "conv", "mamba", "hybrid", "hybrid_sliding"}  # of a config's `layer_types`
+# Of a config's `layer_types`: those with a state, and those that make one key of the tokens of a window of the row.
+_RECURRENT = {"linear_attention", "conv", "mamba", "hybrid", "hybrid_sliding"}
+_RECURRENT |= {"compressed_sparse_attention", "heavily_compressed_attention"}
 _TELLS_POSITIONS = r"""(create_\w*mask\w*|mask_function)\([^()]*position_ids=|["']position_ids["']:"""
 
 

@@ -17,6 +17,7 @@ from lightning_ep import ExpertParallelStrategy
 from lightning_ep import transformers_adapter as adapter
 from lightning_ep.context_parallel import find_documents
 from lightning_ep.transformers_adapter import Packing, packing
+from tests.multimodal import multimodal_model
 from tests.ranks import device, run_ranks
 from tests.reference import VOCAB, family_model, relative_error, tiny_model
 from tests.tiny import TinyModule, quiet
@@ -206,6 +207,16 @@ def test_documents_that_cannot_be_kept_apart_are_refused() -> None:
     with pytest.raises(ValueError, match="linear_attention"):
         lightning(**batch, **_bounds())
     assert linear(input_ids=batch["input_ids"], labels=batch["labels"]).loss.isfinite()
+
+
+def test_documents_are_refused_where_a_window_of_the_row_becomes_one_key() -> None:
+    """The windows of DeepSeek-V4 begin with the row: those of later documents hold tokens of others."""
+    model = multimodal_model("deepseek_v4")
+    adapter.keep_documents_apart(model)
+    batch = {key: value % 100 for key, value in _batch().items()}
+    with pytest.raises(ValueError, match=r"compressed_sparse_attention.* a row of its own"):
+        model(**batch)
+    assert model(input_ids=batch["input_ids"]).logits.isfinite().all()
 
 
 @pytest.mark.parametrize("shape", [(0, 4), (2, 0)])
