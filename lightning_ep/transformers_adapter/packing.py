@@ -32,9 +32,10 @@ from lightning_ep.transformers_adapter.structure import decoder_layers, model_cl
 
 T = TypeVar("T")
 
-# Of a config's `layer_types`: those with a state, and those that make one key of the tokens of a window of the row.
+# Of a config's `layer_types`: those with a state, those that make one key of the tokens of a window of the row, and the
+# one that takes positions for places in the row.
 _RECURRENT = {"linear_attention", "conv", "mamba", "hybrid", "hybrid_sliding"}
-_RECURRENT |= {"compressed_sparse_attention", "heavily_compressed_attention"}
+_RECURRENT |= {"compressed_sparse_attention", "heavily_compressed_attention", "minimax_m3_sparse"}
 _TELLS_POSITIONS = r"""(create_\w*mask\w*|mask_function)\([^()]*position_ids=|["']position_ids["']:"""
 
 

@@ -11,13 +11,13 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import DynamicCache
+from transformers import AutoModelForCausalLM, DynamicCache
 
 from lightning_ep import ExpertParallelStrategy
 from lightning_ep import transformers_adapter as adapter
 from lightning_ep.context_parallel import find_documents
 from lightning_ep.transformers_adapter import Packing, packing
-from tests.multimodal import multimodal_model
+from tests.hub.every_family import tiny_config_of
 from tests.ranks import device, run_ranks
 from tests.reference import VOCAB, family_model, relative_error, tiny_model
 from tests.tiny import TinyModule, quiet
@@ -209,12 +209,18 @@ def test_documents_that_cannot_be_kept_apart_are_refused() -> None:
     assert linear(input_ids=batch["input_ids"], labels=batch["labels"]).loss.isfinite()
 
 
-def test_documents_are_refused_where_a_window_of_the_row_becomes_one_key() -> None:
-    """The windows of DeepSeek-V4 begin with the row: those of later documents hold tokens of others."""
-    model = multimodal_model("deepseek_v4")
+@pytest.mark.parametrize(
+    ("family", "kind"), [("deepseek_v4", "compressed_sparse_attention"), ("minimax_m3_vl_text", "minimax_m3_sparse")]
+)
+def test_documents_are_refused_where_attention_goes_by_places_in_the_row(family: str, kind: str) -> None:
+    """DeepSeek-V4 makes one key of a window, MiniMax-M3 chooses blocks of keys, and both count from the row's start."""
+    config: Any = tiny_config_of(family)
+    if family == "minimax_m3_vl_text":
+        config.layer_types, config.index_block_size, config.index_topk_blocks = [kind] * len(config.layer_types), 2, 2
+    model = AutoModelForCausalLM.from_config(config)
     adapter.keep_documents_apart(model)
     batch = {key: value % 100 for key, value in _batch().items()}
-    with pytest.raises(ValueError, match=r"compressed_sparse_attention.* a row of its own"):
+    with pytest.raises(ValueError, match=f"has layers of the types .*{kind}.* a row of its own"):
         model(**batch)
     assert model(input_ids=batch["input_ids"]).logits.isfinite().all()
 
