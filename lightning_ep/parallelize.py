@@ -151,7 +151,7 @@ def shard(
             context_parallel.use_context_parallel_attention(model)
         elif in_bf16(model, mp_policy) and has_kernel(device, torch.bfloat16):
             adapter.use_bounds_of_documents(model)
-        adapter.keep_documents_apart(model)
+        adapter.keep_documents_apart(model, torch.bfloat16 if in_bf16(model, mp_policy) else None)
         adapter.remember(model, layout)
     for plain in steps.plain:
         steps.wrap_layers(plain, activation_checkpointing, compile)

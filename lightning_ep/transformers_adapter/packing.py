@@ -188,7 +188,7 @@ def _readable(position_ids: Any, attention_mask: Any) -> bool:
 # ------------------------------------------------------------------------------------------------ forwards of a model
 
 
-def keep_documents_apart(model: PreTrainedModel) -> None:
+def keep_documents_apart(model: PreTrainedModel, dtype: torch.dtype | None = None) -> None:
     """Has every forward of a model, or of one inside it, see packed documents as such.
 
     Such a forward makes no cache, since nothing could go on from one (nor does one in training, unless it is asked to),
@@ -199,15 +199,15 @@ def keep_documents_apart(model: PreTrainedModel) -> None:
 
     Args:
         model: A model.
+        dtype: What it computes in, for masks that say the same. Default: the dtype of its weights.
     """
     for child in model.modules():
         if not isinstance(child, PreTrainedModel) or child.base_model is not child:
             continue
         names = list(inspect.signature(child.forward).parameters)
         if "position_ids" in names and takes_cache(names):
-            forward = _Forward(
-                names, _recurrent(child), is_causal(child), _looks_for_documents(child), _reads_bounds(child)
-            )
+            found = _recurrent(child), is_causal(child), _looks_for_documents(child), _reads_bounds(child)
+            forward = _Forward(names, *found, dtype or child.dtype)
             child.register_forward_pre_hook(partial(_enter, forward), with_kwargs=True)
 
 
@@ -221,6 +221,7 @@ class _Forward:
         causal: Whether padding behind the tokens that count makes no difference to them, and a mask says no more.
         looks: Whether it looks for documents where there is no mask and no cache.
         reads_bounds: Whether layers that pass on a state read ``cu_seq_lens_q``, as FlashAttention does and no other.
+        dtype: What the model computes in.
     """
 
     names: list[str]
@@ -228,13 +229,15 @@ class _Forward:
     causal: bool
     looks: bool
     reads_bounds: bool
+    dtype: torch.dtype
 
 
 def _recurrent(model: PreTrainedModel) -> str | None:
     types = _RECURRENT & set(getattr(model.config.get_text_config(), "layer_types", None) or ())
     if types:
         return f"of the types {sorted(types)}"
-    layers = [layer for layer in decoder_layers(model) if any(isinstance(m, nn.Conv1d) for m in layer.modules())]
+    text = decoder_layers(text_model(model))  # a tower for sound may have convolutions
+    layers = [layer for layer in text if any(isinstance(m, nn.Conv1d) for m in layer.modules())]
     return f"with a convolution ({type(layers[0]).__name__})" if layers else None
 
 
@@ -313,8 +316,9 @@ def _enter(
     elif by_bounds:
         new["attention_mask"] = bounds_as_mask(to_device(found.bounds, tokens.device), found.longest)
     elif not forward.looks:
-        # Its smallest number is one of fp32 as well, and of what FSDP may cast masks to.
-        like = tokens.new_empty((*tokens.shape[:2], 0), dtype=torch.bfloat16)
+        # Not in a wider one, whose smallest number FSDP would cast to -inf, nor in a narrower one: some models put the
+        # smallest number of their own into it.
+        like = tokens.new_empty((*tokens.shape[:2], 0), dtype=forward.dtype)
         new["attention_mask"] = create_masks_for_generate(model.config, like, None, None, positions)
     return _changed(forward.names, args, kwargs, new)
 
