@@ -449,8 +449,8 @@ MUTATIONS = (
     Mutation(
         "stream_not_shared",
         "data/text_stream.py",
-        "split_dataset_by_node(open_stream(self.stream_source), rank, world)",
-        "split_dataset_by_node(open_stream(self.stream_source), 0, world)",
+        "split_dataset_by_node(open_stream(self.stream_source, self.column), rank, world)",
+        "split_dataset_by_node(open_stream(self.stream_source, self.column), 0, world)",
         "data/test_text_stream.py::test_ranks_read_shares_take_equal_steps_and_resume[3]",
     ),
     Mutation(

@@ -13,7 +13,7 @@ import hashlib
 import json
 import re
 from bisect import bisect_right
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -26,6 +26,7 @@ from lightning_ep.data.preparation import Rows
 
 if TYPE_CHECKING:
     from datasets import Dataset
+    from pyarrow.parquet import ParquetFile
 
 _JSON = (".jsonl", ".ndjson", ".json")
 
@@ -156,12 +157,40 @@ def _files(path: str) -> list[Path]:
 def _open(file: Path, most: int | None) -> _Table:
     """A file, of which rows behind so many will not be asked for."""
     if file.suffix in _JSON:
-        with file.open("rb") as opened:
-            begin = opened.read(1024).removeprefix(codecs.BOM_UTF8).lstrip()
-        return _JsonList(file) if file.suffix == ".json" and begin.startswith(b"[") else _JsonLines(file, most)
+        return _JsonList(file) if holds_a_list(file) else _JsonLines(file, most)
     if file.suffix == ".parquet":
         return _Parquet(file)
     raise ValueError(f"{file} is of no kind that is read: JSON lines ({', '.join(_JSON)}) and parquet are.")
+
+
+def holds_a_list(file: Path) -> bool:
+    """Whether a file is JSON that begins as one list, and not as lines."""
+    if file.suffix != ".json":
+        return False
+    with file.open("rb") as opened:
+        return opened.read(1024).removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"[")
+
+
+def open_parquet(file: Path) -> ParquetFile:
+    """A parquet file, of which only what stands at its end is read.
+
+    Raises:
+        ValueError: If it is none, or not whole.
+    """
+    from pyarrow import ArrowException
+    from pyarrow.parquet import ParquetFile
+
+    try:
+        return ParquetFile(file)
+    except (ArrowException, OSError) as error:  # which name no file
+        if is_of_the_disk(error):
+            raise
+        raise ValueError(f"{file} is no parquet, or not whole: {error}") from error
+
+
+def is_of_the_disk(error: Exception) -> bool:
+    """Whether an error of Arrow is one of reading the file, not of what stands in it."""
+    return isinstance(error, OSError) and error.errno is not None
 
 
 class _Files:
@@ -217,7 +246,7 @@ class _JsonLines:
         with self._file.open("rb") as opened:
             for index in indices:
                 opened.seek(int(self._begins[index]))
-                rows.append(_json_row(self._file, int(self._lines[index]), opened.readline()))
+                rows.append(json_row(self._file, int(self._lines[index]), opened.readline()))
         return rows
 
 
@@ -236,18 +265,12 @@ class _JsonList:
         return len(self._rows)
 
     def read(self, indices: Sequence[int]) -> list[Row]:
-        return [_row(f"{self._file}, item {index}", self._rows[index], self._file.parent) for index in indices]
+        return [object_row(f"{self._file}, item {index}", self._rows[index], self._file.parent) for index in indices]
 
 
 class _Parquet:
     def __init__(self, file: Path) -> None:
-        from pyarrow import ArrowInvalid
-        from pyarrow.parquet import ParquetFile
-
-        try:
-            self._file, self._groups = file, ParquetFile(file)
-        except ArrowInvalid as error:  # which names no file
-            raise ValueError(f"{file} is no parquet, or not whole: {error}") from error
+        self._file, self._groups = file, open_parquet(file)
         groups = range(self._groups.num_row_groups)
         self._ends = np.cumsum([self._groups.metadata.row_group(group).num_rows for group in groups]).tolist() or [0]
         self._last: tuple[int, Any] = (-1, None)  # the group that was read last
@@ -340,21 +363,27 @@ def without_fills(value: Any) -> Any:
     return value
 
 
-def _json_row(file: Path, line: int, text: bytes) -> Row:
+def json_row(
+    file: Path, line: int, text: bytes, problem: Callable[[Mapping[str, Any]], str | None] = half_of_a_character
+) -> Row:
+    """A line of JSON as a row; ``problem`` says what is wrong with the values of one, if anything is."""
     where = f"{file}:{line}"
     try:
-        return _row(where, json.loads(text), file.parent)
+        return object_row(where, json.loads(text.decode("utf-8-sig")), file.parent, problem)
     except json.JSONDecodeError as error:  # says "line 1" itself
         return Row(where, {}, f"the line is no JSON: {error.msg}, at column {error.colno}.")
     except (ValueError, RecursionError) as error:  # no UTF-8, or numbers and depths that Python refuses
         return Row(where, {}, f"the line is no JSON: {error}.")
 
 
-def _row(where: str, value: Any, folder: Path) -> Row:
+def object_row(
+    where: str, value: Any, folder: Path, problem: Callable[[Mapping[str, Any]], str | None] = half_of_a_character
+) -> Row:
+    """What JSON says as a row; for ``problem`` see `json_row`."""
     if not isinstance(value, Mapping):
-        form = "{'messages': [...]}"
-        return Row(where, {}, f"a row is an object with columns, such as {form}, not {type(value).__name__}.")
-    return Row(where, value, half_of_a_character(value), folder)
+        forms = "{'messages': [...]} or {'text': '...'}"
+        return Row(where, {}, f"a row is an object with columns, such as {forms}, not {type(value).__name__}.")
+    return Row(where, value, problem(value), folder)
 
 
 def _hash_of(files: Sequence[Path]) -> str:

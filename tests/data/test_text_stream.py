@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+import warnings
 from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from jsonargparse import ArgumentParser
 from lightning.pytorch import Callback
 
 from lightning_ep import ExpertParallelStrategy
-from lightning_ep.data import TextStreamDataModule, packed_stream
+from lightning_ep.data import TextStreamDataModule, packed_stream, text_stream
 from tests.data.loopback_hub import REPOSITORY, loopback_hub
 from tests.data.test_packed_data import Recorder, sentences, tokenizer
 from tests.ranks import run_ranks
@@ -190,7 +191,7 @@ def test_a_dataset_of_the_hub_is_read_as_a_stream(tmp_path: Path) -> None:
         from lightning_ep.data import Source
         from lightning_ep.data.text_stream import open_stream
 
-        print([row["body"] for row in open_stream(Source("{REPOSITORY}"))])
+        print([row["body"] for row in open_stream(Source("{REPOSITORY}"), "body")])
     """
     rows = "".join(json.dumps({"body": text}) + "\n" for text in sentences(3))
     with loopback_hub({"train.jsonl": rows.encode()}) as address:
@@ -238,6 +239,80 @@ def test_a_stream_may_begin_with_a_row_without_a_text(tokenizer: str, tmp_path: 
     trainer = quiet(tmp_path, strategy=ExpertParallelStrategy(ep=1), max_steps=1, max_epochs=1)
     trainer.fit(Recorder(), datamodule=data)
     assert trainer.global_step == 1
+
+
+def write_uneven(directory: Path, files: int) -> str:
+    """JSON lines as `write` has them, but with more columns in later files, and a line in the middle of each broken."""
+    source = write(directory, files, 120)
+    for number, file in enumerate(sorted(directory.iterdir())):
+        rows = [{**json.loads(line), **{f"new{i}": {"a": i} for i in range(number)}} for line in file.open()]
+        lines = [json.dumps(row) for row in rows]
+        lines.insert(len(lines) // 2, '{"body": "cut')
+        file.write_text("\n".join(lines) + "\n")
+    return source
+
+
+TOLD = r"\d\.jsonl:\d+: the line is no JSON: Unterminated string .* of this file that cannot be read"
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_uneven_files_with_broken_lines_are_read_and_resumed(
+    num_workers: int, tokenizer: str, tmp_path: Path, capfd: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # pytest keeps warnings, those of the other process in that process.
+    monkeypatch.setattr(warnings, "showwarning", lambda message, *_: print(message, file=sys.stderr, flush=True))
+    data = stream(write_uneven(tmp_path / "texts", 2), tokenizer, tmp_path, num_workers=num_workers)
+    loader, windows, states = data.train_dataloader(), [], []
+    for batch in islice(loader, 25):
+        windows += texts_of(data, [batch])
+        states.append(loader.state_dict())
+    expected = [f"row{i} {text}<|endoftext|>" for i, text in enumerate(sentences(120)) if i != 11]
+    assert sorted(epoch_of(windows)) == sorted(expected)
+    assert len([text for window in windows for text in window]) > len(expected), "the stream must begin anew"
+    # Once for each file.
+    assert [line[:10] for line in re.findall(TOLD, capfd.readouterr().err)] == ["0.jsonl:31", "1.jsonl:31"]
+    for done in (1, 8, 24):
+        resumed = data.train_dataloader()
+        resumed.load_state_dict(states[done - 1])
+        assert texts_of(data, islice(resumed, 25 - done)) == windows[2 * done :], done
+
+
+@pytest.mark.parametrize("files", [2, 3])  # each rank its own file, or each every second row of all
+def test_of_two_ranks_one_has_a_row_and_one_tells_of_it(
+    files: int, tokenizer: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recwarn: Any
+) -> None:
+    source, read = write_uneven(tmp_path / "texts", files), []
+    for rank in range(2):
+        monkeypatch.setattr(text_stream, "data_ranks", lambda _, rank=rank: (rank, 2))
+        data = stream(source, tokenizer, tmp_path)
+        read.append(epoch_of(texts_of(data, islice(data.train_dataloader(), 25))))
+    expected = [f"row{i} {text}<|endoftext|>" for i, text in enumerate(sentences(120)) if i != 11]
+    assert sorted(read[0] + read[1]) == sorted(expected)
+    assert abs(len(read[0]) - len(read[1])) <= 2
+    told = re.findall(TOLD, "\n".join(str(warning.message) for warning in recwarn))
+    assert sorted(line[0] for line in told) == [str(file) for file in range(files)]
+
+
+def test_files_that_cannot_be_read_are_refused_at_the_start(tokenizer: str, tmp_path: Path) -> None:
+    def fit(source: Path) -> None:
+        settings: dict[str, Any] = {"tokenizer": tokenizer, "column": "body", "sequence_length": 64, "num_workers": 0}
+        data = TextStreamDataModule(str(source), cache_dir=str(tmp_path / "cache"), **settings)
+        quiet(tmp_path, strategy=ExpertParallelStrategy(ep=1), max_steps=1, max_epochs=1).fit(
+            Recorder(), datamodule=data
+        )
+
+    (tmp_path / "parquet").mkdir()
+    Dataset.from_list([{"body": text} for text in sentences(50)]).to_parquet(str(tmp_path / "parquet" / "a.parquet"))
+    cut = (tmp_path / "parquet" / "a.parquet").read_bytes()[:-9]
+    (tmp_path / "parquet" / "b.parquet").write_bytes(cut)
+    with pytest.raises(ValueError, match=r"b.parquet is no parquet, or not whole"):
+        fit(tmp_path / "parquet")
+    (tmp_path / "utf16.jsonl").write_text('{"body": "a text"}\n' * 3, encoding="utf-16")
+    with pytest.raises(ValueError, match=r"no row that can be read\. .*utf16.jsonl:1: the line is no JSON: 'utf-8'"):
+        fit(tmp_path / "utf16.jsonl")
+    (tmp_path / "late.jsonl").write_text('broken\n{"content": "a text", "body": 3}\n')
+    with pytest.raises(ValueError, match=r"late.jsonl:2: the column 'body' must .*'content': 'str', 'body': 'int'"):
+        fit(tmp_path / "late.jsonl")
 
 
 def test_the_recipe_of_the_page_reads_a_stream(tokenizer: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
