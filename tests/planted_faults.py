@@ -224,9 +224,16 @@ MUTATIONS = (
     Mutation(
         "packed_documents_that_a_mask_hides",
         "transformers_adapter/packing.py",
-        "packed = bool(((steps <= 0) & counts[:, 1:] & counts[:, :-1]).any())",
-        "packed = False",
+        "begins = steps != 1 if counts is None else (steps <= 0) & counts[:, 1:] & counts[:, :-1]",
+        "begins = steps != 1 if counts is None else (steps != steps)",
         "transformers_adapter/test_packed_documents.py::test_positions_say_what_padding_does_not",
+    ),
+    Mutation(
+        "padding_in_front_that_tokens_see",
+        "transformers_adapter/packing.py",
+        "gaps = counts is not None and bool((counts[:, 1:] & ~counts[:, :-1]).any())",
+        "gaps = False",
+        "transformers_adapter/test_padding.py::test_padding_elsewhere_keeps_its_mask[qwen3_moe]",
     ),
     Mutation(
         "documents_that_see_those_before",
