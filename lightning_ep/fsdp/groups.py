@@ -147,9 +147,10 @@ def shard_dense(model: PreTrainedModel, meshes: Meshes, mp_policy: MixedPrecisio
     for group in groups:
         shard(group)
         watch_layers(group, mp_policy)
-    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    embedding, head = adapter.input_embedding(model), model.get_output_embeddings()
+    in_layer = any(embedding in set(layer.modules()) for layer in text)  # BERT declares its embeddings to be a block
     # A parameter that two modules share must be in the group of the module that contains both.
-    if not adapter.shares_parameters(embedding, model):
+    if embedding is not None and not in_layer and not adapter.shares_parameters(embedding, model):
         shard(embedding)
         if isinstance(embedding, nn.Embedding) and len(list(embedding.parameters())) == 1:
             assert isinstance(embedding, FSDPModule)
@@ -170,12 +171,13 @@ def shard_dense(model: PreTrainedModel, meshes: Meshes, mp_policy: MixedPrecisio
     if kept:
         for state in states_in(model):
             keep_fp32(state, kept)
-    watch_root(model, [embedding, *layers])
-    chain_prefetches(model, embedding, groups, [unit[0] for unit in units])
+    watch_root(model, layers if embedding is None else [embedding, *layers])
+    chain_prefetches(model, None if in_layer else embedding, groups, [unit[0] for unit in units])
     for child in model.modules():
         if isinstance(child, FSDPModule) and isinstance(child, PreTrainedModel):
             adapter.keep_recording(child)
     if units:
+        assert embedding is not None  # a model without one has no optional parts
         idle = [EntersAll(layer, found) for layer, found in blocks.items() if found]
         optional = OptionalParts(model, units, idle, embedding, mp_policy)
         if any(map(is_parallel_experts, beside)):

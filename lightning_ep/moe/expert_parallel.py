@@ -189,7 +189,7 @@ def expert_plan(
         progress: As in `ExpertParallel`.
 
     Raises:
-        ValueError: If there is no transformers model, or one of them has no experts that its plan names.
+        ValueError: If there is no transformers model, or none of them has experts that its plan names.
     """
     models = adapter.called_models(model)
     if not models:
@@ -201,16 +201,16 @@ def expert_plan(
     plan: dict[str, ParallelStyle] = {}
     progress = progress or Progress()  # one of all layers
     for outer, pretrained in models.items():
-        experts = adapter.experts_modules(pretrained)
-        if not experts:
-            raise ValueError(
-                f"{type(pretrained).__name__} ({pretrained.config.model_type!r}) has no experts to parallelise: its "
-                "config declares no expert-parallel plan (`base_model_ep_plan`), or the plan matches none of its "
-                'modules. If it has experts whose parameters have them in front, name them: plan={"model.layers.*.'
-                'mlp.experts": "experts"} (see docs/extend/plans.md). Or use a mixture-of-experts model that declares '
-                "them, or Lightning's FSDPStrategy for a dense one."
-            )
-        for name in experts:
+        for name in adapter.experts_modules(pretrained):
             full_name = f"{outer}.{name}" if outer else name
             plan[full_name] = ExpertParallel(full_name, experts_implementation, progress)
+    if not plan:  # a dense model beside one with experts (a teacher, a tower) is sharded like the rest of that
+        dense = next(iter(models.values()))
+        raise ValueError(
+            f"{type(dense).__name__} ({dense.config.model_type!r}) has no experts to parallelise: its config declares "
+            "no expert-parallel plan (`base_model_ep_plan`), or the plan matches none of its modules. If it has "
+            'experts whose parameters have them in front, name them: plan={"model.layers.*.mlp.experts": "experts"} '
+            "(see docs/extend/plans.md). Or use a mixture-of-experts model that declares them, or Lightning's "
+            "FSDPStrategy for a dense one."
+        )
     return plan

@@ -134,13 +134,23 @@ def number_of_experts(experts: nn.Module) -> int | None:
     return sizes.pop() if len(sizes) == 1 else None
 
 
+def input_embedding(model: PreTrainedModel) -> nn.Module | None:
+    """What looks tokens up; None where a model reads no tokens and names nothing in its place (Wav2Vec2, ResNet)."""
+    try:
+        return model.get_input_embeddings()
+    except NotImplementedError:
+        return None
+
+
 def optional_parts(model: PreTrainedModel) -> list[nn.Module]:
     """What stands beside the text of a model and is called only by batches that need it: towers, and what projects.
 
     Text is what `get_decoder` gives, the model that holds the input embedding, and the head. What else has parameters
     is a part, the largest modules of it, if any has modules inside: one matrix alone is a head of another kind.
     """
-    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    embedding, head = input_embedding(model), model.get_output_embeddings()
+    if embedding is None:
+        return []
     around = [m for m in model.modules() if isinstance(m, PreTrainedModel) and embedding in set(m.children())]
     text = {child for part in (model.get_decoder(), *around, embedding, head) if part for child in part.modules()}
     parts = list(_beside(model, text))
