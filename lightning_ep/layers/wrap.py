@@ -36,7 +36,14 @@ def check_recompute(module: nn.Module, plan: Iterable[str], mode: ActivationChec
     layers = [layer for model in planned for layer in adapter.decoder_layers(model)]
     routers = adapter.routers(planned)
     routed = {child for layer in layers if routers & set(layer.modules()) for child in layer.modules()}
+    inside = {child for layer in layers for child in layer.modules()}
     for name in plan:
+        if module.get_submodule(name) not in inside:
+            raise ValueError(
+                f"activation_checkpointing={mode!r} cannot serve {name}: it is in no layer, which is what is "
+                "recomputed: a module with a forward, in an `nn.ModuleList` of a module that is called. Put it into "
+                "one, or use activation_checkpointing='none'."
+            )
         if module.get_submodule(name) not in routed:
             raise ValueError(
                 f"activation_checkpointing={mode!r} cannot serve {name}: its family declares no router module "

@@ -104,14 +104,23 @@ def model_class(model: PreTrainedModel) -> type[PreTrainedModel]:
 def decoder_layers(model: nn.Module) -> list[nn.Module]:
     """The repeated blocks that the model declares must not be split; the unit of FSDP, sharded or not.
 
-    Of plain PyTorch they are what the outermost lists of modules around experts hold.
+    Of plain PyTorch they are what the outermost lists of modules around experts hold, and lists (stages) inside them.
     """
     if not isinstance(model, PreTrainedModel):
         lists = dict.fromkeys(found for name in experts_modules(model) if (found := _outermost_list(model, name)))
         experts = set(experts_modules(model).values())
-        return [layer for found in lists for layer in found.children() if layer not in experts]
+        return [layer for found in lists for layer in _called_children(found) if layer not in experts]
     names = set(model._no_split_modules or ())
     return [child for child in model.modules() if _own_class(child).__name__ in names]
+
+
+def _called_children(module: nn.Module) -> Iterator[nn.Module]:
+    """The children of a module and, in place of those that have no forward (lists), their children."""
+    for child in module.children():
+        if type(child).forward is nn.Module.forward:
+            yield from _called_children(child)
+        else:
+            yield child
 
 
 def _own_class(module: nn.Module) -> type:

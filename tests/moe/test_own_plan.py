@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from lightning_ep import AdamW, ExpertParallelStrategy, ParallelLayout, expert_plan, parallelize
+from lightning_ep.layers.wrap import check_recompute
 from lightning_ep.moe.experts import is_parallel_experts
 from lightning_ep.moe.own_plan import resolve_plan
 from lightning_ep.parallelize import check
@@ -358,3 +359,41 @@ def _undeclared() -> list[str]:
 
 def test_a_transformers_model_that_declares_nothing_trains_by_a_plan() -> None:
     assert_ranks_agree(2, _undeclared)
+
+
+class _Stages(nn.Module):
+    """Lists in a list, of which none is called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        page = _decoder()
+        self.embed, self.head = page.embed, page.head
+        first, second = (nn.ModuleDict({"norm": layer.norms[0], "moe": layer.moe}) for layer in page.layers)
+        self.stages: Any = nn.ModuleList([nn.ModuleList([first]), nn.ModuleList([second])])
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.embed(ids)
+        for (block,) in self.stages:
+            x = x + block["moe"](block["norm"](x))
+        return self.head(x)
+
+
+def _gradients_of_stages(mode: Any) -> list[str]:
+    rank, world, plain = dist.get_rank(), dist.get_world_size(), _Stages()
+    sharded = copy.deepcopy(plain)
+    sum(_loss(plain, _ids(other)) for other in range(world)).backward()  # type: ignore[union-attr]
+    layout, plan = ParallelLayout(world, ep=world), {"stages.*.*.moe.experts": "experts"}
+    parallelize(sharded, layout, device(), plan=plan, activation_checkpointing=mode)
+    _loss(sharded, _ids(rank).to(device())).backward()
+    return _differences(sharded, plain, gradients=True)
+
+
+@pytest.mark.parametrize("mode", ["none", "full"])
+def test_gradients_of_lists_in_lists_equal_one_process(mode: str) -> None:
+    assert_ranks_agree(2, _gradients_of_stages, mode)
+
+
+def test_recompute_of_experts_in_no_list_says_what_a_layer_is() -> None:
+    moe = _decoder().layers[0].moe
+    with pytest.raises(ValueError, match=r"cannot serve experts: it is in no layer.*nn.ModuleList.*='none'"):
+        check_recompute(moe, resolve_plan(moe, {"experts": "experts"}), "full")
