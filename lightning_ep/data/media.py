@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 MEDIA = "media.arrow"
 """The file beside windows with what their media are: paths, and the bytes of those that came as bytes."""
 
+_LONG_PATH = 300  # characters; what is longer is base64 mostly, megabytes of it
+
 _SCHEMA = pa.schema(
     [
         ("path", pa.string()),
@@ -79,13 +81,21 @@ class Medium(ABC):
             with open(self.path, "rb") if self.path is not None else io.BytesIO(self.data or b"") as file:
                 return self.decode(file)
         except FileNotFoundError as error:
-            raise MalformedRow(f"{self.where}: there is no file {self.path}.") from error
-        except OSError as error:  # a directory, or nothing that we may read
-            raise MalformedRow(f"{self.where}: {self.path} cannot be opened: {error}") from error
+            raise MalformedRow(f"{self.where}: there is no file {self._name}.") from error
+        except MalformedRow:
+            raise
+        except (OSError, ValueError) as error:  # a directory, nothing that we may read, or no path: it has a zero in it
+            raise MalformedRow(
+                f"{self.where}: {self._name} cannot be opened: {getattr(error, 'strerror', None) or error}."
+            ) from error
 
     @property
     def _name(self) -> str:
-        return self.path or f"{len(self.data or b''):,} bytes"
+        if self.path is None:
+            return f"{len(self.data or b''):,} bytes"
+        if len(self.path) <= _LONG_PATH:
+            return self.path
+        return f"{self.path[:_LONG_PATH]!r}... ({len(self.path):,} characters; base64 has `data:;base64,` in front)"
 
     @abstractmethod
     def decode(self, file: BinaryIO) -> Any:
@@ -113,8 +123,9 @@ class Image(Medium):
         try:
             with PIL.Image.open(file) as opened:
                 return PIL.ImageOps.exif_transpose(opened).convert("RGB")
-        # What is no picture, is cut short, or is larger than Pillow takes for harmless.
-        except (OSError, ValueError, SyntaxError, PIL.Image.DecompressionBombError) as error:
+        # What is no picture, is cut short, or is larger than Pillow takes for harmless. Formats have errors of their
+        # own (AVIF a RuntimeError, DDS a NotImplementedError).
+        except Exception as error:
             raise MalformedRow(f"{self.where}: {self._name} cannot be decoded as an image: {error}") from error
 
     @override
@@ -165,8 +176,8 @@ class Clip(Medium):
         try:
             with soundfile.SoundFile(file) as opened:
                 samples_SC, rate = opened.read(dtype="float32", always_2d=True), opened.samplerate
-        # What is no sound, of another format, cut short in its header, or without one.
-        except (soundfile.SoundFileError, OSError, ValueError, TypeError) as error:
+        # What is no sound, of another format, cut short in its header, without one, or with one that says terabytes.
+        except (soundfile.SoundFileError, OSError, ValueError, TypeError, MemoryError) as error:
             raise MalformedRow(
                 f"{self.where}: {self._name} cannot be decoded as sound: {error} WAV, FLAC, OGG and MP3 can; "
                 "`ffmpeg -i FILE clip.wav` makes the first of most others."

@@ -70,6 +70,9 @@ class RowMedia:
         self._kinds = kinds
         if found := [key for key in _VIDEOS if columns.get(key)]:
             raise MalformedRow(f"{where}: the row has a column {found[0]!r}, and {_NO_VIDEOS}.")
+        for form in _FORMS.values():
+            if len(found := [key for key in form.columns if _as_list(columns, [key])]) > 1:
+                raise MalformedRow(f"{where}: the row has the columns {' and '.join(map(repr, found))}: leave one out.")
         self._columns = {kind: _as_list(columns, form.columns) for kind, form in _FORMS.items()}
         self._used = dict.fromkeys(_FORMS, 0)
         self._marked = {form.marker: kind for kind, form in _FORMS.items() if self._columns[kind]}
@@ -169,6 +172,9 @@ class RowMedia:
 
 
 def _as_list(columns: Mapping[str, Any], names: Sequence[str]) -> list[Any]:
-    """What is in the first of these columns that there is."""
-    given: Any = next((columns[key] for key in names if columns.get(key) is not None), [])
-    return list(given) if isinstance(given, Sequence) and not isinstance(given, str | bytes) else [given]
+    """What is in the first of these columns that has anything."""
+    for key in names:
+        given = columns.get(key)
+        if given is not None and not (isinstance(given, Sequence) and len(given) == 0):
+            return list(given) if isinstance(given, Sequence) and not isinstance(given, str | bytes) else [given]
+    return []

@@ -223,6 +223,10 @@ MALFORMED = {
     "there is no file": lambda folder: asked(folder / "no.png", "?"),
     "broken.png cannot be decoded": lambda folder: asked(folder / "broken.png", "?"),
     "cut.jpg cannot be decoded": lambda folder: asked(folder / "cut.jpg", "?"),
+    "odd.dds cannot be decoded": lambda folder: asked(folder / "odd.dds", "?"),
+    "cannot be opened: embedded null byte": lambda folder: [user({"type": "image", "image": "a\0.png"})],
+    "(9,": lambda folder: [user({"type": "image", "image": "a" * 9000})],
+    "has the columns 'images' and 'image'": lambda folder: {**_column(folder, 1, "<image>?"), "image": "b.png"},
     "cannot be decoded as an image": lambda folder: [
         user({"type": "image", "image": "data:image/png;base64,aGVsbG8="})
     ],
@@ -274,6 +278,8 @@ def test_malformed_rows_are_refused_with_their_line(
 ) -> None:
     (folder / "broken.png").write_bytes((folder / "wide.png").read_bytes()[:300])
     (folder / "cut.jpg").write_bytes((folder / "tall.jpg").read_bytes()[:-200])
+    odd = picture(folder / "odd.dds", (40, 24))
+    odd.write_bytes(odd.read_bytes()[:80] + b"\0\0\0\xff" + odd.read_bytes()[84:])  # Pillow: NotImplementedError
     Pictures.new("RGB", (1000, 2)).save(folder / "thin.png")
     check_refused(message, MALFORMED[message](folder), chats(folder)[:1], checkpoint, tmp_path)
 
