@@ -114,8 +114,8 @@ def shard_sequence(
     rows, size = tokens.shape[:2]
     start, length = piece_of(size, peers.size, peers.rank)
     padding = peers.size * length - size
-    positions, mask = _whole(batch, rows, padding)
-    documents = documents or find_documents(positions, mask)
+    positions, mask, labels = _whole(batch, rows, padding)
+    documents = documents or find_documents(positions, mask, labels)
     shaped = {key: x for key, x in local.items() if isinstance(x, Tensor) and x.shape[:2] == (rows, size)}
     pieces = {key: _padded(x, padding, IGNORE if key in _LABELS else 0) for key, x in shaped.items()}
     if positions is not None:
@@ -188,13 +188,18 @@ def _with_targets(batch: Mapping[str, Any], cp: int) -> dict[str, Any]:
     return out
 
 
-def _whole(batch: Mapping[str, Any], rows: int, padding: int) -> tuple[Tensor | None, Tensor | None]:
-    """Positions and mask of the padded sequences, ``[B, S]``; None where the batch has none."""
+def _whole(batch: Mapping[str, Any], rows: int, padding: int) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Positions, mask and labels of the padded sequences, ``[B, S]``; None where the batch has none."""
     positions, mask = batch.get("position_ids"), batch.get("attention_mask")
     if positions is not None:
         more = torch.arange(1, padding + 1, device=positions.device)
         positions = torch.cat([positions, positions[:, -1:] + more], dim=1).expand(rows, -1)
-    return positions, None if mask is None else _padded(mask, padding, 0)
+    labels = next((batch[key] for key in _LABELS if batch.get(key) is not None), None)
+    return (
+        positions,
+        None if mask is None else _padded(mask, padding, 0),
+        None if labels is None else _padded(labels, padding, IGNORE),
+    )
 
 
 def _padded(x: Tensor, padding: int, value: int) -> Tensor:

@@ -64,6 +64,7 @@ from lightning_ep.transformers_adapter.packing import (
     document_lengths,
     filling,
     keep_documents_apart,
+    learns_padding,
     note_packing,
     packing_of,
 )
@@ -176,6 +177,7 @@ __all__ = [
     "model_class",
     "near",
     "not_saved",
+    "learns_padding",
     "note_own_modules",
     "note_packing",
     "number_of_experts",

@@ -20,6 +20,7 @@ from torch.utils.weak import WeakIdRef, WeakTensorKeyDictionary
 from transformers import PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, create_masks_for_generate
 
+from lightning_ep.ops.cross_entropy import IGNORE
 from lightning_ep.ops.packed_attention import to_device
 from lightning_ep.transformers_adapter.attention_interface import (
     attention_implementation,
@@ -47,8 +48,8 @@ class Packing:
         packed: Whether a document begins inside a row. Without a mask it does wherever positions do not go on by one,
             as transformers has it. With one, where those of two tokens that count do not increase: what stands at
             padding says nothing.
-        gaps: Whether a mask tells of padding before or between the tokens that count. What is behind them no token
-            sees: without gaps causality and the positions of packed documents say all that a mask does.
+        gaps: Whether a mask tells of padding before or between the tokens that count, or labels count at padding. Else
+            no token that counts sees padding: causality and the positions of packed documents say all that a mask does.
         bounds: int32 ``[N + 1]`` in host memory, where the N documents begin in the rows put one after the other, and
             their end; None where none is packed.
         longest: Tokens of the longest one, 0 without ``bounds``.
@@ -60,16 +61,17 @@ class Packing:
     longest: int = field(default=0, compare=False)
 
     @staticmethod
-    def of(position_ids: Tensor | None, attention_mask: Tensor | None) -> Packing:
-        """Reads ``[B or 1, S]`` positions and a ``[B, S]`` mask; for tensors on a GPU the host waits."""
+    def of(position_ids: Tensor | None, attention_mask: Tensor | None, labels: Any = None) -> Packing:
+        """Reads ``[B or 1, S]`` positions, a ``[B, S]`` mask and labels; for tensors on a GPU the host waits."""
         counts = None if attention_mask is None else attention_mask.cpu().bool()
         gaps = counts is not None and bool((counts[:, 1:] & ~counts[:, :-1]).any())
+        alone = Packing(gaps=gaps or learns_padding(counts, labels))
         if position_ids is None:
-            return Packing(gaps=gaps)
+            return alone
         steps = position_ids.cpu().diff(dim=-1)
         begins = steps != 1 if counts is None else (steps <= 0) & counts[:, 1:] & counts[:, :-1]
         if not bool(begins.any()):
-            return Packing(gaps=gaps)
+            return alone
         bounds = bounds_of(steps != 1)
         return Packing(True, gaps, bounds, int(bounds.diff().max()))
 
@@ -82,6 +84,13 @@ class Packing:
                 "them belong together. Pad on the right, or leave the attention_mask out: position_ids that restart at "
                 "the padding (0, 1, 2, ...) make it a document of its own."
             )
+
+
+def learns_padding(counts: Tensor | None, labels: Any) -> bool:
+    """Whether a label counts where a mask says padding, as in a copy of the ids: it matters then what is seen there."""
+    if counts is None or not isinstance(labels, Tensor) or labels.shape != counts.shape:
+        return False
+    return bool(((labels.cpu() != IGNORE) & ~counts).any())
 
 
 def bounds_of(begins: Tensor) -> Tensor:
@@ -150,8 +159,8 @@ def packing_of(batch: Any) -> Packing | None:
         return None
     positions = _in_text(positions)
     if _readable(positions, mask):
-        return Packing.of(positions, mask)
-    return Packing.of(None, mask) if _says_of_each(mask) else None
+        return Packing.of(positions, mask, batch.get("labels"))
+    return Packing.of(None, mask, batch.get("labels")) if _says_of_each(mask) else None
 
 
 def note_packing(batch: Any, packing: Packing) -> None:
@@ -192,9 +201,10 @@ def keep_documents_apart(model: PreTrainedModel, dtype: torch.dtype | None = Non
     """Has every forward of a model, or of one inside it, see packed documents as such.
 
     Such a forward makes no cache, since nothing could go on from one (nor does one in training, unless it is asked to),
-    and passes its layers no mask of tokens that count, which the positions replace. Nor do layers get a mask that tells
-    of padding behind the tokens that count alone: causality says as much to them, and attention is several times as
-    fast without. Models with a head keep the mask, by which balancing losses leave padding out.
+    and passes its layers no mask of tokens that count, which the positions replace. Of batches that `note_packing` was
+    called for, layers get no mask either that tells of padding behind the tokens that count alone: causality says as
+    much to them, and attention is several times as fast without. Models with a head keep the mask, by which balancing
+    losses leave padding out.
     Calls that go on from a cache, as in `generate`, and those that number the positions themselves are not touched.
 
     Args:
@@ -279,11 +289,14 @@ def _enter(
     trains = model.training and torch.is_grad_enabled() and past is None and "use_cache" in forward.names
     # A cache would be for nothing, and layers would be compiled each for itself, of which torch allows eight.
     spared: dict[str, Any] = {"use_cache": False} if trains and asked is None else {}
-    without_cache = past is None and (asked is False or bool(spared)) and not torch.compiler.is_compiling()
-    may_spare_mask = forward.causal and without_cache and _says_of_each(mask)
-    if not _readable(positions, mask):
-        if may_spare_mask and not (_PACKING.of(given, mask) or Packing.of(None, mask)).gaps:
-            spared["attention_mask"] = None
+    without_cache = past is None and (asked is False or bool(spared))
+    readable = _readable(positions, mask)
+    read = (readable or _says_of_each(mask)) and not torch.compiler.is_compiling()
+    known = _PACKING.of(given, mask) if read else None
+    # Of a batch that was read with its labels: the call alone does not say whether they count at padding.
+    if known is not None and not known.gaps and forward.causal and without_cache and mask is not None:
+        spared["attention_mask"] = None
+    if not readable:
         return _changed(forward.names, args, kwargs, spared) if spared else None
     without_documents = None
     if mask is None and past is None and forward.looks and forward.recurrent is None and not flash:
@@ -297,10 +310,8 @@ def _enter(
     told = bounds and (forward.recurrent is None or by_layers)
     if torch.compiler.is_compiling() or (told and flash):
         return without_documents
-    found = _PACKING.of(given, mask) or Packing.of(positions, mask)
+    found = known or Packing.of(positions, mask)
     if not found.packed:
-        if may_spare_mask and not found.gaps:
-            spared["attention_mask"] = None
         return _changed(forward.names, args, kwargs, spared) if spared else without_documents
     found.refuse_gaps()
     _refuse(model, None if told else forward.recurrent, past)

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 from copy import deepcopy
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader
 
+from lightning_ep import ExpertParallelStrategy
 from lightning_ep import transformers_adapter as adapter
-from lightning_ep.transformers_adapter import Packing, packing
+from lightning_ep.context_parallel import Documents, find_documents
+from lightning_ep.transformers_adapter import Packing
 from tests.hub import every_family
+from tests.ranks import run_ranks
 from tests.reference import VOCAB, family_model, relative_error, tiny_model
+from tests.tiny import TinyModule, quiet
 
 LENGTH = 12
 SIZES: dict[str, Any] = {
@@ -57,6 +63,15 @@ def _masks(model: Any) -> list[Any]:
     return seen
 
 
+def _noted(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A copy of a batch that was read on the host, as the strategy reads it."""
+    moved = {key: value.clone() for key, value in batch.items()}
+    found = adapter.packing_of(batch)
+    assert found is not None
+    adapter.note_packing(moved, found)
+    return moved
+
+
 def _trained(model: Any, **batch: Any) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     output = model(**batch)
     output.loss.backward()
@@ -72,7 +87,7 @@ def test_padding_behind_costs_no_mask_and_changes_nothing(family: str, positions
     adapter.keep_documents_apart(model)
     masks = _masks(model)
     batch = {**BEHIND, **({"position_ids": torch.arange(LENGTH).expand(2, -1)} if positions else {})}
-    loss, logits, grads = _trained(model, **batch)
+    loss, logits, grads = _trained(model, **_noted(batch))
     expected, expected_logits, expected_grads = _trained(plain, **batch, use_cache=False)
     counts = BEHIND["attention_mask"].bool()
     assert masks == [None]
@@ -91,9 +106,11 @@ def test_padding_behind_changes_nothing_in_any_family_that_reads_a_text(family: 
     plain = every_family.auto_class_of(config).from_config(deepcopy(config)).float().eval()
     model = deepcopy(plain)
     adapter.keep_documents_apart(model)
-    batch = {"input_ids": BEHIND["input_ids"], "attention_mask": BEHIND["attention_mask"], "use_cache": False}
+    batch: dict[str, Any] = {"input_ids": BEHIND["input_ids"], "attention_mask": BEHIND["attention_mask"]}
+    noted = {**_noted(batch), "use_cache": False}
+    batch["use_cache"] = False
     with torch.no_grad():
-        found, expected = (m(**batch)[0][batch["attention_mask"].bool()] for m in (model, plain))
+        found, expected = (m(**b)[0][batch["attention_mask"].bool()] for m, b in ((model, noted), (plain, batch)))
     assert relative_error(found, expected) < 1e-5
 
 
@@ -103,7 +120,7 @@ def test_padding_elsewhere_keeps_its_mask(family: str) -> None:
     model = deepcopy(plain)
     adapter.keep_documents_apart(model)
     masks = _masks(model)
-    loss, _, _ = _trained(model, **BEFORE)
+    loss, _, _ = _trained(model, **_noted(BEFORE))
     assert all(mask is not None for mask in masks)
     assert loss == _trained(plain, **BEFORE, use_cache=False)[0]
 
@@ -114,7 +131,7 @@ def test_a_balancing_loss_leaves_padding_out_all_the_same() -> None:
     adapter.keep_documents_apart(model)
     masks = _masks(model)
     # Routers choose for padding, too, and other experts than with a mask: none of it may be in the loss.
-    loss = model(**BEHIND).aux_loss
+    loss = model(**_noted(BEHIND)).aux_loss
     assert masks == [None]
     assert loss.item() == pytest.approx(plain(**BEHIND, use_cache=False).aux_loss.item(), rel=1e-6)
     everything = {**BEHIND, "attention_mask": torch.ones(2, LENGTH, dtype=torch.long)}
@@ -125,12 +142,13 @@ def test_a_call_that_fills_a_cache_keeps_its_mask() -> None:
     model = _model("qwen3_moe").eval()
     adapter.keep_documents_apart(model)
     masks = _masks(model)
+    batch = _noted(BEHIND)
     with torch.no_grad():
-        model(**BEHIND)
-        model(**BEHIND, use_cache=True)
+        model(**batch)
+        model(**batch, use_cache=True)
         assert all(mask is not None for mask in masks)
         masks.clear()
-        model(**BEHIND, use_cache=False)
+        model(**batch, use_cache=False)
     assert masks == [None]
 
 
@@ -140,19 +158,77 @@ def test_a_model_whose_tokens_see_what_is_behind_them_keeps_its_mask() -> None:
         layer.self_attn.is_causal = False
     adapter.keep_documents_apart(model)
     masks = _masks(model)
-    model(**BEHIND)
+    model(**_noted(BEHIND))
     assert all(mask is not None for mask in masks)
 
 
-def test_a_mask_that_the_host_has_read_is_not_read_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    moved = {key: value.clone() for key, value in BEHIND.items()}
-    found = adapter.packing_of(BEHIND)
-    assert found == Packing()
-    assert adapter.packing_of(BEFORE) == Packing(gaps=True)
-    adapter.note_packing(moved, found)
+def test_a_mask_that_nobody_has_read_or_that_was_changed_stays() -> None:
     model = _model("qwen3_moe")
     adapter.keep_documents_apart(model)
     masks = _masks(model)
-    monkeypatch.setattr(packing.Packing, "of", lambda *_: pytest.fail("was read again"))
-    model(**moved)
-    assert masks == [None]
+    batch = _noted(BEHIND)
+    model(**batch)
+    assert masks.pop() is None
+    batch["attention_mask"][1, 0] = 0
+    model(**batch)
+    assert masks.pop() is not None
+    model(**BEHIND)
+    assert masks.pop() is not None
+
+
+@pytest.mark.parametrize("positions", [False, True], ids=["alone", "with positions"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_padding_that_is_learnt_keeps_its_mask(family: str, positions: bool) -> None:
+    plain = _model(family)
+    model = deepcopy(plain)
+    adapter.keep_documents_apart(model)
+    masks = _masks(model)
+    batch = {**BEHIND, "labels": BEHIND["input_ids"].clone()}
+    batch |= {"position_ids": torch.arange(LENGTH).expand(2, -1)} if positions else {}
+    assert adapter.packing_of(batch) == Packing(gaps=True)
+    loss = model(**_noted(batch)).loss
+    assert masks[0] is not None
+    assert loss.item() == pytest.approx(plain(**batch, use_cache=False).loss.item(), rel=1e-6)
+
+
+def test_padding_that_is_learnt_needs_a_mask_where_sequences_are_split() -> None:
+    mask = torch.tensor([[1, 1, 0]])
+    assert find_documents(None, mask, torch.tensor([[3, 4, -100]])).plain
+    assert find_documents(None, mask, torch.tensor([[3, 4, 5]])) == Documents(gaps=True)
+
+
+class _Padded(TinyModule):
+    """Passes whole batches on."""
+
+    def __init__(self) -> None:
+        super().__init__(lr=0.0)
+        self.masks: list[Any] = []
+
+    def configure_model(self) -> None:
+        if self.model is None:
+            self.model = _model("qwen3_moe")
+
+    def on_train_start(self) -> None:
+        self.masks = _masks(self.model)
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        loss = self.model(**batch).loss
+        self.losses.append(loss.item())
+        return loss
+
+
+def _fit(root: Path) -> tuple[list[bool], list[float]]:
+    learnt = {**BEHIND, "labels": BEHIND["input_ids"].clone()}
+    module = _Padded()
+    trainer = quiet(root, strategy=ExpertParallelStrategy(ep=2), max_steps=3, use_distributed_sampler=False)
+    trainer.fit(module, DataLoader([BEHIND, BEFORE, learnt], batch_size=None))  # type: ignore[arg-type]
+    return [mask is None for mask in module.masks], module.losses
+
+
+def test_a_run_leaves_out_the_masks_of_batches_that_it_has_read(tmp_path: Path) -> None:
+    plain = _model("qwen3_moe")
+    learnt = {**BEHIND, "labels": BEHIND["input_ids"].clone()}
+    expected = [plain(**batch, use_cache=False).loss.item() for batch in (BEHIND, BEFORE, learnt)]
+    for left_out, losses in run_ranks(2, _fit, tmp_path, init_process_group=False):
+        assert left_out == [True, False, False]
+        assert losses == pytest.approx(expected, rel=1e-5)
