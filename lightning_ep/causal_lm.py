@@ -98,10 +98,11 @@ class CausalLM(LightningModule):
         self.router_rules = check_rules(router)
         self.freeze_router = freeze_router
         self._freeze = freeze
-        self.batch_terms: Tensor | None = None  # this rank's valid tokens of a micro-batch
+        self.batch_terms: Tensor | None = None  # this rank's of a micro-batch: valid tokens
         self.model: nn.Module | None = None
-        self._window: Tensor | None = None  # sums of loss and valid tokens since the last step
+        self._window: Tensor | None = None  # `_sums` since the last step
         self._evaluation: dict[int, Tensor] = {}  # the same of an evaluation, by dataloader
+        self._step_means: Tensor | None = None  # of the last step: the loss, and what else is in `_sums`
         self._train_loss: Tensor | None = None
         self._grad_norm: Tensor | None = None
         self._shown_loss = Lagged()
@@ -207,10 +208,10 @@ class CausalLM(LightningModule):
         # Targets cross the borders of pieces, where labels of a piece end.
         return self.model, targets, inputs, labels if self._strategy.layout.cp == 1 else None
 
-    def _summed_loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """Sum of the token losses, and number of valid tokens; 0-dim each."""
+    def _sums(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Sum of the losses of a batch, 0-dim; and that, sums of what else is logged and how many terms, in float64."""
         loss, targets_BS = summed_loss(*self._arguments(batch))
-        return loss, (targets_BS != IGNORE).sum()
+        return loss, torch.stack([loss.detach().double(), (targets_BS != IGNORE).sum().double()])
 
     def refuse_batch(self, batch: Any) -> None:
         """Raises ValueError for ids that the model does not have; the strategy asks while the host has the batch."""
@@ -219,10 +220,10 @@ class CausalLM(LightningModule):
 
     @override
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        loss, self.batch_terms = self._summed_loss(batch)
-        sums = torch.stack([loss.detach().double(), self.batch_terms.double()])
+        loss, sums = self._sums(batch)
+        self.batch_terms = sums[-1].clone()  # the ranks' will be summed in place
         if self.trainer.accumulate_grad_batches == 1:
-            # The window is this batch, so its tokens are known before backward: no pass over the gradients is needed.
+            # The window is this batch, so its terms are known before backward: no pass over the gradients is needed.
             return mean_of_sum(loss, self._close_window(sums), self._strategy.layout)
         self._open_window(sums)
         return loss
@@ -230,19 +231,21 @@ class CausalLM(LightningModule):
     def _open_window(self, sums: Tensor) -> None:
         if type(self).training_step is not CausalLM.training_step:
             rank_zero_warn(
-                "With accumulate_grad_batches > 1 CausalLM.training_step returns the *sum* of its token losses, which "
-                f"are divided by the tokens of the window at its end. What {type(self).__name__}.training_step adds is "
-                "divided with them: multiply a mean by the number of valid tokens of the batch first."
+                "With accumulate_grad_batches > 1 CausalLM.training_step returns the *sum* of its token losses, "
+                "DPO's of its pairs, which are divided by the tokens (pairs) of the window at its end. What "
+                f"{type(self).__name__}.training_step adds is divided with them: multiply a mean by the number of "
+                "valid tokens (pairs) of the batch first."
             )
         self._window = sums if self._window is None else self._window + sums
 
     def _close_window(self, sums: Tensor) -> Tensor:
-        """Global number of valid tokens of a window from this rank's sums of losses and tokens; keeps the mean loss."""
-        loss, tokens = self._summed_over_ranks(sums)
+        """Number of terms of a window on all ranks from this rank's sums; keeps the means."""
+        sums = self._summed_over_ranks(sums)
         # A window without any valid token has zero gradients; dividing by one keeps them zero.
-        tokens = tokens.clamp(min=1)
-        self._train_loss = (loss / tokens).float()
-        return tokens.float()
+        terms = sums[-1].clamp(min=1)
+        self._step_means = (sums[:-1] / terms).float()
+        self._train_loss = self._step_means[0]
+        return terms.float()
 
     @property
     def gradient_denominator(self) -> Callable[[], Tensor] | None:
@@ -328,8 +331,7 @@ class CausalLM(LightningModule):
 
     def evaluation_step(self, batch: dict[str, Tensor], dataloader_idx: int) -> None:
         """What validation and test do with a batch."""
-        loss, tokens = self._summed_loss(batch)
-        sums_2 = torch.stack([loss.double(), tokens.double()])
+        _, sums_2 = self._sums(batch)
         self._evaluation[dataloader_idx] = sums_2 + self._evaluation.get(dataloader_idx, 0)
 
     def log_evaluation(self, stage: str) -> None:

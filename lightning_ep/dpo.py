@@ -60,7 +60,6 @@ class DPO(CausalLM):
             raise ValueError(f"DPO(beta={beta}) must be positive: with 0 nothing is learnt.")
         super().__init__(model, True, optimizer or partial(AdamW, lr=1e-5), lr_scheduler, adapter)
         self.beta = beta
-        self._sums: Tensor | None = None  # of metrics and pairs, since the last step
 
     weighs_tokens = False  # pairs that are none would count
 
@@ -85,8 +84,9 @@ class DPO(CausalLM):
                 "output_router_logits to false in it. The router is frozen beneath an adapter."
             )
 
-    def _pairs(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """The mean loss of the pairs (0-dim), and sums of `_METRICS` and the number of pairs (float64)."""
+    @override
+    def _sums(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        # Of the losses of the pairs; with them those of `_METRICS`, and how many pairs.
         model, targets_BS, inputs, _ = self._arguments(batch)
         if targets_BS.shape[0] % 2:
             raise ValueError(
@@ -100,42 +100,26 @@ class DPO(CausalLM):
         margin = chosen - rejected
         losses = -F.logsigmoid(margin)
         metrics = (losses, chosen, rejected, margin, (margin > 0).float(), torch.ones_like(margin))
-        return losses.mean(), torch.stack([metric.detach().double().sum() for metric in metrics])
-
-    @override
-    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        loss, sums = self._pairs(batch)
-        self._sums = sums if self._sums is None else self._sums + sums
-        return loss
+        return losses.sum(), torch.stack([metric.detach().double().sum() for metric in metrics])
 
     @override
     def log_step(self, optimizer: Optimizer | LightningOptimizer) -> None:
-        if self._sums is not None:
-            means, self._sums = self._means(self._sums), None
-            self._train_loss = means[0]
-            for name, mean in zip(_METRICS[1:], means[1:], strict=True):
+        if self._step_means is not None:
+            for name, mean in zip(_METRICS[1:], self._step_means[1:], strict=True):
                 self.log(f"train/{name}", mean)
         super().log_step(optimizer)
 
-    def _means(self, sums: Tensor) -> Tensor:
-        *totals, pairs = self._summed_over_ranks(sums)
-        return (torch.stack(totals) / pairs).float()
-
     @override
     def evaluation_step(self, batch: dict[str, Tensor], dataloader_idx: int) -> None:
-        _, sums = self._pairs(batch)
+        _, sums = self._sums(batch)
         self._evaluation[0] = sums + self._evaluation.get(0, 0)
 
     @override
     def log_evaluation(self, stage: str) -> None:
         none = torch.zeros(len(_METRICS) + 1, dtype=torch.float64, device=self.device)
-        means = self._means(self._evaluation.get(0, none))
+        *totals, pairs = self._summed_over_ranks(self._evaluation.get(0, none))
+        means = (torch.stack(totals) / pairs).float()
         self._evaluation = {}
         for name, mean in zip(_METRICS, means, strict=True):
             # Equal on all ranks already; sync_dist only tells Lightning so.
             self.log(f"{stage}/{name}", mean, prog_bar=name in ("loss", "reward_accuracy"), sync_dist=True)
-
-    @override
-    def on_train_start(self) -> None:
-        super().on_train_start()
-        self._sums = None

@@ -125,8 +125,8 @@ MUTATIONS = (
     Mutation(
         "tokens_counted_per_rank",
         "causal_lm.py",
-        "        loss, tokens = self._summed_over_ranks(sums)\n        # A window",
-        "        loss, tokens = sums * dist.get_world_size()\n        # A window",
+        "        sums = self._summed_over_ranks(sums)\n        # A window",
+        "        sums = sums * dist.get_world_size()\n        # A window",
         _PARITY,
     ),
     Mutation(
@@ -297,8 +297,8 @@ MUTATIONS = (
     Mutation(
         "validation_weighted_by_batches",
         "causal_lm.py",
-        "sums_2 = torch.stack([loss.double(), tokens.double()])",
-        "sums_2 = torch.stack([(loss / tokens.clamp(min=1)).double(), torch.ones_like(loss).double()])",
+        "        _, sums_2 = self._sums(batch)\n",
+        "        _, sums_2 = self._sums(batch)\n        sums_2 /= sums_2[1].clamp(min=1)\n",
         "trainer/test_runs.py::test_works_or_is_refused[evaluation_in_which_some_ranks_and_batches_have_no_target]",
     ),
     Mutation(

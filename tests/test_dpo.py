@@ -32,15 +32,16 @@ LOGGED = ("train/loss", "train/reward_chosen", "train/reward_rejected", "train/r
 
 
 def _batches(num: int) -> list[dict[str, Tensor]]:
-    """Pairs that begin alike, with answers of several lengths and padding behind them."""
+    """Pairs that begin alike, with answers of several lengths and padding behind them; two and one in turns."""
     generator = torch.Generator().manual_seed(0)
     found = []
     for index in range(num):
-        ids = torch.randint(1, VOCAB, (2 * PAIRS, LENGTH), generator=generator)
-        ids[PAIRS:, :4] = ids[:PAIRS, :4]
+        pairs = PAIRS - index % 2
+        ids = torch.randint(1, VOCAB, (2 * pairs, LENGTH), generator=generator)
+        ids[pairs:, :4] = ids[:pairs, :4]
         labels = ids.clone()
         labels[:, :4] = -100
-        for row in range(2 * PAIRS):
+        for row in range(2 * pairs):
             end = 6 + (index + 2 * row) % 7
             ids[row, end:], labels[row, end:] = 0, -100
         found.append({"input_ids": ids, "labels": labels})
@@ -68,12 +69,10 @@ def _reference(windows: list[list[dict[str, Tensor]]], where: str) -> dict[str, 
                 before = _log_probs(model, batch)
                 model.enable_adapters()
             rewards = BETA * (_log_probs(model, batch) - before)
-            chosen, rejected = rewards[:PAIRS], rewards[PAIRS:]
+            chosen, rejected = rewards.chunk(2)
             losses = torch.log1p(torch.exp(rejected - chosen))
-            rows.append(
-                torch.stack([losses, chosen, rejected, chosen - rejected, (chosen > rejected).double()]).mean(1)
-            )
-        means = torch.stack(rows).mean(0)
+            rows.append(torch.stack([losses, chosen, rejected, chosen - rejected, (chosen > rejected).double()]))
+        means = torch.cat(rows, 1).mean(1)  # over the pairs, of which batches have different numbers
         optimizer.zero_grad()
         means[0].backward()
         found["grads"] = found["grads"] or {name: p.grad.clone() for name, p in trained.items()}
