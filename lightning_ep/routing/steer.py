@@ -278,8 +278,8 @@ class Steering:
                 found.append(balance_of_all_layers(counts_ALE[-1], own_LE, tokens_L, max(self._num_experts)))
         return torch.stack(found)
 
-    def step(self, device: torch.device) -> dict[str, Tensor]:
-        """Ends an optimizer step: updates biases, and returns what is to be logged; every rank must call it."""
+    def step(self, device: torch.device, skipped: bool = False) -> dict[str, Tensor]:
+        """Ends an optimizer step: updates biases unless it is left out, returns what is logged; all ranks call it."""
         logged: dict[str, Tensor] = {}
         noted, self._values = self._values, None
         if noted is not None:
@@ -287,7 +287,7 @@ class Steering:
             logged = {_NAMES[type(rule)]: mean for rule, mean in zip(self._losses, means, strict=True)}
         if self._biases is not None:
             window_LE, self._window_LE = self._window_LE, None
-            if window_LE is None:
+            if window_LE is None or skipped:
                 window_LE = torch.zeros(len(self._layers), max(self._num_experts), dtype=torch.int64, device=device)
             logged["router_bias"] = update_biases(self._layers, sum_over_ranks(window_LE), self._biases.rate)
         return logged
@@ -322,11 +322,14 @@ def step_routers(module: nn.Module, device: torch.device) -> dict[str, Tensor]:
     return step_all(steerings(module), device)
 
 
-def step_all(steerings: Sequence[Steering], device: torch.device) -> dict[str, Tensor]:
-    """As `step_routers`; where several models are steered, names end with theirs, as ``router_z/student``."""
+def step_all(steerings: Sequence[Steering], device: torch.device, skipped: bool = False) -> dict[str, Tensor]:
+    """As `step_routers`; where several models are steered, names end with theirs, as ``router_z/student``.
+
+    Biases stay as they are in a step that is ``skipped``.
+    """
     several = len(steerings) > 1
     return {
         f"{key}/{steering.name}" if several else key: value
         for steering in steerings
-        for key, value in steering.step(device).items()
+        for key, value in steering.step(device, skipped).items()
     }

@@ -154,9 +154,13 @@ class ShardedPrecision(Precision):
             reduce_kept_gradients(model)
         if (factor := at_step(model)) is not None:
             scale_gradients(self.main_params(optimizer), factor)  # type: ignore[arg-type]
-        for name, value in step_all(self._steerings, model.device).items():
-            model.log(f"train/{name}", value)
+        if not self.guard.limit:
+            self._step_routers(model)
         super()._after_closure(model, optimizer)
+
+    def _step_routers(self, model: LightningModule, skipped: bool = False) -> None:
+        for name, value in step_all(self._steerings, model.device, skipped).items():
+            model.log(f"train/{name}", value)
 
     @override
     def optimizer_step(  # type: ignore[override]
@@ -168,7 +172,9 @@ class ShardedPrecision(Precision):
         result = closure()
         self._after_closure(model, optimizer)
         assert isinstance(optimizer, Optimizer)
-        if self.guard.skips(optimizer, self.main_params(optimizer), model.trainer.global_step):
+        skips = self.guard.skips(optimizer, self.main_params(optimizer), model.trainer.global_step)
+        self._step_routers(model, skips)  # here, since their biases stay as they are in a step that is left out
+        if skips:
             if isinstance(optimizer, AdamW):
                 optimizer.forget_factors()  # of clipping: `optimizer_zero_grad` may be the module's own
             return result

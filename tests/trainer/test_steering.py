@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler
 
 from lightning_ep import AdamW, CausalLM, ExpertParallelStrategy
+from lightning_ep.routing import BiasUpdates
 from tests.reference import tiny_config, tiny_model
 from tests.rows import RowFailures, Rows, agreed, refused, whole
 from tests.tiny import SMALL, Samples, TinyModule, loader, mean_loss, quiet
@@ -330,7 +331,8 @@ def steps_are_not_left_out_for_ever(root: Path) -> None:
 def causal_lm_leaves_steps_out_and_counts_them(root: Path) -> None:
     class BrokenLM(CausalLM):
         def __init__(self, steps: tuple[int, ...]) -> None:
-            super().__init__(tiny_config(**SMALL), False, lambda params: torch.optim.SGD(params, lr=0.1))
+            sgd = lambda params: torch.optim.SGD(params, lr=0.1)  # noqa: E731
+            super().__init__(tiny_config(**SMALL), False, sgd, router=BiasUpdates(0.01))
             self.broken, self.count = steps, 0
 
         def configure_model(self) -> None:
@@ -346,6 +348,10 @@ def causal_lm_leaves_steps_out_and_counts_them(root: Path) -> None:
     assert trainer.callback_metrics["train/skipped_steps"] == 1
     _fit(root, whole_, [0, 2], gradient_clip_val=0.1)
     _equal(broken, whole_)
+    biases, expected = (module.model.model.layers[0].mlp.gate.e_score_correction_bias for module in (broken, whole_))
+    assert expected.any(), "routers of the reference are not steered"
+    assert torch.equal(biases, expected)
+    assert broken.trainer.callback_metrics["train/router_bias"] == expected.abs().max()
 
 
 @row()
