@@ -20,6 +20,7 @@ _SHOWN = 8
 # Of this run: not what is computed, but how.
 _HOW_TO_COMPUTE = ("foreach", "fused", "capturable", "differentiable", "stochastic_rounding")
 CLASSES = "classes"
+PARAMETERS = "optimizer_parameters"
 _OPTIMIZERS, _SCHEDULERS = "optimizers", "lr_schedulers"
 
 
@@ -158,6 +159,41 @@ def load(
         {**saved, "params": sorted(numbers[name] for name in saved["params"])} for saved in description["param_groups"]
     ]
     optimizer.load_state_dict({"state": state, "param_groups": continued_groups(optimizer, groups)})
+
+
+def groups_by_name(trainer: Trainer) -> list[list[list[str]]] | None:
+    """Parameters of every group of every optimizer, by which states in one file are told apart; None if some have none.
+
+    There the states have numbers, as in the files of Lightning's other strategies.
+    """
+    names = {id(param): clean(name) for name, param in trainer.lightning_module.named_parameters()}
+    groups = [[group["params"] for group in optimizer.param_groups] for optimizer in trainer.optimizers]
+    if any(id(param) not in names for of_one in groups for group in of_one for param in group):
+        return None
+    return [[[names[id(param)] for param in group] for group in of_one] for of_one in groups]
+
+
+def renumbered(
+    optimizer: Optimizer, module: nn.Module, saved: Mapping[str, Any], groups: list[list[str]]
+) -> dict[str, Any]:
+    """A state dict with the numbers that its parameters have in this optimizer.
+
+    Args:
+        optimizer: Who will get it.
+        module: The module with its parameters.
+        saved: The state dict.
+        groups: What `groups_by_name` gave of the optimizer that it is of.
+
+    Raises:
+        CheckpointError: If this optimizer holds other parameters.
+    """
+    check_groups(optimizer, module, [set(group) for group in groups])
+    here = {name: number for number, name in enumerate(_names(module, optimizer))}
+    numbers = {before: here[name] for before, name in enumerate(name for group in groups for name in group)}
+    return {
+        "state": {numbers[before]: values for before, values in saved["state"].items()},
+        "param_groups": [{**g, "params": sorted(numbers[n] for n in g["params"])} for g in saved["param_groups"]],
+    }
 
 
 # ---------------------------------------------------------------------------------------------------- who goes on

@@ -65,4 +65,5 @@ def pack_file(
     head = header(module, layout, files)
     if "optimizer_states" in tensors:
         head[optimizers.CLASSES] = optimizers.classes(module.trainer)
+        head[optimizers.PARAMETERS] = optimizers.groups_by_name(module.trainer)
     return {**copy.deepcopy(rest), **tensors, HEADER: head, "ranks": rank_states}

@@ -189,7 +189,7 @@ class Resume:
             if self.is_directory:
                 self._read_optimizers(module)
             else:
-                self._alone(lambda: self._fill_optimizers(module.trainer))
+                self._alone(lambda: self._fill_optimizers(module))
 
     def _read_optimizers(self, module: LightningModule) -> None:
         trainer, index = module.trainer, self._reader.index()
@@ -209,10 +209,14 @@ class Resume:
         for number, (optimizer, description) in enumerate(zip(trainer.optimizers, descriptions, strict=True)):
             optimizers.load(optimizer, module, description, state[f"optimizer_{number}"]["state"])
 
-    def _fill_optimizers(self, trainer: Trainer) -> None:
-        saved = self.metadata["optimizer_states"]
+    def _fill_optimizers(self, module: LightningModule) -> None:
+        trainer, saved = module.trainer, self.metadata["optimizer_states"]
         self._check_optimizers(trainer, saved)
-        for optimizer, state in zip(trainer.optimizers, saved, strict=True):
+        # None in files of Lightning's other strategies, where numbers are all that there is.
+        groups = (self.metadata.get(HEADER) or {}).get(optimizers.PARAMETERS)
+        for number, (optimizer, state) in enumerate(zip(trainer.optimizers, saved, strict=True)):
+            if groups is not None:
+                state = optimizers.renumbered(optimizer, module, state, groups[number])
             single_file.load_optimizer(optimizer, state)
 
     def _check_optimizers(self, trainer: Trainer, saved: list[Any]) -> None:

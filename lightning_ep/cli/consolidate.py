@@ -9,6 +9,7 @@ import torch
 
 from lightning_ep.checkpoint import files
 from lightning_ep.checkpoint.metadata import HEADER, RANKS, deserialize
+from lightning_ep.checkpoint.optimizers import PARAMETERS
 from lightning_ep.checkpoint.resume import split_key
 from lightning_ep.checkpoint.saved_weights import open_verified
 from lightning_ep.checkpoint.tensor_files import WEIGHTS, SafeReader, read_shards
@@ -41,6 +42,7 @@ def consolidate(checkpoint: str, output: str, weights_only: bool = True) -> None
     if "optimizers" in head:
         descriptions = head.pop("optimizers")
         content["optimizer_states"] = [_numbered(flat, f"optimizer_{i}.state.", d) for i, d in enumerate(descriptions)]
+        head[PARAMETERS] = [[group["params"] for group in d["param_groups"]] for d in descriptions]
         content["ranks"] = deserialize(directory / RANKS, weights_only=True)
     target = Path(output)
     target.parent.mkdir(parents=True, exist_ok=True)

@@ -44,7 +44,8 @@ class AdamW(torch.optim.AdamW):
             With ``precision="bf16-true"`` `ExpertParallelStrategy` refuses to accumulate gradients with it.
 
     Raises:
-        ValueError: If a parameter group or a loaded state is of AMSGrad or maximises, which this optimizer does not.
+        ValueError: If a parameter group or a loaded state is of AMSGrad or maximises, which this optimizer does not, or
+            a loaded state is of other parameters.
     """
 
     def __init__(
@@ -90,6 +91,11 @@ class AdamW(torch.optim.AdamW):
         pairs = [(group, param) for group in self.param_groups for param in group["params"]]
         for number, (group, param) in zip(ids, pairs, strict=True):
             for key, moment in moments.get(number, {}).items():
+                if moment.shape != param.shape:  # a kernel would write past its end
+                    raise ValueError(
+                        f"the state to be loaded has {key} of shape {tuple(moment.shape)} for parameter {number} of "
+                        f"shape {tuple(param.shape)}: it is of other parameters, or of these in another order."
+                    )
                 self.state[param][key] = moment.to(param.device, _moment_dtype(param, group))
 
     @override

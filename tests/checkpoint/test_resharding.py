@@ -12,7 +12,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.distributed.tensor import DTensor
 
-from lightning_ep import ExpertParallelStrategy, cli
+from lightning_ep import AdamW, ExpertParallelStrategy, cli
 from lightning_ep.cli.consolidate import consolidate
 from lightning_ep.hub.errors import CheckpointError
 from tests.ranks import RankFailure, run_ranks
@@ -155,6 +155,8 @@ def test_a_directory_becomes_one_file(saved: tuple[Path, dict[str, State]]) -> N
     )
     for parameter, value in module.named_parameters():
         assert torch.equal(value, expected[name][parameter]), parameter
+    (groups,) = torch.load(root / "one" / "all.ckpt", weights_only=True)["lightning_ep"]["optimizer_parameters"]
+    assert all(parameter in expected[name] for group in groups for parameter in group)
     (root / "one" / "all.ckpt").rename(root / _name(4, 2, 1, UNEVEN, False))
     found = run_ranks(2, _load, root, 2, [_name(4, 2, 1, UNEVEN, False)], True, init_process_group=False)[0]
     (state,) = found.values()
@@ -232,6 +234,49 @@ def test_what_does_not_fit_is_named(saved: tuple[Path, dict[str, State]], distri
     assert "2 optimizers" in one["two"]
     if distributed:
         assert "model.lm_head.weight" in one["frozen"]
+
+
+class _Trains(TinyModule):
+    """All but one module, in either order."""
+
+    def __init__(self, frozen: str, step: int) -> None:
+        super().__init__()
+        self.frozen, self.step = frozen, step
+
+    def configure_model(self) -> None:
+        super().configure_model()
+        self.model.get_submodule(self.frozen).requires_grad_(False)
+
+    def configure_optimizers(self) -> Any:
+        return AdamW([p for p in self.parameters() if p.requires_grad][:: self.step], lr=1e-2)
+
+
+def _other_numbers(root: Path) -> tuple[bool, str, str]:
+    """As many parameters, with other numbers; a file without names of parameters has them by number alone."""
+    trainer = quiet(root, strategy=_strategy(2, save_distributed_checkpoint=False), max_steps=2)
+    trainer.fit(saved := _Trains("lm_head", 1), loader())
+    trainer.save_checkpoint(root / "named.ckpt")
+    if trainer.is_global_zero:
+        content = torch.load(root / "named.ckpt", weights_only=True)
+        del content["lightning_ep"]["optimizer_parameters"]
+        torch.save(content, root / "numbered.ckpt")
+    again = quiet(root, strategy=_strategy(1), max_steps=2)
+    again.fit(resumed := _Trains("lm_head", -1), loader(), ckpt_path=root / "named.ckpt")
+    one, other = _state(trainer, saved), _state(again, resumed)
+    same = one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+    messages = []
+    for name, module in (("named", _Trains("model.embed_tokens", 1)), ("numbered", _Trains("lm_head", -1))):
+        with pytest.raises(CheckpointError) as caught:
+            quiet(root, strategy=_strategy(1), max_steps=3).fit(module, loader(), ckpt_path=root / f"{name}.ckpt")
+        messages.append(str(caught.value))
+    return same, messages[0], messages[1]
+
+
+def test_optimizers_of_one_file_are_told_by_names(tmp_path: Path) -> None:
+    for same, named, numbered in run_ranks(2, _other_numbers, tmp_path, init_process_group=False):
+        assert same
+        assert "Only saved: model.model.embed_tokens.weight; only here: model.lm_head.weight" in named
+        assert "has exp_avg of shape" in numbered
 
 
 def _other_state(root: Path) -> tuple[bool, str]:
