@@ -100,9 +100,9 @@ class CausalLM(LightningModule):
         self._freeze = freeze
         self.batch_terms: Tensor | None = None  # this rank's of a micro-batch: valid tokens
         self.model: nn.Module | None = None
-        self._window: Tensor | None = None  # `_sums` since the last step
+        self._window: Tensor | None = None  # `loss_sums` since the last step
         self._evaluation: dict[int, Tensor] = {}  # the same of an evaluation, by dataloader
-        self._step_means: Tensor | None = None  # of the last step: the loss, and what else is in `_sums`
+        self._step_means: Tensor | None = None  # of the last step: the loss, and what else is in `loss_sums`
         self._train_loss: Tensor | None = None
         self._grad_norm: Tensor | None = None
         self._shown_loss = Lagged()
@@ -208,7 +208,7 @@ class CausalLM(LightningModule):
         # Targets cross the borders of pieces, where labels of a piece end.
         return self.model, targets, inputs, labels if self._strategy.layout.cp == 1 else None
 
-    def _sums(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    def loss_sums(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Sum of the losses of a batch, 0-dim; and that, sums of what else is logged and how many terms, in float64."""
         loss, targets_BS = summed_loss(*self._arguments(batch))
         return loss, torch.stack([loss.detach().double(), (targets_BS != IGNORE).sum().double()])
@@ -220,7 +220,7 @@ class CausalLM(LightningModule):
 
     @override
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        loss, sums = self._sums(batch)
+        loss, sums = self.loss_sums(batch)
         self.batch_terms = sums[-1].clone()  # the ranks' will be summed in place
         if self.trainer.accumulate_grad_batches == 1:
             # The window is this batch, so its terms are known before backward: no pass over the gradients is needed.
@@ -331,7 +331,7 @@ class CausalLM(LightningModule):
 
     def evaluation_step(self, batch: dict[str, Tensor], dataloader_idx: int) -> None:
         """What validation and test do with a batch."""
-        _, sums_2 = self._sums(batch)
+        _, sums_2 = self.loss_sums(batch)
         self._evaluation[dataloader_idx] = sums_2 + self._evaluation.get(dataloader_idx, 0)
 
     def log_evaluation(self, stage: str) -> None:

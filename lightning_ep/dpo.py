@@ -85,7 +85,7 @@ class DPO(CausalLM):
             )
 
     @override
-    def _sums(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    def loss_sums(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         # Of the losses of the pairs; with them those of `_METRICS`, and how many pairs.
         model, targets_BS, inputs, _ = self._arguments(batch)
         if targets_BS.shape[0] % 2:
@@ -111,7 +111,7 @@ class DPO(CausalLM):
 
     @override
     def evaluation_step(self, batch: dict[str, Tensor], dataloader_idx: int) -> None:
-        _, sums = self._sums(batch)
+        _, sums = self.loss_sums(batch)
         self._evaluation[0] = sums + self._evaluation.get(0, 0)
 
     @override

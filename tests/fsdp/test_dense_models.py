@@ -74,7 +74,7 @@ def _gradients(kind: str, mode: Any) -> list[str]:
     for (name, param), reference in zip(sharded.named_parameters(), plain.parameters(), strict=True):
         if reference.grad is None:  # Wav2Vec2's vector for masks
             continue
-        found = param.grad.full_tensor()  # type: ignore[union-attr]
+        found = param.grad.full_tensor().cpu()  # type: ignore[union-attr]
         if (error := relative_error(found, reference.grad)) > 1e-5 and (found - reference.grad).norm() > 1e-6:
             wrong.append(f"{name}: {error:.1e}")
     return wrong
