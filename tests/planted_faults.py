@@ -298,7 +298,8 @@ MUTATIONS = (
         "validation_weighted_by_batches",
         "causal_lm.py",
         "        _, sums_2 = self.loss_sums(batch)\n",
-        "        _, sums_2 = self.loss_sums(batch)\n        sums_2[0] /= sums_2[1].clamp(min=1)\n        sums_2[1] = 1\n",
+        "        _, sums_2 = self.loss_sums(batch)\n"
+        "        sums_2[0] /= sums_2[1].clamp(min=1)\n        sums_2[1] = 1\n",
         "trainer/test_runs.py::test_works_or_is_refused[evaluation_in_which_some_ranks_and_batches_have_no_target]",
     ),
     Mutation(
