@@ -183,7 +183,7 @@ MUTATIONS = (
         "pairs_counted_as_sent",
         "moe/dispatch/all_to_all.py",
         "num_pairs = sum(pairs & COUNT for _, pairs in received)",
-        "num_pairs = sum(pairs & COUNT for _, pairs in by_sender[0])",
+        "num_pairs = sum(pairs & COUNT for _, pairs in sent)",
         _MOE,
     ),
     Mutation(
@@ -313,7 +313,7 @@ MUTATIONS = (
         "predictions_given_twice",
         "trainer/uneven_inputs.py",
         "                self._join(self, last, step)",
-        "                self._join(self, last, step)\n                yield last",
+        "                yield last",
         "trainer/test_loaders.py::test_predict_returns_each_sample_once[4]",
     ),
     Mutation(
