@@ -98,7 +98,7 @@ class CausalLM(LightningModule):
         self.router_rules = check_rules(router)
         self.freeze_router = freeze_router
         self._freeze = freeze
-        self.batch_terms: Tensor | None = None  # this rank's of a micro-batch: valid tokens
+        self.batch_terms: Tensor | None = None  # this rank's of a micro-batch, valid tokens
         self.model: nn.Module | None = None
         self._window: Tensor | None = None  # `loss_sums` since the last step
         self._evaluation: dict[int, Tensor] = {}  # the same of an evaluation, by dataloader

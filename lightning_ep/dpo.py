@@ -111,8 +111,7 @@ class DPO(CausalLM):
 
     @override
     def evaluation_step(self, batch: dict[str, Tensor], dataloader_idx: int) -> None:
-        _, sums = self.loss_sums(batch)
-        self._evaluation[0] = sums + self._evaluation.get(0, 0)
+        super().evaluation_step(batch, 0)  # of all loaders together
 
     @override
     def log_evaluation(self, stage: str) -> None:

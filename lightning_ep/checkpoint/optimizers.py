@@ -61,6 +61,12 @@ def _names(module: nn.Module, optimizer: Optimizer) -> list[str]:
     return [by_id[id(param)] for param in params]
 
 
+def _groups(module: nn.Module, optimizer: Optimizer) -> list[list[str]]:
+    """The names in every group."""
+    names = iter(_names(module, optimizer))
+    return [[next(names) for _ in group["params"]] for group in optimizer.param_groups]
+
+
 def split(named: Mapping[str, Any], module: nn.Module) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
     """Separates what `name_state` returns into tensors, which become shards, and a description of plain values.
 
@@ -131,8 +137,7 @@ BUILD_THE_SAME_GROUPS = (
 
 def check_groups(optimizer: Optimizer, module: nn.Module, saved: list[set[str]]) -> None:
     """Raises CheckpointError unless the optimizer's groups hold the parameters that the saved groups held."""
-    names = iter(_names(module, optimizer))
-    held = [{next(names) for _ in group["params"]} for group in optimizer.param_groups]
+    held = [set(group) for group in _groups(module, optimizer)]
     if saved == held:
         return
     all_saved, all_held = set().union(*saved), set().union(*held)
@@ -150,14 +155,10 @@ def load(
     tensors: Mapping[str, Mapping[str, Tensor]],
 ) -> None:
     """Gives an optimizer its saved state; ``tensors`` are sharded as its parameters are."""
-    names = _names(module, optimizer)
-    numbers = {name: number for number, name in enumerate(names)}
+    numbers = {name: number for number, name in enumerate(_names(module, optimizer))}
     values = description["values"]
     state = {numbers[name]: {**values.get(name, {}), **tensors.get(name, {})} for name in {**tensors, **values}}
-    # In the order of this optimizer: `load_state_dict` matches by position.
-    groups = [
-        {**saved, "params": sorted(numbers[name] for name in saved["params"])} for saved in description["param_groups"]
-    ]
+    groups = _numbered(description["param_groups"], numbers)
     optimizer.load_state_dict({"state": state, "param_groups": continued_groups(optimizer, groups)})
 
 
@@ -166,11 +167,10 @@ def groups_by_name(trainer: Trainer) -> list[list[list[str]]] | None:
 
     There the states have numbers, as in the files of Lightning's other strategies.
     """
-    names = {id(param): clean(name) for name, param in trainer.lightning_module.named_parameters()}
-    groups = [[group["params"] for group in optimizer.param_groups] for optimizer in trainer.optimizers]
-    if any(id(param) not in names for of_one in groups for group in of_one for param in group):
+    try:
+        return [_groups(trainer.lightning_module, optimizer) for optimizer in trainer.optimizers]
+    except CheckpointError:
         return None
-    return [[[names[id(param)] for param in group] for group in of_one] for of_one in groups]
 
 
 def renumbered(
@@ -192,8 +192,13 @@ def renumbered(
     numbers = {before: here[name] for before, name in enumerate(name for group in groups for name in group)}
     return {
         "state": {numbers[before]: values for before, values in saved["state"].items()},
-        "param_groups": [{**g, "params": sorted(numbers[n] for n in g["params"])} for g in saved["param_groups"]],
+        "param_groups": _numbered(saved["param_groups"], numbers),
     }
+
+
+def _numbered(groups: Iterable[Mapping[str, Any]], numbers: Mapping[Any, int]) -> list[dict[str, Any]]:
+    """Groups with numbers for parameters, in the order of an optimizer: `load_state_dict` matches by position."""
+    return [{**group, "params": sorted(numbers[param] for param in group["params"])} for group in groups]
 
 
 # ---------------------------------------------------------------------------------------------------- who goes on

@@ -94,25 +94,20 @@ def checkpoint_layer(
         _refuse_unfilled(adapter.given_cache(kwargs), unfilled)
         if not torch.is_grad_enabled():
             return forward(*args, **kwargs)
-        function = functools.partial(_run, forward, _as_given(_without_cache(kwargs, unfilled)))
+        kwargs = _without_cache(kwargs, unfilled)
+        # As they are now: layers may write into them what later ones read.
+        dicts = {key: copy(value) for key, value in kwargs.items() if isinstance(value, MutableMapping)}
+        function = functools.partial(_run, forward, kwargs, dicts)
         return checkpoint(function, *args, use_reentrant=False, context_fn=_contexts)
 
     layer.forward = checkpointed
 
 
-_Arguments = list[tuple[str, Any, Any]]
-
-
-def _as_given(kwargs: Mapping[str, Any]) -> _Arguments:
-    """Names and values of arguments, and dicts as they are now: layers may write into them what later ones read."""
-    return [(key, value, copy(value) if isinstance(value, MutableMapping) else value) for key, value in kwargs.items()]
-
-
-def _run(forward: Callable[..., Any], arguments: _Arguments, *args: Any) -> Any:
-    """Runs a layer; for the second time on what it was given for the first."""
+def _run(forward: Callable[..., Any], kwargs: dict[str, Any], dicts: dict[str, Any], *args: Any) -> Any:
+    """Runs a layer; for the second time on ``dicts``, as they were for the first."""
     if isinstance(_active.get(), _Replay):
-        return forward(*args, **{key: copy(then) if then is not now else now for key, now, then in arguments})
-    return forward(*args, **{key: now for key, now, _ in arguments})
+        kwargs = {**kwargs, **{key: copy(value) for key, value in dicts.items()}}
+    return forward(*args, **kwargs)
 
 
 def _without_cache(kwargs: Mapping[str, Any], unfilled: WeakSet[Any]) -> dict[str, Any]:

@@ -285,22 +285,16 @@ def _enter(
             f"cu_seq_lens_q alone says nothing to attention {name!r}, in which documents would attend to each other. "
             "Add position_ids that restart at every document."
         )
-    asked = call.get("use_cache")
-    trains = model.training and torch.is_grad_enabled() and past is None and "use_cache" in forward.names
-    # A cache would be for nothing, and layers would be compiled each for itself, of which torch allows eight.
-    spared: dict[str, Any] = {"use_cache": False} if trains and asked is None else {}
-    without_cache = past is None and (asked is False or bool(spared))
     readable = _readable(positions, mask)
     read = (readable or _says_of_each(mask)) and not torch.compiler.is_compiling()
     known = _PACKING.of(given, mask) if read else None
-    # Of a batch that was read with its labels: the call alone does not say whether they count at padding.
-    if known is not None and not known.gaps and forward.causal and without_cache and mask is not None:
-        spared["attention_mask"] = None
+    spared = _changed(forward.names, args, kwargs, _spared(forward, model, call, known))
     if not readable:
-        return _changed(forward.names, args, kwargs, spared) if spared else None
+        return spared
     without_documents = None
     if mask is None and past is None and forward.looks and forward.recurrent is None and not flash:
         # transformers keeps documents apart, unless there is a cache; without gradients a call may be for the cache.
+        asked = call.get("use_cache")
         if asked is None and (torch.is_grad_enabled() or torch.compiler.is_compiling()):
             without_documents = _changed(forward.names, args, kwargs, {"use_cache": False})
         if (asked is False or without_documents is not None) and not by_bounds:
@@ -312,7 +306,7 @@ def _enter(
         return without_documents
     found = known or Packing.of(positions, mask)
     if not found.packed:
-        return _changed(forward.names, args, kwargs, spared) if spared else without_documents
+        return spared or without_documents
     found.refuse_gaps()
     _refuse(model, None if told else forward.recurrent, past)
     if positions.shape[:2] != tokens.shape[:2]:
@@ -334,6 +328,22 @@ def _enter(
     return _changed(forward.names, args, kwargs, new)
 
 
+def _spared(
+    forward: _Forward, model: PreTrainedModel, call: Mapping[str, Any], known: Packing | None
+) -> dict[str, Any]:
+    """What a call without packed documents does without: a cache that is for nothing, a mask that says nothing."""
+    past, asked = given_cache(call), call.get("use_cache")
+    trains = model.training and torch.is_grad_enabled() and past is None and "use_cache" in forward.names
+    # A cache would be for nothing, and layers would be compiled each for itself, of which torch allows eight.
+    new: dict[str, Any] = {"use_cache": False} if trains and asked is None else {}
+    without_cache = past is None and (asked is False or bool(new))
+    # Of a batch that was read with its labels: the call alone does not say whether they count at padding.
+    plain = known is not None and not known.gaps and forward.causal
+    if plain and without_cache and call.get("attention_mask") is not None:
+        new["attention_mask"] = None
+    return new
+
+
 def _refuse(model: PreTrainedModel, recurrent: str | None, past: Any) -> None:
     """Raises ValueError for packed documents that cannot be kept apart."""
     what = "position_ids restart inside a row, as those of packed documents do, but"
@@ -351,8 +361,10 @@ def _refuse(model: PreTrainedModel, recurrent: str | None, past: Any) -> None:
 
 def _changed(
     names: list[str], args: tuple[Any, ...], kwargs: dict[str, Any], new: dict[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """A call with other values of these arguments, wherever they are."""
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """A call with other values of these arguments, wherever they are; None without any."""
+    if not new:
+        return None
     positional = list(args)
     for index in range(len(args)):
         if names[index] in new:

@@ -63,6 +63,18 @@ def _masks(model: Any) -> list[Any]:
     return seen
 
 
+def _both(family: str, **config: Any) -> tuple[Any, Any, list[Any]]:
+    """A model as it is, a copy that keeps documents apart, and what the latter makes masks of."""
+    plain = _model(family, **config)
+    model = deepcopy(plain)
+    adapter.keep_documents_apart(model)
+    return plain, model, _masks(model)
+
+
+def _with_positions(batch: dict[str, Tensor], positions: bool) -> dict[str, Tensor]:
+    return {**batch, "position_ids": torch.arange(LENGTH).expand(2, -1)} if positions else batch
+
+
 def _noted(batch: dict[str, Tensor]) -> dict[str, Tensor]:
     """A copy of a batch that was read on the host, as the strategy reads it."""
     moved = {key: value.clone() for key, value in batch.items()}
@@ -82,11 +94,8 @@ def _trained(model: Any, **batch: Any) -> tuple[Tensor, Tensor, dict[str, Tensor
 @pytest.mark.parametrize("positions", [False, True], ids=["alone", "with positions"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_padding_behind_costs_no_mask_and_changes_nothing(family: str, positions: bool) -> None:
-    plain = _model(family)
-    model = deepcopy(plain)
-    adapter.keep_documents_apart(model)
-    masks = _masks(model)
-    batch = {**BEHIND, **({"position_ids": torch.arange(LENGTH).expand(2, -1)} if positions else {})}
+    plain, model, masks = _both(family)
+    batch = _with_positions(BEHIND, positions)
     loss, logits, grads = _trained(model, **_noted(batch))
     expected, expected_logits, expected_grads = _trained(plain, **batch, use_cache=False)
     counts = BEHIND["attention_mask"].bool()
@@ -116,20 +125,14 @@ def test_padding_behind_changes_nothing_in_any_family_that_reads_a_text(family: 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_padding_elsewhere_keeps_its_mask(family: str) -> None:
-    plain = _model(family)
-    model = deepcopy(plain)
-    adapter.keep_documents_apart(model)
-    masks = _masks(model)
+    plain, model, masks = _both(family)
     loss, _, _ = _trained(model, **_noted(BEFORE))
     assert all(mask is not None for mask in masks)
     assert loss == _trained(plain, **BEFORE, use_cache=False)[0]
 
 
 def test_a_balancing_loss_leaves_padding_out_all_the_same() -> None:
-    plain = _model("qwen3_moe", output_router_logits=True, router_aux_loss_coef=1.0)
-    model = deepcopy(plain)
-    adapter.keep_documents_apart(model)
-    masks = _masks(model)
+    plain, model, masks = _both("qwen3_moe", output_router_logits=True, router_aux_loss_coef=1.0)
     # Routers choose for padding, too, and other experts than with a mask: none of it may be in the loss.
     loss = model(**_noted(BEHIND)).aux_loss
     assert masks == [None]
@@ -163,9 +166,7 @@ def test_a_model_whose_tokens_see_what_is_behind_them_keeps_its_mask() -> None:
 
 
 def test_a_mask_that_nobody_has_read_or_that_was_changed_stays() -> None:
-    model = _model("qwen3_moe")
-    adapter.keep_documents_apart(model)
-    masks = _masks(model)
+    _, model, masks = _both("qwen3_moe")
     batch = _noted(BEHIND)
     model(**batch)
     assert masks.pop() is None
@@ -179,12 +180,8 @@ def test_a_mask_that_nobody_has_read_or_that_was_changed_stays() -> None:
 @pytest.mark.parametrize("positions", [False, True], ids=["alone", "with positions"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_padding_that_is_learnt_keeps_its_mask(family: str, positions: bool) -> None:
-    plain = _model(family)
-    model = deepcopy(plain)
-    adapter.keep_documents_apart(model)
-    masks = _masks(model)
-    batch = {**BEHIND, "labels": BEHIND["input_ids"].clone()}
-    batch |= {"position_ids": torch.arange(LENGTH).expand(2, -1)} if positions else {}
+    plain, model, masks = _both(family)
+    batch = _with_positions({**BEHIND, "labels": BEHIND["input_ids"].clone()}, positions)
     assert adapter.packing_of(batch) == Packing(gaps=True)
     loss = model(**_noted(batch)).loss
     assert masks[0] is not None
