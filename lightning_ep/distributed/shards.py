@@ -117,3 +117,18 @@ def whole(tensor: Tensor) -> Tensor:
 def as_bytes(tensor: Tensor) -> memoryview:
     """The memory of a contiguous CPU tensor."""
     return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
+
+
+def as_gradient_of(local: Tensor, param: Tensor) -> Tensor:
+    """The gradient of a parameter, sharded as it is, from this rank's part; in the part's dtype."""
+    # Kernels of others differentiate transposed and broadcast weights, whose gradients have any strides.
+    local = in_memory_order_of(local, local_tensor(param))
+    if not isinstance(param, DTensor):
+        return local
+    spec = param._spec
+    if local.dtype != param.dtype:
+        assert spec.tensor_meta is not None
+        meta = spec.tensor_meta._replace(dtype=local.dtype)
+        spec = type(spec)(spec.mesh, spec.placements, tensor_meta=meta)
+    # Not `from_local`: for the host it is an autograd function of its own, and this is asked twice per layer and step.
+    return DTensor(local, spec, requires_grad=False)

@@ -66,9 +66,10 @@ class _MoE(torch.autograd.Function):
         *params: Tensor,
     ) -> Tensor:
         routed = dispatcher.route(ids_TK, weights_TK, hidden_TH, hop)
-        local = computed.for_forward()  # casts while the host waits for counts, and the rows travel
+        computed.begin_forward()  # casts while the host waits for counts
         plan, rows = routed()
         del routed  # and the rows that it has packed
+        local = computed.for_forward()  # and while the rows travel
         saved = None
         with dispatcher.explains_out_of_memory(lambda: dispatcher.describe(plan)):
             out_NH = rows_NH = rows.wait()
@@ -100,7 +101,7 @@ class _MoE(torch.autograd.Function):
             )
         plan, saved, computed, later = ctx.plan, ctx.saved, ctx.computed, ctx.later
         ctx.plan = ctx.saved = ctx.computed = ctx.later = None
-        trained = any(ctx.needs_input_grad[-len(computed.params) :])
+        trained = ctx.needs_input_grad[-len(computed.params) :]
         with ctx.dispatcher.explains_out_of_memory(lambda: ctx.dispatcher.describe(plan)):
             grads = _backward(ctx.dispatcher, ctx.experts, plan, saved, computed, later, trained, grad_TH)
         grad_hidden_TH, grad_weights_TK, grad_params = grads
@@ -115,15 +116,17 @@ def _backward(
     saved: Any,
     computed: CallWeights,
     later: Callable[[], Tensor] | None,
-    trained: bool,
+    trained: Sequence[bool],
     grad_TH: Tensor,
 ) -> tuple[Tensor, Tensor, Sequence[Tensor | None]]:
-    """Gradients of the tokens, of their routing weights, and of the parameters if they are ``trained``."""
+    """Gradients of the tokens, of their routing weights, and of the parameters that are ``trained``."""
     grad_rows = dispatcher.dispatch(plan, grad_TH, "combine, backward")
     # The layer is recomputed up to here under the exchange of their gradients, and its rows travel under what the
     # experts make of these alone.
     rows = dispatcher.dispatch(plan, later(), "dispatch, recomputed") if later is not None else None
     local = computed.for_backward() if plan.num_pairs > 0 else []  # casts while the gradients travel
+    if plan.num_pairs > 0 and grad_rows.travels:
+        saved = experts.prepare_backward(saved, trained)
     grad_NH = grad_rows.wait()
     if plan.num_pairs > 0:
         again = None if rows is None else rows.wait
@@ -137,7 +140,7 @@ def _backward(
     grad_hidden = dispatcher.combine(plan, grad_rows_NH, "dispatch, backward")
     grad_weights = dispatcher.combine_slots(plan, grad_weights_NK, "dispatch of routing weights, backward")
     grad_params: Sequence[Tensor | None]
-    if not trained:
+    if not any(trained):
         grad_params = [None] * len(computed.params)  # frozen: a third of the GEMMs, and memory of a whole layer
     elif plan.num_pairs > 0:
         grad_params = computed.gradients(experts.backward_params(saved, computed.gradient_dtypes()))

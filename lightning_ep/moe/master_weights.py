@@ -6,9 +6,8 @@ from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
-from lightning_ep.distributed.shards import in_memory_order_of, local_tensor
+from lightning_ep.distributed.shards import as_gradient_of, local_tensor
 
 _STEPS_TO_PEAK = 2  # the first makes the optimizer's state
 _SPARE = 0.1  # of the GPU's memory stays free beside kept copies: rows of a step with an unlucky router
@@ -92,18 +91,32 @@ class CallWeights:
         self._masters = masters
         self._dtype = dtype
         self._keep = keep
+        self._begun: dict[int, Tensor] = {}
         self._kept: list[Tensor] | None = None
+
+    def begin_forward(self) -> None:
+        """Casts all but the largest: work for the GPU while the host waits for counts.
+
+        What the GPU is given then, the exchange of the rows waits for, so that there is something left to cast beside.
+        """
+        sizes = [param.numel() for param in self.params]
+        largest = sizes.index(max(sizes))
+        self._begun = {i: self._cast(param) for i, param in enumerate(self.params) if i != largest}
 
     def for_forward(self) -> list[Tensor]:
         """The weights; kept for backward if this call does that."""
-        local = [local_tensor(param).to(self._dtype) for param in self.params]
+        local = [self._begun[i] if i in self._begun else self._cast(param) for i, param in enumerate(self.params)]
+        self._begun = {}
         self._kept = local if self._keep else None
         return local
 
     def for_backward(self) -> list[Tensor]:
         """The weights, once."""
         kept, self._kept = self._kept, None
-        return kept or [local_tensor(param).to(self._dtype) for param in self.params]
+        return kept or [self._cast(param) for param in self.params]
+
+    def _cast(self, param: Tensor) -> Tensor:
+        return local_tensor(param).to(self._dtype)
 
     def gradient_dtypes(self) -> list[torch.dtype | None]:
         """In which dtypes the gradients are wanted; None for parameters that are frozen."""
@@ -112,7 +125,8 @@ class CallWeights:
 
     def gradients(self, local: Sequence[Tensor | None]) -> list[Tensor | None]:
         """The parameters' gradients, from those of this rank's parts."""
-        return [grad if grad is None else _like(grad, param) for grad, param in zip(local, self.params, strict=True)]
+        pairs = zip(local, self.params, strict=True)
+        return [grad if grad is None else as_gradient_of(grad, param) for grad, param in pairs]
 
     def zero_gradients(self) -> list[Tensor | None]:
         """Gradients of experts that got no row."""
@@ -123,20 +137,6 @@ def widen_gradient(param: Tensor) -> None:
     """Gives a gradient that was left in the dtype of its GEMMs the parameter's, before something rounds it."""
     if param.grad is not None and param.grad.dtype != param.dtype:
         param.grad = param.grad.to(param.dtype)
-
-
-def _like(local: Tensor, param: Tensor) -> Tensor:
-    # Kernels of others differentiate transposed and broadcast weights, whose gradients have any strides.
-    local = in_memory_order_of(local, local_tensor(param))
-    if not isinstance(param, DTensor):
-        return local
-    spec = param._spec
-    if local.dtype != param.dtype:
-        assert spec.tensor_meta is not None
-        meta = spec.tensor_meta._replace(dtype=local.dtype)
-        spec = type(spec)(spec.mesh, spec.placements, tensor_meta=meta)
-    # Not `from_local`: for the host it is an autograd function of its own, and this is asked twice per layer and step.
-    return DTensor(local, spec, requires_grad=False)
 
 
 class ModelMasterWeights:

@@ -29,6 +29,7 @@ class _Weights(NamedTuple):
 class _Up(NamedTuple):
     rows_NH: Tensor
     h_PF: Tensor  # without the bias
+    rows_PH: Tensor | None = None  # in expert order, once they are
 
 
 class _Forward(NamedTuple):
@@ -42,6 +43,7 @@ class _Forward(NamedTuple):
 
 class _Rows(NamedTuple):
     rows_NH: Tensor
+    rows_PH: Tensor | None
     order: ExpertOrder
     act_PI: Tensor
     up: WeightGradients
@@ -107,6 +109,13 @@ class FusedExperts(LocalExperts):
         return out_NH, _Forward(ids_NK, weights_NK, order, _Up(rows_NH, h_PF) if keep else None, *low)
 
     @override
+    def prepare_backward(self, saved: _Forward, trained: Sequence[bool]) -> _Forward:
+        if saved.up is None or not trained[0]:
+            return saved
+        # A sixth of a millisecond of 16,384 tokens, in which the gradient's exchange has the GPU to itself.
+        return saved._replace(up=saved.up._replace(rows_PH=saved.order.permute(saved.up.rows_NH)))
+
+    @override
     def backward_rows(
         self,
         saved: _Forward,
@@ -119,11 +128,11 @@ class FusedExperts(LocalExperts):
         grad_out_PH = order.permute(grad_NH)
         grad_act_PI, grad_low_down_PR = weights.down.backward_rows(grad_out_PH, order.offsets_E)
         if rows is not None:  # which travel until here
-            rows_NH = rows()
+            rows_NH, rows_PH = rows(), None
             h_PF, low_up_PR = weights.up.forward(order.permute(rows_NH), order.offsets_E, low_up_PR)
         else:
             assert up is not None
-            rows_NH, h_PF = up
+            rows_NH, h_PF, rows_PH = up
         grad_h_PF, act_PI, grad_weights_NK = activate_backward(
             grad_act_PI, h_PF, weights_NK, order.slot_P, self._form.activation, _up_bias(weights, ids_NK)
         )
@@ -137,11 +146,11 @@ class FusedExperts(LocalExperts):
         if weights.down_bias_EH is not None:
             grad_down_bias_EH = self._weights_NE(ids_NK, weights_NK, grad_NH.dtype).t() @ grad_NH
             grad_weights_NK += self._of_slots(grad_NH @ weights.down_bias_EH.t(), ids_NK)
-        return grad_rows_NH, grad_weights_NK, _Rows(rows_NH, order, act_PI, of_up, of_down, grad_down_bias_EH)
+        return grad_rows_NH, grad_weights_NK, _Rows(rows_NH, rows_PH, order, act_PI, of_up, of_down, grad_down_bias_EH)
 
     @override
     def backward_params(self, saved: _Rows, dtypes: Sequence[torch.dtype | None]) -> tuple[Tensor | None, ...]:
-        rows_NH, order, act_PI, of_up, of_down, grad_down_bias_EH = saved
+        rows_NH, rows_PH, order, act_PI, of_up, of_down, grad_down_bias_EH = saved
         own, of_factors = dtypes[: self._form.num_params], dtypes[self._form.num_params :]
         ends_E, on, transposed = order.offsets_E, self._adapters if of_factors else (), self._form.is_transposed
         factors = {a.weight: (a.rank, of_factors[2 * i], of_factors[2 * i + 1]) for i, a in enumerate(on)}
@@ -150,7 +159,9 @@ class FusedExperts(LocalExperts):
             act_PI, ends_E, own[1], factors.get(1), transposed, beside_collective=True
         )
         # A GEMM takes these rows once more in expert order, which takes the memory of all of them.
-        x_NH, row_P = (rows_NH, order.row_P) if own[0] is None else (order.permute(rows_NH), None)
+        if own[0] is not None and rows_PH is None:
+            rows_PH = order.permute(rows_NH)
+        x_NH, row_P = (rows_NH, order.row_P) if rows_PH is None else (rows_PH, None)
         grad_up, *beside_up = of_up.gradients(x_NH, ends_E, own[0], factors.get(0), transposed, row_P)
         biases: list[Tensor | None] = []
         if grad_down_bias_EH is not None:

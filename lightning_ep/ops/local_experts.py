@@ -46,6 +46,18 @@ class LocalExperts(ABC):
             ``[N, H]`` in the dtype of the rows, summed in at least fp32, and what `backward_rows` needs.
         """
 
+    def prepare_backward(self, saved: Any, trained: Sequence[bool]) -> Any:
+        """Does what a backward needs and what can be done before its gradient is here; by default nothing.
+
+        Args:
+            saved: What `forward` returned.
+            trained: Of each parameter, whether its gradient is wanted.
+
+        Returns:
+            What `backward_rows` gets in the place of ``saved``.
+        """
+        return saved
+
     @abstractmethod
     def backward_rows(
         self,
@@ -57,7 +69,7 @@ class LocalExperts(ABC):
         """Differentiates one forward with respect to what came with the rows.
 
         Args:
-            saved: What `forward` returned.
+            saved: What `forward` returned, or `prepare_backward`.
             params: The parameters, as `forward` got them.
             grad_NH: ``[N, H]``, gradient of the rows that forward returned.
             rows: Waits for the rows, as `forward` got them, if it has not kept them. It is called once, after what can

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_ep.distributed.progress import Progress
@@ -254,6 +255,69 @@ def test_copies_of_wider_parameters(seen: int | None, kept: bool) -> None:
         assert all(param.grad.dtype == torch.float32 for param in params)
         found.append([leaf.grad for leaf in (*leaves, *params)])
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True)) == kept
+
+
+class _Travels(LocalDispatcher):
+    """Notes when rows set out and when they are awaited, in the order in which a GPU would be given it all."""
+
+    def __init__(self, noted: list[str]) -> None:
+        super().__init__(EXPERTS)
+        self.noted = noted
+
+    def _sent(self, hop: str, x: torch.Tensor) -> Pending:
+        self.noted.append(f"{hop} begins")
+
+        def arrive() -> torch.Tensor:
+            self.noted.append(f"{hop} is awaited")
+            return x
+
+        return Pending(arrive)
+
+    def dispatch(self, plan: Any, x_TH: torch.Tensor, hop: str) -> Pending:
+        return self._sent(hop, x_TH)
+
+    def combine(self, plan: Any, rows_NH: torch.Tensor, hop: str) -> Pending:
+        return self._sent(hop, rows_NH)
+
+
+class _Passes(TorchDispatchMode):
+    """Notes casts of weights and copies of rows to expert order."""
+
+    def __init__(self, noted: list[str], pairs: int) -> None:
+        super().__init__()
+        self.noted, self.pairs = noted, pairs
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten._to_copy.default and args[0].ndim == 3:
+            self.noted.append(f"cast of {tuple(args[0].shape)}")
+        if func is torch.ops.aten.index.Tensor and out.shape == (self.pairs, HIDDEN):
+            self.noted.append("rows to expert order")
+        return out
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_what_travels_does_so_under_casts_and_copies(frozen: bool) -> None:
+    """An exchange waits for all that the GPU was given before it began, and hides nothing of that."""
+    experts = tiny_model(num_hidden_layers=1).model.layers[0].mlp.experts
+    params = [p.detach().clone().requires_grad_(not frozen) for p in (experts.gate_up_proj, experts.down_proj)]
+    hidden, weights = torch.randn(3, HIDDEN).bfloat16().requires_grad_(), torch.rand(3, 2)
+    ids = torch.tensor([[0, 1], [1, 5], [5, 0]])
+    noted: list[str] = []
+    with _Passes(noted, ids.numel()):
+        out = moe_forward(_Travels(noted), FusedExperts(EXPERTS), hidden, ids, weights, params)
+        forward, noted[:] = noted[:], []
+        out.float().sum().backward()
+    up, down = (f"cast of {tuple(param.shape)}" for param in params)
+    there, home = "dispatch, forward", "combine, forward"
+    in_order, again = "rows to expert order", ["rows to expert order"] * (not frozen)
+    assert forward == [
+        down, f"{there} begins", up, f"{there} is awaited", in_order, f"{home} begins", f"{home} is awaited"
+    ]  # fmt: skip
+    there, home = "combine, backward", "dispatch, backward"
+    rows = [f"{there} begins", up, down, *again, f"{there} is awaited", in_order]
+    gradients = [] if frozen else [down, up]  # to the weights' dtype
+    assert noted == [*rows, f"{home} begins", *gradients, f"{home} is awaited"]
 
 
 def test_copies_are_not_kept_before_a_run_has_shown_its_memory() -> None:

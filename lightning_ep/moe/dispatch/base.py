@@ -39,10 +39,15 @@ class ExplainedOutOfMemoryError(torch.OutOfMemoryError):
 
 
 class Pending:
-    """A transfer that has been started; `wait` finishes it and returns its tensor."""
+    """A transfer that has been started; `wait` finishes it and returns its tensor.
 
-    def __init__(self, finish: Callable[[], Tensor]) -> None:
+    Attributes:
+        travels: Whether it takes time, which other work may fill.
+    """
+
+    def __init__(self, finish: Callable[[], Tensor], travels: bool = True) -> None:
         self._finish = finish
+        self.travels = travels
 
     def wait(self) -> Tensor:
         """Returns the received tensor; on CUDA the current stream waits, the host does not."""

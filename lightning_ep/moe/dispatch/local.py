@@ -25,15 +25,15 @@ class LocalDispatcher(Dispatcher[DispatchPlan]):
 
     @override
     def dispatch(self, plan: DispatchPlan, x_TH: Tensor, hop: str) -> Pending:
-        return Pending(lambda: x_TH)
+        return Pending(lambda: x_TH, travels=False)
 
     @override
     def combine(self, plan: DispatchPlan, rows_NH: Tensor, hop: str) -> Pending:
-        return Pending(lambda: rows_NH)
+        return Pending(lambda: rows_NH, travels=False)
 
     @override
     def combine_slots(self, plan: DispatchPlan, values_NK: Tensor, hop: str) -> Pending:
-        return Pending(lambda: values_NK)
+        return Pending(lambda: values_NK, travels=False)
 
     @override
     def describe(self, plan: DispatchPlan) -> str:
