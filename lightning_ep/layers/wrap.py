@@ -55,6 +55,8 @@ def check_recompute(module: nn.Module, plan: Iterable[str], mode: ActivationChec
 def wrap_layers(model: nn.Module, mode: ActivationCheckpointing, compile: bool) -> None:
     """Compiles and checkpoints decoder layers, one by one: one compilation serves all, FSDP's hooks stay outside.
 
+    What normalises their output is compiled, too: as transformers writes it, it is a dozen passes over all tokens.
+
     Args:
         model: A model whose experts are spread over ranks.
         mode: As in `parallelize`.
@@ -69,3 +71,5 @@ def wrap_layers(model: nn.Module, mode: ActivationCheckpointing, compile: bool) 
         elif compile:
             # Its forward only: `layer.compile()` would compile around FSDP's hooks, in more pieces.
             layer.forward = compile_forward(layer)
+    for norm in adapter.norms_beside_layers(model) if compile else ():
+        norm.forward = compile_forward(norm)

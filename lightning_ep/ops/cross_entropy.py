@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from lightning_ep.ops import kernels
-from lightning_ep.ops.scale import scale_
+from lightning_ep.ops.scale import scale_, scaled
 
 IGNORE = -100
 """Label of a token that is no target, as in torch and transformers."""
@@ -108,7 +108,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 _accumulate_outer(grad_VH, logits_CV, hidden_TH[part], first=start == 0)
         if grad_VH is not None and num_tokens == 0:
             grad_VH.zero_()
-        ctx.grads = grad_TH, None if grad_VH is None else grad_VH.to(weight_VH.dtype)
+        ctx.grads, ctx.weight_dtype = (grad_TH, grad_VH), weight_VH.dtype
         return losses_T if per_token else losses_T.sum()
 
     @staticmethod
@@ -116,12 +116,16 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         if ctx.grads is None:
             raise RuntimeError("Trying to run backward through linear_cross_entropy a second time.")
-        grads, ctx.grads = ctx.grads, None
-        if grad.ndim == 0:
-            scale_([g for g in grads if g is not None], grad)
-        elif grads[0] is not None:
-            grads[0].mul_(grad.unsqueeze(1))  # a token's loss depends on its own row only
-        return (*grads, None, None, None, None, None)
+        (grad_TH, grad_VH), ctx.grads = ctx.grads, None
+        if grad_TH is not None and grad.ndim == 0:
+            scale_([grad_TH], grad)
+        elif grad_TH is not None:
+            grad_TH.mul_(grad.unsqueeze(1))  # a token's loss depends on its own row only
+        if grad_VH is not None and grad_VH.dtype == ctx.weight_dtype:
+            scale_([grad_VH], grad)
+        elif grad_VH is not None:
+            grad_VH = scaled(grad_VH, grad, ctx.weight_dtype)
+        return grad_TH, grad_VH, None, None, None, None, None
 
 
 def _accumulate_outer(out_VH: Tensor, x_CV: Tensor, y_CH: Tensor, first: bool) -> None:

@@ -31,3 +31,18 @@ def scale_(tensors: Sequence[Tensor], factor: Tensor) -> None:
             triton_scale.scale_(tensor, factor)
     if rest:
         torch._foreach_mul_(rest, factor)
+
+
+def scaled(tensor: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """A tensor times a number, in another dtype: rounded once, in one pass.
+
+    Args:
+        tensor: Contiguous or not.
+        factor: 0-dim, on the same device.
+        dtype: Of the result.
+    """
+    if kernels.runs_on_large(tensor, factor):
+        from lightning_ep.ops.kernels import scale as triton_scale
+
+        return triton_scale.scaled(tensor, factor, dtype)
+    return (tensor * factor).to(dtype)

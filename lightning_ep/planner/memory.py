@@ -86,7 +86,10 @@ def _attention_width(widths: ModelWidths) -> int:
 
 
 def _loss(case: Case) -> float:
-    """Bytes of a chunk of logits, the head with its gradient in bf16, that one's sum in fp32, the hidden states'."""
+    """Bytes of a chunk of logits, the head with its gradient in bf16, that one's sum in fp32, the hidden states'.
+
+    As the runs were that this is held against; since then the head's gradient is cast when the logits are gone.
+    """
     head = case.widths.vocab * case.widths.hidden / case.tp
     logits = min(case.tokens * case.tp, _CHUNK) * case.widths.vocab / case.tp
     return 2 * logits + (2 + (0 if case.lora_rank else 2 + 4)) * head + 2 * case.tokens * case.widths.hidden

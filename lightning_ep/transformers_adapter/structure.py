@@ -114,6 +114,19 @@ def decoder_layers(model: nn.Module) -> list[nn.Module]:
     return [child for child in model.modules() if _own_class(child).__name__ in names]
 
 
+def norms_beside_layers(model: nn.Module) -> list[nn.Module]:
+    """The norms of what a model's lists of decoder layers are in: behind the last layer, or before the first one."""
+    layers = set(decoder_layers(model))
+    around = [m for m in model.modules() if any(layers & set(child.children()) for child in m.children())]
+    return list(dict.fromkeys(child for module in around for child in module.children() if _is_norm(child)))
+
+
+def _is_norm(module: nn.Module) -> bool:
+    """Whether a module has vectors for parameters, and nothing else."""
+    params = list(module.parameters())
+    return bool(params) and all(param.ndim == 1 for param in params) and next(module.children(), None) is None
+
+
 def _called_children(module: nn.Module) -> Iterator[nn.Module]:
     """The children of a module and, in place of those that have no forward (lists), their children."""
     for child in module.children():

@@ -452,6 +452,19 @@ def test_scale(size: int, factor: float, dtype: torch.dtype) -> None:
     assert error == 0 if EXACT or dtype == torch.float32 else error < 8e-3  # the interpreter cuts bits off
 
 
+@pytest.mark.parametrize("factor", [1.0, 0.37])
+@pytest.mark.parametrize("size", [1, 1024 * 3 + 5])
+def test_scaled_in_another_dtype(size: int, factor: float) -> None:
+    from lightning_ep.ops.kernels import scale as kernel
+
+    x, by = torch.randn(size, device=DEVICE), torch.tensor(factor, device=DEVICE)
+    found = kernel.scaled(x, by, torch.bfloat16)
+    assert found.dtype == torch.bfloat16
+    assert found.shape == x.shape
+    error = relative_error(found, (x * by).bfloat16())
+    assert error == 0 if EXACT else error < 8e-3  # the interpreter cuts bits off
+
+
 @pytest.mark.parametrize("grad_dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("factor", [None, 0.37])
 @pytest.mark.parametrize("size", [7, 4096 * 3 + 5])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -11,6 +12,7 @@ from lightning_ep.ops.kernels.launch import Kernel
 
 _BLOCK = 4096
 _PROGRAMS_PER_SM = 8
+_SCALED_BLOCK = 1024
 
 
 @Kernel
@@ -30,3 +32,18 @@ def scale_(tensor: Tensor, factor: Tensor) -> None:
     # A few programs that walk through the tensor: there is little to launch where nothing is to be done.
     grid = (min(triton.cdiv(tensor.numel(), _BLOCK), multiprocessors(tensor.device) * _PROGRAMS_PER_SM),)
     _scale_kernel[grid](tensor, factor, tensor.numel(), _BLOCK, num_warps=8)
+
+
+@Kernel
+def _scaled_kernel(x, factor, out, num_elements, BLOCK: tl.constexpr):
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    values = tl.load(x + at, mask=at < num_elements).to(tl.float32) * tl.load(factor).to(tl.float32)
+    tl.store(out + at, values.to(out.dtype.element_ty), mask=at < num_elements)
+
+
+def scaled(tensor: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """See `lightning_ep.ops.scale.scaled`; of one contiguous tensor."""
+    out = torch.empty_like(tensor, dtype=dtype)
+    grid = (triton.cdiv(tensor.numel(), _SCALED_BLOCK),)
+    _scaled_kernel[grid](tensor, factor, out, tensor.numel(), _SCALED_BLOCK, num_warps=4)
+    return out
