@@ -12,13 +12,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lightning_ep.distributed.agreement import from_all_ranks
+from lightning_ep.distributed.gathers import gather_single
 from lightning_ep.layout import Meshes
 from lightning_ep.planner.devices import OF_NETWORK, find_device
 
 # That a rank sends to all others together: on GPUs enough that starting to takes no part of the time.
 _BYTES = {"cuda": 2**28, "cpu": 2**20}
 _TIMES, _ROUNDS = 5, 4
-_gather_single = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # its name before torch 2.13
 _SLOW = 0.5  # of what is normal: less is a fault somewhere
 # Of a link's rate, what this program reached between two H200 (450 GB/s): 231 to 241 and 267 to 277 GB/s.
 _REACHED = {"all-gather": 236 / 450, "all-to-all": 271 / 450}
@@ -86,7 +86,7 @@ def _gather(group: dist.ProcessGroup, device: torch.device) -> tuple[float, str]
     size, rank = dist.get_world_size(group), dist.get_rank(group)
     part = torch.full((_BYTES[device.type] // 4 // size,), float(rank), device=device)
     whole = part.new_empty(size, part.numel())
-    seconds = _timed(device, lambda: _gather_single(whole.flatten(), part, group=group))
+    seconds = _timed(device, lambda: gather_single(whole.flatten(), part, group=group))
     return seconds, _unlike(whole, "gathered")
 
 

@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor, Shard
 from transformers import PreTrainedModel
 
 from lightning_ep import transformers_adapter as adapter
+from lightning_ep.fsdp.embedding import RowGradients, has_plain_lookup
 from lightning_ep.fsdp.optional_parts import OptionalParts
 from lightning_ep.fsdp.passes import watch_layers, watch_root
 from lightning_ep.fsdp.prefetch import chain_prefetches
@@ -32,7 +33,9 @@ _GROUPED_PARAMETERS = 160_000_000
 def group_layers(
     layers: Iterable[nn.Module], ignored: Collection[nn.Parameter], optional: Collection[nn.Module] = ()
 ) -> list[list[nn.Module]]:
-    """Consecutive layers that are small enough together.
+    """Consecutive layers that are small enough together, the last ones first: what is left over begins.
+
+    The first group's weights arrive before anything is computed, and its gradients are reduced behind all of it.
 
     Args:
         layers: The layers in the order of forward. One whose experts FSDP shards stays by itself: several of them would
@@ -42,12 +45,12 @@ def group_layers(
     """
     groups: list[list[nn.Module]] = []
     room = 0
-    for layer in layers:
+    for layer in reversed(list(layers)):
         alone = any(isinstance(child, FSDPModule) and child not in optional for child in layer.modules())
         size = sum(p.numel() for p in layer.parameters() if p not in ignored)
         if not groups or alone or size > room:
-            groups, room = [*groups, []], _GROUPED_PARAMETERS
-        groups[-1].append(layer)
+            groups, room = [[], *groups], _GROUPED_PARAMETERS
+        groups[0].insert(0, layer)
         room = -1 if alone else room - size
     return groups
 
@@ -155,6 +158,8 @@ def shard_dense(model: PreTrainedModel, meshes: Meshes, mp_policy: MixedPrecisio
         if isinstance(embedding, nn.Embedding) and len(list(embedding.parameters())) == 1:
             assert isinstance(embedding, FSDPModule)
             embedding.set_unshard_in_backward(False)  # what looks rows up needs no weights there
+            if has_plain_lookup(embedding) and meshes.tp is None:
+                RowGradients(embedding, meshes.dense_shards)
     # By itself the head's gradient is reduced under backward. With the root it is gathered in all of a forward, as
     # losses expect that read its weight.
     if head_alone and head is not None and not adapter.shares_parameters(head, model):

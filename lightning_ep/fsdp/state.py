@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
+from torch.distributed.tensor import DTensor
 
 from lightning_ep.moe.master_weights import widen_gradient
 from lightning_ep.ops.autograd import in_backward
@@ -39,6 +40,13 @@ def roots(module: nn.Module) -> Iterator[State]:
 def group_of(module: nn.Module) -> Group | None:
     """The group of a module to which `fully_shard` was applied; None if others hold all of its parameters."""
     return state_of(module)._fsdp_param_group
+
+
+def only_shard(state: State) -> DTensor:
+    """The shard of the only parameter of a state's group, whether that is gathered or not."""
+    (param,) = state._fsdp_param_group.fsdp_params
+    shard: DTensor = param.sharded_param
+    return shard
 
 
 def states_in(module: nn.Module) -> set[State]:

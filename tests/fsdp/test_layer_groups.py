@@ -163,7 +163,7 @@ def test_frozen_layers_among_others(names: tuple[str, ...]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("limit", "expected"), [(0, [1, 1, 1, 1, 1]), (3, [2, 1, 1, 1]), (4, [3, 1, 1]), (9, [4, 1]), (99, [5])]
+    ("limit", "expected"), [(0, [1, 1, 1, 1, 1]), (3, [1, 2, 1, 1]), (4, [3, 1, 1]), (9, [1, 4]), (99, [5])]
 )
 def test_sizes_decide(limit: int, expected: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(layer_groups, "_GROUPED_PARAMETERS", limit)

@@ -37,7 +37,8 @@ class _Sent(TorchDispatchMode):
             # Half of what is gathered, or of what is reduced, is the other's.
             tensors = [x for x in args[:2] if isinstance(x, torch.Tensor)]
             tensors += [out] if isinstance(out, torch.Tensor) else []
-            self.bytes[kind + name.strip("_")] += max(x.numel() for x in tensors if x.is_floating_point()) // 2 * 4
+            found = max((x.numel() for x in tensors if x.is_floating_point()), default=0)  # counts of tokens are few
+            self.bytes[kind + name.strip("_")] += found // 2 * 4
         elif "alltoall" in name:  # counts of rows too, which are few
             other, splits = 1 - dist.get_rank(), args[4]
             rows = splits[other] if splits else args[1].shape[0] // 2
@@ -46,7 +47,7 @@ class _Sent(TorchDispatchMode):
 
 
 def _step(sizes: dict[str, int]) -> tuple[dict[str, int], int, int]:
-    """Bytes of a step on two ranks, and this rank's parameters of experts and all others."""
+    """Bytes of a first step on two ranks, and this rank's parameters of experts and all others."""
     config = tiny_config(**CONFIG)
     model = from_config(config)
     layout = ParallelLayout(2, **sizes)
