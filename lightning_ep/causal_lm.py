@@ -323,7 +323,7 @@ class CausalLM(LightningModule):
 
     @property
     def weighs_tokens(self) -> bool:
-        """Whether evaluations sum over tokens, apart for every dataloader: windows without targets do no harm.
+        """Whether evaluations sum over tokens (DPO: pairs), so that windows without targets do no harm.
 
         Data modules that see it give a dataloader for each source. False for subclasses with a step of their own.
         """

@@ -16,7 +16,9 @@ from typing_extensions import override
 from lightning_ep.adapters import LoRA, adapters_off
 from lightning_ep.causal_lm import CausalLM
 from lightning_ep.loss import model_inside, sequence_log_probs
+from lightning_ep.ops.cross_entropy import IGNORE
 from lightning_ep.trainer.adamw import AdamW
+from lightning_ep.trainer.evaluation import explain_no_targets
 
 _METRICS = ("loss", "reward_chosen", "reward_rejected", "reward_margin", "reward_accuracy")
 
@@ -61,8 +63,6 @@ class DPO(CausalLM):
         super().__init__(model, True, optimizer or partial(AdamW, lr=1e-5), lr_scheduler, adapter)
         self.beta = beta
 
-    weighs_tokens = False  # pairs that are none would count
-
     @override
     def configure_model(self) -> None:
         if self.model is not None:
@@ -99,7 +99,10 @@ class DPO(CausalLM):
         chosen, rejected = rewards_B.chunk(2)
         margin = chosen - rejected
         losses = -F.logsigmoid(margin)
-        metrics = (losses, chosen, rejected, margin, (margin > 0).float(), torch.ones_like(margin))
+        # Windows that fill an evaluation up, so that ranks take equally many, are no pairs. All else of them is zero.
+        is_pair = (targets_BS != IGNORE).any(1).view(2, -1).any(0).float()
+        losses = losses * is_pair
+        metrics = (losses, chosen, rejected, margin, (margin > 0).float(), is_pair)
         return losses.sum(), torch.stack([metric.detach().double().sum() for metric in metrics])
 
     @override
@@ -117,8 +120,11 @@ class DPO(CausalLM):
     def log_evaluation(self, stage: str) -> None:
         none = torch.zeros(len(_METRICS) + 1, dtype=torch.float64, device=self.device)
         *totals, pairs = self._summed_over_ranks(self._evaluation.get(0, none))
+        had_batches, self._evaluation = bool(self._evaluation), {}
+        if pairs == 0:
+            explain_no_targets(self, stage, had_batches)
+            return
         means = (torch.stack(totals) / pairs).float()
-        self._evaluation = {}
         for name, mean in zip(_METRICS, means, strict=True):
             # Equal on all ranks already; sync_dist only tells Lightning so.
             self.log(f"{stage}/{name}", mean, prog_bar=name in ("loss", "reward_accuracy"), sync_dist=True)

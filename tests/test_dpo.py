@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import peft
 import pytest
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 from transformers import AutoModelForCausalLM
 
 from lightning_ep import DPO, ExpertParallelStrategy, LoRA
@@ -29,6 +30,7 @@ from tests.talking import write_talking
 from tests.tiny import quiet
 
 BETA, LR, STEPS, PAIRS, LENGTH = 0.3, 0.5, 2, 2, 12
+DEFAULT_BETA = 0.1
 LOGGED = ("train/loss", "train/reward_chosen", "train/reward_rejected", "train/reward_margin", "train/reward_accuracy")
 
 
@@ -213,7 +215,8 @@ def _prefers(root: Path) -> dict[str, float]:
 def test_an_adapter_learns_to_prefer_and_comes_out(tmp_path: Path) -> None:
     write_talking(tmp_path / "hub")
     _data(tmp_path)
-    for found in run_ranks(2, _prefers, tmp_path, init_process_group=False):
+    by_rank = run_ranks(2, _prefers, tmp_path, init_process_group=False)
+    for found in by_rank:
         assert found["before"] == 0, "B is zero: the model is its reference"
         assert found["loss before"] == pytest.approx(math.log(2))
         assert found["val/reward_margin"] > 0.1
@@ -228,12 +231,39 @@ def test_an_adapter_learns_to_prefer_and_comes_out(tmp_path: Path) -> None:
     data.prepare_data()
     data.setup()
     loader: Any = data.val_dataloader()
+    margins: list[float] = []
     with torch.no_grad():
         for batch in loader:
             with adapted.disable_adapter():
                 before = _log_probs(adapted, batch)
             chosen, rejected = (_log_probs(adapted, batch) - before).chunk(2)
             assert (chosen > rejected).all(), "plain transformers with PEFT's file prefer what was chosen"
+            margins += (chosen - rejected).tolist()
+    assert len(margins) % 2, "the ranks cannot share them evenly"
+    for found in by_rank:
+        mean = DEFAULT_BETA * sum(margins) / len(margins)
+        assert found["val/reward_margin"] == pytest.approx(mean, rel=1e-5), "validation sees every pair once"
+
+
+class _OnOneRank(IterableDataset):
+    """Batches of the first rank alone, of which the other does not know."""
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        yield from _batches(2 if os.environ["RANK"] == "0" else 0)
+
+
+def _without_a_batch(root: Path) -> dict[str, float]:
+    trainer, train = quiet(root, max_epochs=1), DataLoader(Batches(_batches(2)), batch_size=None)
+    with pytest.raises(ValueError, match="No rank took a val batch"):
+        trainer.fit(_module(root), train, DataLoader(_OnOneRank(), batch_size=None))
+    return dict(trainer.callback_metrics)
+
+
+def test_a_validation_without_a_batch_is_no_number(tmp_path: Path) -> None:
+    write_talking(tmp_path / "hub")
+    for metrics in run_ranks(2, _without_a_batch, tmp_path, init_process_group=False):
+        assert "val/loss" not in metrics
+        assert "train/loss" in metrics, "the sanity check only warns"
 
 
 def _refusals(root: Path) -> list[str]:

@@ -33,6 +33,7 @@ PRIVATE = [
     "lightning.pytorch.callbacks:ModelCheckpoint._save_checkpoint",
     "lightning.pytorch.callbacks:ModelCheckpoint._save_last_checkpoint",
     "lightning.pytorch.loops.training_epoch_loop:_TrainingEpochLoop._get_monitor_value",
+    "lightning.pytorch.loops.training_epoch_loop:_TrainingEpochLoop._should_check_val_fx",
     "lightning.pytorch.core.module:LightningModule._call_batch_hook",
     "lightning.pytorch.core.module:LightningModule._device_mesh",
     "lightning.pytorch.core.module:LightningModule._on_before_batch_transfer",

@@ -232,21 +232,47 @@ def publish(staged: Path, final: Path) -> None:
     """Gives a complete file or directory its name, whatever has that name now, which is deleted afterwards.
 
     A file takes the place of another in one atomic step. A directory cannot: what it replaces first gets a visible name
-    of its own, which `find` knows, so that at no moment neither is there.
+    of its own, which `find` knows, so that at no moment neither is there. Links to it lead to one of the two at every
+    moment: Lightning takes a link that leads nowhere for no checkpoint, and ``ckpt_path="last"`` would start anew.
 
     Args:
         staged: A durable file or directory beside ``final``.
         final: The name.
     """
-    if not os.path.lexists(final) or not (staged.is_dir() or (final.is_dir() and not final.is_symlink())):
+    if not os.path.lexists(final) or not (_is_directory(staged) or _is_directory(final)):
         os.replace(staged, final)
         sync(final.parent)
         return
-    replaced = final.with_name(f"{final.stem}.replaced-{uuid.uuid4().hex[:12]}{final.suffix}")
+    links = links_to(final)
+    if links:
+        staged = staged.rename(_replaced(final))  # no longer hidden, since the next save deletes what is
+    _lead(links, staged)
+    replaced = _replaced(final)
     os.rename(final, replaced)
+    _lead(links, replaced)
     os.rename(staged, final)
     sync(final.parent)
-    withdraw(replaced)
+    for old in _replacements(final):  # also what jobs that ended here have left
+        _lead(links_to(old), final)
+        withdraw(old)
+
+
+def _is_directory(path: Path) -> bool:
+    return path.is_dir() and not path.is_symlink()  # a link to a directory can be replaced in one step
+
+
+def _replaced(final: Path) -> Path:
+    return final.with_name(f"{final.stem}.replaced-{uuid.uuid4().hex[:12]}{final.suffix}")
+
+
+def _replacements(path: Path) -> list[Path]:
+    siblings: Iterable[Path] = path.parent.iterdir() if path.parent.is_dir() else ()
+    return [p for p in siblings if p.name.startswith(f"{path.stem}.replaced-") and p.suffix == path.suffix]
+
+
+def _lead(links: Iterable[Path], target: Path) -> None:
+    for link in links:
+        point(link, target)
 
 
 def withdraw(path: Path) -> None:
@@ -288,9 +314,7 @@ def find(path: Path) -> Path:
     """
     if path.exists():
         return path
-    siblings: Iterable[Path] = path.parent.iterdir() if path.parent.is_dir() else ()
-    replaced = [p for p in siblings if p.name.startswith(f"{path.stem}.replaced-") and p.suffix == path.suffix]
-    if replaced:
+    if replaced := _replacements(path):
         return max(replaced, key=lambda p: p.stat().st_mtime)
     if path.is_symlink():
         raise FileNotFoundError(f"{path} points to {os.readlink(path)}, which does not exist. Use another checkpoint.")

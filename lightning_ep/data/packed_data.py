@@ -233,7 +233,7 @@ class PackedDataModule(LightningDataModule):
                 windows = FilledUp(
                     self.val_dataset.select(range(begin, end)),
                     data_ranks(self.trainer)[1],
-                    self.sequence_length,
+                    self.window_length,
                     pad_token_id(self.tokenizer),
                 )
                 loaders[name] = self._loader(windows, shuffle=False, drop_last=False)

@@ -33,7 +33,7 @@ def log_token_means(module: LightningModule, stage: str, sums: Mapping[int, Tens
         dist.all_reduce(sums_N2)
     loss, tokens = sums_N2.sum(0)
     if tokens == 0:
-        _explain_no_targets(module, stage, had_batches=bool(sums))
+        explain_no_targets(module, stage, had_batches=bool(sums))
         return
     for name, (loss_of_one, tokens_of_one) in zip(names, sums_N2, strict=True):
         if len(names) > 1 and tokens_of_one > 0:
@@ -44,8 +44,17 @@ def log_token_means(module: LightningModule, stage: str, sums: Mapping[int, Tens
     module.log(f"{stage}/perplexity", mean.exp(), sync_dist=True)
 
 
-def _explain_no_targets(module: LightningModule, stage: str, had_batches: bool) -> None:
-    """For evaluations whose mean loss is 0 / 0."""
+def explain_no_targets(module: LightningModule, stage: str, had_batches: bool) -> None:
+    """For evaluations whose mean loss is 0 / 0; to be called on every rank.
+
+    Args:
+        module: What was evaluated.
+        stage: "val" or "test".
+        had_batches: Whether this rank took a batch.
+
+    Raises:
+        ValueError: Always, but in a sanity check, where it only warns.
+    """
     if had_batches:
         problem = (
             f"No token of any rank had a target, so that there is no {stage}/loss: every label after the first of "

@@ -1,4 +1,4 @@
-"""What steers training is the same on all ranks: monitored metrics, and the numbers in the optimizers' groups."""
+"""What steers training is the same on all ranks: monitored metrics, clocks, numbers in the optimizers' groups."""
 
 from __future__ import annotations
 
@@ -24,6 +24,8 @@ Settings = tuple[int, list[list[Mapping[str, Any]]]]
 class CheckMonitored(Callback):
     """Compares the metrics by which EarlyStopping and ReduceLROnPlateau decide, just before they do.
 
+    Validations at intervals of time begin by the clock of rank 0.
+
     ModelCheckpoint's are compared in `checkpoint/model_checkpoint.py`. The sanity check shows all of them before the
     training begins.
     """
@@ -46,6 +48,13 @@ class CheckMonitored(Callback):
             return type(loop)._get_monitor_value(loop, key)
 
         loop._get_monitor_value = monitor_value  # type: ignore[method-assign]
+        if not hasattr(trainer, "val_check_interval"):  # it is a time, and no number of batches
+
+            def validates(data_fetcher: Any) -> bool:
+                # Lightning asks each rank's clock: some would begin a validation and others the next step.
+                return bool(trainer.strategy.broadcast(type(loop)._should_check_val_fx(loop, data_fetcher)))
+
+            loop._should_check_val_fx = validates  # type: ignore[method-assign]
 
     @override
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -55,7 +64,7 @@ class CheckMonitored(Callback):
     def release(self) -> None:
         """Leaves callbacks and loop as they were."""
         for changed in self._changed:
-            for name in ("_run_early_stopping_check", "_get_monitor_value"):
+            for name in ("_run_early_stopping_check", "_get_monitor_value", "_should_check_val_fx"):
                 vars(changed).pop(name, None)
         self._changed = []
 

@@ -124,6 +124,8 @@ def _make(path: Path, kind: str, text: str) -> Path:
 @pytest.mark.parametrize("kind", ["file", "directory"])
 def test_publish_replaces_whatever_was_there(tmp_path: Path, kind: str, before: str) -> None:
     final = _make(tmp_path / "last.ckpt", before, "old")
+    if kind == "directory" == before:
+        _make(tmp_path / "last.replaced-0123.ckpt", kind, "of a job that was killed")
     files.publish(_make(files.hidden(final), kind, "new"), final)
     assert not final.is_symlink()
     assert (final / "content" if kind == "directory" else final).read_text() == "new"
@@ -144,6 +146,30 @@ def test_links_move_atomically_and_before_their_target_goes(tmp_path: Path) -> N
     assert (tmp_path / "old-last.ckpt").is_symlink()
     files.withdraw(one)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["last.ckpt", "old-last.ckpt", "two.ckpt"]
+
+
+def test_a_link_leads_to_a_checkpoint_at_every_moment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lightning's `ckpt_path="last"` starts anew where `last.ckpt` is gone or leads nowhere: a job may end any time."""
+    final, last, found = tmp_path / "model.ckpt", tmp_path / "last.ckpt", []
+
+    def watched(change: Callable[..., None]) -> Callable[..., None]:
+        def changes(*args: Any) -> None:
+            change(*args)
+            if final.exists() or found:
+                found.append((last / "content").read_text() if last.exists() else None)
+
+        return changes
+
+    files.publish(_make(files.hidden(final), "directory", "old"), final)
+    files.point(last, final)
+    for name in ("rename", "replace"):
+        monkeypatch.setattr(os, name, watched(getattr(os, name)))
+    files.publish(_make(files.hidden(final), "directory", "new"), final)
+    files.point(last, final)
+    assert len(found) > 2
+    assert None not in found
+    assert found[-1] == "new"
+    assert {path.name for path in tmp_path.iterdir()} == {"model.ckpt", "last.ckpt"}
 
 
 def test_a_directory_that_is_no_checkpoint_is_left_alone(tmp_path: Path) -> None:

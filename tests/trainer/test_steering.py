@@ -92,6 +92,28 @@ def a_monitor_of_one_rank_only(root: Path) -> None:
     _steps_until_refused(root, OnOne(), "'mine'", "not logged on rank 1", callbacks=[EarlyStopping("mine")])
 
 
+class _Clocks(L.Callback):
+    """It is time for a validation in every step on rank 0, and never on rank 1."""
+
+    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+        trainer._last_val_time = float("inf") if trainer.global_rank else -float("inf")  # type: ignore[attr-defined]
+
+
+@row()
+def a_validation_by_the_clock_begins_on_all_ranks(root: Path) -> None:
+    validated = []
+
+    class Validated(TinyModule):
+        def on_validation_start(self) -> None:
+            validated.append(self.trainer.global_step)
+
+    flags: dict[str, Any] = {"val_check_interval": "00:00:00:01", "check_val_every_n_epoch": None}
+    trainer = quiet(root, callbacks=[_Clocks()], max_steps=3, num_sanity_val_steps=0, **flags)
+    trainer.fit(Validated(), loader(), loader(4, first=100))
+    assert validated == [1, 2, 3]
+    assert "_should_check_val_fx" not in vars(trainer.fit_loop.epoch_loop), "not as it was before"
+
+
 @row()
 def shared_monitors_decide(root: Path) -> None:
     keep = ModelCheckpoint(root, monitor="val_loss", save_top_k=1)
