@@ -344,8 +344,7 @@ def _outside(module: nn.Module, models: Iterable[nn.Module], name: str = "") -> 
     for child_name, child in module.named_children():
         where = f"{name}.{child_name}" if name else child_name
         holds_model = any(inner in models for inner in child.modules())
-        container = isinstance(child, nn.ModuleList | nn.ModuleDict)
-        if holds_model or container:
+        if holds_model or (child not in belonging and not adapter.can_be_called(child)):
             yield from _outside(child, models, where)
         elif child not in belonging and next(child.parameters(), None) is not None:
             yield child

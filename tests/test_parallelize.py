@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor.parallel import ParallelStyle
 from transformers import AutoModelForCausalLM, Qwen3MoeForCausalLM
@@ -17,8 +17,10 @@ from transformers import AutoModelForCausalLM, Qwen3MoeForCausalLM
 from lightning_ep import ParallelLayout, expert_plan, parallelize
 from lightning_ep.parallelize import Steps, check
 from tests.hub.every_family import tiny_config_of
-from tests.ranks import device, here, run_ranks
-from tests.reference import batches, relative_error, tiny_model
+from tests.moe.test_own_plan import _decoder
+from tests.ranks import assert_ranks_agree, device, here, run_ranks
+from tests.reference import VOCAB, batches, relative_error, tiny_model
+from tests.rows import wrong_gradients
 
 
 class _WithHead(nn.Module):
@@ -170,3 +172,49 @@ def _without_shared_experts() -> float:
 
 def test_parameters_without_numbers_are_left_alone() -> None:
     assert max(run_ranks(2, _without_shared_experts)) < 1e-5
+
+
+class _Holds(nn.Module):
+    """Has no forward: its user calls what it holds, as a LightningModule's steps do."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        self.heads = nn.Module()
+        self.heads.value = nn.Sequential(nn.Linear(VOCAB, 4), nn.Tanh(), nn.Linear(4, 1))
+
+
+def _loss_of_parts(module: Any, whole_head: bool) -> Tensor:
+    ids = batches(1, 2)[0]["input_ids"].to(device())
+    output = module.model(ids)
+    hidden: Tensor = output if isinstance(output, Tensor) else output.logits
+    for part in [module.heads.value] if whole_head else module.heads.value:
+        hidden = part(hidden)
+    return hidden.square().mean()
+
+
+def _trains_parts() -> list[str]:
+    world, wrong = dist.get_world_size(), []
+    plans: list[tuple[Any, Any]] = [(tiny_model, None), (_decoder, {"model.layers.*.moe.experts": "experts"})]
+    for build, plan in plans:
+        torch.manual_seed(0)
+        plain = _Holds(build()).to(device())
+        sharded = deepcopy(plain)
+        parallelize(sharded, ParallelLayout(world, ep=world), device(), plan=plan)
+        for module in (plain, sharded):
+            # Parts of a list of layers one by one: of a model of plain PyTorch they are called as a whole.
+            _loss_of_parts(module, whole_head=plan is not None).backward()
+        wrong += wrong_gradients(plain.named_parameters(), sharded.parameters(), 1e-5)
+    return wrong
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_modules_without_a_forward_are_looked_into(world: int) -> None:
+    assert_ranks_agree(world, _trains_parts)
+
+
+def test_parameters_that_no_forward_comes_to_are_refused_by_name() -> None:
+    module = _WithHead()
+    module.prompts = nn.ParameterList([torch.zeros(4, 32)])
+    with pytest.raises(ValueError, match=r"the parameter prompts\.0 of ParameterList belongs to no submodule"):
+        check(module, ParallelLayout(2, ep=2), expert_plan(module))

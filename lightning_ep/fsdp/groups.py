@@ -220,7 +220,7 @@ def shard_beside(
         shard(group)
         watch_layers(group, mp_policy)
     shard(module, reshard_after_forward=True)
-    if len(models) == 1 and not layers and dist.get_world_size() > 1:
+    if len(models) == 1 and not layers:
         (model,) = models
         parts = adapter.recall(model, OptionalParts)
         if parts is None:

@@ -19,7 +19,7 @@ backward come to the decoder on those only: `OptionalParts` has them need one on
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -30,7 +30,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from lightning_ep import transformers_adapter as adapter
 from lightning_ep.fsdp import state as fsdp
-from lightning_ep.fsdp.passes import cast_inputs
+from lightning_ep.fsdp.passes import cast_inputs, tensors_in
 from lightning_ep.fsdp.state import Group, State
 from lightning_ep.moe.idle_experts import EntersAll
 from lightning_ep.process_groups import once
@@ -124,7 +124,7 @@ class OptionalParts:
         if not torch.is_grad_enabled():
             self.settle()
             return
-        for tensor in _tensors(output):
+        for tensor in tensors_in(output):
             if tensor.requires_grad:
                 tensor.register_hook(self._backward_beside)
 
@@ -182,15 +182,7 @@ def parts_in(module: nn.Module) -> list[OptionalParts]:
 
 
 def _has_gradient(output: Any) -> bool:
-    return any(tensor.requires_grad for tensor in _tensors(output))
-
-
-def _tensors(output: Any) -> Iterator[Tensor]:
-    if isinstance(output, Tensor):
-        yield output
-    elif isinstance(output, Mapping | tuple | list):
-        for value in output.values() if isinstance(output, Mapping) else output:
-            yield from _tensors(value)
+    return any(tensor.requires_grad for tensor in tensors_in(output))
 
 
 def _enter(

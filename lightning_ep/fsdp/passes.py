@@ -23,8 +23,9 @@ forward raises; if a backward does, set them to zero and begin the window again.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable
+from collections.abc import Generator, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from dataclasses import fields, is_dataclass
 from functools import partial
 from typing import Any
 
@@ -78,6 +79,7 @@ def watch_root(root: nn.Module, parts: Iterable[nn.Module] = ()) -> None:
     root.register_forward_pre_hook(lambda *_: begin_pass(state), prepend=True)
     root.register_forward_pre_hook(_MadeOutsideOfInference(), prepend=True)
     fsdp.before_every_forward(state, partial(begin_pass, state))
+    root.register_forward_hook(partial(_leave_root, state))
     root.forward = break_off_if_it_raises(root)(root.forward)  # the context, anew around every call
 
     def know_root(*_: Any) -> None:
@@ -161,8 +163,37 @@ def _leave_layer(state: State, layer: nn.Module, args: Any, output: Any) -> None
         if not fsdp.is_gathered(state):
             fsdp.gather_for_backward(state, grad)
 
-    for tensor in output if isinstance(output, tuple) else (output,):
-        if isinstance(tensor, Tensor) and tensor.requires_grad:
+    for tensor in tensors_in(output):
+        if tensor.requires_grad:
             tensor.register_hook(gather)
     if fsdp.is_alone(state):
         end_pass(state)
+
+
+def _leave_root(state: State, root: nn.Module, args: Any, output: Any) -> None:
+    """Has backward begin at what a root returns in an object, where FSDP2 finds no tensor."""
+    for tensor in _in_objects(output):
+        if tensor.requires_grad:
+            tensor.register_hook(partial(fsdp.gather_for_backward, state))
+
+
+def tensors_in(output: Any) -> Iterator[Tensor]:
+    """The tensors that a module returned, in containers and in objects of a user's own (dataclasses, namespaces)."""
+    if isinstance(output, Tensor):
+        yield output
+    elif isinstance(output, Mapping | tuple | list):
+        for value in output.values() if isinstance(output, Mapping) else output:
+            yield from tensors_in(value)
+    else:
+        yield from _in_objects(output)
+
+
+def _in_objects(output: Any) -> Iterator[Tensor]:
+    if isinstance(output, Mapping | tuple | list):
+        for value in output.values() if isinstance(output, Mapping) else output:
+            yield from _in_objects(value)
+    elif is_dataclass(output):
+        for field in fields(output):
+            yield from tensors_in(getattr(output, field.name))
+    elif not isinstance(output, Tensor):  # of others the attributes alone: a cache holds tensors deeper inside
+        yield from (value for value in getattr(output, "__dict__", {}).values() if isinstance(value, Tensor))

@@ -38,6 +38,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
 from lightning_ep import transformers_adapter as adapter
+from lightning_ep.layers.buffers import Buffers, copied_buffers, in_place
 from lightning_ep.layers.compilation import compile_forward
 from lightning_ep.moe.dispatch import ExplainedOutOfMemoryError
 from lightning_ep.moe.experts import expert_context
@@ -88,6 +89,8 @@ def checkpoint_layer(
         module._compiled_call_impl = functools.partial(_call, module)
     forward = compile_forward(layer) if compile else layer.forward
     unfilled: WeakSet[Any] = WeakSet()
+    passed_over = {child for module in (*routers, *experts) for child in module.modules()}
+    runs_again = [child for child in layer.modules() if child not in passed_over]
 
     @functools.wraps(layer.forward)
     def checkpointed(*args: Any, **kwargs: Any) -> Any:
@@ -97,17 +100,20 @@ def checkpoint_layer(
         kwargs = _without_cache(kwargs, unfilled)
         # As they are now: layers may write into them what later ones read.
         dicts = {key: copy(value) for key, value in kwargs.items() if isinstance(value, MutableMapping)}
-        function = functools.partial(_run, forward, kwargs, dicts)
+        function = functools.partial(_run, forward, kwargs, dicts, copied_buffers(runs_again))
         return checkpoint(function, *args, use_reentrant=False, context_fn=_contexts)
 
     layer.forward = checkpointed
 
 
-def _run(forward: Callable[..., Any], kwargs: dict[str, Any], dicts: dict[str, Any], *args: Any) -> Any:
-    """Runs a layer; for the second time on ``dicts``, as they were for the first."""
-    if isinstance(_active.get(), _Replay):
-        kwargs = {**kwargs, **{key: copy(value) for key, value in dicts.items()}}
-    return forward(*args, **kwargs)
+def _run(
+    forward: Callable[..., Any], kwargs: dict[str, Any], dicts: dict[str, Any], buffers: Buffers, *args: Any
+) -> Any:
+    """Runs a layer; for the second time on ``dicts`` and ``buffers``, as they were for the first."""
+    if not isinstance(_active.get(), _Replay):
+        return forward(*args, **kwargs)
+    with in_place(buffers):
+        return forward(*args, **{**kwargs, **{key: copy(value) for key, value in dicts.items()}})
 
 
 def _without_cache(kwargs: Mapping[str, Any], unfilled: WeakSet[Any]) -> dict[str, Any]:

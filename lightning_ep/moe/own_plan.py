@@ -120,7 +120,7 @@ def _model_around(module: nn.Module, name: str, is_called: bool) -> str:
             return outer
     for outer, child in modules.items():
         holds_model = any(isinstance(inner, PreTrainedModel) for inner in child.modules())
-        if not holds_model and not isinstance(child, nn.ModuleList | nn.ModuleDict) and (outer or is_called):
+        if not holds_model and adapter.can_be_called(child) and (outer or is_called):
             return outer
     raise ValueError(
         f"the experts {name} are in no module that is called in forward: put them and their router into an nn.Module "

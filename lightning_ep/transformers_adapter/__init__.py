@@ -90,6 +90,7 @@ from lightning_ep.transformers_adapter.routers import (
 from lightning_ep.transformers_adapter.structure import (
     attention_modules,
     called_models,
+    can_be_called,
     decoder_layers,
     encode_in_forward,
     experts_modules,
@@ -149,6 +150,7 @@ __all__ = [
     "blueprint",
     "bounds_of",
     "called_models",
+    "can_be_called",
     "cast_constants",
     "causal_mask",
     "config_with_attention",

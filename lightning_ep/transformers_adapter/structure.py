@@ -127,10 +127,15 @@ def _is_norm(module: nn.Module) -> bool:
     return bool(params) and all(param.ndim == 1 for param in params) and next(module.children(), None) is None
 
 
+def can_be_called(module: nn.Module) -> bool:
+    """Whether a module has a forward: what only holds others (lists, namespaces) or parameters has none."""
+    return type(module).forward is not nn.Module.forward
+
+
 def _called_children(module: nn.Module) -> Iterator[nn.Module]:
     """The children of a module and, in place of those that have no forward (lists), their children."""
     for child in module.children():
-        if type(child).forward is nn.Module.forward:
+        if not can_be_called(child):
             yield from _called_children(child)
         else:
             yield child
