@@ -38,6 +38,13 @@ def once(key: Hashable, make: Callable[[], T]) -> T:
     return _made[key]
 
 
+def hosts() -> Any:
+    """All ranks, over their hosts; every rank must call it."""
+    import torch.distributed as dist
+
+    return dist.group.WORLD if dist.get_backend() == "gloo" else once("hosts", lambda: dist.new_group(backend="gloo"))
+
+
 def doubt() -> None:
     """Notes that a run, or a collective, has failed: a time-out breaks a group for good."""
     global _doubted

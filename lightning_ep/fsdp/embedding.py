@@ -53,7 +53,8 @@ class RowGradients:
 
     def _look_up(self, input: Tensor) -> Tensor:
         weight, padding = self._embedding.weight, self._embedding.padding_idx
-        shard = fsdp.only_shard(fsdp.state_of(self._embedding))
+        (param,) = fsdp.parameters(fsdp.group_of(self._embedding))
+        shard = fsdp.shard_of(param)
         if not torch.is_grad_enabled() or not shard.requires_grad or shard.dtype.itemsize < 4:
             return F.embedding(input, weight, padding)
         fewer = self._num_ranks == 1

@@ -15,7 +15,8 @@ from transformers import PreTrainedModel
 
 from lightning_ep import transformers_adapter as adapter
 from lightning_ep.fsdp.embedding import RowGradients, has_plain_lookup
-from lightning_ep.fsdp.optional_parts import OptionalParts
+from lightning_ep.fsdp.idle_parameters import IdleParameters
+from lightning_ep.fsdp.optional_parts import OptionalParts, parts_in
 from lightning_ep.fsdp.passes import watch_layers, watch_root
 from lightning_ep.fsdp.prefetch import chain_prefetches
 from lightning_ep.fsdp.state import keep_fp32, states_in
@@ -188,6 +189,9 @@ def shard_dense(model: PreTrainedModel, meshes: Meshes, mp_policy: MixedPrecisio
         if any(map(is_parallel_experts, beside)):
             TowerExperts(parts, text[0], optional.hosts)
         adapter.encode_in_forward(model)
+    if dist.get_world_size() > 1:
+        agreed = [group for optional in parts_in(model) for group in optional.agreed]
+        IdleParameters(model, agreed, adapter.uses_parameters_by_length(model))
 
 
 def _units(part: nn.Module, layers: Collection[nn.Module], ignored: Collection[nn.Parameter]) -> list[list[nn.Module]]:
@@ -229,6 +233,8 @@ def shard_beside(
         return
     watch_root(module, layers)
     chain_prefetches(module, None, groups)
+    if dist.get_world_size() > 1:
+        IdleParameters(module, [], by_batch=True)
 
 
 def sum_gradients(module: nn.Module) -> None:

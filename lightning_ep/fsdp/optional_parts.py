@@ -33,7 +33,7 @@ from lightning_ep.fsdp import state as fsdp
 from lightning_ep.fsdp.passes import cast_inputs, tensors_in
 from lightning_ep.fsdp.state import Group, State
 from lightning_ep.moe.idle_experts import EntersAll
-from lightning_ep.process_groups import once
+from lightning_ep.process_groups import hosts
 
 
 class OptionalParts:
@@ -48,6 +48,7 @@ class OptionalParts:
 
     Attributes:
         hosts: All ranks, over their hosts.
+        agreed: The groups of which ranks agree what they reduce.
     """
 
     def __init__(
@@ -61,12 +62,11 @@ class OptionalParts:
         self._parts = [group for unit in units if (group := fsdp.group_of(unit[0])) is not None]
         # The root's own group holds what belongs to no part, as one vector that separates images.
         own = fsdp.group_of(root)
-        self._agreed = [*([own] if own is not None else []), *self._parts]
+        self.agreed = [*([own] if own is not None else []), *self._parts]
         self._layers = layers
         self._waiting = False
-        # Over the hosts: what they say to one another would wait on a GPU for all that was launched before.
-        over_hosts = dist.get_backend() == "gloo"
-        self.hosts = dist.group.WORLD if over_hosts else once("parts", lambda: dist.new_group(backend="gloo"))
+        # What they say to one another over the GPUs would wait for all that was launched before.
+        self.hosts = hosts()
         for unit in units:
             fsdp.leave_alone(fsdp.state_of(unit[0]))
             for module in unit:
@@ -100,7 +100,7 @@ class OptionalParts:
         fsdp.await_dropped_gathers(module)
         fsdp.adopt(fsdp.state_of(self._root), state)
         self._beside.append(group)
-        self._agreed.append(group)
+        self.agreed.append(group)
 
         def enter(module: nn.Module, args: Any, kwargs: Any) -> Any:
             fsdp.make_root(fsdp.state_of(self._root))
@@ -134,9 +134,9 @@ class OptionalParts:
 
     def end_backward(self) -> None:
         """Agrees on what the groups reduce that no backward has reduced yet; every rank must call it."""
-        for group in self._agreed:
+        for group in self.agreed:
             fsdp.know_gradients(group)
-        self._waiting = not all(map(fsdp.reduces, self._agreed))
+        self._waiting = not all(map(fsdp.reduces, self.agreed))
         if not self._waiting:
             self._agree()
 
@@ -148,21 +148,21 @@ class OptionalParts:
         return waiting
 
     def _agree(self) -> None:
-        found = [fsdp.which_have_gradients(group) for group in self._agreed]
+        found = [fsdp.which_have_gradients(group) for group in self.agreed]
         found += [[experts in layer.used for experts in layer.experts] for layer in self._layers]
         anywhere = torch.tensor([has for part in found for has in part], dtype=torch.uint8)
         if len(anywhere):
             dist.all_reduce(anywhere, dist.ReduceOp.MAX, group=self.hosts)
         of_any = [part.tolist() for part in anywhere.bool().split([len(part) for part in found])]
-        for group, wanted in zip(self._agreed, of_any[: len(self._agreed)], strict=True):
+        for group, wanted in zip(self.agreed, of_any[: len(self.agreed)], strict=True):
             fsdp.add_gradients(group, wanted)
-        for layer, used in zip(self._layers, of_any[len(self._agreed) :], strict=True):
+        for layer, used in zip(self._layers, of_any[len(self.agreed) :], strict=True):
             layer.forget_idle(used)
 
     def _need_gradient(self, embedding: nn.Module, args: Any, output: Any) -> Tensor | None:
         if not torch.is_grad_enabled() or not isinstance(output, Tensor) or output.requires_grad:
             return None
-        if not any(map(fsdp.trains, self._parts)):
+        if not any(map(fsdp.trained, self._parts)):
             return None
         return output.detach().requires_grad_().clone()  # a model may write into it, which a leaf forbids
 

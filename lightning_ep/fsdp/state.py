@@ -22,6 +22,7 @@ from lightning_ep.ops.autograd import in_backward
 
 State = Any  # torch.distributed.fsdp._fully_shard._fsdp_state.FSDPState
 Group = Any  # torch.distributed.fsdp._fully_shard._fsdp_param_group.FSDPParamGroup
+Parameter = Any  # torch.distributed.fsdp._fully_shard._fsdp_param.FSDPParam
 
 
 def state_of(module: nn.Module) -> State:
@@ -42,13 +43,6 @@ def group_of(module: nn.Module) -> Group | None:
     return state_of(module)._fsdp_param_group
 
 
-def only_shard(state: State) -> DTensor:
-    """The shard of the only parameter of a state's group, whether that is gathered or not."""
-    (param,) = state._fsdp_param_group.fsdp_params
-    shard: DTensor = param.sharded_param
-    return shard
-
-
 def states_in(module: nn.Module) -> set[State]:
     """The states of all modules in a module."""
     return {state_of(child) for child in module.modules() if isinstance(child, FSDPModule)}
@@ -59,6 +53,12 @@ def groups_of(root: State) -> Iterator[Group]:
     for state in root._state_ctx.all_states:
         if state._fsdp_param_group is not None:
             yield state._fsdp_param_group
+
+
+def groups_in(module: nn.Module) -> list[Group]:
+    """The groups in a module, each once, in one order on all ranks."""
+    found = (group_of(child) for child in module.modules() if isinstance(child, FSDPModule))
+    return list({id(group): group for group in found if group is not None}.values())
 
 
 # ---------------------------------------------------------------------------------------------------- a pass
@@ -82,8 +82,7 @@ def is_alone(state: State) -> bool:
 
 def backward_is_unfinished(root: State) -> bool:
     """Whether a backward began and did not get to its end."""
-    unfinished: bool = root._state_ctx.post_backward_final_callback_queued
-    return unfinished
+    return bool(root._state_ctx.post_backward_final_callback_queued)
 
 
 def finish_backward(root: State) -> None:
@@ -122,19 +121,18 @@ def await_dropped_gathers(module: nn.Module) -> None:
     """
     for state in states_in(module):
         if (group := state._fsdp_param_group) is not None:
-            group.finalize_backward = functools.partial(_wait_and_finalize, group, group.finalize_backward)
+            wait = functools.partial(_await_gathered_ahead, group)
+            group.finalize_backward = _around(group.finalize_backward, before=wait)
 
 
-def _wait_and_finalize(group: Group, finalize: Callable[[], None]) -> None:
+def _await_gathered_ahead(group: Group) -> None:
     if (ahead := group._all_gather_result) is not None:
         group._wait_all_gather_streams_on_event(ahead.all_gather_event)
-    finalize()
 
 
 def is_gathered(state: State) -> bool:
     """Whether the parameters of a state's group are gathered."""
-    gathered: bool = state._fsdp_param_group.is_unsharded
-    return gathered
+    return bool(state._fsdp_param_group.is_unsharded)
 
 
 # ---------------------------------------------------------------------------------------------------- without hooks
@@ -189,29 +187,31 @@ def gather_for_backward(state: State, grad: Tensor) -> None:
 # ---------------------------------------------------------------------------------------------------- ways in
 
 
+def _around(
+    call: Callable[..., Any], before: Callable[[], None] | None = None, after: Callable[[Any], None] | None = None
+) -> Callable[..., Any]:
+    """A call with something before it, and something after it that is given what it returns."""
+
+    @functools.wraps(call)
+    def called(*args: Any) -> Any:
+        if before is not None:
+            before()
+        found = call(*args)
+        if after is not None:
+            after(found)
+        return found
+
+    return called
+
+
 def before_every_forward(state: State, function: Callable[[], None]) -> None:
     """Calls ``function`` before forwards that a module's hooks do not see: methods that torch was told are forwards."""
-    enter = state._pre_forward
-
-    @functools.wraps(enter)
-    def entered(*args: Any) -> Any:
-        function()
-        return enter(*args)
-
-    state._pre_forward = entered
+    state._pre_forward = _around(state._pre_forward, before=function)
 
 
 def after_entering(state: State, function: Callable[[], None]) -> None:
     """Calls ``function`` once such a forward has been entered, and its root gathered."""
-    enter = state._pre_forward
-
-    @functools.wraps(enter)
-    def entered(*args: Any) -> Any:
-        found = enter(*args)
-        function()
-        return found
-
-    state._pre_forward = entered
+    state._pre_forward = _around(state._pre_forward, after=lambda _: function())
 
 
 def end_with_this_backward(root: State) -> None:
@@ -221,15 +221,7 @@ def end_with_this_backward(root: State) -> None:
 
 def after_every_forward(state: State, function: Callable[[Any], None]) -> None:
     """Calls ``function`` with the output behind such forwards."""
-    leave = state._post_forward
-
-    @functools.wraps(leave)
-    def left(*args: Any) -> Any:
-        output = leave(*args)
-        function(output)
-        return output
-
-    state._post_forward = left
+    state._post_forward = _around(state._post_forward, after=function)
 
 
 def begin_backward_once(root: State, function: Callable[[], None]) -> None:
@@ -252,16 +244,21 @@ def begin_backward_once(root: State, function: Callable[[], None]) -> None:
     root._pre_backward = begun
 
 
+def before_reduction(group: Group, function: Callable[[], None]) -> None:
+    """Calls ``function`` when backward has come through a group, or ends, before its gradients are reduced or kept."""
+    group.post_backward = _around(group.post_backward, before=function)
+
+
+def after_backward_ends(state: State, function: Callable[[], None]) -> None:
+    """Calls ``function`` when a backward that came to a module first has run, and all groups are reduced."""
+    end = state._root_post_backward_final_callback
+    state._root_post_backward_final_callback = _around(end, after=lambda _: function())
+
+
 def before_backward_ends(state: State, function: Callable[[], None]) -> None:
     """Calls ``function`` when a backward that came to a module first has run, before the groups left are reduced."""
     end = state._root_post_backward_final_callback
-
-    @functools.wraps(end)
-    def ended() -> None:
-        function()
-        end()
-
-    state._root_post_backward_final_callback = ended
+    state._root_post_backward_final_callback = _around(end, before=function)
 
 
 # ---------------------------------------------------------------------------------------------------- gradients
@@ -274,18 +271,27 @@ def keeps_gradients(group: Group) -> bool:
 
 def reduces(group: Group) -> bool:
     """Whether the end of this backward reduces a group's gradients, or an accumulation window keeps them."""
-    enabled: bool = group.reduce_grads
-    return enabled
+    return bool(group.reduce_grads)
 
 
-def trains(group: Group) -> bool:
-    """Whether any parameter of a group trains."""
-    return any(param.sharded_param.requires_grad for param in group.fsdp_params)
+def parameters(group: Group) -> list[Parameter]:
+    """The parameters of a group."""
+    return list(group.fsdp_params)
+
+
+def trained(group: Group) -> list[Parameter]:
+    """The parameters of a group that train."""
+    return [param for param in group.fsdp_params if param.sharded_param.requires_grad]
+
+
+def shard_of(param: Parameter) -> DTensor:
+    """This rank's part of a parameter, which has its reduced gradient."""
+    return param.sharded_param
 
 
 def which_have_gradients(group: Group) -> list[bool]:
     """Of each parameter that trains, whether it has a gradient that was not reduced."""
-    return [_kept(param) is not None for param in _trained(group)]
+    return [_kept(param) is not None for param in trained(group)]
 
 
 def add_gradients(group: Group, wanted: Iterable[bool]) -> None:
@@ -295,7 +301,7 @@ def add_gradients(group: Group, wanted: Iterable[bool]) -> None:
         group: A group that will reduce.
         wanted: As `which_have_gradients`, of any rank.
     """
-    params = _trained(group)
+    params = trained(group)
     if any(param.unsharded_accumulated_grad is not None for param in params):
         # What a window keeps is in the dtype of the reduction; what comes in its last backward only is not.
         for param in params:
@@ -328,10 +334,6 @@ def forget_gradients(root: State) -> None:
             param.unsharded_accumulated_grad = None
             if (unsharded := _unsharded(param)) is not None:
                 unsharded.grad = None
-
-
-def _trained(group: Group) -> list[Any]:
-    return [param for param in group.fsdp_params if param.sharded_param.requires_grad]
 
 
 def _kept(param: Any) -> Tensor | None:

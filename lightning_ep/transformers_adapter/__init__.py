@@ -113,6 +113,7 @@ from lightning_ep.transformers_adapter.structure import (
     tensor_parallel_styles,
     tied,
     towers,
+    uses_parameters_by_length,
     wrap_deepstack,
 )
 
@@ -195,6 +196,7 @@ __all__ = [
     "pretrained_models",
     "projects",
     "towers",
+    "uses_parameters_by_length",
     "recall",
     "refuse_own_checkpointing",
     "remember",

@@ -169,6 +169,11 @@ def input_embedding(model: PreTrainedModel) -> nn.Module | None:
         return None
 
 
+def uses_parameters_by_length(model: PreTrainedModel) -> bool:
+    """Whether parameters have nothing to do in short sequences: of DeepSeek-V4, what compresses keys."""
+    return bool(model.config.get_text_config().model_type.startswith("deepseek_v4"))
+
+
 def optional_parts(model: PreTrainedModel) -> list[nn.Module]:
     """What stands beside the text of a model and is called only by batches that need it: towers, and what projects.
 
