@@ -48,7 +48,6 @@ class RowGradients:
         self._embedding = embedding
         self._groups: Sequence[Any] = [group for group in mesh.get_all_groups() if group.size() > 1]
         self._num_ranks = mesh.size()
-        self._counts: OnHost | None = None
         embedding.forward = self._look_up  # type: ignore[method-assign]
 
     def _look_up(self, input: Tensor) -> Tensor:
@@ -57,39 +56,41 @@ class RowGradients:
         shard = fsdp.shard_of(param)
         if not torch.is_grad_enabled() or not shard.requires_grad or shard.dtype.itemsize < 4:
             return F.embedding(input, weight, padding)
-        fewer = self._num_ranks == 1
-        if self._num_ranks > 1:
-            # By what ranks had in the call before: what this one has, the host would wait for.
-            if self._counts is not None:
-                tokens = self._num_ranks * int(self._counts.wait().max())
-                fewer = tokens * weight.dtype.itemsize <= self._embedding.num_embeddings * torch.float32.itemsize
-            self._counts = OnHost(self._of_all(torch.full((1,), input.numel(), device=input.device)))
-        if not fewer:
-            return F.embedding(input, weight, padding)
-        return _LookUp.apply(self, self._counts, input, weight.detach(), shard)
+        counts = None
+        if self._num_ranks > 1:  # for backward: here the host would wait for it
+            counts = OnHost(self._of_all(torch.full((1,), input.numel(), device=input.device)))
+        return _LookUp.apply(self, counts, input, weight, shard)
 
-    def gradient(self, counts: OnHost | None, ids_T: Tensor, grad_TH: Tensor, shard: DTensor) -> Tensor:
-        """This rank's part of the gradient, from those of all ranks' tokens; every rank must call it.
+    def gradients(
+        self, counts: OnHost | None, ids_T: Tensor, grad_TH: Tensor, shard: DTensor
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """The gradient of the gathered weight, which FSDP reduces, or that of this rank's shard; the other is None.
 
         Args:
-            counts: ``[ranks]``, how many tokens every rank has; None for one rank.
+            counts: ``[ranks]``, how many tokens every rank has; None for one rank. They alone decide, so that a resumed
+                run adds up in the same order.
             ids_T: This rank's.
             grad_TH: Of what was looked up.
-            shard: Whose gradient it is.
+            shard: This rank's part of the weight.
         """
-        here = local_region(shard)
-        first, own = here.start[0], here.size[0]
+        rows, padding = self._embedding.num_embeddings, self._embedding.padding_idx
         if counts is not None:
-            missing = int(counts.wait().max()) - ids_T.shape[0]
+            most = int(counts.wait().max())
+            if self._num_ranks * most * grad_TH.dtype.itemsize > rows * torch.float32.itemsize:
+                padding = -1 if padding is None else padding
+                return torch.ops.aten.embedding_dense_backward(grad_TH, ids_T, rows, padding, False), None
+            missing = most - ids_T.shape[0]
             ids_T = self._of_all(F.pad(ids_T, (0, missing), value=-1)).flatten()
             grad_TH = self._of_all(F.pad(grad_TH, (0, 0, 0, missing))).flatten(0, 1)
-        if self._embedding.padding_idx is not None:
-            ids_T = ids_T.masked_fill(ids_T == self._embedding.padding_idx, -1)
+        if padding is not None:
+            ids_T = ids_T.masked_fill(ids_T == padding, -1)
+        here = local_region(shard)
+        first, own = here.start[0], here.size[0]
         ids_T = ids_T - first
         ids_T = torch.where((ids_T >= 0) & (ids_T < own), ids_T, own)  # a row behind the last one, which is left out
         grad_TH = grad_TH.to(torch.promote_types(grad_TH.dtype, torch.float32))
         sums = torch.ops.aten.embedding_dense_backward(grad_TH, ids_T, own + 1, own, False)[:own]
-        return as_gradient_of(sums.to(shard.dtype), shard)
+        return None, as_gradient_of(sums.to(shard.dtype), shard)
 
     def _of_all(self, tensor: Tensor) -> Tensor:
         """Every rank's ``[...]``, stacked in the order of ranks."""
@@ -114,4 +115,5 @@ class _LookUp(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (ids,) = ctx.saved_tensors
-        return None, None, None, None, ctx.rows.gradient(ctx.counts, ids.flatten(), grad.flatten(0, -2), ctx.shard)
+        of_weight, of_shard = ctx.rows.gradients(ctx.counts, ids.flatten(), grad.flatten(0, -2), ctx.shard)
+        return None, None, None, of_weight, of_shard

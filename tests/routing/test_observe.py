@@ -140,8 +140,8 @@ def _compiled(logits: Any) -> tuple[list[str], int]:
 
 @pytest.mark.parametrize("logits", ["values", "graph"])
 def test_logits_leave_compiled_layers_without_another_graph(logits: str) -> None:
-    """One before the experts and one behind them, for all layers, as where nobody looks."""
-    assert run_ranks(1, _compiled, logits) == [([], 2)]
+    """One before the experts and one behind them, for all layers, and one of the norm, as where nobody looks."""
+    assert run_ranks(1, _compiled, logits) == [([], 3)]
 
 
 class _Cooler(nn.Module):

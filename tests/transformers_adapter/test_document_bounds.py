@@ -140,7 +140,7 @@ def _compiled(mode: Any, backend: str) -> tuple[list[str], list[int]]:
 def test_layers_are_compiled_once_for_any_number_of_documents(mode: str, backend: str) -> None:
     ((wrong, graphs),) = run_ranks(1, _compiled, mode, backend)
     assert not wrong
-    assert graphs == [2] * len(PACKINGS)
+    assert graphs == [3] * len(PACKINGS)  # before and behind the experts, and the norm
 
 
 # -------------------------------------------------------------------------------- who is told
