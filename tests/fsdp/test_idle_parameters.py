@@ -101,7 +101,7 @@ def _trains(turns: list[Any], plain: bool, replicate: int) -> list[str]:
             for (name, expected), param in zip(one.named_parameters(), sharded.parameters(), strict=True):
                 if (expected.grad is None) != (param.grad is None) and "experts" not in name:
                     wrong.append(f"window {number}: {name} {'has' if expected.grad is None else 'lacks'} a gradient")
-                elif expected.grad is not None and not relative_error(param.grad.full_tensor(), expected.grad) <= 1e-5:
+                elif expected.grad is not None and not relative_error(param.grad.full_tensor(), expected.grad) <= 2e-5:
                     wrong.append(f"window {number}: gradient of {name}")
             for optimizer in optimizers:
                 optimizer.step()
@@ -128,7 +128,7 @@ def test_a_branch_left_out_for_the_first_time_later_is_told() -> None:
 def _compresses() -> list[str]:
     rank, lengths = dist.get_rank(), (40, 300)
     with pytest.MonkeyPatch.context() as patch:
-        one, sharded = multimodal_model("deepseek_v4"), multimodal_model("deepseek_v4")
+        one, sharded = multimodal_model("deepseek_v4").double(), multimodal_model("deepseek_v4").double()
         parallelize(sharded, ParallelLayout.resolve(2, 1, 2, 2), device())
         for other, length in enumerate(lengths):
             patch.setattr(multimodal, "_LENGTH", length)
@@ -138,11 +138,11 @@ def _compresses() -> list[str]:
                 mine = {name: value.to(device()) for name, value in batch.items()}
         sharded(**mine, use_cache=False).loss.backward()
     return [
-        f"{name}: {expected.grad is None}, {param.grad is None}"
+        name
         for (name, expected), param in zip(one.named_parameters(), sharded.parameters(), strict=True)
         if "experts" not in name
         and ((expected.grad is None) != (param.grad is None)
-             or (expected.grad is not None and not relative_error(param.grad.full_tensor(), expected.grad) <= 5e-5))
+             or (expected.grad is not None and not relative_error(param.grad.full_tensor(), expected.grad) <= 1e-6))
     ]  # fmt: skip
 
 
