@@ -239,20 +239,19 @@ def publish(staged: Path, final: Path) -> None:
         staged: A durable file or directory beside ``final``.
         final: The name.
     """
-    if not os.path.lexists(final) or not (_is_directory(staged) or _is_directory(final)):
+    if os.path.lexists(final) and (_is_directory(staged) or _is_directory(final)):
+        links = links_to(final)
+        if links:
+            staged = staged.rename(_replaced(final))  # no longer hidden, since the next save deletes what is
+        _lead(links, staged)
+        replaced = _replaced(final)
+        os.rename(final, replaced)
+        _lead(links, replaced)  # while what is new has no name that stays
+        os.rename(staged, final)
+    else:
         os.replace(staged, final)
-        sync(final.parent)
-        return
-    links = links_to(final)
-    if links:
-        staged = staged.rename(_replaced(final))  # no longer hidden, since the next save deletes what is
-    _lead(links, staged)
-    replaced = _replaced(final)
-    os.rename(final, replaced)
-    _lead(links, replaced)
-    os.rename(staged, final)
     sync(final.parent)
-    for old in _replacements(final):  # also what jobs that ended here have left
+    for old in _replacements(final):  # also what jobs have left that ended here, with or without a `final`
         _lead(links_to(old), final)
         withdraw(old)
 
@@ -267,7 +266,9 @@ def _replaced(final: Path) -> Path:
 
 def _replacements(path: Path) -> list[Path]:
     siblings: Iterable[Path] = path.parent.iterdir() if path.parent.is_dir() else ()
-    return [p for p in siblings if p.name.startswith(f"{path.stem}.replaced-") and p.suffix == path.suffix]
+    # Not by `suffix`, which is that of the fresh part for names without one.
+    name = re.compile(rf"{re.escape(path.stem)}\.replaced-\w+{re.escape(path.suffix)}")
+    return [sibling for sibling in siblings if name.fullmatch(sibling.name)]
 
 
 def _lead(links: Iterable[Path], target: Path) -> None:

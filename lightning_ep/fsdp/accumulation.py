@@ -18,8 +18,8 @@ def set_gradient_sync(module: nn.Module, enabled: bool) -> None:
     The documented choice: while disabled, every group keeps unsharded gradients and reduces once at the end of the
     window, except experts that FSDP shards. Those reduce in every pass: their unsharded gradients would take the
     memory of all experts of an FSDP group, which is most of the model, on every rank. Copies of the model
-    (``replicate``) all-reduce once per window. The embedding's gradient is not FSDP's where it travels as that of
-    tokens (`lightning_ep.fsdp.embedding`), in every pass.
+    (``replicate``) all-reduce once per window. An input embedding in fp32 mostly reduces in every pass, too
+    (`lightning_ep.fsdp.embedding`).
     """
     for child in module.modules():
         if isinstance(child, FSDPModule):

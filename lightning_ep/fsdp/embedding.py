@@ -31,7 +31,7 @@ def has_plain_lookup(embedding: nn.Module) -> bool:
     return plain and embedding.max_norm is None and not embedding.scale_grad_by_freq and not embedding.sparse
 
 
-class RowGradients:
+class TokenGradients:
     """Has the gradients of one embedding travel as those of its tokens, where that is less than FSDP would send.
 
     They arrive in ``.grad`` with every backward, in the middle of an accumulation window, too. What else reads the
@@ -40,7 +40,7 @@ class RowGradients:
 
     Args:
         embedding: One that `has_plain_lookup`, to which `fully_shard` was applied over ``mesh``. All ranks must call it
-            equally often.
+            equally often with gradients, and their backwards must come to these calls in one order.
         mesh: The ranks that share its rows, with copies of the model in front.
     """
 
@@ -105,9 +105,9 @@ class RowGradients:
 class _LookUp(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, rows: RowGradients, counts: OnHost | None, ids: Tensor, weight_VH: Tensor, shard: DTensor
+        ctx: Any, owner: TokenGradients, counts: OnHost | None, ids: Tensor, weight_VH: Tensor, shard: DTensor
     ) -> Tensor:
-        ctx.rows, ctx.counts, ctx.shard = rows, counts, shard
+        ctx.owner, ctx.counts, ctx.shard = owner, counts, shard
         ctx.save_for_backward(ids)
         return F.embedding(ids, weight_VH)
 
@@ -115,5 +115,6 @@ class _LookUp(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (ids,) = ctx.saved_tensors
-        of_weight, of_shard = ctx.rows.gradients(ctx.counts, ids.flatten(), grad.flatten(0, -2), ctx.shard)
+        grad_TH = grad.reshape(-1, grad.shape[-1])  # also of one id, `[]`
+        of_weight, of_shard = ctx.owner.gradients(ctx.counts, ids.flatten(), grad_TH, ctx.shard)
         return None, None, None, of_weight, of_shard

@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor, Shard
 from transformers import PreTrainedModel
 
 from lightning_ep import transformers_adapter as adapter
-from lightning_ep.fsdp.embedding import RowGradients, has_plain_lookup
+from lightning_ep.fsdp.embedding import TokenGradients, has_plain_lookup
 from lightning_ep.fsdp.idle_parameters import IdleParameters
 from lightning_ep.fsdp.optional_parts import OptionalParts, parts_in
 from lightning_ep.fsdp.passes import watch_layers, watch_root
@@ -160,7 +160,7 @@ def shard_dense(model: PreTrainedModel, meshes: Meshes, mp_policy: MixedPrecisio
             assert isinstance(embedding, FSDPModule)
             embedding.set_unshard_in_backward(False)  # what looks rows up needs no weights there
             if has_plain_lookup(embedding) and meshes.tp is None:
-                RowGradients(embedding, meshes.dense_shards)
+                TokenGradients(embedding, meshes.dense_shards)
     # By itself the head's gradient is reduced under backward. With the root it is gathered in all of a forward, as
     # losses expect that read its weight.
     if head_alone and head is not None and not adapter.shares_parameters(head, model):

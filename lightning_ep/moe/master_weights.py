@@ -91,7 +91,7 @@ class CallWeights:
         self._masters = masters
         self._dtype = dtype
         self._keep = keep
-        self._begun: dict[int, Tensor] = {}
+        self._begun: list[Tensor | None] = [None] * len(params)
         self._kept: list[Tensor] | None = None
 
     def begin_forward(self) -> None:
@@ -99,14 +99,14 @@ class CallWeights:
 
         What the GPU is given then, the exchange of the rows waits for, so that there is something left to cast beside.
         """
-        sizes = [param.numel() for param in self.params]
-        largest = sizes.index(max(sizes))
-        self._begun = {i: self._cast(param) for i, param in enumerate(self.params) if i != largest}
+        largest = max(self.params, key=torch.numel)
+        self._begun = [None if param is largest else self._cast(param) for param in self.params]
 
     def for_forward(self) -> list[Tensor]:
         """The weights; kept for backward if this call does that."""
-        local = [self._begun[i] if i in self._begun else self._cast(param) for i, param in enumerate(self.params)]
-        self._begun = {}
+        pairs = zip(self._begun, self.params, strict=True)
+        local = [self._cast(param) if begun is None else begun for begun, param in pairs]
+        self._begun = [None] * len(local)
         self._kept = local if self._keep else None
         return local
 

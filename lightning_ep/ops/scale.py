@@ -37,7 +37,7 @@ def scaled(tensor: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     """A tensor times a number, in another dtype: rounded once, in one pass.
 
     Args:
-        tensor: Contiguous or not.
+        tensor: Contiguous or not, in at most fp32.
         factor: 0-dim, on the same device.
         dtype: Of the result.
     """

@@ -16,6 +16,7 @@ from typing_extensions import override
 
 from lightning_ep.distributed.agreement import from_all_ranks
 from lightning_ep.distributed.decisions import by_rank, check_shared, unshared
+from lightning_ep.process_groups import hosts
 
 Settings = tuple[int, list[list[Mapping[str, Any]]]]
 """Optimizer steps that were taken, and the groups' settings of every optimizer."""
@@ -52,7 +53,10 @@ class CheckMonitored(Callback):
 
             def validates(data_fetcher: Any) -> bool:
                 # Lightning asks each rank's clock: some would begin a validation and others the next step.
-                return bool(trainer.strategy.broadcast(type(loop)._should_check_val_fx(loop, data_fetcher)))
+                # Asked over the hosts: over the GPUs it would wait for the step.
+                answer = torch.tensor(type(loop)._should_check_val_fx(loop, data_fetcher), dtype=torch.uint8)
+                dist.broadcast(answer, src=0, group=hosts())
+                return bool(answer)
 
             loop._should_check_val_fx = validates  # type: ignore[method-assign]
 

@@ -115,9 +115,9 @@ def decoder_layers(model: nn.Module) -> list[nn.Module]:
 
 
 def norms_beside_layers(model: nn.Module) -> list[nn.Module]:
-    """The norms of what a model's lists of decoder layers are in: behind the last layer, or before the first one."""
+    """The norms behind the last decoder layer of a model, or before the first one, of every list of layers."""
     layers = set(decoder_layers(model))
-    around = [m for m in model.modules() if any(layers & set(child.children()) for child in m.children())]
+    around = [m for m in model.modules() if any(layers & set(held.children()) for held in m.children())]
     return list(dict.fromkeys(child for module in around for child in module.children() if _is_norm(child)))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import pickle
@@ -120,16 +121,17 @@ def _make(path: Path, kind: str, text: str) -> Path:
     return path
 
 
+@pytest.mark.parametrize("suffix", [".ckpt", ""])
 @pytest.mark.parametrize("before", ["nothing", "file", "directory", "link"])
 @pytest.mark.parametrize("kind", ["file", "directory"])
-def test_publish_replaces_whatever_was_there(tmp_path: Path, kind: str, before: str) -> None:
-    final = _make(tmp_path / "last.ckpt", before, "old")
+def test_publish_replaces_whatever_was_there(tmp_path: Path, kind: str, before: str, suffix: str) -> None:
+    final = _make(tmp_path / f"last{suffix}", before, "old")
     if kind == "directory" == before:
-        _make(tmp_path / "last.replaced-0123.ckpt", kind, "of a job that was killed")
+        _make(tmp_path / f"last.replaced-0123{suffix}", kind, "of a job that was killed")
     files.publish(_make(files.hidden(final), kind, "new"), final)
     assert not final.is_symlink()
     assert (final / "content" if kind == "directory" else final).read_text() == "new"
-    assert {path.name for path in tmp_path.iterdir()} <= {"last.ckpt", "target"}
+    assert {path.name for path in tmp_path.iterdir()} <= {final.name, "target"}
     assert before != "link" or (tmp_path / "target").is_dir()
 
 
@@ -148,9 +150,12 @@ def test_links_move_atomically_and_before_their_target_goes(tmp_path: Path) -> N
     assert sorted(path.name for path in tmp_path.iterdir()) == ["last.ckpt", "old-last.ckpt", "two.ckpt"]
 
 
-def test_a_link_leads_to_a_checkpoint_at_every_moment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("suffix", [".ckpt", ""])
+def test_a_link_leads_to_a_checkpoint_at_every_moment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str
+) -> None:
     """Lightning's `ckpt_path="last"` starts anew where `last.ckpt` is gone or leads nowhere: a job may end any time."""
-    final, last, found = tmp_path / "model.ckpt", tmp_path / "last.ckpt", []
+    final, last, found = tmp_path / f"model{suffix}", tmp_path / "last.ckpt", []
 
     def watched(change: Callable[..., None]) -> Callable[..., None]:
         def changes(*args: Any) -> None:
@@ -169,6 +174,40 @@ def test_a_link_leads_to_a_checkpoint_at_every_moment(tmp_path: Path, monkeypatc
     assert len(found) > 2
     assert None not in found
     assert found[-1] == "new"
+    assert {path.name for path in tmp_path.iterdir()} == {final.name, "last.ckpt"}
+
+
+class _Killed(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("step", range(11))
+def test_the_next_save_tidies_up_wherever_a_job_was_killed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: int
+) -> None:
+    final, last, steps = tmp_path / "model.ckpt", tmp_path / "last.ckpt", iter(range(11))
+
+    def until_killed(change: Callable[..., None]) -> Callable[..., None]:
+        def changes(*args: Any) -> None:
+            if next(steps) == step:
+                raise _Killed
+            change(*args)
+
+        return changes
+
+    files.publish(_make(files.hidden(final), "directory", "old"), final)
+    files.point(last, final)
+    with monkeypatch.context() as patch:
+        for name in ("rename", "replace", "symlink"):
+            patch.setattr(os, name, until_killed(getattr(os, name)))
+        with pytest.raises(_Killed) if step < 10 else contextlib.nullcontext():
+            files.publish(_make(files.hidden(final), "directory", "new"), final)
+    assert (last / "content").read_text() in ("old", "new")
+    assert (files.find(final) / "content").read_text() in ("old", "new")
+    for path in (final, last):
+        files.remove_leftovers(path)
+    files.publish(_make(files.hidden(final), "directory", "next"), final)
+    assert (last / "content").read_text() == "next", "not what it was led to while its target had no name"
     assert {path.name for path in tmp_path.iterdir()} == {"model.ckpt", "last.ckpt"}
 
 

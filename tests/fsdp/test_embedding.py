@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lightning_ep import ParallelLayout, parallelize
 from lightning_ep.fsdp.accumulation import reduce_kept_gradients, set_gradient_sync
-from lightning_ep.fsdp.embedding import RowGradients, has_plain_lookup
+from lightning_ep.fsdp.embedding import TokenGradients, has_plain_lookup
 from tests.ranks import assert_ranks_agree, device
 from tests.reference import relative_error, tiny_model
 
@@ -47,15 +47,15 @@ def _adds_up(
     plain, sharded = tiny_model(**made).to(dtype), tiny_model(**made).to(dtype)
     parallelize(sharded, ParallelLayout.resolve(ep, fsdp, world, world, replicate), device())
     used: list[bool] = []
-    gradients = RowGradients.gradients
+    gradients = TokenGradients.gradients
 
-    def noted(self: RowGradients, *args: Any) -> Any:
+    def noted(self: TokenGradients, *args: Any) -> Any:
         found = gradients(self, *args)
         used.append(found[0] is None)
         return found
 
     wrong: list[str] = []
-    RowGradients.gradients = noted  # type: ignore[method-assign]
+    TokenGradients.gradients = noted  # type: ignore[method-assign]
     try:
         for number, window in enumerate(WINDOWS):
             for turn, shape in enumerate(window):
@@ -72,7 +72,7 @@ def _adds_up(
             plain.zero_grad()
             sharded.zero_grad()
     finally:
-        RowGradients.gradients = gradients  # type: ignore[method-assign]
+        TokenGradients.gradients = gradients  # type: ignore[method-assign]
     if used != (expected_use := _goes_as_tokens(vocabulary, calls) if dtype == torch.float32 else []):
         wrong.append(f"gradients of tokens travelled: {used}, and not {expected_use}")
     return wrong
@@ -96,6 +96,22 @@ def test_gradients_add_up(layout: tuple[int, int, int], vocabulary: int, overrid
 
 def test_weights_in_bf16_keep_the_sums_of_a_window() -> None:
     assert_ranks_agree(2, _adds_up, (2, 1, 1), 101, {}, 1, torch.bfloat16)
+
+
+def _of_ids_of_any_shape() -> list[str]:
+    plain, sharded = tiny_model(num_hidden_layers=1), tiny_model(num_hidden_layers=1)
+    parallelize(sharded, ParallelLayout.resolve(1, 1, 1, 1), device())
+    ids = torch.randint(0, 128, (2, 3), generator=torch.Generator().manual_seed(0))
+    for shaped in (ids, ids[0], ids[0, 0], ids[None], ids[:, :0], ids.int()):
+        for model in (plain, sharded):
+            model.get_input_embeddings()(shaped.to(model.device)).square().sum().backward()
+    found, expected = (model.get_input_embeddings().weight.grad for model in (sharded, plain))
+    error = relative_error(found.full_tensor(), expected)
+    return [] if error <= 1e-6 else [f"off by {error:.1e}"]
+
+
+def test_ids_of_any_shape() -> None:
+    assert_ranks_agree(1, _of_ids_of_any_shape)
 
 
 class _Scaled(nn.Embedding):
