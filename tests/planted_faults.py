@@ -468,4 +468,40 @@ MUTATIONS = (
         "row = counts.rows(name) // 2",
         "data/test_predicted_rows.py::test_each_row_is_written_once_with_its_likelihood[alone]",
     ),
+    # ------------------------------------------------------------------------------------------------ what ranks share
+    Mutation(
+        "tokens_of_another_ranks_rows",
+        "fsdp/embedding.py",
+        "ids_T = ids_T - first",
+        "ids_T = ids_T - max(0, first - 1)",
+        "fsdp/test_embedding.py::test_gradients_add_up[layout1-101-overrides1-1]",
+    ),
+    Mutation(
+        "idle_parameters_keep_zeros",
+        "fsdp/idle_parameters.py",
+        "fsdp.shard_of(param).grad = None",
+        "fsdp.shard_of(param).grad.zero_()",
+        "fsdp/test_idle_parameters.py::test_branches_in_turns[2-1-False]",
+    ),
+    Mutation(
+        "buffers_written_twice",
+        "layers/buffers.py",
+        "module._buffers[name] = buffer",
+        "module._buffers[name] = module._buffers[name]",
+        "layers/test_buffers.py::test_a_layer_writes_into_its_buffers_once[False-batch]",
+    ),
+    Mutation(
+        "link_left_without_a_checkpoint",
+        "checkpoint/files.py",
+        "_lead(links, replaced)  # while",
+        "_lead([], replaced)  # while",
+        "checkpoint/test_files.py::test_a_link_leads_to_a_checkpoint_at_every_moment[.ckpt]",
+    ),
+    Mutation(
+        "pairs_that_are_none_count",
+        "dpo.py",
+        "(margin > 0).float(), is_pair)",
+        "(margin > 0).float(), torch.ones_like(is_pair))",
+        "test_dpo.py::test_an_adapter_learns_to_prefer_and_comes_out",
+    ),
 )
