@@ -35,7 +35,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from torch.distributed.utils import _apply_to_tensors
 
 from lightning_ep.fsdp import state as fsdp
-from lightning_ep.fsdp.state import State
+from lightning_ep.fsdp.state import Group, State
 
 
 def begin_pass(state: State) -> None:
@@ -76,6 +76,8 @@ def watch_root(root: nn.Module, parts: Iterable[nn.Module] = ()) -> None:
     """
     state = fsdp.state_of(root)
     fsdp.await_dropped_gathers(root)
+    for group in fsdp.groups_in(root):
+        fsdp.before_reduction(group, partial(_make_one_dtype, group))
     root.register_forward_pre_hook(lambda *_: begin_pass(state), prepend=True)
     root.register_forward_pre_hook(_MadeOutsideOfInference(), prepend=True)
     fsdp.before_every_forward(state, partial(begin_pass, state))
@@ -88,6 +90,11 @@ def watch_root(root: nn.Module, parts: Iterable[nn.Module] = ()) -> None:
             handle.remove()
 
     handles = [part.register_forward_pre_hook(know_root, prepend=True) for part in parts]
+
+
+def _make_one_dtype(group: Group) -> None:
+    if fsdp.reduces(group):
+        fsdp.make_one_dtype(group)
 
 
 class _MadeOutsideOfInference:

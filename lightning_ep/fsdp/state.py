@@ -294,6 +294,18 @@ def which_have_gradients(group: Group) -> list[bool]:
     return [_kept(param) is not None for param in trained(group)]
 
 
+def make_one_dtype(group: Group) -> None:
+    """Gives all gradients of a group the dtype of the reduction, if some have it: FSDP2 refuses others beside them.
+
+    What a window keeps is in that dtype; of a parameter that only its last backward comes to, the gradient is not.
+    """
+    params = trained(group)
+    if any(param.unsharded_accumulated_grad is not None for param in params):
+        for param in params:
+            if param.unsharded_accumulated_grad is None and _unsharded(param) is not None:
+                param.to_accumulated_grad_if_needed()
+
+
 def add_gradients(group: Group, wanted: Iterable[bool]) -> None:
     """Gives parameters that are ``wanted`` and have no gradient one of zeros; all of a group's are of one dtype then.
 
@@ -302,11 +314,7 @@ def add_gradients(group: Group, wanted: Iterable[bool]) -> None:
         wanted: As `which_have_gradients`, of any rank.
     """
     params = trained(group)
-    if any(param.unsharded_accumulated_grad is not None for param in params):
-        # What a window keeps is in the dtype of the reduction; what comes in its last backward only is not.
-        for param in params:
-            if param.unsharded_accumulated_grad is None and _unsharded(param) is not None:
-                param.to_accumulated_grad_if_needed()
+    make_one_dtype(group)
     dtype = next((grad.dtype for param in params if (grad := _kept(param)) is not None), None)
     for param, has_to in zip(params, wanted, strict=True):
         if has_to and _kept(param) is None:

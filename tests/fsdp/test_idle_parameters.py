@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from lightning_ep import ParallelLayout, expert_plan, parallelize
 from lightning_ep.fsdp.accumulation import reduce_kept_gradients, set_gradient_sync
@@ -19,6 +20,8 @@ from tests.reference import VOCAB, relative_error, tiny_model
 
 # By window and micro-batch: the branches that two ranks take. Nobody takes "b" in the first window, "a" in the third.
 TURNS = [[("a", "")], [("a", "b")], [("b", "b")], [("", ""), ("b", "a")], [("ab", "")]]
+# "b" comes in the last micro-batch of a window only, "a" in the first only.
+AFTER = [[("a", "a"), ("b", "b")], [("a", ""), ("", "b")]]
 ALWAYS = [[("ab", "ab")], [("ab", "ab")], [("a", "b")]]
 
 
@@ -74,17 +77,19 @@ def _loss(model: Any, taken: str, seed: int, where: torch.device) -> Tensor:
     return out if isinstance(out, Tensor) else out.loss
 
 
-def _trains(turns: list[Any], plain: bool, replicate: int) -> list[str]:
+def _trains(turns: list[Any], plain: bool, replicate: int, bf16: bool = False) -> list[str]:
     world, rank = dist.get_world_size(), dist.get_rank()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(2)
         one = _model(plain)
         torch.manual_seed(2)
         sharded = _model(plain)
-    layout = ParallelLayout.resolve(2 // replicate, "auto", world, world, replicate)
+    layout = ParallelLayout.resolve(min(world, 2) // replicate, "auto", world, world, replicate)
+    policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if bf16 else None
+    tolerance = 0.5 if bf16 else 2e-5  # near-ties in routers send tokens elsewhere
     plan = expert_plan(_model(False), layout)
     names = {name.replace("model.layers", "layers"): "experts" for name in plan} if plain else None
-    parallelize(sharded, layout, device(), plan=names)
+    parallelize(sharded, layout, device(), plan=names, mp_policy=policy)
     optimizers = [
         torch.optim.AdamW(model.parameters(), lr=0.01, weight_decay=0.3, eps=1e-3) for model in (one, sharded)
     ]
@@ -101,13 +106,14 @@ def _trains(turns: list[Any], plain: bool, replicate: int) -> list[str]:
             for (name, expected), param in zip(one.named_parameters(), sharded.parameters(), strict=True):
                 if (expected.grad is None) != (param.grad is None) and "experts" not in name:
                     wrong.append(f"window {number}: {name} {'has' if expected.grad is None else 'lacks'} a gradient")
-                elif expected.grad is not None and not relative_error(param.grad.full_tensor(), expected.grad) <= 2e-5:
-                    wrong.append(f"window {number}: gradient of {name}")
+                elif expected.grad is not None:
+                    error = relative_error(param.grad.full_tensor(), expected.grad)
+                    wrong += [] if error <= tolerance else [f"window {number}: gradient of {name} {error:.1e}"]
             for optimizer in optimizers:
                 optimizer.step()
                 optimizer.zero_grad()
     for (name, expected), param in zip(one.named_parameters(), sharded.parameters(), strict=True):
-        if not relative_error(param.full_tensor(), expected.detach()) <= 2e-5:
+        if not relative_error(param.full_tensor(), expected.detach()) <= tolerance:
             wrong.append(f"weights of {name}")
     said = [str(warning.message) for warning in told if "have no gradient on this rank" in str(warning.message)]
     if bool(said) != (turns == ALWAYS):
@@ -119,6 +125,12 @@ def _trains(turns: list[Any], plain: bool, replicate: int) -> list[str]:
 @pytest.mark.parametrize(("world", "replicate"), [(2, 1), pytest.param(4, 2, marks=pytest.mark.slow)])
 def test_branches_in_turns(plain: bool, world: int, replicate: int) -> None:
     assert_ranks_agree(world, _trains, TURNS, plain, replicate)
+
+
+@pytest.mark.parametrize("plain", [False, True])
+@pytest.mark.parametrize("world", [1, 2])
+def test_what_only_the_last_of_a_window_uses_in_bf16(world: int, plain: bool) -> None:
+    assert_ranks_agree(world, _trains, AFTER, plain, 1, True)
 
 
 def test_a_branch_left_out_for_the_first_time_later_is_told() -> None:
