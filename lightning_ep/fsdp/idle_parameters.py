@@ -43,6 +43,7 @@ class IdleParameters:
         self._root, self._asks, self._backwards = root, by_batch, 0
         self._used: set[Parameter] = set()
         self._filled: set[Parameter] = set()  # with zeros, of which nothing was there before
+        hosts()  # is made here, and not where a rank may have failed
         for group in self._groups:
             fsdp.before_reduction(group, partial(self._fill, group))
         for state in fsdp.states_in(root):
