@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from typing import Any, TypeVar
 
+import torch
 import torch.distributed as dist
+
+from lightning_ep.process_groups import hosts
 
 T = TypeVar("T")
 P = TypeVar("P")
@@ -29,6 +32,15 @@ def to_first_rank(value: T) -> list[T] | None:
     gathered: list[T] | None = [value] * dist.get_world_size() if first else None
     dist.gather_object(value, gathered)
     return gathered
+
+
+def of_any_rank(flags: Sequence[bool]) -> list[bool]:
+    """Of each flag, whether it is set on any rank; over the hosts. Every rank must call it with as many."""
+    found = torch.tensor(flags, dtype=torch.uint8)
+    if len(found):
+        dist.all_reduce(found, dist.ReduceOp.MAX, group=hosts())
+    answers: list[bool] = found.bool().tolist()
+    return answers
 
 
 def agree(

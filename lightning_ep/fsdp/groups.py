@@ -25,6 +25,7 @@ from lightning_ep.moe.experts import expert_context, holder_of, is_parallel_expe
 from lightning_ep.moe.idle_experts import EntersAll, blocks_apart
 from lightning_ep.moe.master_weights import ModelMasterWeights
 from lightning_ep.moe.tower_experts import TowerExperts
+from lightning_ep.process_groups import hosts
 
 # Up to this many parameters are gathered and reduced together: 320 MB in bf16, a millisecond between GPUs of a node.
 # FSDP's hooks take the host about 4 ms per group and step, more than the GPU needs for a layer of few tokens.
@@ -185,9 +186,9 @@ def shard_dense(model: PreTrainedModel, meshes: Meshes, mp_policy: MixedPrecisio
     if units:
         assert embedding is not None  # a model without one has no optional parts
         idle = [EntersAll(layer, found) for layer, found in blocks.items() if found]
-        optional = OptionalParts(model, units, idle, embedding, mp_policy)
+        OptionalParts(model, units, idle, embedding, mp_policy)
         if any(map(is_parallel_experts, beside)):
-            TowerExperts(parts, text[0], optional.hosts)
+            TowerExperts(parts, text[0], hosts())
         adapter.encode_in_forward(model)
     if dist.get_world_size() > 1:
         agreed = [group for optional in parts_in(model) for group in optional.agreed]

@@ -17,10 +17,9 @@ import warnings
 from collections.abc import Collection
 from functools import partial
 
-import torch
-import torch.distributed as dist
 from torch import nn
 
+from lightning_ep.distributed.agreement import of_any_rank
 from lightning_ep.fsdp import state as fsdp
 from lightning_ep.fsdp.state import Group, Parameter
 from lightning_ep.process_groups import hosts
@@ -67,9 +66,7 @@ class IdleParameters:
         idle = self._filled - self._used
         if self._asks or self._backwards <= _ASKED:
             params = [param for group in self._groups for param in fsdp.parameters(group)]
-            anywhere = torch.tensor([param in self._used for param in params] + [bool(idle)], dtype=torch.uint8)
-            dist.all_reduce(anywhere, dist.ReduceOp.MAX, group=hosts())
-            *used, some_idle = anywhere.bool().tolist()
+            *used, some_idle = of_any_rank([*(param in self._used for param in params), bool(idle)])
             self._asks = self._asks or some_idle
             for param, is_used in zip(params, used, strict=True):
                 if param in idle and not is_used:

@@ -21,14 +21,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from itertools import islice
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from lightning_ep import transformers_adapter as adapter
+from lightning_ep.distributed.agreement import of_any_rank
 from lightning_ep.fsdp import state as fsdp
 from lightning_ep.fsdp.passes import cast_inputs, tensors_in
 from lightning_ep.fsdp.state import Group, State
@@ -47,7 +48,6 @@ class OptionalParts:
         mp_policy: The policy of the units.
 
     Attributes:
-        hosts: All ranks, over their hosts.
         agreed: The groups of which ranks agree what they reduce.
     """
 
@@ -65,8 +65,8 @@ class OptionalParts:
         self.agreed = [*([own] if own is not None else []), *self._parts]
         self._layers = layers
         self._waiting = False
-        # What they say to one another over the GPUs would wait for all that was launched before.
-        self.hosts = hosts()
+        # Over the GPUs, what ranks say to one another would wait for all that was launched before.
+        hosts()  # is made here, and not where a rank may have failed
         for unit in units:
             fsdp.leave_alone(fsdp.state_of(unit[0]))
             for module in unit:
@@ -150,10 +150,8 @@ class OptionalParts:
     def _agree(self) -> None:
         found = [fsdp.which_have_gradients(group) for group in self.agreed]
         found += [[experts in layer.used for experts in layer.experts] for layer in self._layers]
-        anywhere = torch.tensor([has for part in found for has in part], dtype=torch.uint8)
-        if len(anywhere):
-            dist.all_reduce(anywhere, dist.ReduceOp.MAX, group=self.hosts)
-        of_any = [part.tolist() for part in anywhere.bool().split([len(part) for part in found])]
+        anywhere = iter(of_any_rank([has for part in found for has in part]))
+        of_any = [list(islice(anywhere, len(part))) for part in found]
         for group, wanted in zip(self.agreed, of_any[: len(self.agreed)], strict=True):
             fsdp.add_gradients(group, wanted)
         for layer, used in zip(self._layers, of_any[len(self.agreed) :], strict=True):

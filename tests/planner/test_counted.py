@@ -47,7 +47,7 @@ class _Sent(TorchDispatchMode):
 
 
 def _step(sizes: dict[str, int]) -> tuple[dict[str, int], int, int]:
-    """Bytes of a first step on two ranks, and this rank's parameters of experts and all others."""
+    """Bytes of a step on two ranks, and this rank's parameters of experts and all others."""
     config = tiny_config(**CONFIG)
     model = from_config(config)
     layout = ParallelLayout(2, **sizes)
